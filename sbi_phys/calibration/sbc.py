@@ -1,0 +1,218 @@
+r"""Simulation-based calibration: the rank of the truth among posterior draws is uniform.
+
+If theta* ~ p(theta), x ~ p(x | theta*) and theta_1..theta_L ~ p(theta | x), then theta* and the draws are exchangeable given x,
+so r = #{l: theta_l < theta*} is uniform on the whole numbers 0..L, for every parameter and every function f(theta, x).
+
+Ranks are whole numbers: a test against the continuous uniform rejects every calibrated posterior when L is small. Here the
+ECDF is taken at multiples of 1/(L+1), where its counts are exactly binomial (`bands`), and the histogram's bins carry the exact
+probabilities of the discrete uniform, also where L + 1 is not a multiple of their number.
+
+THE p-value of a parameter is that of the ECDF test with simultaneous band. Measured at N = 500, L = 1000 it finds a width x0.9
+in two repetitions of three, chi-square on 10 bins in one of two; on a shift of 0.15 sd 0.79 against 0.59. Chi-square is given beside it.
+
+SBC sees marginals only, and a posterior equal to the prior passes it: rank a quantity that depends on x, such as the log
+likelihood, through `quantities` to close that gap (Modrak et al. 2023, arXiv:2211.02383).
+
+Source: Talts et al. 2018, arXiv:1804.06788; Sailynoja et al. 2022, arXiv:2103.10522.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri
+from scipy.stats import chi2
+
+from sbi_phys.calibration.bands import band_counts, curve_pvalue, pointwise_level, rank_grid
+from sbi_phys.calibration.inputs import (
+    ALPHA,
+    check_names,
+    check_pairs,
+    check_quantities,
+    combine,
+    count_below,
+    holm,
+    require_varying,
+    verdict_words,
+)
+from sbi_phys.checks import require_choice, require_int
+from sbi_phys.errors import SettingError
+from sbi_phys.priors import Parameter
+from sbi_phys.rng import rng_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["SBC", "sbc"]
+
+Array = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SBC:
+    r"""Ranks of n truths among l draws for d parameters (and quantities), with their tests. All without unit.
+
+    ranks (n, d), whole numbers 0..l. level (k,), multiples of 1/(l+1). ecdf (k, d), share of ranks below each level.
+    band (k, 2), simultaneous 95 % band of one parameter's ecdf. histogram (b, d), counts; expected (b,), exact.
+    histogram_band (b, 2), simultaneous by Bonferroni. shift (d,) and width (d,): posterior - truth in posterior sd, and
+    posterior sd over what it should be, from normal scores of the ranks (exact where posteriors are Gaussian), with errors.
+    pvalues, ECDF test; pvalues_chi2, chi-square on the bins. pvalue, smallest of pvalues times d (Bonferroni).
+    """
+
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    ranks: Counts
+    n_draws: int
+    level: Array
+    ecdf: Array
+    band: Array
+    pointwise_level: float
+    bin_edges: Counts
+    histogram: Counts
+    expected: Array
+    histogram_band: Counts
+    pvalues: dict[str, float]
+    pvalues_chi2: dict[str, float]
+    pvalue: float
+    shift: Array
+    shift_err: Array
+    width: Array
+    width_err: Array
+
+    @property
+    def n(self) -> int:
+        """Number of simulations."""
+        return int(self.ranks.shape[0])
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """'calibrated', or what is wrong, per parameter; Holm's correction keeps the family-wise error at 5 %."""
+        adjusted = holm(self.pvalues)
+        sizes = zip(self.shift, self.shift_err, self.width, self.width_err, strict=True)
+        return {n: verdict_words(*s) if adjusted[n] <= ALPHA else "calibrated" for n, s in zip(self.names, sizes, strict=True)}
+
+    def summary(self) -> str:
+        """Return the result in words: one line for all, one line per parameter."""
+        verdicts = self.verdicts
+        bad = sum(v != "calibrated" for v in verdicts.values())
+        head = "no deviation from uniform ranks found" if not bad else f"{bad} of {len(verdicts)} not calibrated"
+        lines = [f"SBC, {self.n} simulations x {self.n_draws} draws: {head} (p = {self.pvalue:.3g}, corrected for {len(verdicts)} tests)"]
+        pad = max(map(len, self.names))
+        for j, name in enumerate(self.names):
+            shape = f"shift {self.shift[j]:+.2f} +- {self.shift_err[j]:.2f} sd  width x{self.width[j]:.2f} +- {self.width_err[j]:.2f}"
+            lines.append(f"  {name:<{pad}}  {verdicts[name]:<14}  p = {self.pvalues[name]:<8.3g}  {shape}")
+        return "\n".join(lines)
+
+    def plot(self, ax: "Axes | None" = None, *, kind: str = "ecdf") -> "Axes":
+        """Draw all parameters into one set of axes: kind 'ecdf' (difference to uniform) or 'histogram', with the 95 % band.
+
+        Raises: SettingError.   Read: inside the shaded band = calibrated; an S falling then rising = overconfident.
+        """
+        from sbi_phys.calibration import plots
+
+        draw = {"ecdf": plots.sbc_ecdf, "histogram": plots.sbc_histogram}[require_choice("kind", kind, ("ecdf", "histogram"))]
+        return draw(self, ax)
+
+    def figure(self, *, kind: str = "histogram") -> "Figure":
+        """Draw one panel per parameter; kind as in `plot`.   Raises: SettingError."""
+        from sbi_phys.calibration import plots
+
+        return plots.sbc_figure(self, require_choice("kind", kind, ("ecdf", "histogram")))
+
+
+def sbc(
+    theta: ArrayLike,
+    draws: ArrayLike,
+    names: Sequence[str | Parameter] | None = None,
+    quantities: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    *,
+    n_bins: int | None = None,
+    seed: int = 0,
+) -> SBC:
+    r"""Rank test of calibration, r = #{l: theta_l < theta*} ~ U{0..L}.
+
+    Args:
+        theta: (n, d), the values the simulations were made with, prior units; n >= 10.
+        draws: (n, l, d), independent posterior draws for each simulation, same units; l >= 2.
+        names: d names, or Parameters (their LaTeX goes on the axes).
+        quantities: further things to rank, {name: (values (n,), draw values (n, l))}, e.g. the log likelihood.
+        n_bins: bins of the histogram and of chi-square; default about n/25, from 2 to 20.
+        seed: of the random places given to ties; without ties the result does not depend on it.
+
+    Returns: SBC.
+    Raises: ShapeError, NonFiniteError, DataError (few rows, one draw, constant parameter), SettingError (n < 5 n_bins).
+    Source: Talts et al. 2018, arXiv:1804.06788; band and test: Sailynoja et al. 2022, arXiv:2103.10522.
+    Read: p < 0.05 = not calibrated; a truth outside all draws has rank 0 or l, which is a legal, telling rank.
+    """
+    truth, samples = check_pairs(theta, draws)
+    n, n_draws, dim = samples.shape
+    plain, labels = check_names(names, dim)
+    columns = {name: (truth[:, j], samples[:, :, j]) for j, name in enumerate(plain)}
+    extra = check_quantities(quantities, n, n_draws)
+    if set(extra) & set(plain):
+        raise SettingError(f"quantities repeat names of parameters: {sorted(set(extra) & set(plain))}; expected other names")
+    columns |= extra
+    for name, pair in columns.items():
+        require_varying(name, *pair)
+    ranks = np.stack([count_below(*pair, rng_for(seed, "sbc ties", name)) for name, pair in columns.items()], axis=-1)
+    return _from_ranks(ranks, n_draws, tuple(columns), (*labels, *extra), _bins(n, n_draws, n_bins))
+
+
+def _bins(n: int, n_draws: int, n_bins: int | None) -> Counts:
+    if n_bins is None:
+        n_bins = min(int(np.clip(n // 25, 2, 20)), n_draws + 1)
+    n_bins = require_int("n_bins", n_bins, low=2, high=n_draws + 1)
+    if n < 5 * n_bins:
+        raise SettingError(f"n_bins is {n_bins} for {n} simulations; expected n >= 5 n_bins, or the chi-square p-value is not valid")
+    return np.asarray(np.arange(n_bins + 1) * (n_draws + 1) // n_bins, dtype=np.int64)
+
+
+def _from_ranks(ranks: Counts, n_draws: int, names: tuple[str, ...], labels: tuple[str, ...], edges: Counts) -> SBC:
+    n = ranks.shape[0]
+    k = rank_grid(n_draws)
+    level = k / (n_draws + 1)
+    counts = np.stack([np.searchsorted(np.sort(r), k, side="left") for r in ranks.T], axis=-1)
+    histogram = np.stack([np.histogram(r, bins=edges - 0.5)[0] for r in ranks.T], axis=-1)
+    probability = np.diff(edges) / (n_draws + 1)
+    expected = n * probability
+    statistic = ((histogram - expected[:, None]) ** 2 / expected[:, None]).sum(axis=0)
+    bin_bands = np.concatenate([band_counts(n, [q], 1 - ALPHA / probability.size) for q in probability])
+    pvalues = {name: curve_pvalue(c, n, level) for name, c in zip(names, counts.T, strict=True)}
+    shift, shift_err, width, width_err = _shape(ranks, n_draws)
+    return SBC(
+        names=names,
+        labels=labels,
+        ranks=ranks,
+        n_draws=n_draws,
+        level=level,
+        ecdf=counts / n,
+        band=band_counts(n, level) / n,
+        pointwise_level=pointwise_level(n, level),
+        bin_edges=edges,
+        histogram=histogram,
+        expected=expected,
+        histogram_band=bin_bands,
+        pvalues=pvalues,
+        pvalues_chi2={name: float(p) for name, p in zip(names, chi2.sf(statistic, probability.size - 1), strict=True)},
+        pvalue=combine(pvalues),
+        shift=shift,
+        shift_err=shift_err,
+        width=width,
+        width_err=width_err,
+    )
+
+
+def _shape(ranks: Counts, n_draws: int) -> tuple[Array, Array, Array, Array]:
+    # Normal scores: for Gaussian posteriors Phi^-1(PIT) = (theta* - m)/s, so its mean is the bias in posterior sd and
+    # 1/sd is the width over the right one. Division by the sd that uniform ranks have removes the effect of finite l.
+    n = ranks.shape[0]
+    reference = ndtri((np.arange(n_draws + 1) + 0.5) / (n_draws + 1))
+    scores = ndtri((ranks + 0.5) / (n_draws + 1)) / reference.std()
+    spread = scores.std(axis=0, ddof=1)
+    kurtosis = (reference**4).mean() / reference.var() ** 2
+    width = 1 / np.maximum(spread, 1e-12)
+    return -scores.mean(axis=0), spread / np.sqrt(n), width, width * np.sqrt((kurtosis - 1) / (4 * n))

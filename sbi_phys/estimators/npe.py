@@ -1,0 +1,321 @@
+r"""Neural posterior estimation.
+
+For pairs (theta, x) ~ p(theta) p(x | theta) the expected loss
+
+    E[-log q(theta | x)] = E_x KL(p(theta | x) || q(theta | x)) + E_x H[p(theta | x)]
+
+is least where q is the posterior for (almost) every x: one training serves all observations (amortised). The network
+works in u, the prior's whitened space (see `priors`), so that
+
+    log q(theta | x) = log q(u | x) + log p(theta) - log N(u; 0, I),   u = prior.to_unbounded(theta)
+
+and no draw can leave the support. What the network is wrong about can be measured and mended where the simulator has
+an exact likelihood: `proposal` hands the learned posterior to importance sampling.
+
+Source: Papamakarios & Murray 2016, arXiv:1605.06376; Greenberg+ 2019, arXiv:1905.07488; Radev+ 2020, arXiv:2003.06281.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize
+from torch import Tensor, nn
+
+from sbi_phys.checkpoint import read_file, write_file
+from sbi_phys.checks import as_matrix, require_int
+from sbi_phys.dataset import XScaler, count_columns, prepare_simulations, split_rows
+from sbi_phys.device import resolve_device
+from sbi_phys.errors import DataError, ModelFileError, SettingError, SimulatorMismatchError
+from sbi_phys.estimators.posterior_net import FlowProposal, PosteriorNet, log_prob_nets, npe_loss, sample_net
+from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.flow import FlowConfig
+from sbi_phys.priors import Observable, Prior, prior_from_dict, standard_normal_log_prob
+from sbi_phys.progress import NoProgress, Progress
+from sbi_phys.protocol import Simulator, simulator_identity
+from sbi_phys.rng import rng_for, seed_for, torch_rng_for
+from sbi_phys.store import Store
+from sbi_phys.train import TrainConfig, fit
+
+__all__ = ["NPE", "load"]
+
+Array = NDArray[np.float64]
+_FILE = ("estimator", 1)
+_MIN_SIMULATIONS = 20
+
+
+class NPE:
+    """Amortised posterior q(theta | x).
+
+    Args:
+        prior: over theta; its whitening map is the space the network works in.
+        seed: of weights, split, order and draws.
+        flow: 'spline', 'affine', 'maf' or a FlowConfig.
+        embedding: None (residual perceptron), an EmbeddingConfig, or any nn.Module (n, *x_shape) -> (n, k).
+        n_ensemble: networks, trained with different seeds and splits; the density is their equal mixture.
+        device: 'auto' takes CUDA where there is one.
+        x_transform: 'auto', 'counts' (Anscombe's root) or 'real'; 'auto' asks `observables`, else looks at the values.
+        observables: the simulator's blocks of columns, if any.
+        simulator: identity of the simulator, kept in the model file; taken from the store when fitted from one.
+        config: of the training loop.
+    Raises: SettingError.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        seed: int = 0,
+        *,
+        flow: str | FlowConfig = "spline",
+        embedding: EmbeddingConfig | nn.Module | None = None,
+        n_ensemble: int = 1,
+        device: str | torch.device = "auto",
+        x_transform: str = "auto",
+        observables: Sequence[Observable] | None = None,
+        simulator: dict[str, Any] | None = None,
+        config: TrainConfig | None = None,
+    ) -> None:
+        if not isinstance(prior, Prior):
+            raise SettingError(f"prior is a {type(prior).__name__}; expected a prior, e.g. BoxPrior([Parameter(...)])")
+        self.prior = prior
+        self.seed = require_int("seed", seed, low=0)
+        self.flow = FlowConfig(kind=flow) if isinstance(flow, str) else flow
+        self.embedding = EmbeddingConfig() if embedding is None else embedding
+        self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
+        self.device = resolve_device(device)
+        self.x_transform = x_transform
+        self.observables = tuple(observables) if observables is not None else None
+        self.simulator = simulator
+        self.config = config or TrainConfig()
+        self.history: list[list[dict[str, Any]]] = []
+        self._scaler: XScaler | None = None
+        self._nets: list[PosteriorNet] = []
+
+    def fit(
+        self,
+        theta: ArrayLike | Tensor | Store | str | Path,
+        x: ArrayLike | Tensor | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Train on simulations.
+
+        Args: theta (n, d) in the prior's support and x (n, ...); or a store (or its path) in place of both.
+        checkpoint: path prefix; an interrupted training goes on from there, with the same weights in the end.
+        Raises: ShapeError, NonFiniteError, SupportError, DataError (empty, too few), TrainingError, StoreError.
+        """
+        theta_array, x_array = self._simulations(theta, x)
+        u, x_data = prepare_simulations(self.prior, theta_array, x_array)
+        if len(u) < _MIN_SIMULATIONS:
+            raise DataError(f"{len(u)} simulations; expected at least {_MIN_SIMULATIONS}")
+        counts = count_columns(x_data, self.x_transform, self.observables)
+        # one scaling for all members, from rows that no member validates on alone would need a network each;
+        # the split of the first member decides it, and only means and widths pass
+        train_rows, _ = split_rows(len(u), self.config.validation_fraction, seed_for(self.seed, "member", 0))
+        scaler = XScaler.fit(x_data[train_rows], counts)
+        if (scaler.counts & (x_data < 0).any(axis=0)).any():
+            raise DataError("x has negative values in columns declared as counts; expected counts >= 0")
+        tensors = torch.from_numpy(u.astype(np.float32)), scaler.apply(x_data)
+        nets, history = [], []
+        for k in range(self.n_ensemble):
+            net, records = self._fit_member(k, tensors, checkpoint, progress or NoProgress())
+            nets.append(net)
+            history.append(records)
+        self._scaler, self._nets, self.history = scaler, nets, history
+        return self
+
+    def _simulations(self, theta: Any, x: Any) -> tuple[Any, Any]:
+        if isinstance(theta, str | Path):
+            theta = Store(theta)
+        if not isinstance(theta, Store):
+            if x is None:
+                raise DataError("x is missing; expected fit(theta, x) or fit(store)")
+            return theta, x
+        if x is not None:
+            raise DataError("x was given beside a store; expected fit(store) or fit(theta, x)")
+        if theta.prior.names != self.prior.names:
+            raise SimulatorMismatchError(f"{theta!r} has parameters {theta.prior.names}; expected {self.prior.names}")
+        self.simulator = self.simulator or theta.identity
+        self.observables = self.observables or theta.observables
+        return theta.read()
+
+    def _fit_member(
+        self, k: int, tensors: tuple[Tensor, Tensor], checkpoint: str | Path | None, progress: Progress
+    ) -> tuple[PosteriorNet, list[dict[str, Any]]]:
+        seed = seed_for(self.seed, "member", k)
+        parts = [torch.from_numpy(rows) for rows in split_rows(len(tensors[0]), self.config.validation_fraction, seed)]
+        train, valid = ([t[rows].to(self.device) for t in tensors] for rows in parts)
+        net = self._new_net(k, tuple(tensors[1].shape[1:]))
+        net.start_at(train[0])
+        path = None if checkpoint is None else Path(f"{checkpoint}.{k}")
+        label = "train" if self.n_ensemble == 1 else f"train {k + 1}/{self.n_ensemble}"
+        records = []
+        with progress.task(label, self.config.for_rows(len(train[0]))[1]) as task:
+            for record in fit(npe_loss, net, train, valid, self.config, seed=seed, checkpoint=path):
+                records.append(asdict(record))
+                task.advance(1, text=f"loss {record.train:.3f} validation {record.valid:.3f}{' *' if record.best else ''}")
+        return net, records
+
+    def _new_net(self, k: int, x_shape: tuple[int, ...]) -> PosteriorNet:
+        seed = seed_for(self.seed, "member", k)
+        return PosteriorNet(self.prior.free_dim, x_shape, self.flow, self.embedding, seed=seed).to(self.device)
+
+    def _require_fit(self) -> XScaler:
+        if self._scaler is None:
+            raise SettingError("this NPE is not trained; expected .fit(theta, x) or sp.load(path) first")
+        return self._scaler
+
+    def _inputs(self, x: ArrayLike | Tensor) -> tuple[Tensor, bool]:
+        scaler = self._require_fit()
+        array, single = scaler.check("x", x)
+        return scaler.apply(array).to(self.device), single
+
+    def sample(self, x: ArrayLike | Tensor, n: int, seed: int = 0) -> Array:
+        """Draw n posterior samples: (n, d) for one observation, (b, n, d) for a batch of b, in the prior's units.
+
+        Raises: ShapeError, NonFiniteError, DataError, SettingError.
+        """
+        n = require_int("n", n, low=1)
+        inputs, single = self._inputs(x)
+        counts = rng_for(seed, "members").multinomial(n, np.full(len(self._nets), 1 / len(self._nets)))
+        parts = [
+            sample_net(net, inputs, int(c), torch_rng_for(seed, "draws", k, device=self.device))
+            for k, (net, c) in enumerate(zip(self._nets, counts, strict=True))
+            if c
+        ]
+        u = torch.cat(parts, dim=1).double().numpy()
+        if len(parts) > 1:  # the members' draws are mixed, so that any part of the draws is a sample of the mixture
+            u = u[:, rng_for(seed, "mix").permutation(n)]
+        theta = self.prior.from_unbounded(u.reshape(-1, self.prior.free_dim)).reshape(len(inputs), n, self.prior.dim)
+        return theta[0] if single else theta
+
+    def log_prob(self, theta: ArrayLike | Tensor, x: ArrayLike | Tensor) -> Array:
+        """Normalised log density of theta (n, d) given one observation x or n paired ones -> (n,); -inf outside the prior.
+
+        Raises: ShapeError, NonFiniteError, DataError.
+        """
+        array = as_matrix("theta", theta, self.prior.dim, self.prior.names)
+        inputs, _ = self._inputs(x)
+        if inputs.shape[0] not in (1, len(array)):
+            raise DataError(f"theta has {len(array)} rows and x has {inputs.shape[0]}; expected one observation or as many as theta")
+        out = np.full(len(array), -np.inf)
+        inside = np.flatnonzero(self.prior.contains(array))
+        if len(inside):
+            u = self.prior.to_unbounded(array[inside])
+            rows = inputs if inputs.shape[0] == 1 else inputs[torch.from_numpy(inside).to(self.device)]
+            log_u = log_prob_nets(self._nets, torch.from_numpy(u.astype(np.float32)).to(self.device), rows)
+            out[inside] = log_u + self.prior.log_prob(array[inside]) - standard_normal_log_prob(u)
+        return out
+
+    def map(self, x: ArrayLike | Tensor, *, n_start: int = 2000, seed: int = 0) -> Array:
+        """Mode of q(theta | x) for one observation -> (d,): the best of n_start draws, then a simplex search in u."""
+        draws = self.sample(x, n_start, seed)
+        if draws.ndim != 2:
+            raise DataError(f"x holds {len(draws)} observations; expected one")
+        start = self.prior.to_unbounded(draws[np.argmax(self.log_prob(draws, x))][None])[0]
+        width = self.prior.to_unbounded(draws).std(axis=0) + 1e-6
+
+        def objective(step: Array) -> float:
+            u = start + step * width
+            return float("inf") if np.abs(u).max() > 8 else -float(self.log_prob(self.prior.from_unbounded(u[None]), x)[0])
+
+        simplex = np.vstack([np.zeros(len(start)), 0.3 * np.eye(len(start))])
+        options = {"maxiter": 300 * len(start), "xatol": 1e-3, "fatol": 1e-5, "initial_simplex": simplex}
+        best = minimize(objective, simplex[0], method="Nelder-Mead", options=options)
+        return self.prior.from_unbounded((start + best.x * width)[None])[0]
+
+    def embed(self, x: ArrayLike | Tensor) -> Array:
+        """Features h of observations, those of all members side by side: (k,) for one, (b, k) for a batch."""
+        inputs, single = self._inputs(x)
+        with torch.inference_mode():
+            h = torch.cat([torch.cat([net.embedding(part) for part in inputs.split(8192)]) for net in self._nets], dim=1)
+        features: Array = h.double().cpu().numpy()
+        return features[0] if single else features
+
+    def proposal(self, x: ArrayLike | Tensor, *, prior_share: float = 0.01) -> FlowProposal:
+        """The learned posterior of one observation as a proposal density in u, tails widened."""
+        inputs, single = self._inputs(x)
+        if not single and len(inputs) != 1:
+            raise DataError(f"x holds {len(inputs)} observations; expected one")
+        return FlowProposal(self._nets, inputs, prior_share=prior_share)
+
+    def save(self, path: str | Path) -> None:
+        """Write the model: weights, scaling, prior, settings and history; no code is stored.   Raises: ModelFileError."""
+        from sbi_phys import __version__
+
+        content = {
+            "estimator": "NPE", "version": __version__, "seed": self.seed, "n_ensemble": self.n_ensemble,
+            "prior": json.dumps(self.prior.to_dict()), "simulator": json.dumps(self.simulator),
+            "observables": None if self.observables is None else json.dumps([asdict(o) for o in self.observables]),
+            "flow": asdict(self.flow), "config": asdict(self.config), "x_transform": self.x_transform,
+            "embedding": type(self.embedding).__qualname__ if isinstance(self.embedding, nn.Module) else asdict(self.embedding),
+            "scaler": self._require_fit().to_dict(), "history": self.history,
+            "weights": [{k: v.cpu() for k, v in net.state_dict().items()} for net in self._nets],
+        }  # fmt: skip
+        write_file(path, *_FILE, content)
+
+    @classmethod
+    def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> "NPE":
+        stored = content["embedding"]
+        if isinstance(stored, str) and embedding is None:
+            raise ModelFileError(f"{path} was trained with an embedding of class {stored}; expected load(path, embedding={stored}(...))")
+        if not isinstance(stored, str) and embedding is not None:
+            raise ModelFileError(f"{path} was trained with the default embedding; expected load(path) without an embedding")
+        observables = content["observables"]
+        npe = cls(
+            prior_from_dict(json.loads(content["prior"])),
+            content["seed"],
+            flow=FlowConfig(**content["flow"]),
+            embedding=embedding if embedding is not None else EmbeddingConfig(**stored),
+            n_ensemble=content["n_ensemble"],
+            device=device,
+            x_transform=content["x_transform"],
+            observables=None if observables is None else [Observable(**o) for o in json.loads(observables)],
+            simulator=json.loads(content["simulator"]),
+            config=TrainConfig(**content["config"]),
+        )
+        npe._scaler = XScaler.from_dict(content["scaler"])
+        npe.history = content["history"]
+        npe._nets = [npe._new_net(k, npe._scaler.shape) for k in range(npe.n_ensemble)]
+        for net, weights in zip(npe._nets, content["weights"], strict=True):
+            net.load_state_dict(weights)
+            net.eval()
+        return npe
+
+
+def load(
+    path: str | Path,
+    *,
+    simulator: Simulator | None = None,
+    embedding: nn.Module | None = None,
+    device: str | torch.device = "auto",
+) -> NPE:
+    """Read a model that `save` wrote.
+
+    Args: simulator: if given, it must be the one the model was trained with. embedding: the module, where the model was
+    trained with one of the user's own (its weights come from the file).
+    Raises: ModelFileError (missing, truncated, not ours, another network), SimulatorMismatchError.
+    """
+    path = Path(path)
+    content = read_file(path, *_FILE)
+    makers: dict[str, Callable[..., NPE]] = {"NPE": NPE._from_content}
+    try:
+        model = makers[content["estimator"]](path, content, embedding, device)
+    except (KeyError, TypeError, RuntimeError) as err:
+        raise ModelFileError(f"{path} does not describe a model that this version can build: {str(err).splitlines()[0]}") from err
+    if simulator is not None:
+        require_same_simulator(path, model.simulator, simulator)
+    return model
+
+
+def require_same_simulator(path: Path, stored: dict[str, Any] | None, simulator: Simulator) -> None:
+    """Raise SimulatorMismatchError unless the stored identity is the given simulator's."""
+    got = simulator_identity(simulator)
+    if stored is not None and json.loads(json.dumps(got)) != stored:
+        raise SimulatorMismatchError(f"{path} was trained with {json.dumps(stored)}; got {json.dumps(got)}")

@@ -1,0 +1,1 @@
+"""Networks: summary networks, conditional flows over nflows transforms. The only folder that imports nflows."""

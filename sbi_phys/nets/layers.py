@@ -1,0 +1,126 @@
+r"""Layers of the conditional flow, each an nflows `Transform`: forward(u, context) -> (z, log|dz/du|).
+
+The context that reaches a layer is its own share of one matrix product made for all layers together
+(`flow.ConditionalFlow`): it enters a coupling as the offset of the first hidden layer, and the affine layer as its
+parameters. A layer whose parameters are all zero is the identity, so a new flow equals its base density.
+"""
+
+from typing import cast
+
+import torch
+from nflows.transforms.base import Transform
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sbi_phys.nets.spline import n_spline_parameters, rational_quadratic_spline
+
+__all__ = ["AffineCoupling", "Coupling", "GaussianLayer", "SplineCoupling"]
+
+_LOG_SCALE_LIMIT = 12.0
+
+
+class GaussianLayer(Transform):
+    r"""Full conditional affine map z = A(x) (u - mu(x)), A = diag(e^s) (I + N), N strictly lower triangular.
+
+    With a normal base this alone is a Gaussian posterior with full covariance. It stands next to the data, so that the
+    layers behind it see a posterior of unit width however narrow it is within the prior: log|dz/du| = sum_k s_k.
+
+    Context (n, d + d + d(d-1)/2): mu, s, the entries of N.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.context_size = 2 * features + features * (features - 1) // 2
+        rows, columns = torch.tril_indices(features, features, offset=-1)
+        self.register_buffer("_flat", rows * features + columns, persistent=False)
+
+    def _split(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d = self.features
+        mean, raw, lower = context.split([d, d, d * (d - 1) // 2], dim=-1)
+        log_scale = _LOG_SCALE_LIMIT * torch.tanh(raw / _LOG_SCALE_LIMIT)
+        unit = context.new_zeros(context.shape[0], d * d).index_copy(1, cast(Tensor, self._flat), lower).view(-1, d, d)
+        return mean, log_scale, unit
+
+    def forward(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """u (n, d) -> z (n, d), log|dz/du| (n,)."""
+        mean, log_scale, lower = self._split(context)
+        centred = inputs - mean
+        z = log_scale.exp() * (centred + torch.bmm(lower, centred.unsqueeze(-1)).squeeze(-1))
+        return z, log_scale.sum(dim=-1)
+
+    def inverse(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """z (n, d) -> u (n, d), log|du/dz| (n,)."""
+        mean, log_scale, lower = self._split(context)
+        scaled = (inputs * (-log_scale).exp()).unsqueeze(-1)
+        centred = torch.linalg.solve_triangular(lower, scaled, upper=False, unitriangular=True).squeeze(-1)
+        return mean + centred, -log_scale.sum(dim=-1)
+
+
+class Coupling(Transform):
+    """Coupling layer: features `kept` pass unchanged and, with the context, set the map of the others.
+
+    Args: kept, changed: positions that together are 0 .. d-1 (`kept` may be empty: then the context alone sets the map).
+    hidden: width of the conditioner. n_parameters: numbers per changed feature.
+    """
+
+    def __init__(self, kept: Tensor, changed: Tensor, *, hidden: int, n_parameters: int) -> None:
+        super().__init__()
+        self.context_size = hidden
+        self.n_parameters = n_parameters
+        self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("changed", changed, persistent=False)
+        self.register_buffer("_back", torch.argsort(torch.cat([kept, changed])), persistent=False)
+        self.first = nn.Linear(len(kept), hidden, bias=False) if len(kept) else None
+        self.second = nn.Linear(hidden, hidden)
+        self.last = nn.Linear(hidden, len(changed) * n_parameters)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def _parameters_of(self, kept: Tensor, context: Tensor) -> Tensor:
+        hidden = F.silu(context if self.first is None else torch.addmm(context, kept, self.first.weight.t()))
+        hidden = hidden + F.silu(self.second(hidden))
+        return cast(Tensor, self.last(hidden)).view(kept.shape[0], -1, self.n_parameters)
+
+    def _apply_map(self, inputs: Tensor, context: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        kept, changed = inputs[:, cast(Tensor, self.kept)], inputs[:, cast(Tensor, self.changed)]
+        out, log_slope = self.elementwise(changed, self._parameters_of(kept, context), inverse=inverse)
+        return torch.cat([kept, out], dim=1)[:, cast(Tensor, self._back)], log_slope.sum(dim=1)
+
+    def elementwise(self, x: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Map x (n, c) with parameters (n, c, n_parameters) -> y (n, c), log|dy/dx| (n, c)."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """u (n, d) -> z (n, d), log|dz/du| (n,)."""
+        return self._apply_map(inputs, context, inverse=False)
+
+    def inverse(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """z (n, d) -> u (n, d), log|du/dz| (n,)."""
+        return self._apply_map(inputs, context, inverse=True)
+
+
+class SplineCoupling(Coupling):
+    """Coupling with a rational-quadratic spline (Durkan+ 2019, arXiv:1906.04032)."""
+
+    def __init__(self, kept: Tensor, changed: Tensor, *, hidden: int, n_bins: int, bound: float) -> None:
+        super().__init__(kept, changed, hidden=hidden, n_parameters=n_spline_parameters(n_bins))
+        self.bound = bound
+
+    def elementwise(self, x: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Spline on [-bound, bound], identity outside."""
+        return rational_quadratic_spline(x, parameters, bound=self.bound, inverse=inverse)
+
+
+class AffineCoupling(Coupling):
+    """Coupling y = x e^s + t, the conditional invertible network of the physics papers (Ardizzone+ 2019, arXiv:1907.02392)."""
+
+    def __init__(self, kept: Tensor, changed: Tensor, *, hidden: int) -> None:
+        super().__init__(kept, changed, hidden=hidden, n_parameters=2)
+
+    def elementwise(self, x: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Affine map; the log scale is held within +-3 by tanh, so that no layer can blow up alone."""
+        shift, log_scale = parameters[..., 0], 3 * torch.tanh(parameters[..., 1] / 3)
+        if inverse:
+            return (x - shift) * (-log_scale).exp(), -log_scale
+        return x * log_scale.exp() + shift, log_scale

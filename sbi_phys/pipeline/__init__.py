@@ -1,0 +1,95 @@
+"""The main job as a row of stages over a run folder; each leaves its files and a record, and is skipped when both are there.
+
+simulate -> train -> infer -> rounds -> refine -> reference -> compare -> calibrate -> check -> report
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sbi_phys.checks import require_choice
+from sbi_phys.config import Config
+from sbi_phys.device import resolve_device
+from sbi_phys.pipeline.infer import infer, refine, rounds
+from sbi_phys.pipeline.learn import simulate, train
+from sbi_phys.pipeline.page import report
+from sbi_phys.pipeline.proof import calibrate, check
+from sbi_phys.pipeline.reference import compare, reference
+from sbi_phys.pipeline.run import Run
+from sbi_phys.progress import Progress, or_none
+from sbi_phys.protocol import check_simulator
+
+__all__ = ["STAGES", "Run", "Stage", "run_stages"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage: what it does, the stages whose files it reads, and the files it leaves."""
+
+    work: Callable[[Run, dict[str, Any]], None]
+    needs: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+
+
+STAGES: dict[str, Stage] = {
+    "simulate": Stage(simulate, leaves=("simulations",)),
+    "train": Stage(train, needs=("simulate",), leaves=("model.pt",)),
+    "infer": Stage(infer, needs=("train",), leaves=("posterior_amortised.nc",)),
+    "rounds": Stage(rounds, needs=("infer",)),
+    "refine": Stage(refine, needs=("rounds",), leaves=("posterior.nc",)),
+    "reference": Stage(reference, needs=("infer",)),
+    "compare": Stage(compare, needs=("refine", "reference")),
+    "calibrate": Stage(calibrate, needs=("train",)),
+    "check": Stage(check, needs=("refine",)),
+    "report": Stage(report, needs=("compare", "calibrate", "check"), leaves=("summary.json", "report.html")),
+}
+
+
+def run_stages(config: Config, folder: str | Path, until: Iterable[str] = ("report",), *, progress: Progress | None = None) -> Run:
+    """Run the stages that `until` names and all that they need, skipping those already finished in the folder.
+
+    Args: config. folder: made if missing; one made with other settings is refused. until: names of stages.
+    Returns: the run, whose files are complete up to there.
+    Raises: SettingError, RunFolderError, SimulatorMismatchError, StoreError, DataError, TrainingError, ConvergenceError.
+    """
+    run = Run(Path(folder), config, or_none(progress))
+    wanted = _with_needs([require_choice("stage", name, STAGES) for name in until])
+    _foresee(run, wanted)
+    run.begin()
+    for i, name in enumerate(wanted):
+        if _finished(run, name):
+            continue
+        # what was made from this stage's former files is out of date, also if this run is cut short
+        for later in _dependents(name):
+            run.forget(later)
+        with run.progress.task(f"[{i + 1}/{len(wanted)}] {name}", None), run.recording(name) as numbers:
+            STAGES[name].work(run, numbers)
+    return run
+
+
+def _foresee(run: Run, wanted: list[str]) -> None:
+    """Meet now what would otherwise go wrong minutes later, before anything is written."""
+    check_simulator(run.simulator)
+    if "train" in wanted:
+        resolve_device(run.config.run.device)
+    if "infer" in wanted:
+        _ = run.observation
+
+
+def _finished(run: Run, name: str) -> bool:
+    return run.record(name) is not None and all(run.path(file).exists() for file in STAGES[name].leaves)
+
+
+def _with_needs(names: Iterable[str]) -> list[str]:
+    needed: set[str] = set()
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        needed.add(name)
+        todo += STAGES[name].needs
+    return [name for name in STAGES if name in needed]
+
+
+def _dependents(name: str) -> list[str]:
+    return [other for other in STAGES if other != name and name in _with_needs([other])]

@@ -1,0 +1,116 @@
+r"""Stages `infer`, `rounds` and `refine`: from the amortised network to the answer for the one observation.
+
+    q(theta | x_o)  ->  networks trained where q has mass  ->  draws weighted with the exact likelihood
+
+With the weights w = p(x_o | theta) p(theta) / q(theta | x_o) the final draws are exact up to their number, whatever the
+network got wrong, and the effective share of the draws says how much that was.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sbi_phys.estimators.npe import NPE, load
+from sbi_phys.estimators.sequential import truncated_rounds
+from sbi_phys.pipeline.run import Run
+from sbi_phys.priors import standard_normal_log_prob
+from sbi_phys.samplers.importance import importance_sample
+from sbi_phys.store import Store
+
+__all__ = ["infer", "log_target", "refine", "rounds"]
+
+Array = NDArray[np.float64]
+
+
+def log_target(run: Run) -> "LogTarget | None":
+    """The exact posterior in the whitened space, up to the evidence; None without an exact likelihood."""
+    return LogTarget(run.simulator, run.observation) if callable(getattr(run.simulator, "log_likelihood", None)) else None
+
+
+class LogTarget:
+    """log p(x_o | theta(u)) + log N(u; 0, I) of u (n, free_dim) -> (n,): likelihood times prior, in whitened space."""
+
+    def __init__(self, simulator: Any, x: Array) -> None:
+        self._simulator, self._x = simulator, x
+
+    def __call__(self, u: Array) -> Array:
+        """Log density of u (n, free_dim) -> (n,), normalised up to the evidence."""
+        theta = self._simulator.prior.from_unbounded(u)
+        return np.asarray(self._simulator.log_likelihood(self._x, theta), dtype=np.float64) + standard_normal_log_prob(u)
+
+
+def infer(run: Run, numbers: dict[str, Any]) -> None:
+    """Draw from the amortised posterior of the observation."""
+    npe = load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device)
+    theta = npe.sample(run.observation, run.config.infer.n_draws, seed=run.seed("infer"))
+    run.write_draws("posterior_amortised.nc", theta, {"method": "amortised network"})
+    numbers |= {"map": dict(zip(run.names, npe.map(run.observation, seed=run.seed("map")).tolist(), strict=True))}
+
+
+def rounds(run: Run, numbers: dict[str, Any]) -> None:
+    """Train again on simulations from where the amortised posterior of the observation has its mass."""
+    settings = run.config.rounds
+    run.path("model_rounds.pt").unlink(missing_ok=True)
+    if not settings.n_rounds:
+        numbers["skipped"] = "rounds.n_rounds = 0"
+        return
+    npe = truncated_rounds(
+        load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device),
+        run.simulator,
+        run.observation,
+        run.path("rounds"),
+        n_rounds=settings.n_rounds,
+        n_simulations=settings.n,
+        epsilon=settings.epsilon,
+        seed=run.seed("rounds"),
+        workers=run.config.run.workers or None,
+        progress=run.progress,
+    )
+    stores = [Store(run.path("rounds", f"round-{k + 1}")) for k in range(settings.n_rounds)]
+    numbers |= {
+        "n_rounds": settings.n_rounds,
+        "n_simulations": sum(store.n_rows for store in stores),
+        "n_failed": sum(store.n_failed for store in stores),
+        "validation_loss": [min(record["valid"] for record in member) for member in npe.history],
+    }
+    run.write_draws("posterior_rounds.nc", npe.sample(run.observation, run.config.infer.n_draws, seed=run.seed("rounds")), dict(numbers))
+    npe.save(run.path("model_rounds.pt"))
+
+
+def best_network(run: Run) -> tuple[NPE, str]:
+    """The network that knows most about the observation, and what it is called."""
+    sequential = run.path("model_rounds.pt")
+    name, path = ("truncated rounds", sequential) if sequential.exists() else ("amortised network", run.path("model.pt"))
+    return load(path, simulator=run.simulator, device=run.config.run.device), name
+
+
+def refine(run: Run, numbers: dict[str, Any]) -> None:
+    """Weight draws of the best network with the exact likelihood; without one its draws are the answer as they are."""
+    npe, name = best_network(run)
+    n, n_refine, target = run.config.infer.n_draws, run.config.infer.n_refine, log_target(run)
+    if target is None or not n_refine:
+        run.write_draws("posterior.nc", npe.sample(run.observation, n, seed=run.seed("refine")), {"method": name})
+        numbers |= {"skipped": "no exact likelihood" if target is None else "infer.n_refine = 0", "method": name}
+        return
+    result = importance_sample(
+        target,
+        npe.proposal(run.observation),
+        n_refine,
+        seed=run.seed("refine"),
+        target_ess=run.config.infer.target_ess,
+        progress=run.progress,
+    )
+    u = result.resample(n, run.rng("refine", "resample"))
+    numbers |= {
+        "method": f"{name}, importance-weighted",
+        "n_proposals": len(result.log_weights),
+        "ess": result.ess,
+        "ess_fraction": result.ess_fraction,
+        "pareto_k": result.pareto_k,
+        "unique_fraction": len(np.unique(u, axis=0)) / n,
+        "log_evidence": result.log_evidence,
+        "log_evidence_err": result.log_evidence_err,
+    }
+    run.write_draws("posterior.nc", run.simulator.prior.from_unbounded(u), dict(numbers))
+    run.write_array("weights.npy", result.log_weights)

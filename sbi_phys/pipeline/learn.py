@@ -1,0 +1,63 @@
+"""Stages `simulate` and `train`: prior draws into the store, the store into an amortised network."""
+
+from typing import Any
+
+import torch
+
+from sbi_phys.estimators.npe import NPE
+from sbi_phys.pipeline.run import Run
+from sbi_phys.simulate import simulate as run_simulations
+from sbi_phys.simulate import simulator_identity
+from sbi_phys.store import Store
+
+__all__ = ["simulate", "simulations", "train"]
+
+
+def simulations(run: Run, folder: str, n: int, *key: int | str) -> Store:
+    """The store of n prior draws in a folder of the run, made or completed."""
+    return run_simulations(
+        run.simulator,
+        n,
+        run.path(folder),
+        seed=run.seed(*key),
+        workers=run.config.run.workers or None,
+        shard_size=min(run.config.simulate.shard_size, n),
+        progress=run.progress,
+    )
+
+
+def simulate(run: Run, numbers: dict[str, Any]) -> None:
+    """Draw theta from the prior and x from the simulator; rows that fail stay in the store, flagged."""
+    store = simulations(run, "simulations", run.config.simulate.n, "simulate")
+    numbers |= {"n_simulations": store.n_rows, "n_failed": store.n_failed}
+
+
+def new_npe(run: Run, *key: int | str) -> NPE:
+    """An untrained estimator with the run's settings."""
+    config = run.config
+    return NPE(
+        run.simulator.prior,
+        run.seed(*key),
+        flow=config.flow,
+        embedding=config.embedding,
+        n_ensemble=config.estimator.n_ensemble,
+        x_transform=config.estimator.x_transform,
+        device=config.run.device,
+        observables=run.simulator.observables,
+        simulator=simulator_identity(run.simulator),
+        config=config.train,
+    )
+
+
+def train(run: Run, numbers: dict[str, Any]) -> None:
+    """Train the amortised network on the store; an interrupted training goes on from its checkpoint."""
+    run.path("training").mkdir(exist_ok=True)
+    npe = new_npe(run, "train")
+    npe.fit(Store(run.path("simulations")), checkpoint=run.path("training", "amortised"), progress=run.progress)
+    npe.save(run.path("model.pt"))
+    numbers |= {
+        "validation_loss": [min(record["valid"] for record in member) for member in npe.history],
+        "epochs": [len(member) for member in npe.history],
+        "device": str(npe.device),
+        "threads": torch.get_num_threads(),
+    }

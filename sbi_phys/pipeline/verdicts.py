@@ -1,0 +1,88 @@
+"""The run judged in words: whether the answer is right, what the network got wrong, and whether the data are like the simulations."""
+
+from typing import Any
+
+from sbi_phys.report.html import Verdict
+
+__all__ = ["verdicts"]
+
+# A posterior is called right where a classifier hardly tells it from the exact one, and no median is off by more.
+_C2ST, _SHIFT = 0.55, 0.1
+_PARETO = 0.7  # arXiv:1507.02646
+
+
+def verdicts(found: dict[str, Any]) -> list[Verdict]:
+    """Judge the numbers of `summary`; what was not run is said, not left out."""
+    return [_answer(found), *_refinement(found), _calibration(found), _prediction(found), _familiarity(found)]
+
+
+def _answer(found: dict[str, Any]) -> Verdict:
+    c2st, shift = found["c2st_final"], found["max_median_shift_sd"]
+    if c2st is None or shift is None:
+        return Verdict(
+            "warn", "The posterior was not compared with an exact answer.", "No reference was run, or the likelihood is not tractable."
+        )
+    detail = (
+        f"C2ST {c2st:.3f} (0.5 is no difference), largest shift of a median {shift:.3f} sd; "
+        f"before rounds and refinement C2ST {found['c2st_amortised']:.3f}."
+    )
+    if not found["mcmc"]["converged"]:
+        return Verdict("warn", "The exact Markov chains have not converged: the comparison says little.", detail)
+    if c2st <= _C2ST and shift <= _SHIFT:
+        return Verdict("good", "The final posterior agrees with exact Markov chains.", detail)
+    return Verdict("bad", "The final posterior differs from exact Markov chains.", detail)
+
+
+def _refinement(found: dict[str, Any]) -> list[Verdict]:
+    share, k = found["importance_ess_fraction"], found["importance_pareto_k"]
+    if share is None:
+        return [Verdict("warn", "The network's draws were not refined with an exact likelihood.")]
+    tail = "not known" if k is None else f"{k:.2f}"
+    detail = f"Effective sample {found['importance_ess']:.0f}, {100 * share:.2g} % of the proposals; Pareto k {tail}."
+    if k is not None and k < _PARETO and found["importance_ess"] >= 1000:
+        return [Verdict("good", "Weighted with the exact likelihood, the draws carry the answer.", detail)]
+    return [Verdict("warn", "Few draws carry most of the weight: the refined posterior may miss mass.", detail)]
+
+
+def _calibration(found: dict[str, Any]) -> Verdict:
+    pvalues = [p for p in (found["sbc_pvalue"], found["coverage_pvalue"]) if p is not None]
+    if not pvalues:
+        return Verdict("warn", "The network was not calibrated on held-out simulations.")
+    detail = f"SBC p = {found['sbc_pvalue']:.3g}, coverage p = {found['coverage_pvalue']:.3g} (both corrected for their number of tests)."
+    worst = min(pvalues)
+    if worst >= 0.05:
+        return Verdict("good", "The amortised network is calibrated on held-out simulations.", detail)
+    level, words = ("warn", "slightly off") if worst >= 1e-3 else ("bad", "not calibrated")
+    return Verdict(
+        level, f"The amortised network is {words} on held-out simulations; refinement mends that for this observation alone.", detail
+    )
+
+
+def _prediction(found: dict[str, Any]) -> Verdict:
+    p = found["predictive_pvalue"]
+    if p is None:
+        return Verdict("warn", "The model was not checked against the data.")
+    detail = f"Posterior predictive p = {p:.3g}, statistic: {found['predictive_statistic']}."
+    if p < 0.05:
+        level = "warn" if p >= 1e-3 else "bad"
+        return Verdict(
+            level,
+            "The data are more extreme than the model makes them, even at its best parameters: the model is not the whole story.",
+            detail,
+        )
+    return Verdict("good", "The data look like data of the model at its posterior.", detail)
+
+
+def _familiarity(found: dict[str, Any]) -> Verdict:
+    quantile = found["misspecification"]["quantile"]
+    if quantile is None:
+        return Verdict("warn", "It was not checked whether the observation is like the simulations.")
+    detail = f"It lies further out than {100 * quantile:.1f} % of the simulations, in the features that the network has learnt."
+    if quantile <= 0.95:
+        return Verdict("good", "The observation lies within what the network was trained on.", detail)
+    words = "at the edge of" if quantile <= 0.99 else "outside"
+    return Verdict(
+        "warn" if quantile <= 0.99 else "bad",
+        f"The observation lies {words} what the network was trained on: it extrapolates there.",
+        detail,
+    )

@@ -1,0 +1,179 @@
+"""Posterior files that ArviZ reads: NetCDF groups, the same for arviz 0.2x (InferenceData) and 1.x (xarray DataTree).
+
+The only module of the package that imports arviz, and only when a function is called. The file is plain NetCDF 4
+written by h5netcdf, so xarray, h5py and other languages read it too. Seeds and versions travel as JSON in the
+attribute `sbi_phys` of the file's root; units and labels are attributes of each variable.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sbi_phys.checks import as_real, require_finite
+from sbi_phys.errors import DataError, ShapeError
+from sbi_phys.priors import Parameter
+from sbi_phys.report.style import write_aside
+
+__all__ = ["attributes", "chains_to_dict", "group", "groups", "read_netcdf", "to_inference_data", "write_netcdf"]
+
+Array = NDArray[np.float64]
+Variables = Mapping[str, ArrayLike]
+_NOTE = "sbi_phys"
+
+
+def to_inference_data(
+    posterior: Variables,
+    *,
+    prior: Variables | None = None,
+    sample_stats: Variables | None = None,
+    observed_data: Variables | None = None,
+    posterior_predictive: Variables | None = None,
+    log_likelihood: Variables | None = None,
+    attrs: Mapping[str, Any] | None = None,
+    parameters: Sequence[Parameter] = (),
+) -> Any:
+    """arviz.InferenceData (arviz 0.2x) or xarray.DataTree (arviz 1.x) of named arrays.
+
+    Args: posterior, {name: (chains, draws, ...)}; prior, sample_stats, posterior_predictive, log_likelihood likewise (the
+    last three with the posterior's chains and draws, predictions may be fewer); observed_data, {name: (k, ...)};
+    attrs, JSON-able, kept as one text: seeds, versions, settings; parameters give unit and label to variables of their name.
+    Raises: ShapeError, NonFiniteError (posterior), DataError.   Source: ArviZ InferenceData schema, doi:10.21105/joss.01143.
+    """
+    if not posterior:
+        raise DataError("posterior is empty; expected {name: (chains, draws)}")
+    data: dict[str, dict[str, Array]] = {"posterior": _sampled("posterior", posterior)}
+    for array in data["posterior"].values():
+        require_finite("posterior", array)
+    shape = next(iter(data["posterior"].values())).shape[:2]
+    optional = {
+        "prior": prior,
+        "posterior_predictive": posterior_predictive,
+        "sample_stats": sample_stats,
+        "log_likelihood": log_likelihood,
+    }
+    for name, variables in optional.items():
+        if variables:
+            data[name] = _sampled(name, variables, shape if name in ("sample_stats", "log_likelihood") else None)
+    if observed_data:
+        data["observed_data"] = {k: as_real(f"observed_data[{k!r}]", v) for k, v in observed_data.items()}
+    tree = _convert(data)
+    tree.attrs[_NOTE] = _to_json(attrs or {})
+    units = {p.name: p for p in parameters}
+    for name in ("posterior", "prior"):
+        for key in data.get(name, {}):
+            if key in units:
+                tree[name][key].attrs.update(units=units[key].unit, long_name=units[key].latex or key)
+    return tree
+
+
+def write_netcdf(path: str | os.PathLike[str], data: Any) -> Path:
+    """Write what `to_inference_data` made to `path`, aside and renamed -> the path.   Raises: DataError for anything else."""
+    if not hasattr(data, "to_netcdf") or "posterior" not in groups(data):
+        raise DataError(f"data is a {type(data).__name__}; expected an InferenceData or DataTree with a group 'posterior'")
+    return write_aside(path, lambda aside: data.to_netcdf(str(aside), engine="h5netcdf"))
+
+
+def read_netcdf(path: str | os.PathLike[str]) -> Any:
+    """Read a file into memory and close it -> InferenceData (arviz 0.2x) or DataTree (arviz 1.x), whichever version wrote it.
+
+    Raises: DataError for a file that is missing, truncated, no NetCDF, or without a group 'posterior'.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; expected a NetCDF file with a group 'posterior'")
+    arviz = _import_arviz()
+    try:
+        if _old(arviz):
+            with arviz.rc_context({"data.load": "eager"}):
+                data = arviz.from_netcdf(str(path), engine="h5netcdf")
+        else:
+            with arviz.from_netcdf(str(path), engine="h5netcdf") as lazy:
+                data = lazy.load().copy(deep=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as err:
+        raise DataError(f"{path} is not a readable NetCDF file (truncated, or written by something else): {err}") from err
+    if "posterior" not in groups(data):
+        raise DataError(f"{path} has groups {groups(data)}; expected 'posterior' among them")
+    return data
+
+
+def groups(data: Any) -> tuple[str, ...]:
+    """Names of the groups, for either version's object."""
+    if hasattr(data, "children"):
+        return tuple(data.children)
+    return tuple(data.groups()) if callable(getattr(data, "groups", None)) else ()
+
+
+def group(data: Any, name: str) -> dict[str, NDArray[Any]]:
+    """One group as {variable: array}, for either version's object.   Raises: DataError."""
+    if name not in groups(data):
+        raise DataError(f"group {name!r} is missing; expected one of {groups(data)}")
+    return {str(key): np.asarray(variable.values) for key, variable in data[name].data_vars.items()}
+
+
+def attributes(data: Any) -> dict[str, Any]:
+    """The `attrs` given to `to_inference_data`, or {} for a file of other origin."""
+    try:
+        out = json.loads(data.attrs.get(_NOTE, "{}"))
+    except (TypeError, ValueError) as err:
+        raise DataError(f"attribute {_NOTE!r} is not JSON: {err}") from err
+    if not isinstance(out, dict):
+        raise DataError(f"attribute {_NOTE!r} holds a {type(out).__name__}; expected a JSON object")
+    return out
+
+
+def chains_to_dict(samples: ArrayLike, names: Sequence[str]) -> dict[str, Array]:
+    """Draws (n, d), taken as one chain, or chains (c, n, d) -> {name: (c, n)}.   Raises: ShapeError, DataError."""
+    array = as_real("samples", samples)
+    if array.ndim not in (2, 3) or array.shape[-1] != len(names):
+        raise ShapeError(f"samples has shape {array.shape}; expected (n, {len(names)}) or (chains, n, {len(names)}) = {tuple(names)}")
+    array = array[None] if array.ndim == 2 else array
+    return {name: array[:, :, k] for k, name in enumerate(names)}
+
+
+def _sampled(name: str, variables: Variables, shape: tuple[int, ...] | None = None) -> dict[str, Array]:
+    """Arrays that all begin with the same (chains, draws)."""
+    out = {key: as_real(f"{name}[{key!r}]", value) for key, value in variables.items()}
+    for key, array in out.items():
+        wanted = shape or next(iter(out.values())).shape[:2]
+        if array.ndim < 2 or array.shape[:2] != wanted or not array.size:
+            note = f"{wanted} + event shape" if len(wanted) == 2 else "(chains, draws, ...)"
+            raise ShapeError(f"{name}[{key!r}] has shape {array.shape}; expected {note}")
+    return out
+
+
+def _import_arviz() -> Any:
+    with warnings.catch_warnings():
+        # 0.23 announces the 1.x refactoring at every import; this module is what speaks both
+        warnings.filterwarnings("ignore", category=FutureWarning, module="arviz")
+        warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
+        import arviz
+    return arviz
+
+
+def _old(arviz: Any) -> bool:
+    # not hasattr: 1.x answers for the missing name with a warning of its own
+    return "InferenceData" in vars(arviz)
+
+
+def _convert(data: dict[str, dict[str, Array]]) -> Any:
+    arviz = _import_arviz()
+    with warnings.catch_warnings():
+        # "more chains than draws" is a guess at a transposed array; shapes were checked above
+        warnings.filterwarnings("ignore", message="More chains", category=UserWarning)
+        tree = arviz.from_dict(**data) if _old(arviz) else arviz.from_dict(data)
+    for name in groups(tree):
+        tree[name].attrs.pop("created_at", None)  # the same run gives the same file, whenever it is made
+    return tree
+
+
+def _to_json(attrs: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(attrs), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as err:
+        raise DataError(f"attrs can not be written as JSON: {err}; expected numbers, text, lists and dicts") from err

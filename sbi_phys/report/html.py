@@ -1,0 +1,234 @@
+"""One self-contained HTML file of a run: sections of text, tables, pictures, key-value lists and verdicts.
+
+Pictures are data URIs and the style sheet is inline; a content security policy in the page forbids every request and
+every script, so that the file shows the same in ten years and on a machine without network. All words are escaped;
+text may hold `code`, **bold**, $LaTeX$ and https addresses.
+"""
+
+import base64
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sbi_phys.checks import require_choice
+from sbi_phys.errors import DataError, SettingError
+from sbi_phys.report.style import write_aside
+from sbi_phys.report.tables import Table, inline_html
+
+__all__ = ["Block", "Code", "Details", "FigureBlock", "KeyValues", "Section", "Table", "Text", "Verdict", "render_report"]
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_LEVELS = {"good": ("✓", "Good"), "warn": ("!", "Caution"), "bad": ("✗", "Problem")}
+_TEMPLATE = Path(__file__).with_name("template.html.j2")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Paragraphs, parted by blank lines; lines that begin with '- ' form a list."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Text kept as it is: a settings file, a command."""
+
+    text: str
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FigureBlock:
+    """A PNG picture (path or bytes) with its caption; alt says what a reader who can not see it misses.
+
+    Args: pdf, path relative to the report of the same figure as PDF, or ''; max_width in CSS pixels, None for the full column.
+    Raises: DataError for a file that is missing or no PNG, or an empty alt; SettingError for a pdf that is no relative path.
+    """
+
+    source: str | os.PathLike[str] | bytes
+    caption: str
+    alt: str
+    pdf: str = ""
+    max_width: int | None = None
+
+    def __post_init__(self) -> None:
+        """Fail where the block is made, not where the page is written."""
+        if not self.alt.strip():
+            raise DataError(f"figure {self.caption[:40]!r} has an empty alt; expected a description for those who can not see it")
+        if self.pdf and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", self.pdf):
+            raise SettingError(f"pdf is {self.pdf!r}; expected a path relative to the report, e.g. 'figures/corner.pdf'")
+        self.png()
+
+    def png(self) -> bytes:
+        """The bytes of the picture."""
+        if isinstance(self.source, bytes):
+            data, name = self.source, "source"
+        else:
+            try:
+                data, name = Path(self.source).read_bytes(), str(self.source)
+            except OSError as err:
+                raise DataError(f"figure {self.source} can not be read: {err.strerror}; expected a PNG file") from err
+        if not data.startswith(_PNG) or len(data) < 33:
+            raise DataError(f"figure {name} has {len(data)} bytes that are no PNG; expected a PNG picture")
+        return data
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, from the PNG header; given to the browser so that the page does not jump."""
+        head = self.png()[16:24]
+        return int.from_bytes(head[:4], "big"), int.from_bytes(head[4:], "big")
+
+    @property
+    def uri(self) -> str:
+        """The picture as a data URI."""
+        return "data:image/png;base64," + base64.b64encode(self.png()).decode("ascii")
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValues:
+    """A list of names and values: settings, seeds, versions."""
+
+    items: Mapping[str, Any]
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A judgement in words: level 'good', 'warn' or 'bad', shown by a sign and a word besides the colour.   Raises: SettingError."""
+
+    level: str
+    words: str
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the level."""
+        require_choice("level", self.level, _LEVELS)
+
+    @property
+    def sign(self) -> str:
+        """The sign in front."""
+        return _LEVELS[self.level][0]
+
+    @property
+    def name(self) -> str:
+        """The level as a word."""
+        return _LEVELS[self.level][1]
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """Blocks folded behind a line that opens on a click; printed unfolded only if open."""
+
+    summary: str
+    body: Sequence["Block"]
+    open: bool = False
+
+
+Block = Text | Code | Table | FigureBlock | KeyValues | Verdict | Details
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A titled part of the report; the title also stands in the table of contents."""
+
+    title: str
+    body: Sequence[Block]
+    anchor: str = field(default="")
+
+    def __post_init__(self) -> None:
+        """Check the blocks: a bare str would be read letter by letter."""
+        if not self.title.strip():
+            raise DataError("section has an empty title; expected words for the table of contents")
+        body: Any = self.body
+        if isinstance(body, str):
+            raise DataError(f"body of section {self.title!r} is a str; expected a list of blocks such as Text(...)")
+        _require_blocks(self.body, f"section {self.title!r}")
+
+
+def render_report(
+    path: str | os.PathLike[str],
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    *,
+    verdicts: Sequence[Verdict] = (),
+    footer: str = "",
+    lang: str = "en",
+) -> Path:
+    """Write the report to `path`, aside and renamed -> the path.
+
+    Args: verdicts, the answers in short, shown below the title; footer, one line, e.g. versions and seed.
+    Raises: DataError for no sections or foreign blocks; SettingError for a lang that is no language tag.
+    """
+    if not sections:
+        raise DataError("sections is empty; expected at least one Section")
+    for part in sections:
+        if not isinstance(part, Section):
+            raise DataError(f"sections has a {type(part).__name__}; expected Section(title, body)")
+    _require_blocks(verdicts, "verdicts")
+    if not re.fullmatch(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*", lang):
+        raise SettingError(f"lang is {lang!r}; expected a language tag such as 'en'")
+    page = (
+        _environment()
+        .get_template(_TEMPLATE.name)
+        .render(
+            title=title,
+            subtitle=subtitle,
+            sections=list(zip(_anchors(sections), sections, strict=True)),
+            verdicts=verdicts,
+            footer=footer,
+            lang=lang,
+        )
+    )
+    # lone surrogates can stand in file names and can not be written as UTF-8
+    data = page.encode("utf-8", "replace")
+    return write_aside(path, lambda aside: aside.write_bytes(data))
+
+
+def _environment() -> Any:
+    import jinja2
+    from markupsafe import Markup
+
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATE.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters["inline"] = lambda text: Markup(inline_html(str(text)))
+    env.filters["paragraphs"] = lambda text: Markup(_paragraphs(text))
+    env.filters["table"] = lambda table: Markup(table.to_html())
+    env.filters["kind"] = lambda block: type(block).__name__
+    return env
+
+
+def _paragraphs(text: str) -> str:
+    out = []
+    for part in re.split(r"\n\s*\n", text.strip()):
+        lines = [line.strip() for line in part.splitlines() if line.strip()]
+        if lines and all(line.startswith("- ") for line in lines):
+            out.append("<ul>" + "".join(f"<li>{inline_html(line[2:])}</li>" for line in lines) + "</ul>")
+        elif lines:
+            out.append(f"<p>{inline_html(' '.join(lines))}</p>")
+    return "\n".join(out)
+
+
+def _anchors(sections: Sequence[Section]) -> list[str]:
+    """Distinct fragment names from the titles."""
+    out: list[str] = []
+    for k, part in enumerate(sections):
+        slug = re.sub(r"[^a-z0-9]+", "-", (part.anchor or part.title).lower()).strip("-") or f"section-{k + 1}"
+        while slug in out:
+            slug += "-x"
+        out.append(slug)
+    return out
+
+
+def _require_blocks(blocks: Sequence[Any], where: str) -> None:
+    for block in blocks:
+        if not isinstance(block, Block):
+            raise DataError(f"{where} has a {type(block).__name__}; expected Text, Code, Table, FigureBlock, KeyValues, Verdict or Details")

@@ -1,0 +1,1 @@
+"""Samplers: they see a log density and arrays, never a network."""

@@ -1,0 +1,344 @@
+r"""Markov chain Monte Carlo with emcee, run until it has converged, or an error that says how far it is from that.
+
+The walkers form several groups, each an ensemble of its own that shares nothing with the others, so that agreement between
+groups is evidence. A run has two parts:
+
+1. Burn-in, in blocks of growing length. After a block, walkers stuck in a negligible mode are put back: a walker whose best log
+   density of the block's second half lies more than `stuck_below` under the group's median is moved to a place that a healthy walker
+   of its group visited in that half. A mode so far below could only matter if its volume were exp(stuck_below) times larger. Burn-in ends
+   with a block that is 10 autocorrelation times long, has no stuck walker, and whose halves agree in mean log density.
+2. Production, where nothing is ever reset, so that detailed balance holds; no draw of burn-in is kept. It ends when, for every parameter,
+   the chain is longer than 50 tau (`diagnostics`), walkers x steps / tau >= n_samples, split R-hat between groups <= 1.01, and R-hat
+   between single walkers is no larger than chains of that length give by chance.
+
+Several modes: a mode is sampled with its right weight only if walkers travel. The mode jump (`moves`) does that when both modes hold
+walkers of a group, which is the business of the start: `spread_start`. If walkers do not travel, R-hat between walkers and tau say so.
+
+Source: Foreman-Mackey et al. 2013, arXiv:1202.3665; R-hat: Vehtari et al. 2021, arXiv:1903.08008.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import chi2
+
+from sbi_phys.checks import as_array, require_int, require_number
+from sbi_phys.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.progress import Progress, Task, or_none
+from sbi_phys.rng import rng_for, seed_for
+from sbi_phys.samplers.diagnostics import autocorrelation_time, split_r_hat
+from sbi_phys.samplers.moves import default_moves
+
+__all__ = ["MCMCResult", "run_emcee", "spread_start"]
+
+Array = NDArray[np.float64]
+LogDensity = Callable[[Array], Array]
+
+LENGTH_IN_TAU = 50
+R_HAT_MAX = 1.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MCMCResult:
+    r"""Draws of a Markov chain and the evidence for their convergence.
+
+    samples (n, d), thinned to about one per autocorrelation time, in random order (fewer than asked for only if not converged);
+    log_prob (n,) at them.
+    chains (n_walkers, n_steps, d), production only, all steps; group (n_walkers,), the ensemble that a walker belongs to.
+    autocorr_time (d,), steps. n_effective, walkers x steps / largest tau. acceptance, mean share of accepted moves.
+    r_hat (d,), between groups; r_hat_walkers (d,), between single walkers. n_burn, steps dropped; n_reset, walkers put back in burn-in.
+    n_evaluations of the log density. converged; message says why or why not.
+    """
+
+    samples: Array
+    log_prob: Array
+    chains: Array
+    group: NDArray[np.int64]
+    autocorr_time: Array
+    n_effective: float
+    acceptance: float
+    r_hat: Array
+    r_hat_walkers: Array
+    n_burn: int
+    n_reset: int
+    n_evaluations: int
+    converged: bool
+    message: str
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        size = f"{self.chains.shape[0]} walkers in {self.group.max() + 1} groups x {self.chains.shape[1]} steps"
+        burn = f"after {self.n_burn} of burn-in ({self.n_reset} walkers put back)"
+        return (
+            f"MCMC, {size} {burn}: {'converged' if self.converged else 'NOT converged'}, {self.message}; acceptance {self.acceptance:.2f}"
+        )
+
+
+def run_emcee(
+    log_prob: LogDensity,
+    start: ArrayLike,
+    *,
+    n_samples: int = 10_000,
+    max_steps: int = 50_000,
+    seed: int = 0,
+    n_groups: int | None = None,
+    moves: list[tuple[Any, float]] | None = None,
+    stuck_below: float | None = None,
+    raise_on_failure: bool = True,
+    progress: Progress | None = None,
+) -> MCMCResult:
+    r"""Draw from exp(log_prob) with emcee until the chain has converged and holds n_samples effectively independent draws.
+
+    Args:
+        log_prob: (m, d) -> (m,), unnormalised log density, vectorised; -inf outside the support.
+        start: (n_walkers, d), places of positive density, all different (see `spread_start`); at least max(2 d + 2, 8) walkers a group.
+        n_samples: effectively independent draws to return.
+        max_steps: most steps of a walker, burn-in included.
+        seed: same seed, same chain; numpy's global generator is left alone.
+        n_groups: independent ensembles; default 4, or fewer where there are too few walkers. Walker i starts in group i modulo n_groups.
+        moves: emcee moves with weights; default `moves.default_moves()`.
+        stuck_below: nats, see the module; default 5 more than a Gaussian's far tail, chi2_d.isf(1e-6) / 2 + 5, 26 for d = 8.
+        raise_on_failure: False returns an unconverged result (`converged`, `message`) instead of raising.
+        progress: shows the share of the length needed, tau and R-hat.
+
+    Returns: MCMCResult.
+    Raises: ShapeError, NonFiniteError (NaN or +inf, naming the point), DataError (start), SettingError, ConvergenceError.
+    Source: Foreman-Mackey et al. 2013, arXiv:1202.3665.
+    Read: r_hat <= 1.01 and chain longer than 50 tau = converged as far as the places that any walker has reached.
+    """
+    walkers = as_array("start", start, (None, None))
+    n_walkers, dim = walkers.shape
+    n_samples, max_steps = require_int("n_samples", n_samples, low=1), require_int("max_steps", max_steps, low=100)
+    n_groups = _group_number(n_groups, n_walkers, dim)
+    depth = float(chi2.isf(1e-6, dim)) / 2 + 5 if stuck_below is None else require_number("stuck_below", stuck_below, low=0, open_low=True)
+    density = _Checked(log_prob, dim)
+    groups = [_Group(density, walkers[g::n_groups], default_moves() if moves is None else moves, seed, g) for g in range(n_groups)]
+    with or_none(progress).task("MCMC", total=1.0) as task:
+        n_burn, n_reset, settled = _burn_in(groups, max_steps, depth, rng_for(seed, "mcmc resets"), task)
+        for group in groups:
+            group.sampler.reset()
+        verdict = _produce(groups, n_samples, max_steps - n_burn, task)
+    converged = verdict.good and settled
+    message = verdict.text if settled else f"burn-in did not settle in {n_burn} steps; {verdict.text}"
+    if not converged and raise_on_failure:
+        raise ConvergenceError(f"MCMC did not converge: {message}; expected convergence within max_steps = {max_steps}")
+    chains = np.concatenate([g.chain() for g in groups])
+    samples, values = _thinned(chains, np.concatenate([g.log_prob() for g in groups]), n_samples, rng_for(seed, "mcmc draws"))
+    return MCMCResult(
+        samples=samples,
+        log_prob=values,
+        chains=chains,
+        group=np.repeat(np.arange(n_groups), [g.n_walkers for g in groups]),
+        autocorr_time=verdict.tau,
+        n_effective=verdict.n_effective,
+        acceptance=float(np.mean(np.concatenate([g.sampler.acceptance_fraction for g in groups]))),
+        r_hat=verdict.r_hat,
+        r_hat_walkers=verdict.r_hat_walkers,
+        n_burn=n_burn,
+        n_reset=n_reset,
+        n_evaluations=density.n_evaluations,
+        converged=converged,
+        message=message,
+    )
+
+
+def spread_start(
+    log_prob: LogDensity, candidates: ArrayLike, n_walkers: int, rng: np.random.Generator, *, random_share: float = 0.25
+) -> Array:
+    r"""Choose n_walkers different starting places (n_walkers, d) among candidates (m, d): the likely ones, flattened, and some at random.
+
+    Places are drawn without repetition with weights p^beta, where beta <= 1 is the largest power that leaves an effective number of
+    4 n_walkers candidates (or half of all): modes that lie tens of nats lower are then still populated. A share `random_share` of places
+    is uniform among the candidates of positive density. Candidates: draws of the prior, of a network's posterior, or both.
+
+    Raises: ShapeError, NonFiniteError, SettingError, DataError (fewer candidates of positive density than walkers).
+    """
+    points = as_array("candidates", candidates, (None, None))
+    n_walkers = require_int("n_walkers", n_walkers, low=1)
+    share = require_number("random_share", random_share, low=0, high=1)
+    if not isinstance(rng, np.random.Generator):
+        raise SettingError(f"rng is {rng!r}; expected a numpy Generator, e.g. sbi_phys.rng.rng_for(seed)")
+    points = np.unique(points, axis=0)
+    values = _Checked(log_prob, points.shape[1])(points)
+    points, values = points[np.isfinite(values)], values[np.isfinite(values)]
+    if points.shape[0] < n_walkers:
+        raise DataError(f"candidates has {points.shape[0]} different points of positive density; expected at least n_walkers = {n_walkers}")
+    wanted = min(4.0 * n_walkers, 0.5 * points.shape[0])
+    beta = _power(values - values.max(), wanted)
+    n_random = round(share * n_walkers)
+    # Gumbel's trick: the largest of log weight + Gumbel noise are draws without repetition
+    by_weight = np.argsort(-(beta * values + rng.gumbel(size=values.size)))[: n_walkers - n_random]
+    rest = rng.permutation(np.setdiff1d(np.arange(values.size), by_weight))[:n_random]
+    return points[rng.permutation(np.concatenate([by_weight, rest]))]
+
+
+def _power(log_weights: Array, wanted: float) -> float:
+    def size(beta: float) -> float:
+        w = np.exp(beta * log_weights)
+        return float(w.sum() ** 2 / (w**2).sum())
+
+    if size(1.0) >= wanted:
+        return 1.0
+    low, high = -60.0, 0.0  # log beta
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if size(math.exp(middle)) >= wanted else (low, middle)
+    return math.exp(low)
+
+
+def _group_number(n_groups: int | None, n_walkers: int, dim: int) -> int:
+    least = max(2 * dim + 2, 8)  # emcee's own limit and a little, and three helpers in each half of a group
+    if n_groups is None:
+        n_groups = max(1, min(4, n_walkers // least))
+    n_groups = require_int("n_groups", n_groups, low=1)
+    if n_walkers // n_groups < least:
+        raise ShapeError(f"start has {n_walkers} walkers for {n_groups} groups in {dim} dimensions; expected at least {n_groups * least}")
+    return n_groups
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Verdict:
+    """What the convergence criteria say of a chain."""
+
+    tau: Array
+    n_effective: float
+    r_hat: Array
+    r_hat_walkers: Array
+    needed: float
+    good: bool
+    text: str
+
+
+class _Checked:
+    """A log density whose answers are checked and counted; an error names the point."""
+
+    def __init__(self, log_prob: LogDensity, dim: int) -> None:
+        self.log_prob, self.dim, self.n_evaluations = log_prob, dim, 0
+
+    def __call__(self, u: Array) -> Array:
+        values = as_array("log_prob(u)", self.log_prob(u), (u.shape[0],), finite=False)
+        bad = np.isnan(values) | np.isposinf(values)
+        if bad.any():
+            i = int(np.argmax(bad))
+            raise NonFiniteError(f"log_prob is {values[i]} at u = {np.asarray(u)[i].tolist()}; expected a finite number or -inf")
+        self.n_evaluations += values.size
+        return values
+
+
+class _Group:
+    """One ensemble of walkers: an emcee sampler with its own generator."""
+
+    def __init__(self, density: _Checked, start: Array, moves: list[tuple[Any, float]], seed: int, index: int) -> None:
+        import emcee
+
+        values = density(start)
+        if np.isneginf(values).any():
+            i = int(np.argmax(np.isneginf(values)))
+            raise DataError(f"start has log_prob -inf at walker {start[i].tolist()}; expected places of positive density, see spread_start")
+        spread = start - start.mean(axis=0)
+        scale = np.where(spread.std(axis=0) > 0, spread.std(axis=0), 1.0)
+        if np.linalg.matrix_rank(spread / scale, tol=1e-9) < start.shape[1]:
+            raise DataError(f"start of group {index} spans fewer than {start.shape[1]} dimensions; expected walkers at different places")
+        self.n_walkers = start.shape[0]
+        self.sampler = emcee.EnsembleSampler(*start.shape, density, moves=moves, vectorize=True)
+        self.sampler.log_prob_fn = density  # emcee's own wrapper prints every exception to the screen
+        random = np.random.RandomState(seed_for(seed, "mcmc", index) % 2**32)
+        self.state = emcee.State(start, log_prob=values, random_state=random.get_state())
+
+    def run(self, n_steps: int) -> None:
+        self.state = self.sampler.run_mcmc(self.state, n_steps, skip_initial_state_check=True)
+
+    def chain(self, last: int = 0) -> Array:
+        return np.swapaxes(self.sampler.get_chain()[-last:], 0, 1)
+
+    def log_prob(self, last: int = 0) -> Array:
+        return np.swapaxes(self.sampler.get_log_prob()[-last:], 0, 1)
+
+    def put_back(self, depth: float, last: int, rng: np.random.Generator) -> int:
+        """Move stuck walkers to places that healthy ones visited lately; return how many."""
+        values, chain = self.log_prob(last), self.chain(last)
+        best = values.max(axis=1)
+        stuck = np.flatnonzero(best < np.median(values) - depth)
+        healthy = np.setdiff1d(np.arange(self.n_walkers), stuck)
+        for walker in stuck:
+            donor, step = rng.choice(healthy), rng.integers(last)
+            self.state.coords[walker], self.state.log_prob[walker] = chain[donor, step], values[donor, step]
+        return int(stuck.size)
+
+
+def _burn_in(groups: list[_Group], max_steps: int, depth: float, rng: np.random.Generator, task: Task) -> tuple[int, int, bool]:
+    done, n_reset, block = 0, 0, 100
+    while done + block <= max_steps // 2:
+        for group in groups:
+            group.run(block)
+        done += block
+        half = block // 2
+        n_stuck = sum(group.put_back(depth, half, rng) for group in groups)
+        n_reset += n_stuck
+        tau = float(autocorrelation_time(np.concatenate([g.chain(block) for g in groups])).max())
+        values = np.concatenate([g.log_prob(block) for g in groups])
+        # the halves' difference in mean log density, in units of its error for draws correlated over tau
+        error = values.std() * math.sqrt(4 * max(tau, 1.0) / values.size)
+        drift = abs(values[:, :half].mean() - values[:, half:].mean()) / max(error, 1e-300)
+        task.update(0.0, text=f"burn-in, {done} steps, tau {tau:.0f}")
+        if n_stuck == 0 and block >= 10 * tau and drift < 3:
+            return done, n_reset, True
+        block = min(2 * block, 100 * math.ceil(max_steps / 800))
+    return done, n_reset, False
+
+
+def _produce(groups: list[_Group], n_samples: int, max_steps: int, task: Task) -> _Verdict:
+    done, target = 0, 500
+    while True:
+        target = min(target, max_steps)
+        while done < target:  # in pieces, so that progress moves and Ctrl-C is heard
+            step = min(200, target - done)
+            for group in groups:
+                group.run(step)
+            done += step
+            task.update(0.99 * done / target, text=f"{done} of about {target} steps")
+        verdict = _judge([g.chain() for g in groups], n_samples)
+        if verdict.good or done >= max_steps:
+            task.update(1.0, text=f"{done} steps, tau {verdict.tau.max():.0f}")
+            return verdict
+        longer = 1.1 * verdict.needed if done <= verdict.needed else 1.5 * done
+        # short chains underestimate tau and a small gain is not worth a look: between 1.3 and 3 times as long
+        target = math.ceil(min(max(longer, 1.3 * done), 3 * done))
+
+
+def _judge(chains: list[Array], n_samples: int) -> _Verdict:
+    walkers = np.concatenate(chains)
+    n_walkers, n_steps, _ = walkers.shape
+    tau = autocorrelation_time(walkers)
+    longest = float(tau.max())
+    n_effective = n_walkers * n_steps / longest
+    needed = max(LENGTH_IN_TAU * longest, n_samples * longest / n_walkers)
+    r_hat, r_hat_walkers = split_r_hat(_end_to_end(chains)), split_r_hat(walkers)
+    # halves of a walker's chain have n_steps / 2 steps, their means a variance of tau / (n_steps / 2): twice that is not chance
+    limit = math.sqrt(1 + 2 * longest / (n_steps / 2))
+    good = n_steps > needed and r_hat.max() <= R_HAT_MAX and r_hat_walkers.max() <= limit
+    text = (
+        f"{n_steps} steps are {n_steps / longest:.0f} tau (tau = {longest:.1f}, {LENGTH_IN_TAU} tau wanted),"
+        f" {n_effective:.0f} effective draws ({n_samples} wanted), R-hat {r_hat.max():.4f} between groups (<= {R_HAT_MAX}),"
+        f" {r_hat_walkers.max():.3f} between walkers (<= {limit:.3f})"
+    )
+    return _Verdict(tau=tau, n_effective=n_effective, r_hat=r_hat, r_hat_walkers=r_hat_walkers, needed=needed, good=bool(good), text=text)
+
+
+def _end_to_end(chains: list[Array]) -> Array:
+    """One chain per group (and half): walkers' first halves, then their second halves, so that R-hat's split is one in time."""
+    parts = chains if len(chains) > 1 else [chains[0][0::2], chains[0][1::2]]
+    size = min(c.shape[0] for c in parts)
+    return np.stack([np.swapaxes(c[:size], 0, 1).reshape(-1, c.shape[2]) for c in parts])
+
+
+def _thinned(chains: Array, values: Array, n_samples: int, rng: np.random.Generator) -> tuple[Array, Array]:
+    n_walkers, n_steps, dim = chains.shape
+    thin = max(1, n_steps // math.ceil(n_samples / n_walkers))
+    x, v = chains[:, thin - 1 :: thin].reshape(-1, dim), values[:, thin - 1 :: thin].reshape(-1)
+    order = rng.permutation(x.shape[0])[:n_samples]
+    return x[order], v[order]

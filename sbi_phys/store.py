@@ -1,0 +1,397 @@
+"""A simulation store: a folder of HDF5 shards and a manifest, read without holding it in memory or keeping files open.
+
+    store.json            the manifest: what all shards share, and how many rows were asked for
+    shard-00000.h5 ...    rows i * shard_size to (i + 1) * shard_size (sbi_phys.shards has the schema)
+    .lock                 held by the process that writes; the system drops it when that process dies
+
+The folder follows from (simulator, prior, seed, shard_size, dtype, n) alone: it is the same for any number of workers, after
+any number of interruptions, and whether n rows were asked for at once or in steps. Asking for more rows adds shards;
+only a last shard that was shorter than shard_size is made again (its theta begin with the same rows, its x are other
+draws, since a simulator's draws depend on how many rows it is given at once).
+"""
+
+import fcntl
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sbi_phys.checks import require_known
+from sbi_phys.errors import DataError, SimulatorMismatchError, StoreError
+from sbi_phys.priors import Observable, Parameter, Prior, prior_from_dict
+from sbi_phys.progress import Progress, or_none
+from sbi_phys.protocol import Simulator, observables_from_dicts, observables_to_dicts, simulator_identity
+from sbi_phys.shards import (
+    FORMAT,
+    SCHEMA,
+    Header,
+    ShardData,
+    open_shard,
+    package_version,
+    read_arrays,
+    read_facts,
+    require_place,
+    shard_name,
+    verify_shard,
+    write_aside,
+)
+
+__all__ = ["Failure", "Manifest", "Problem", "Store", "StoreLock", "list_shards", "read_manifest", "remove_litter", "write_manifest"]
+
+MANIFEST = "store.json"
+_SHARD = re.compile(r"^shard-(\d{5,})\.h5$")
+_LITTER = re.compile(r"^\.(shard-\d{5,}\.h5|store\.json)\.\d+\.tmp$")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A row that failed: its number in the store, its status (1 non-finite x, 2 raised) and the reason."""
+
+    row: int
+    status: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What `Store.problems` found: the shard's number, its file and what is wrong with it."""
+
+    shard: int
+    file: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of store.json: the shards' common header, rows asked for, and the SHA-256 of a given theta ('' if drawn)."""
+
+    header: Header
+    n: int
+    theta_sha256: str = ""
+
+    @property
+    def n_shards(self) -> int:
+        """Number of shards of the finished store."""
+        return -(-self.n // self.header.shard_size)
+
+    def rows(self, index: int) -> int:
+        """Rows of shard `index` of the finished store; 0 past its end."""
+        return max(0, min(self.header.shard_size, self.n - index * self.header.shard_size))
+
+
+class Store:
+    """Simulations (theta, x) on disk. Files are opened for each operation, so a Store may be kept, copied and sent around.
+
+    Args: path of the folder.   Raises: StoreError if it is missing, foreign, damaged or of a newer schema.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._manifest = read_manifest(self.path)
+        self._failed: dict[tuple[int, int, int], int] = {}  # (shard, mtime, size) -> failed rows, once read
+
+    @property
+    def prior(self) -> Prior:
+        """Prior that theta was drawn from (or lies in)."""
+        return prior_from_dict(self._manifest.header.prior)
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Columns of theta."""
+        return self.prior.parameters
+
+    @property
+    def observables(self) -> tuple[Observable, ...]:
+        """Blocks of columns of x, in order."""
+        return observables_from_dicts(self._manifest.header.observables)
+
+    @property
+    def seed(self) -> int:
+        """Seed that all rows follow from."""
+        return self._manifest.header.seed
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Class path and settings of the simulator."""
+        return dict(self._manifest.header.simulator)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of x."""
+        return np.dtype(self._manifest.header.dtype)
+
+    @property
+    def shard_size(self) -> int:
+        """Rows of every shard but the last."""
+        return self._manifest.header.shard_size
+
+    @property
+    def n_requested(self) -> int:
+        """Rows asked for, finished or not."""
+        return self._manifest.n
+
+    @property
+    def n_shards(self) -> int:
+        """Shards of the finished store."""
+        return self._manifest.n_shards
+
+    @property
+    def n_rows(self) -> int:
+        """Rows on disk, failed ones included."""
+        return sum(self._manifest.rows(i) for i in list_shards(self.path))
+
+    @property
+    def n_failed(self) -> int:
+        """Rows on disk whose status is not 0."""
+        return sum(self._n_failed(i) for i in list_shards(self.path) if self._manifest.rows(i))
+
+    @property
+    def n_ok(self) -> int:
+        """Rows on disk that hold a finite x."""
+        return self.n_rows - self.n_failed
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Numbers of the shards that are not there (yet)."""
+        present = set(list_shards(self.path))
+        return tuple(i for i in range(self.n_shards) if i not in present)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows asked for are on disk."""
+        return not self.missing
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __repr__(self) -> str:
+        header = self._manifest.header
+        state = "complete" if self.complete else f"{len(self.missing)} of {self.n_shards} shards missing"
+        columns = f"{len(header.parameters)} parameters, {header.n_columns} columns of {header.dtype}"
+        return f"Store({str(self.path)!r}: {self.n_rows} rows, {columns}, {header.simulator['class']}, seed {self.seed}, {state})"
+
+    def read(
+        self, columns: Sequence[str] | None = None, *, valid_only: bool = True, partial: bool = False
+    ) -> tuple[NDArray[np.float64], NDArray[np.floating]]:
+        """Return theta (n, d) in the parameters' units and x (n, k), row by row in the order of simulation.
+
+        Args: columns, names of observables in the order wanted, all by default; valid_only=False keeps failed rows too
+        (`status` tells which); partial=True reads what there is of an unfinished store.
+        Raises: StoreError, SettingError for an unknown observable, DataError if no row is left.
+        """
+        pick = self._pick(columns)
+        n = self.n_rows
+        theta = np.empty((n, len(self._manifest.header.parameters)))
+        x = np.empty((n, self._manifest.header.n_columns if pick is None else pick.size), dtype=self.dtype)
+        start = 0
+        for theta_part, x_part, status in self.shards(valid_only=valid_only, partial=partial):
+            stop = start + status.size
+            theta[start:stop], x[start:stop] = theta_part, x_part if pick is None else x_part[:, pick]
+            start = stop
+        if start == 0:
+            raise DataError(f"{self.path} has no {'valid ' if valid_only else ''}rows ({n} on disk); expected at least one")
+        return theta[:start], x[:start]
+
+    def shards(
+        self, *, valid_only: bool = False, partial: bool = False
+    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.floating], NDArray[np.uint8]]]:
+        """Iterate over (theta, x, status) one shard at a time, in order; arguments as in `read`.
+
+        Raises: StoreError for a missing shard, and for one of another store.
+        """
+        for _, data in self._data(partial):
+            ok = data.status == 0
+            if valid_only and not ok.all():
+                yield data.theta[ok], data.x[ok], data.status[ok]
+            else:
+                yield data.theta, data.x, data.status
+
+    def status(self, *, partial: bool = False) -> NDArray[np.uint8]:
+        """Return the status of every row (n,): 0 ok, 1 non-finite x, 2 the simulator raised.   Raises: StoreError."""
+        parts = [data.status for _, data in self._data(partial)]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8)
+
+    def failures(self, *, partial: bool = False) -> list[Failure]:
+        """Return the failed rows with their reasons, in order.   Raises: StoreError."""
+        out = []
+        for index, data in self._data(partial, only_failed=True):
+            first = index * self.shard_size
+            out += [Failure(first + row, int(data.status[row]), reason) for row, reason in data.reasons.items()]
+        return out
+
+    def problems(self, *, progress: Progress | None = None) -> list[Problem]:
+        """Read everything and return what is wrong: missing, truncated, damaged, foreign and surplus shards."""
+        found = []
+        present = list_shards(self.path)
+        with or_none(progress).task("verify", self.n_shards) as task:
+            for index in range(max([self.n_shards, *(i + 1 for i in present)])):
+                path = self.path / shard_name(index)
+                try:
+                    if index >= self.n_shards and index in present:
+                        raise StoreError(f"{path} lies past the end of the store ({self.n_requested} rows, {self.n_shards} shards)")
+                    if index < self.n_shards:
+                        verify_shard(path, self._manifest.header, index, self._manifest.rows(index))
+                except StoreError as err:
+                    found.append(Problem(index, path.name, str(err)))
+                task.advance(1, f"{len(found)} problems" if found else "")
+        return found
+
+    def verify(self, *, progress: Progress | None = None) -> None:
+        """Read everything and compare it with the checksums.   Raises: StoreError that lists what `problems` found."""
+        found = self.problems(progress=progress)
+        if found:
+            more = f" (and {len(found) - 10} more)" if len(found) > 10 else ""
+            raise StoreError(f"{self.path} has {len(found)} bad shards{more}: " + "; ".join(p.what for p in found[:10]))
+
+    def matches(self, simulator: Simulator) -> bool:
+        """Whether the store was made with this simulator: same class, settings and observables."""
+        return self._mismatch(simulator) is None
+
+    def require_simulator(self, simulator: Simulator) -> None:
+        """Raise SimulatorMismatchError, naming the difference, unless the store was made with this simulator."""
+        if what := self._mismatch(simulator):
+            raise SimulatorMismatchError(f"{self.path} was made with another simulator: {what}")
+
+    def _mismatch(self, simulator: Simulator) -> str | None:
+        header = self._manifest.header
+        for name, got, expected in (
+            ("identity", simulator_identity(simulator), header.simulator),
+            ("observables", observables_to_dicts(simulator.observables), header.observables),
+        ):
+            if got != expected:
+                return f"got {name} {got!r}, expected {expected!r}"
+        return None
+
+    def _pick(self, columns: Sequence[str] | None) -> NDArray[np.intp] | None:
+        """Numbers of the columns of x that belong to the named observables."""
+        if columns is None:
+            return None
+        names = [columns] if isinstance(columns, str) else list(columns)
+        observables = self.observables
+        require_known("columns", names, [o.name for o in observables])
+        starts = np.cumsum([0, *(o.size for o in observables)])
+        blocks = {o.name: np.arange(a, a + o.size) for o, a in zip(observables, starts[:-1], strict=True)}
+        return np.concatenate([blocks[name] for name in names]) if names else np.empty(0, dtype=np.intp)
+
+    def _data(self, partial: bool, *, only_failed: bool = False) -> Iterator[tuple[int, ShardData]]:
+        present = list_shards(self.path)
+        missing = [i for i in range(self.n_shards) if i not in set(present)]
+        if missing and not partial:
+            raise StoreError(
+                f"{self.path} is not complete: {self.n_rows} of {self.n_requested} rows are there, {shard_name(missing[0])} and "
+                f"{len(missing) - 1} more shards are missing. The same simulate call continues; partial=True reads what there is"
+            )
+        for index in present:
+            if index >= self.n_shards or (only_failed and not self._n_failed(index)):
+                continue
+            path = self.path / shard_name(index)
+            with open_shard(path) as file:
+                header, facts = read_facts(file, path)
+                self._manifest.header.require_equal(header, str(path))
+                require_place(facts, index, self._manifest.rows(index), path)
+                data = read_arrays(file, path)
+            yield index, data
+
+    def _n_failed(self, index: int) -> int:
+        path = self.path / shard_name(index)
+        try:
+            stat = path.stat()
+        except FileNotFoundError as err:
+            raise StoreError(f"{path} is missing") from err
+        key = (index, stat.st_mtime_ns, stat.st_size)
+        if key not in self._failed:
+            with open_shard(path) as file:
+                self._failed[key] = int(file.attrs["n_failed"])
+        return self._failed[key]
+
+
+class StoreLock:
+    """Exclusive right to write into a folder, as a context manager; the system frees it when its holder dies.
+
+    Raises: StoreError naming the holder if another process (or another call in this one) has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lock"
+        self._handle = -1
+
+    def __enter__(self) -> Self:
+        try:
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as err:
+            raise StoreError(f"{self._path} can not be opened for writing: {err.strerror}; expected a folder that may be written") from err
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            holder = os.read(self._handle, 200).decode("utf-8", "replace")
+            os.close(self._handle)
+            raise StoreError(
+                f"{self._path.parent} is being written by another simulate call ({holder or 'unknown process'}); wait for it"
+            ) from err
+        os.ftruncate(self._handle, 0)
+        os.write(self._handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # the file stays: removing it would let a third process lock a new one while a second waits on this
+        os.ftruncate(self._handle, 0)
+        os.close(self._handle)
+
+
+def list_shards(folder: Path) -> list[int]:
+    """Return the numbers of the shard files in a folder, in order."""
+    return sorted(int(m.group(1)) for name in os.listdir(folder) if (m := _SHARD.match(name)) and shard_name(int(m.group(1))) == name)
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove unfinished files that a killed run left behind; only to be called while the lock is held."""
+    for name in os.listdir(folder):
+        if _LITTER.match(name):
+            (folder / name).unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write store.json aside and rename it.   Raises: StoreError."""
+    values = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "package_version": package_version(),
+        "n": manifest.n,
+        "theta_sha256": manifest.theta_sha256,
+        **manifest.header.plain(),
+    }
+    text = json.dumps(values, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+    def fill(sink: Any) -> None:
+        sink.write(text.encode())
+
+    write_aside(folder / MANIFEST, fill)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check store.json.   Raises: StoreError."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise StoreError(f"{folder} is not a folder; expected a store made by simulate")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise StoreError(f"{folder} has no {MANIFEST} ({len(list_shards(folder))} shards); expected a store made by simulate") from err
+    except (OSError, ValueError) as err:
+        raise StoreError(f"{path} can not be read: {err}; delete it and run the same simulate call again, which makes it anew") from err
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise StoreError(f"{path} is not the manifest of a store; expected format {FORMAT!r}")
+    if values.get("schema") != SCHEMA:
+        made = values.get("package_version")
+        raise StoreError(f"{path} has schema {values.get('schema')}, written by sbi_phys {made}; expected {SCHEMA}: update sbi_phys")
+    if not isinstance(values.get("n"), int) or values["n"] < 1:
+        raise StoreError(f"{path} has n = {values.get('n')!r}; expected the number of rows asked for")
+    return Manifest(Header.from_plain(values, str(path)), values["n"], str(values.get("theta_sha256", "")))

@@ -1,0 +1,210 @@
+"""Making one shard: draw theta, simulate, isolate the rows that fail, write. This runs in a worker, or in the caller.
+
+The shard is the unit of work, of retry and of seeding. Its theta come from the generator (seed, "theta", shard), its x from
+(seed, "x", shard); rows a to b that are simulated again after a failure come from (seed, "x", shard, a, b). So the bytes of a
+shard follow from the settings alone, whichever worker makes it, and when.
+"""
+
+import functools
+import os
+import pickle
+import re
+import signal
+import threading
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sbi_phys.errors import DataError, SettingError, StoreError
+from sbi_phys.priors import prior_from_dict
+from sbi_phys.protocol import Simulator, check_output, class_path
+from sbi_phys.rng import rng_for
+from sbi_phys.shards import NON_FINITE, OK, RAISED, Header, ShardData, shard_name, write_shard
+
+__all__ = ["ShardResult", "ShardTask", "limit_threads", "make_rows", "run_shard", "start_worker"]
+
+# A shard in which at least this many rows fail, all of them, is a broken simulator and is not written.
+BROKEN_ROWS = 16
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}\b")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """What a worker needs: the folder, the shard's number and rows, the header, and the simulator.
+
+    Fields: simulator, the object, or its pickle as bytes where a process pool would choke on it; theta (rows, d) if given;
+    only, whether the store has no other shard; parent, the process that asked.
+    """
+
+    folder: str
+    index: int
+    rows: int
+    header: Header
+    simulator: Simulator | bytes
+    theta: NDArray[np.float64] | None
+    only: bool
+    parent: tuple[str, int] = field(default_factory=lambda: (os.uname().nodename, os.getpid()))
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What a worker sends back: the shard's number, its rows and how many of them failed. The data stay on disk."""
+
+    index: int
+    rows: int
+    n_failed: int
+
+
+def run_shard(task: ShardTask) -> ShardResult:
+    """Make one shard and write it.
+
+    Raises: StoreError (cannot write), SimulatorMismatchError (wrong output), DataError (all rows fail, or float32 is too
+    narrow), SettingError (the simulator can not be unpickled here).
+    """
+    if task.parent != (os.uname().nodename, os.getpid()):
+        _limit_threads_for_good()
+    simulator = _unpickle(task.simulator) if isinstance(task.simulator, bytes) else task.simulator
+    header = task.header
+    theta = task.theta
+    if theta is None:
+        theta = prior_from_dict(header.prior).sample(task.rows, rng_for(header.seed, "theta", task.index))
+    data = make_rows(simulator, theta, header, task.index)
+    failed = int(np.count_nonzero(data.status))
+    if failed == task.rows and (task.only or failed >= BROKEN_ROWS):
+        first = next(iter(data.reasons.values()))
+        raise DataError(
+            f"all {failed} rows of shard {task.index} failed in {class_path(simulator)}: {first}; expected at least one good row"
+        )
+    write_shard(Path(task.folder) / shard_name(task.index), header, task.index, data)
+    return ShardResult(task.index, task.rows, failed)
+
+
+def make_rows(simulator: Simulator, theta: NDArray[np.float64], header: Header, index: int) -> ShardData:
+    """Simulate theta (n, d) -> rows with their status; a call that raises is halved until the rows at fault are alone.
+
+    Raises: SimulatorMismatchError, DataError, StoreError when memory runs out.
+    """
+    n = theta.shape[0]
+    parts: list[tuple[int, NDArray[np.floating]]] = []
+    status = np.full(n, RAISED, dtype=np.uint8)
+    reasons: dict[int, str] = {}
+    todo = [(0, n)]
+    while todo:
+        start, stop = todo.pop()
+        rng = rng_for(header.seed, "x", index) if stop - start == n else rng_for(header.seed, "x", index, start, stop)
+        try:
+            # a copy: a simulator that works in place must not change the theta that is stored
+            got = simulator.simulate(theta[start:stop].copy(), rng)
+        except MemoryError as err:
+            # says something about the machine, nothing about a row: flagged, it would change the data from place to place
+            raise StoreError(f"memory ran out in a batch of {stop - start} rows; expected a smaller shard_size (now {n})") from err
+        except (Exception, SystemExit) as err:
+            if stop - start == 1:
+                reasons[start] = _reason(err)
+            else:
+                middle = (start + stop) // 2
+                todo += [(middle, stop), (start, middle)]
+            continue
+        good = _as_stored(simulator, check_output(simulator, got, stop - start), header.dtype)
+        status[start:stop] = OK
+        # a part waits until the others are there: copied, in case the simulator fills one buffer again and again
+        parts.append((start, good if stop - start == n else good.copy()))
+    if len(parts) == 1 and parts[0][1].shape[0] == n:
+        x = parts[0][1]  # the usual case, without another copy
+    else:
+        x = np.full((n, header.n_columns), np.nan, dtype=header.dtype)
+        for start, good in parts:
+            x[start : start + good.shape[0]] = good
+    finite = np.isfinite(x)
+    if not finite.all():
+        for row in np.flatnonzero((status == OK) & ~finite.all(axis=1)):
+            status[row] = NON_FINITE
+            reasons[int(row)] = _non_finite_reason(simulator, finite[row], x[row])
+    return ShardData(theta, x, status, dict(sorted(reasons.items())))
+
+
+def limit_threads() -> AbstractContextManager[Any]:
+    """One BLAS and OpenMP thread: as many as there are workers would fight over the cores, and sums would round differently."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    return threadpool_limits(limits=1)
+
+
+def start_worker() -> None:
+    """Prepare a worker process of our own pool: leave Ctrl-C to the parent, one thread, and end when the parent is gone."""
+    import multiprocessing
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _limit_threads_for_good()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        # a parent that is killed can not stop its pool: without this its workers would wait for work for ever
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+@functools.cache
+def _limit_threads_for_good() -> AbstractContextManager[Any]:
+    return limit_threads()  # never left: the limit holds for the rest of this worker's life
+
+
+@functools.lru_cache(maxsize=2)
+def _unpickle(data: bytes) -> Simulator:
+    """Rebuild the simulator once a worker, not once a shard."""
+    try:
+        return pickle.loads(data)  # bytes that the calling process made a moment ago, never a file
+    except Exception as err:
+        raise SettingError(
+            f"the simulator can not be rebuilt in a worker process: {type(err).__name__}: {err}; "
+            "expected a class at the top of a module that workers can import, or workers=1"
+        ) from err
+
+
+def _as_stored(simulator: Simulator, x: NDArray[Any], dtype: str) -> NDArray[np.floating]:
+    """Cast x to the dtype of the store, refusing what it can not hold.   Raises: DataError."""
+    if x.dtype == dtype:
+        return x
+    with np.errstate(over="ignore"):
+        out = x.astype(dtype)
+    finite = np.isfinite(out)
+    lost = np.zeros_like(finite) if finite.all() else ~finite & np.isfinite(x)
+    start = 0
+    for o in simulator.observables:
+        block = slice(start, start + o.size)
+        if o.kind == "counts" and np.abs(out[:, block]).max() >= 2**24:
+            lost[:, block] |= finite[:, block] & (out[:, block].astype(np.float64) != x[:, block])
+        start += o.size
+    if lost.any():
+        row, column = (int(i) for i in np.argwhere(lost)[0])
+        raise DataError(
+            f"x of {class_path(simulator)} has {x[row, column]!r} in {_column_name(simulator, column)}, which {dtype} can not hold; "
+            'expected dtype="float64" for this store'
+        )
+    return out
+
+
+def _reason(err: BaseException) -> str:
+    # an address in memory differs from run to run, and with it the bytes of the file would
+    return _ADDRESS.sub("0x...", f"{type(err).__name__}: {err}")
+
+
+def _non_finite_reason(simulator: Simulator, finite: NDArray[np.bool_], x: NDArray[np.floating]) -> str:
+    bad = np.flatnonzero(~finite)
+    return f"non-finite x in {bad.size} of {finite.size} columns, first {x[bad[0]]} in {_column_name(simulator, int(bad[0]))}"
+
+
+def _column_name(simulator: Simulator, column: int) -> str:
+    start = 0
+    for o in simulator.observables:
+        if column < start + o.size:
+            return f"{o.name}[{column - start}]"
+        start += o.size
+    return f"column {column}"

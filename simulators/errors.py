@@ -1,0 +1,49 @@
+"""Errors of the simulators, all ValueErrors: every message names the thing, what was got and what was expected."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+__all__ = ["CountsError", "SimulatorError", "SimulatorSettingError", "TableError", "require_choice", "require_flag", "require_number"]
+
+
+class SimulatorError(ValueError):
+    """Base class: `except SimulatorError` catches what the simulators raise on purpose."""
+
+
+class SimulatorSettingError(SimulatorError):
+    """A setting of a simulator has an unknown name or a value outside its range."""
+
+
+class TableError(SimulatorError):
+    """A data file is missing, truncated or malformed."""
+
+
+class CountsError(SimulatorError):
+    """An observation does not fit the simulator: shape, whole non-negative counts, or totals."""
+
+
+def require_choice(name: str, value: Any, options: Iterable[str]) -> str:
+    """Return `value` if it is one of `options`, else raise SimulatorSettingError with the nearest one."""
+    known = tuple(options)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise SimulatorSettingError(f"{name} is {value!r}; expected one of {', '.join(known)}{hint}")
+    return str(value)
+
+
+def require_flag(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False, else raise SimulatorSettingError."""
+    if not isinstance(value, bool):
+        raise SimulatorSettingError(f"{name} is {value!r}; expected True or False")
+    return value
+
+
+def require_number(name: str, value: Any, low: float, high: float) -> float:
+    """Return `value` as a float within [low, high], else raise SimulatorSettingError."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not low <= value <= high:
+        raise SimulatorSettingError(f"{name} is {value!r}; expected a number within [{low:g}, {high:g}]")
+    return float(value)

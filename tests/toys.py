@@ -1,0 +1,165 @@
+"""Simulators with known answers, at the top of a module so that worker processes can import them."""
+
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sbi_phys.priors import NormalPrior, Observable, Parameter
+
+Array = NDArray[np.float64]
+
+
+class LinearGaussian:
+    r"""x = A theta + noise * N(0, I_k), theta ~ N(0, prior_sd^2 I_d): every posterior is Gaussian and known.
+
+    A (k, d) has ones on its diagonal, `mixing` beside it (on one side, so it is not symmetric) and, for k > d, repeats.
+    Posterior: covariance S = (I / prior_sd^2 + A^T A / noise^2)^-1, mean S A^T x / noise^2.
+    """
+
+    def __init__(self, dim: int = 2, n_columns: int | None = None, noise: float = 0.5, mixing: float = 0.5, prior_sd: float = 1.0) -> None:
+        k = dim if n_columns is None else n_columns
+        self.settings: dict[str, Any] = {"dim": dim, "n_columns": k, "noise": noise, "mixing": mixing, "prior_sd": prior_sd}
+        self.prior = NormalPrior([Parameter(f"t{i}", unit="EV", latex=rf"\theta_{i}") for i in range(dim)], sd=prior_sd)
+        self.parameters = self.prior.parameters
+        self.observables: tuple[Observable, ...] = (Observable("x", k, unit="EeV"),)
+        self.noise = noise
+        row, column = np.arange(k)[:, None] % dim, np.arange(dim)[None, :]
+        self.matrix = (row == column) * 1.0 + (row == column + 1) * mixing
+
+    @property
+    def dim(self) -> int:
+        return self.prior.dim
+
+    def expected(self, theta: ArrayLike) -> Array:
+        """Mean of x (n, k)."""
+        return np.asarray(theta) @ self.matrix.T
+
+    def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
+        mean = self.expected(theta)
+        return mean + self.noise * rng.standard_normal(mean.shape)
+
+    def log_likelihood(self, x: ArrayLike, theta: ArrayLike) -> Array:
+        """log N(x; A theta, noise^2 I) -> (n,); one x (k,) serves all theta."""
+        z = (np.asarray(x) - self.expected(theta)) / self.noise
+        return -0.5 * np.einsum("nk,nk->n", z, z) - z.shape[1] * (math.log(self.noise) + 0.5 * math.log(2 * math.pi))
+
+    def posterior(self, x: ArrayLike) -> tuple[Array, Array]:
+        """Exact posterior mean, (d,) for x (k,) or (n, d) for x (n, k), and covariance (d, d), the same for every x."""
+        precision = np.diag(self.prior.sd**-2.0) + self.matrix.T @ self.matrix / self.noise**2
+        covariance = np.linalg.inv(precision)
+        return np.asarray(x) @ self.matrix @ covariance / self.noise**2, covariance
+
+    def exact_log_posterior(self, theta: ArrayLike, x: ArrayLike) -> Array:
+        """log p(theta | x), normalised, for theta (n, d) and x (k,) or (n, k) -> (n,)."""
+        mean, covariance = self.posterior(x)
+        delta = np.asarray(theta) - mean
+        _, log_det = np.linalg.slogdet(2 * math.pi * covariance)
+        return -0.5 * np.einsum("ni,ij,nj->n", delta, np.linalg.inv(covariance), delta) - 0.5 * log_det
+
+    def posterior_sample(self, x: ArrayLike, n: int, rng: np.random.Generator) -> Array:
+        """Draw theta from the exact posterior: (n, d) for x (k,), (b, n, d) for x (b, k)."""
+        mean, covariance = self.posterior(x)
+        noise = rng.standard_normal((*mean.shape[:-1], n, self.dim)) @ np.linalg.cholesky(covariance).T
+        return mean[..., None, :] + noise
+
+
+class Flaky(LinearGaussian):
+    """LinearGaussian whose batch raises if any t0 > raise_above, and whose rows are NaN where t0 < nan_below."""
+
+    def __init__(self, raise_above: float = math.pi, nan_below: float = -math.pi) -> None:
+        super().__init__(dim=2)
+        self.settings = {"raise_above": raise_above, "nan_below": nan_below}
+
+    def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
+        bad = np.flatnonzero(theta[:, 0] > self.settings["raise_above"])
+        if bad.size:
+            raise ArithmeticError(f"shower did not converge at t0 = {theta[bad[0], 0]:.6f} {object()!r}")
+        x = super().simulate(theta, rng)
+        x[theta[:, 0] < self.settings["nan_below"], 1] = np.nan
+        return x
+
+
+class Slow(LinearGaussian):
+    """LinearGaussian that takes `seconds` a batch."""
+
+    def __init__(self, seconds: float = 0.1) -> None:
+        super().__init__(dim=2)
+        self.settings = {"seconds": seconds}
+
+    def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
+        time.sleep(self.settings["seconds"])
+        return super().simulate(theta, rng)
+
+
+class Counts(LinearGaussian):
+    """Poisson counts of mean `scale` in three bins, the last of which is an overflow, and a real number beside them."""
+
+    def __init__(self, scale: float = 100.0) -> None:
+        super().__init__(dim=2)
+        self.settings = {"scale": scale}
+        self.observables = (
+            Observable("spectrum", 3, kind="counts", edges=(18.0, 18.5, 19.0, math.inf), edges_unit="lg eV"),
+            Observable("xmax", 1, unit="g/cm2", latex=r"X_\mathrm{max}"),
+        )
+
+    def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
+        return np.column_stack([rng.poisson(self.settings["scale"], (theta.shape[0], 3)), theta[:, 0]])
+
+
+class Misbehaving(LinearGaussian):
+    """LinearGaussian that breaks the protocol, or its process, in the way that `how` says."""
+
+    def __init__(self, how: str = "columns", folder: str = "") -> None:
+        super().__init__(dim=2)
+        self.settings = {"how": how, "folder": folder}
+
+    def simulate(self, theta: Array, rng: np.random.Generator) -> Any:
+        x = super().simulate(theta, rng)
+        match self.settings["how"]:
+            case "columns":
+                return x[:, :1]
+            case "rows":
+                return x[:-1]
+            case "complex":
+                return x.astype(complex)
+            case "text":
+                return x.astype(str)
+            case "list":
+                return x.tolist()
+            case "tensor":
+                return _Tensor()
+            case "changes":  # one column more in every shard whose first parameter is positive
+                return np.column_stack([x, x[:, :1]]) if theta[0, 0] > 0 else x
+            case "global":  # numpy's global generator: not reproducible
+                return x + np.random.standard_normal(x.shape)  # noqa: NPY002
+            case "in place":
+                theta += 1
+                return x
+            case "raises":
+                raise ValueError("no tables")
+            case "exits":
+                sys.exit("bye")
+            case "memory":
+                raise MemoryError
+            case "dies":
+                os._exit(13)
+            case "dies once":  # the first worker that gets here is lost, as if it had been killed
+                mark = Path(self.settings["folder"]) / "died"
+                if not mark.exists():
+                    mark.touch()
+                    os._exit(13)
+                return x
+        raise AssertionError(self.settings["how"])
+
+
+class _Tensor:
+    """Looks like a torch tensor to code that must not import torch."""
+
+    def detach(self) -> "_Tensor":
+        return self
