@@ -108,6 +108,8 @@ def main() -> None:
 
 
 def _run(path: Path | None, out: Path, flags: dict[str, Any], changes: list[str] | None, quick: bool, until: str) -> None:
+    # threads that wait should sleep: spinning, they slow a step thirty-fold on a machine that has anything else to do
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # heavy imports only now: --help and a misspelt flag answer at once
     from sbi_phys.pipeline import run_stages
     from sbi_phys.progress import RichProgress

@@ -115,16 +115,19 @@ class RoundsSettings:
     """Truncated sequential rounds for the one observation, after the amortised network.
 
     Args: n_rounds: 0 for none. n: simulations per round. epsilon: probability mass that truncation may cut off.
+    max_epochs: of each round's training, 0 for as many as the amortised network has.   Raises: SettingError.
     """
 
     n_rounds: int = 0
     n: int = 10_000
     epsilon: float = 1e-4
+    max_epochs: int = 0
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require_int("rounds.n_rounds", self.n_rounds, low=0)
-        require_int("rounds.n", self.n, low=1)
+        require_int("rounds.n", self.n, low=20)
+        require_int("rounds.max_epochs", self.max_epochs, low=0)
         require_number("rounds.epsilon", self.epsilon, low=0, high=0.1, open_low=True)
 
 
@@ -204,12 +207,14 @@ class CheckSettings:
 _QUICK = {
     "simulate.n": 12_000,
     "estimator.n_ensemble": 1,
-    "train.max_epochs": 15,
+    "train.max_epochs": 10,
     "rounds.n_rounds": 1,
     "rounds.n": 6_000,
-    "infer.n_draws": 2_000,
+    "rounds.max_epochs": 10,
+    "infer.n_draws": 1_000,
     "infer.n_refine": 20_000,
-    "reference.n_samples": 2_000,
+    "reference.n_samples": 1_000,
+    "reference.max_steps": 1_000,
     "calibrate.n": 100,
     "calibrate.n_draws": 200,
     "check.n": 200,
@@ -289,7 +294,7 @@ class Config:
         """Return a copy cut down to about half a minute: the same stages on less of everything."""
         now = self.flat()
         # zero epochs leave the number to the training loop; every other zero switches something off and stays
-        return self.override({k: cap for k, cap in _QUICK.items() if now[k] > cap or (k == "train.max_epochs" and now[k] == 0)})
+        return self.override({k: cap for k, cap in _QUICK.items() if now[k] > cap or (k.endswith("max_epochs") and now[k] == 0)})
 
     def flat(self) -> dict[str, Any]:
         """One level: {"train.batch_size": 512, ...}."""

@@ -15,15 +15,16 @@ This module needs numpy and scipy alone: simulators and worker processes import 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainc, betaincc, betaincinv, gammaln, log_ndtr, ndtr, ndtri
 
-from sbi_phys.checks import as_array, as_matrix, require_choice, require_int
-from sbi_phys.errors import DataError, SettingError, ShapeError, SupportError
+from sbi_phys.checks import as_array, as_matrix, require_int
+from sbi_phys.errors import DataError, SettingError, SupportError
+from sbi_phys.quantities import Observable, Parameter
 
 __all__ = [
     "BoxPrior",
@@ -43,61 +44,6 @@ Array = NDArray[np.float64]
 # The unbounded coordinate is held within +-8.2, where Phi(u) is still distinct from 0 and 1 in float64:
 # a parameter handed in exactly on an edge of its box maps there instead of to infinity.
 _U_MAX = 8.2
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """A named parameter: range, unit and LaTeX label.
-
-    Args: name, a plain identifier; low < high, in `unit`, infinite where unbounded; unit, '' if dimensionless;
-    latex, without dollar signs, the name if empty.   Raises: SettingError.
-    """
-
-    name: str
-    low: float = -math.inf
-    high: float = math.inf
-    unit: str = ""
-    latex: str = ""
-
-    def __post_init__(self) -> None:
-        """Check the name and the range."""
-        if not self.name or not str(self.name).replace("_", "a").isalnum():
-            raise SettingError(f"parameter name is {self.name!r}; expected letters, digits and underscores")
-        if not self.low < self.high:
-            raise SettingError(f"parameter {self.name} has low={self.low}, high={self.high}; expected low < high")
-        object.__setattr__(self, "low", float(self.low))
-        object.__setattr__(self, "high", float(self.high))
-
-    @property
-    def label(self) -> str:
-        """Axis label: LaTeX and the unit in brackets."""
-        symbol = f"${self.latex}$" if self.latex else self.name
-        return f"{symbol} [{self.unit}]" if self.unit else symbol
-
-
-@dataclass(frozen=True, slots=True)
-class Observable:
-    """A named block of columns of x: `size` columns, unit, LaTeX label, kind and, for histograms, the bin edges.
-
-    Args: kind, 'counts' (whole numbers, variance-stabilised before they enter a network) or 'real';
-    edges (size + 1,), in `edges_unit`, or () where the columns are no bins.   Raises: SettingError, ShapeError.
-    """
-
-    name: str
-    size: int
-    unit: str = ""
-    latex: str = ""
-    kind: str = "real"
-    edges: tuple[float, ...] = ()
-    edges_unit: str = ""
-
-    def __post_init__(self) -> None:
-        """Check size, kind and edges."""
-        require_int(f"size of observable {self.name}", self.size, low=1)
-        require_choice(f"kind of observable {self.name}", self.kind, ("counts", "real"))
-        if self.edges and len(self.edges) != self.size + 1:
-            raise ShapeError(f"observable {self.name} has {len(self.edges)} edges; expected size + 1 = {self.size + 1}")
-        object.__setattr__(self, "edges", tuple(float(e) for e in self.edges))
 
 
 class Prior(ABC):

@@ -93,8 +93,9 @@ def test_settings_come_from_file_then_quick_then_flags(tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
-    words = ["simulate", "--simulator", "tests.toys:Slow", "--set", "simulate.shard_size=10", "--n", "2000", "--workers", "1", "--out", str(out)]
-    process = subprocess.Popen([sys.executable, "-m", "sbi_phys.cli", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    slow = ["--simulator", "tests.toys:Slow", "--set", "simulate.shard_size=10", "--n", "2000", "--workers", "1"]
+    words = [sys.executable, "-m", "sbi_phys.cli", "simulate", *slow, "--out", str(out)]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(out / "simulations" / "shard-00001.h5")
         process.send_signal(signal.SIGINT)

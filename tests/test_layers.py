@@ -12,6 +12,7 @@ ORDER = [
     "errors",
     "checks",
     "rng",
+    "quantities",
     "priors",
     "progress",
     "protocol",

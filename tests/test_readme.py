@@ -24,7 +24,7 @@ def commands() -> list[list[str]]:
 
 def small(code: str) -> str:
     """The same code with numbers for a test: simulations and draws by the hundred."""
-    return re.sub(r"\b\d+_000\b", "200", code)
+    return re.sub(r"\b\d+_000\b", "100", code)
 
 
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
@@ -33,9 +33,9 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     namespace: dict[str, object] = {}
     for code in blocks("python"):
         exec(compile(small(code), "README.md", "exec"), namespace)
-    assert namespace["draws"].shape == (200, 2)  # type: ignore[attr-defined]
+    assert namespace["draws"].shape == (100, 2)  # type: ignore[attr-defined]
     assert (tmp_path / "runs" / "sbc.png").stat().st_size > 1000
-    assert "SBC, 500 simulations x 200 draws" in capsys.readouterr().out
+    assert "SBC, 500 simulations x 100 draws" in capsys.readouterr().out
 
 
 def test_every_command_is_known():
@@ -57,11 +57,11 @@ def test_sbi_phys_command_and_its_options_exist(words):
     assert all(option in result.stdout for option in words[2:] if option.startswith("--"))
 
 
-def test_ci_runs_the_first_commands_of_the_readme():
+def test_ci_runs_the_readme_s_commands():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    script = script.replace('"$command"', " ".join(re.findall(r"for command in ([a-z ]+);", script)))
     for words in commands():
-        wanted = " ".join(words[:2])
-        assert wanted in script or "for command in train infer calibrate report" in script and words[1] in ("train", "infer", "calibrate", "report")
+        assert re.search(rf"{words[0]} .*\b{words[1]}\b", script), words
 
 
 def test_links_lead_somewhere():

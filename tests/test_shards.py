@@ -188,6 +188,17 @@ def test_a_write_that_the_system_refuses_half_way(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_file_has_its_name_only_when_it_is_complete(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(os.listdir(tmp_path)))
+    write_shard(tmp_path / "a.h5", HEADER, 0, rows())
+    assert [[name.endswith(".tmp") for name in names] for names in seen] == [[True]]  # written and synced under another name
+    monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(StoreError, match="could not be written: Input/output error"):
+        write_shard(tmp_path / "b.h5", HEADER, 0, rows())
+    assert os.listdir(tmp_path) == ["a.h5"]
+
+
 def test_an_error_of_hdf5_itself_is_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(ValueError, match="bad content"):
         shards.write_aside(tmp_path / "a", lambda sink: (_ for _ in ()).throw(ValueError("bad content")))

@@ -1,11 +1,12 @@
 import contextlib
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,29 @@ def test_ctrl_c_without_workers(tmp_path):
         simulate(simulator, 50, tmp_path, shard_size=10, workers=1)
     assert sorted(os.listdir(tmp_path)) == [".lock", shard_name(0), shard_name(1), "store.json"]
     assert simulate(simulator, 50, tmp_path, workers=1).complete
+
+
+def test_growth_that_is_interrupted_leaves_no_short_shard(tmp_path):
+    simulate(FLAKY, 150, tmp_path, seed=7, shard_size=100, workers=1)
+
+    class Stop(Executor):
+        def submit(self, fn, /, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(FLAKY, 180, tmp_path, seed=7, executor=Stop())
+    store = Store(tmp_path)
+    assert (store.n_requested, store.n_rows, store.missing) == (180, 100, (1,))
+    store = simulate(FLAKY, 150, tmp_path, seed=7, workers=1)  # the old size is as good
+    assert (store.n_rows, store.complete) == (150, True)
+
+
+def test_an_executor_of_the_caller_that_breaks(tmp_path):
+    with (
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+        pytest.raises(StoreError, match=r"a worker process died while shards 0, 1, 2 of .* 0 of 3 shards are finished"),
+    ):
+        simulate(Misbehaving("dies"), 30, tmp_path, shard_size=10, executor=pool, workers=2)
 
 
 def test_a_worker_that_dies_costs_only_its_retry(tmp_path):

@@ -145,6 +145,12 @@ def test_problems_lists_all_of_them(copy):
     assert "4 problems, done" in stream.getvalue()
 
 
+def test_a_shard_in_the_wrong_place_is_refused(copy):
+    shutil.copy(copy / shard_name(0), copy / shard_name(2))
+    with pytest.raises(StoreError, match=rf"{shard_name(2)} holds shard 0 with 100 rows; expected shard 2 with 100 rows"):
+        Store(copy).read()
+
+
 def test_a_shard_of_another_store_is_refused(copy, tmp_path):
     for name, other in {
         "seed": (Flaky(1.5, -1.5), {"seed": 6}),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
 from sbi_phys.checks import require_choice
 from sbi_phys.config import Config
 from sbi_phys.device import resolve_device
@@ -57,14 +59,16 @@ def run_stages(config: Config, folder: str | Path, until: Iterable[str] = ("repo
     wanted = _with_needs([require_choice("stage", name, STAGES) for name in until])
     _foresee(run, wanted)
     run.begin()
-    for i, name in enumerate(wanted):
-        if _finished(run, name):
-            continue
-        # what was made from this stage's former files is out of date, also if this run is cut short
-        for later in _dependents(name):
-            run.forget(later)
-        with run.progress.task(f"[{i + 1}/{len(wanted)}] {name}", None), run.recording(name) as numbers:
-            STAGES[name].work(run, numbers)
+    # one BLAS thread: the matrices are small, and the numbers must not depend on the number of cores
+    with threadpool_limits(limits=1, user_api="blas"):
+        for i, name in enumerate(wanted):
+            if _finished(run, name):
+                continue
+            # what was made from this stage's former files is out of date, also if this run is cut short
+            for later in _dependents(name):
+                run.forget(later)
+            with run.progress.task(f"[{i + 1}/{len(wanted)}] {name}", None), run.recording(name) as numbers:
+                STAGES[name].work(run, numbers)
     return run
 
 

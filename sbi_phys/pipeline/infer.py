@@ -6,11 +6,13 @@ With the weights w = p(x_o | theta) p(theta) / q(theta | x_o) the final draws ar
 network got wrong, and the effective share of the draws says how much that was.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sbi_phys.errors import DataError
 from sbi_phys.estimators.npe import NPE, load
 from sbi_phys.estimators.sequential import truncated_rounds
 from sbi_phys.pipeline.run import Run
@@ -21,6 +23,7 @@ from sbi_phys.store import Store
 __all__ = ["infer", "log_target", "refine", "rounds"]
 
 Array = NDArray[np.float64]
+_MIN_ESS = 100  # effective draws below which importance weights describe no posterior
 
 
 def log_target(run: Run) -> "LogTarget | None":
@@ -45,7 +48,7 @@ def infer(run: Run, numbers: dict[str, Any]) -> None:
     npe = load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device)
     theta = npe.sample(run.observation, run.config.infer.n_draws, seed=run.seed("infer"))
     run.write_draws("posterior_amortised.nc", theta, {"method": "amortised network"})
-    numbers |= {"map": dict(zip(run.names, npe.map(run.observation, seed=run.seed("map")).tolist(), strict=True))}
+    numbers["n_draws"] = len(theta)
 
 
 def rounds(run: Run, numbers: dict[str, Any]) -> None:
@@ -55,18 +58,24 @@ def rounds(run: Run, numbers: dict[str, Any]) -> None:
     if not settings.n_rounds:
         numbers["skipped"] = "rounds.n_rounds = 0"
         return
-    npe = truncated_rounds(
-        load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device),
-        run.simulator,
-        run.observation,
-        run.path("rounds"),
-        n_rounds=settings.n_rounds,
-        n_simulations=settings.n,
-        epsilon=settings.epsilon,
-        seed=run.seed("rounds"),
-        workers=run.config.run.workers or None,
-        progress=run.progress,
-    )
+    amortised = load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device)
+    try:
+        npe = truncated_rounds(
+            amortised,
+            run.simulator,
+            run.observation,
+            run.path("rounds"),
+            n_rounds=settings.n_rounds,
+            n_simulations=settings.n,
+            epsilon=settings.epsilon,
+            config=replace(run.config.train, max_epochs=settings.max_epochs or run.config.train.max_epochs),
+            seed=run.seed("rounds"),
+            workers=run.config.run.workers or None,
+            progress=run.progress,
+        )
+    except DataError as err:  # the amortised posterior is too wide to be worth cutting off: a finding, and the run goes on without
+        numbers["skipped"] = f"no region to truncate to: {err}"
+        return
     stores = [Store(run.path("rounds", f"round-{k + 1}")) for k in range(settings.n_rounds)]
     numbers |= {
         "n_rounds": settings.n_rounds,
@@ -101,16 +110,21 @@ def refine(run: Run, numbers: dict[str, Any]) -> None:
         target_ess=run.config.infer.target_ess,
         progress=run.progress,
     )
-    u = result.resample(n, run.rng("refine", "resample"))
+    usable = result.ess >= _MIN_ESS
+    if usable:
+        u = result.resample(n, run.rng("refine", "resample"))
+        theta, numbers["unique_fraction"] = run.simulator.prior.from_unbounded(u), len(np.unique(u, axis=0)) / n
+    else:  # a handful of points is no posterior: the network's own draws stay, and the report says so
+        theta = npe.sample(run.observation, n, seed=run.seed("refine"))
     numbers |= {
-        "method": f"{name}, importance-weighted",
+        "method": f"{name}, importance-weighted" if usable else f"{name}, refinement failed",
+        "refined": usable,
         "n_proposals": len(result.log_weights),
         "ess": result.ess,
         "ess_fraction": result.ess_fraction,
         "pareto_k": result.pareto_k,
-        "unique_fraction": len(np.unique(u, axis=0)) / n,
-        "log_evidence": result.log_evidence,
-        "log_evidence_err": result.log_evidence_err,
+        "log_evidence": result.log_evidence if usable else None,
+        "log_evidence_err": result.log_evidence_err if usable else None,
     }
-    run.write_draws("posterior.nc", run.simulator.prior.from_unbounded(u), dict(numbers))
+    run.write_draws("posterior.nc", theta, dict(numbers))
     run.write_array("weights.npy", result.log_weights)

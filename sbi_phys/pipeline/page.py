@@ -1,5 +1,6 @@
 """Stage `report`: figures as PNG and PDF, summary.json, and one HTML page that says what was asked, the answer, and its proof."""
 
+from pathlib import Path
 from typing import Any
 
 from sbi_phys.estimators.npe import load
@@ -7,7 +8,8 @@ from sbi_phys.pipeline.run import Run
 from sbi_phys.pipeline.summary import published, seconds, summary
 from sbi_phys.pipeline.verdicts import verdicts
 from sbi_phys.report.figures import comparison_figure, corner_figure, loss_figure, save_figure, step_time_figure, weights_figure
-from sbi_phys.report.html import Block, Code, Details, FigureBlock, KeyValues, Section, Text, render_report
+from sbi_phys.report.html import Block, Code, Details, FigureBlock, KeyValues, Section, Text, Verdict, render_report
+from sbi_phys.report.style import house_style, new_figure
 from sbi_phys.report.tables import Table, comparison_table, posterior_table, rows_to_csv, rows_to_table, shift_table
 
 __all__ = ["report"]
@@ -76,7 +78,7 @@ def _question(run: Run) -> list[Block]:
 
 
 def _range(p: Any) -> str:
-    return f"{p.low:g} to {p.high:g}" if abs(p.low) < float("inf") and abs(p.high) < float("inf") else "unbounded"
+    return f"{p.low:g} to {p.high:g}".replace("-", "−") if abs(p.low) < float("inf") and abs(p.high) < float("inf") else "unbounded"
 
 
 def _answer(run: Run, found: Numbers) -> list[Block]:
@@ -95,7 +97,9 @@ def _answer(run: Run, found: Numbers) -> list[Block]:
     )
     evidence = found["log_evidence"]
     said = (
-        f"The logarithm of the evidence, $\\ln p(x)$, is {evidence:.2f} ± {found['log_evidence_err']:.2f}." if evidence is not None else ""
+        f"The logarithm of the evidence, $\\ln p(x)$, is {_text(evidence)} ± {found['log_evidence_err']:.2f}."
+        if evidence is not None
+        else ""
     )
     return [
         rows_to_table(rows, "Median with 68 % interval; 95 % interval; mean and standard deviation"),
@@ -114,11 +118,29 @@ def _physics(run: Run) -> list[Block]:
         return []
     theta = run.read_draws("posterior.nc").flat[:2000]
     made = run.simulator.figures(theta, run.observation, run.seed("figures") % 2**31)
-    return [_draw(run, figure, name, caption, title) for name, title, caption, figure in made]
+    blocks: list[Block] = [_draw(run, figure, name, caption, title) for name, title, caption, figure in made]
+    save_figure(_side_by_side([run.path("figures", f"{name}.png") for name in ("corner", made[0][0])]), run.path("figures"), "overview")
+    return blocks
+
+
+def _side_by_side(paths: list[Path], height: float = 7.0) -> Any:
+    """Pictures in one row, equally high: the run at a glance, for a README or a talk."""
+    from matplotlib.image import imread
+
+    pictures = [imread(path) for path in paths]
+    widths = [height * p.shape[1] / p.shape[0] for p in pictures]
+    with house_style():
+        figure = new_figure(sum(widths), height)
+        for ax, picture in zip(figure.subplots(1, len(pictures), width_ratios=widths), pictures, strict=True):
+            ax.imshow(picture)
+            ax.axis("off")
+    return figure
 
 
 def _proof(run: Run, found: Numbers) -> list[Block]:
     out: list[Block] = []
+    if run.config.rounds.n_rounds and "skipped" in found["rounds"]:
+        out.append(Verdict("warn", "The truncated rounds were left out.", found["rounds"]["skipped"]))
     if found["reference"] is not None:
         final, exact = run.read_draws("posterior.nc").flat, run.read_draws("reference.nc").flat
         out += [
@@ -127,7 +149,8 @@ def _proof(run: Run, found: Numbers) -> list[Block]:
                 f"{_text(found['c2st_amortised'])}, and the final one with {_text(found['c2st_final'])}: 0.5 is no difference at all."
             ),
             rows_to_table(shift_table(final, exact, run.simulator.parameters), "The final posterior against the chains"),
-            KeyValues({key: _text(value) for key, value in found["mcmc"].items()}, "Convergence of the chains"),
+            Text(found["mcmc"]["words"] + "."),
+            KeyValues(_per_parameter(found["mcmc"]), "Convergence of the chains, by free parameter"),
         ]
     if run.path("weights.npy").exists():
         weights = run.read_array("weights.npy")
@@ -150,6 +173,11 @@ def _proof(run: Run, found: Numbers) -> list[Block]:
     rows = [(name, str(i), f"{v:+.2f}".replace("-", "−")) for _, v, name, i in worst]
     out.append(Details("Largest pulls of the data", [Table(("Block", "Bin", "(data − predicted) / sd"), tuple(rows))]))
     return out
+
+
+def _per_parameter(mcmc: Numbers) -> dict[str, str]:
+    names = {"autocorr_time": "autocorrelation time [steps]", "r_hat": "R-hat between groups", "r_hat_walkers": "R-hat between walkers"}
+    return {words: _text(mcmc[key]) for key, words in names.items()}
 
 
 def _training(run: Run) -> list[Block]:
@@ -184,4 +212,4 @@ def _text(value: Any) -> str:
         return ", ".join(f"{key}: {_text(v)}" for key, v in value.items())
     if isinstance(value, list):
         return ", ".join(map(_text, value))
-    return "not known" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "not known" if value is None else f"{value:.5g}".replace("-", "−") if isinstance(value, float) else str(value)

@@ -18,14 +18,16 @@ def verdicts(found: dict[str, Any]) -> list[Verdict]:
 
 def _answer(found: dict[str, Any]) -> Verdict:
     c2st, shift = found["c2st_final"], found["max_median_shift_sd"]
-    if c2st is None or shift is None:
+    if shift is None:
         return Verdict(
             "warn", "The posterior was not compared with an exact answer.", "No reference was run, or the likelihood is not tractable."
         )
     detail = (
-        f"C2ST {c2st:.3f} (0.5 is no difference), largest shift of a median {shift:.3f} sd; "
-        f"before rounds and refinement C2ST {found['c2st_amortised']:.3f}."
+        f"C2ST {_number(c2st)} (0.5 is no difference), largest shift of a median {shift:.3f} sd; "
+        f"before rounds and refinement C2ST {_number(found['c2st_amortised'])}."
     )
+    if c2st is None:
+        return Verdict("bad", "The final posterior has too few distinct draws to be compared with exact Markov chains.", detail)
     if not found["mcmc"]["converged"]:
         return Verdict("warn", "The exact Markov chains have not converged: the comparison says little.", detail)
     if c2st <= _C2ST and shift <= _SHIFT:
@@ -37,8 +39,9 @@ def _refinement(found: dict[str, Any]) -> list[Verdict]:
     share, k = found["importance_ess_fraction"], found["importance_pareto_k"]
     if share is None:
         return [Verdict("warn", "The network's draws were not refined with an exact likelihood.")]
-    tail = "not known" if k is None else f"{k:.2f}"
-    detail = f"Effective sample {found['importance_ess']:.0f}, {100 * share:.2g} % of the proposals; Pareto k {tail}."
+    detail = f"Effective sample {found['importance_ess']:.0f}, {100 * share:.2g} % of the proposals; Pareto k {_number(k)}."
+    if not found["refined"]:
+        return [Verdict("bad", "Refinement failed: the network is too far from the exact posterior, and its own draws are shown.", detail)]
     if k is not None and k < _PARETO and found["importance_ess"] >= 1000:
         return [Verdict("good", "Weighted with the exact likelihood, the draws carry the answer.", detail)]
     return [Verdict("warn", "Few draws carry most of the weight: the refined posterior may miss mass.", detail)]
@@ -86,3 +89,7 @@ def _familiarity(found: dict[str, Any]) -> Verdict:
         f"The observation lies {words} what the network was trained on: it extrapolates there.",
         detail,
     )
+
+
+def _number(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.3f}"

@@ -13,7 +13,6 @@ Source: Sokal 1996 and emcee (arXiv:1202.3665) for the window; Vehtari et al. 20
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
-from scipy.stats import rankdata
 
 from sbi_phys.checks import as_array
 from sbi_phys.errors import DataError
@@ -72,6 +71,8 @@ def split_r_hat(chains: ArrayLike) -> Array:
 
 
 def _normal_scores(x: Array) -> Array:
+    from scipy.stats import rankdata  # scipy.stats takes longer to import than all the rest: only when used
+
     rank = rankdata(x.reshape(-1, x.shape[2]), axis=0)
     return ndtri((rank - 0.375) / (rank.shape[0] + 0.25)).reshape(x.shape)
 

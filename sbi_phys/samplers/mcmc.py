@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import chi2
+from scipy.special import chdtri
 
 from sbi_phys.checks import as_array, require_int, require_number
 from sbi_phys.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
@@ -114,7 +114,7 @@ def run_emcee(
     n_walkers, dim = walkers.shape
     n_samples, max_steps = require_int("n_samples", n_samples, low=1), require_int("max_steps", max_steps, low=100)
     n_groups = _group_number(n_groups, n_walkers, dim)
-    depth = float(chi2.isf(1e-6, dim)) / 2 + 5 if stuck_below is None else require_number("stuck_below", stuck_below, low=0, open_low=True)
+    depth = float(chdtri(dim, 1e-6)) / 2 + 5 if stuck_below is None else require_number("stuck_below", stuck_below, low=0, open_low=True)
     density = _Checked(log_prob, dim)
     groups = [_Group(density, walkers[g::n_groups], default_moves() if moves is None else moves, seed, g) for g in range(n_groups)]
     with or_none(progress).task("MCMC", total=1.0) as task:
@@ -126,23 +126,34 @@ def run_emcee(
     message = verdict.text if settled else f"burn-in did not settle in {n_burn} steps; {verdict.text}"
     if not converged and raise_on_failure:
         raise ConvergenceError(f"MCMC did not converge: {message}; expected convergence within max_steps = {max_steps}")
+    counts = {"n_burn": n_burn, "n_reset": n_reset, "n_evaluations": density.n_evaluations}
+    return _collect(groups, verdict, n_samples, rng_for(seed, "mcmc draws"), converged, message, counts)
+
+
+def _collect(
+    groups: list["_Group"],
+    verdict: "_Verdict",
+    n_samples: int,
+    rng: np.random.Generator,
+    converged: bool,
+    message: str,
+    counts: dict[str, int],
+) -> MCMCResult:
     chains = np.concatenate([g.chain() for g in groups])
-    samples, values = _thinned(chains, np.concatenate([g.log_prob() for g in groups]), n_samples, rng_for(seed, "mcmc draws"))
+    samples, values = _thinned(chains, np.concatenate([g.log_prob() for g in groups]), n_samples, rng)
     return MCMCResult(
         samples=samples,
         log_prob=values,
         chains=chains,
-        group=np.repeat(np.arange(n_groups), [g.n_walkers for g in groups]),
+        group=np.repeat(np.arange(len(groups)), [g.n_walkers for g in groups]),
         autocorr_time=verdict.tau,
         n_effective=verdict.n_effective,
         acceptance=float(np.mean(np.concatenate([g.sampler.acceptance_fraction for g in groups]))),
         r_hat=verdict.r_hat,
         r_hat_walkers=verdict.r_hat_walkers,
-        n_burn=n_burn,
-        n_reset=n_reset,
-        n_evaluations=density.n_evaluations,
         converged=converged,
         message=message,
+        **counts,
     )
 
 

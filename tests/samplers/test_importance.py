@@ -33,7 +33,7 @@ def conjugate(d=3, noise=0.5):
 
 def test_evidence_and_moments_of_a_conjugate_gaussian():
     log_target, evidence, mean, sd = conjugate()
-    result = importance_sample(log_target, Normal(3, 0.7), 20_000, seed=1, chunk=3000)
+    result = importance_sample(log_target, Normal(3, 0.9), 40_000, seed=1, chunk=3000)
     assert result.log_evidence == pytest.approx(evidence, abs=4 * result.log_evidence_err)
     assert result.log_evidence_err < 0.02
     np.testing.assert_allclose(result.weights @ result.samples, mean, atol=5 * sd / np.sqrt(result.ess))
@@ -98,12 +98,14 @@ def test_pareto_smoothing_agrees_with_arviz():
 
 
 def test_smoothing_lowers_the_scatter_of_the_evidence():
-    log_target, evidence, _, _ = conjugate(noise=0.7)
-    raw, smooth = (
-        np.array([importance_sample(log_target, Normal(3, 0.4), 500, seed=i, smooth=s).log_evidence for i in range(150)]) for s in (False, True)
-    )
-    assert smooth.std() < raw.std()
-    assert abs(smooth.mean() - evidence) < 0.1
+    target = Normal(3)
+
+    def evidences(smooth):
+        return np.array([importance_sample(target.log_prob, Normal(3, 0.65), 500, seed=i, smooth=smooth).log_evidence for i in range(200)])
+
+    raw, smoothed = evidences(False), evidences(True)
+    assert smoothed.std() < 0.9 * raw.std()
+    assert abs(smoothed.mean()) < 0.1
 
 
 def test_short_or_dominated_tails_are_never_called_reliable():
@@ -125,9 +127,9 @@ def test_reproducible_and_a_longer_run_begins_with_the_same_draws():
 
 def test_stops_when_enough_effective_draws_are_there():
     log_target, *_ = conjugate()
-    result = importance_sample(log_target, Normal(3, 0.7), 100_000, seed=6, chunk=500, target_ess=1000)
+    result = importance_sample(log_target, Normal(3, 0.9), 100_000, seed=6, chunk=500, target_ess=1000)
     assert 1000 <= result.ess < 1600
-    assert result.samples.shape[0] < 5000
+    assert result.samples.shape[0] < 10_000
     assert result.n_requested == 100_000
 
 

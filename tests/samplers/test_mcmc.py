@@ -17,9 +17,7 @@ def test_correlated_gaussian_in_eight_dimensions():
     start = spread_start(
         lambda u: -0.5 * np.einsum("ni,ij,nj->n", u - mean, precision, u - mean), 10 * rng.standard_normal((1000, 8)), 36, rng
     )
-    result = run_emcee(
-        lambda u: -0.5 * np.einsum("ni,ij,nj->n", u - mean, precision, u - mean), start, n_samples=1500, n_groups=2, seed=1
-    )
+    result = run_emcee(lambda u: -0.5 * np.einsum("ni,ij,nj->n", u - mean, precision, u - mean), start, n_samples=1500, n_groups=2, seed=1)
     assert result.converged
     assert result.samples.shape == (1500, 8)
     assert np.all(result.r_hat < 1.01)
@@ -55,7 +53,7 @@ def test_banana_has_its_moments():
         return -0.5 * u[:, 0] ** 2 - 2 * (u[:, 1] - u[:, 0] ** 2) ** 2
 
     rng = np.random.default_rng(2)
-    result = run_emcee(banana, spread_start(banana, 2 * rng.standard_normal((500, 2)), 24, rng), n_samples=800, n_groups=2, seed=3)
+    result = run_emcee(banana, spread_start(banana, 2 * rng.standard_normal((500, 2)), 32, rng), n_samples=800, n_groups=2, seed=3)
     n = result.n_effective
     u0, u1 = result.chains[..., 0], result.chains[..., 1]
     assert u0.mean() == pytest.approx(0, abs=5 / np.sqrt(n))
@@ -97,7 +95,7 @@ def test_walkers_stuck_in_a_negligible_mode_are_put_back_during_burn_in():
 
 
 def test_same_seed_same_chain_and_global_generator_untouched():
-    start = np.random.default_rng(7).standard_normal((12, 1))
+    start = np.random.default_rng(7).standard_normal((16, 1))
     before = np.random.get_state()[1].copy()  # noqa: NPY002
     one, two, other = (run_emcee(normal, start, n_samples=50, n_groups=2, seed=s) for s in (8, 8, 9))
     np.testing.assert_array_equal(before, np.random.get_state()[1])  # noqa: NPY002

@@ -1,0 +1,93 @@
+"""How far the learned posterior is from the exact one: the two-parameter source spectrum against a fine grid.
+
+    python benchmarks/two_parameters.py --n 20000 --threads 2
+
+Prints and writes as JSON: expected divergence E[log p(theta|x) - log q(theta|x)] in nats over fresh pairs (validation
+loss minus its exact optimum, by grid), mean C2ST over 20 observations for the amortised posterior and after importance
+refinement with the exact likelihood, training seconds, and the step time over the training.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import sbi_phys as sp
+from sbi_phys.calibration import c2st
+from sbi_phys.priors import standard_normal_log_prob
+from sbi_phys.rng import rng_for
+from sbi_phys.samplers.grid import grid_posterior
+from sbi_phys.samplers.importance import importance_sample
+from simulators import SourceSpectrum
+
+
+def measure(n: int, *, seed: int = 0, n_observations: int = 20, n_pairs: int = 300, n_draws: int = 2000, **settings: object) -> dict[str, object]:
+    """Train on n simulations and compare with the grid; the settings go to `sp.NPE`."""
+    simulator = SourceSpectrum(composition="fixed")
+    prior = simulator.prior
+    rng = rng_for(seed, "training")
+    theta = prior.sample(n, rng)
+    x = simulator.simulate(theta, rng)
+    begin = time.perf_counter()
+    npe = sp.NPE(prior, seed=seed, observables=simulator.observables, **settings).fit(theta, x)
+    seconds = time.perf_counter() - begin
+
+    rng = rng_for(seed, "test")
+    theta_test = prior.sample(n_pairs, rng)
+    x_test = simulator.simulate(theta_test, rng)
+    gain, amortised, refined, fractions = [], [], [], []
+    log_q = npe.log_prob(theta_test, x_test)
+    for i in range(n_pairs):
+
+        def log_target(u: np.ndarray, x_i: np.ndarray = x_test[i]) -> np.ndarray:
+            return simulator.log_likelihood(x_i, prior.from_unbounded(u)) + standard_normal_log_prob(u)
+
+        grid = grid_posterior(log_target, [-8, -8], [8, 8], n_cells=12_000, max_cell_mass=0.05)
+        u_i = prior.to_unbounded(theta_test[i])
+        log_p = log_target(u_i)[0] - grid.log_evidence + prior.log_prob(theta_test[i])[0] - standard_normal_log_prob(u_i)[0]
+        gain.append(log_p - log_q[i])
+        if i < n_observations:
+            fine = grid_posterior(log_target, [-8, -8], [8, 8])
+            exact = prior.from_unbounded(fine.sample(n_draws, rng))
+            amortised.append(c2st(npe.sample(x_test[i], n_draws, seed=i), exact).accuracy)
+            result = importance_sample(log_target, npe.proposal(x_test[i]), 40_000, seed=i)
+            fractions.append(result.ess_fraction)
+            refined.append(c2st(prior.from_unbounded(result.resample(n_draws, rng)), exact).accuracy)
+    history = npe.history[0]
+    steps = [row["step_ms"] for row in history]
+    return {
+        "n_simulations": n, "training_seconds": seconds, "epochs": [len(h) for h in npe.history], "threads": torch.get_num_threads(),
+        "divergence_nats": float(np.mean(gain)), "divergence_error": float(np.std(gain) / np.sqrt(n_pairs)),
+        "c2st_amortised": float(np.mean(amortised)), "c2st_refined": float(np.mean(refined)), "c2st_amortised_each": amortised,
+        "ess_fraction_median": float(np.median(fractions)), "ess_fraction_min": float(np.min(fractions)),
+        "step_ms_first_tenth": float(np.median(steps[: max(1, len(steps) // 10)])),
+        "step_ms_last_tenth": float(np.median(steps[-max(1, len(steps) // 10) :])),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=20_000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ensemble", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=sp.TrainConfig().learning_rate)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/two_parameters.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = sp.TrainConfig(max_epochs=options.epochs, learning_rate=options.rate, batch_size=options.batch)
+    result = measure(options.n, seed=options.seed, n_ensemble=options.ensemble, config=config)
+    for name, value in result.items():
+        print(f"{name:24s} {value if not isinstance(value, float) else round(value, 4)}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(options.out.read_text()) if options.out.exists() else []
+    options.out.write_text(json.dumps([*[r for r in rows if r["n_simulations"] != options.n], result], indent=1))
+
+
+if __name__ == "__main__":
+    main()
