@@ -24,15 +24,17 @@ from sbi_phys.samplers.importance import importance_sample
 from simulators import SourceSpectrum
 
 
-def measure(n: int, *, seed: int = 0, n_observations: int = 20, n_pairs: int = 300, n_draws: int = 2000, **settings: object) -> dict[str, object]:
-    """Train on n simulations and compare with the grid; the settings go to `sp.NPE`."""
+def measure(
+    n: int, config: sp.TrainConfig, *, n_ensemble: int = 1, seed: int = 0, n_observations: int = 20, n_pairs: int = 300, n_draws: int = 2000
+) -> dict[str, object]:
+    """Train on n simulations and compare with the grid."""
     simulator = SourceSpectrum(composition="fixed")
     prior = simulator.prior
     rng = rng_for(seed, "training")
     theta = prior.sample(n, rng)
     x = simulator.simulate(theta, rng)
     begin = time.perf_counter()
-    npe = sp.NPE(prior, seed=seed, observables=simulator.observables, **settings).fit(theta, x)
+    npe = sp.NPE(prior, seed=seed, observables=simulator.observables, n_ensemble=n_ensemble, config=config).fit(theta, x)
     seconds = time.perf_counter() - begin
 
     rng = rng_for(seed, "test")
@@ -81,7 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = sp.TrainConfig(max_epochs=options.epochs, learning_rate=options.rate, batch_size=options.batch)
-    result = measure(options.n, seed=options.seed, n_ensemble=options.ensemble, config=config)
+    result = measure(options.n, config, seed=options.seed, n_ensemble=options.ensemble)
     for name, value in result.items():
         print(f"{name:24s} {value if not isinstance(value, float) else round(value, 4)}")
     options.out.parent.mkdir(parents=True, exist_ok=True)

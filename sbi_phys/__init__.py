@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sbi_phys.errors import SbiPhysError as SbiPhysError
     from sbi_phys.estimators.npe import NPE as NPE
     from sbi_phys.estimators.npe import load as load
+    from sbi_phys.estimators.sequential import truncated_rounds as truncated_rounds
     from sbi_phys.nets.embed import EmbeddingConfig as EmbeddingConfig
     from sbi_phys.nets.flow import FlowConfig as FlowConfig
     from sbi_phys.priors import BoxPrior as BoxPrior
@@ -55,6 +56,7 @@ _PUBLIC = {
     "load": "estimators.npe",
     "samplers": "",
     "simulate": "simulate",
+    "truncated_rounds": "estimators.sequential",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -205,15 +205,15 @@ class CheckSettings:
 
 # What a run is cut down to by --quick: the same stages on less of everything. A smaller setting stays as it is.
 _QUICK = {
-    "simulate.n": 12_000,
+    "simulate.n": 40_000,
     "estimator.n_ensemble": 1,
-    "train.max_epochs": 10,
+    "train.max_epochs": 6,
     "rounds.n_rounds": 1,
-    "rounds.n": 6_000,
-    "rounds.max_epochs": 10,
-    "infer.n_draws": 1_000,
-    "infer.n_refine": 20_000,
-    "reference.n_samples": 1_000,
+    "rounds.n": 12_000,
+    "rounds.max_epochs": 12,
+    "infer.n_draws": 2_000,
+    "infer.n_refine": 40_000,
+    "reference.n_samples": 2_000,
     "reference.max_steps": 1_000,
     "calibrate.n": 100,
     "calibrate.n_draws": 200,

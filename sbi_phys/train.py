@@ -50,7 +50,7 @@ class TrainConfig:
     ema_decay: per step, 0 switches weight averaging off. validation_fraction: rows held out.
     """
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     batch_size: int = 0
     max_epochs: int = 0
     patience: int = 20
@@ -78,8 +78,8 @@ class TrainConfig:
         """Batch size and number of epochs for n training rows.   Raises: DataError if a batch is larger than n."""
         if self.batch_size > n:
             raise DataError(f"{n} training rows; expected at least batch_size = {self.batch_size}")
-        batch = self.batch_size or min(n, max(32, min(1024, 2 ** round(math.log2(max(n, 2) / 40)))))
-        return batch, self.max_epochs or max(15, min(150, round(2.4e6 / n)))
+        batch = self.batch_size or min(n, max(32, min(256, 2 ** round(math.log2(max(n, 2) / 80)))))
+        return batch, self.max_epochs or max(5, min(150, round(9000 / math.sqrt(n))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ Source: Lopez-Paz & Oquab 2017, arXiv:1610.06545; in inference: Lueckmann et al.
 """
 
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -153,23 +152,24 @@ def _folds(x: Array, rng: np.random.Generator) -> NDArray[np.int64]:
 
 
 def _fold_accuracies(x: NDArray[np.float32], y: NDArray[np.int64], folds: NDArray[np.int64], seed: int, workers: int) -> Array:
-    from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from joblib import Parallel, delayed
 
-    # the filter of warnings belongs to the process, not to a thread: it is set once around all of them. 1000 iterations
-    # are part of the definition, so stopping there is no fault to report.
-    with warnings.catch_warnings(), threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        jobs = [pool.submit(_accuracy, x, y, folds == k, seed_for(seed, "c2st network", k) % 2**32) for k in range(N_FOLDS)]
-        return np.array([job.result() for job in jobs])
+    # processes, not threads: the steps are so small that threads would wait for the interpreter
+    jobs = (delayed(_accuracy)(x, y, folds == k, seed_for(seed, "c2st network", k) % 2**32) for k in range(N_FOLDS))
+    return np.array(Parallel(n_jobs=workers)(jobs))
 
 
 def _accuracy(x: NDArray[np.float32], y: NDArray[np.int64], test: NDArray[np.bool_], seed: int) -> float:
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     units = 10 * x.shape[1]
     network = MLPClassifier(hidden_layer_sizes=(units, units), activation="relu", solver="adam", max_iter=1000, random_state=seed)
-    network.fit(x[~test], y[~test])
+    # 1000 iterations are part of the definition, so stopping there is no fault to report
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        network.fit(x[~test], y[~test])
     right = network.predict(x[test]) == y[test]
     # the mean over the two classes: 0.5 stays the null value where copies make a fold's classes unequal
     return float(np.mean([right[y[test] == label].mean() for label in (0, 1)]))

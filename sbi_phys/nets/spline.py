@@ -50,10 +50,7 @@ def rational_quadratic_spline(x: Tensor, parameters: Tensor, *, bound: float, in
     slope = h / w
     curve = d0 + d1 - 2 * slope
 
-    if inverse:
-        xi = _solve(clamped - y0, h, slope, d0, curve)
-    else:
-        xi = (clamped - x0) / w
+    xi = _solve(clamped - y0, h, slope, d0, curve) if inverse else (clamped - x0) / w
     cross = xi * (1 - xi)
     denominator = slope + curve * cross
     value = x0 + xi * w if inverse else y0 + h * (slope * xi * xi + d0 * cross) / denominator

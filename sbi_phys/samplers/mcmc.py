@@ -1,18 +1,22 @@
 r"""Markov chain Monte Carlo with emcee, run until it has converged, or an error that says how far it is from that.
 
-The walkers form several groups, each an ensemble of its own that shares nothing with the others, so that agreement between
+The walkers form several groups, each an ensemble of its own whose walkers are helped by no others, so that agreement between
 groups is evidence. A run has two parts:
 
 1. Burn-in, in blocks of growing length. After a block, walkers stuck in a negligible mode are put back: a walker whose best log
    density of the block's second half lies more than `stuck_below` under the group's median is moved to a place that a healthy walker
    of its group visited in that half. A mode so far below could only matter if its volume were exp(stuck_below) times larger. Burn-in ends
-   with a block that is 10 autocorrelation times long, has no stuck walker, and whose halves agree in mean log density.
-2. Production, where nothing is ever reset, so that detailed balance holds; no draw of burn-in is kept. It ends when, for every parameter,
-   the chain is longer than 50 tau (`diagnostics`), walkers x steps / tau >= n_samples, split R-hat between groups <= 1.01, and R-hat
-   between single walkers is no larger than chains of that length give by chance.
+   with a block that is 10 autocorrelation times long, has no stuck walker, and whose halves agree in mean log density. After each
+   block a mixture of Gaussians is fitted to the draws of all groups, and the next steps propose independent draws from it beside the
+   local moves (`moves`): a posterior that is curved, and slow for local moves alone, is then crossed in one step.
+2. Production, where nothing is ever reset and the last mixture stays as it is: every step leaves the target alone, the chain is Markov
+   (Tierney 1994, Ann. Statist. 22, 1701); no draw of burn-in is kept. It ends when, for every parameter, the chain is longer than
+   50 tau (`diagnostics`), walkers x steps / tau >= n_samples, split R-hat between groups <= 1.01, and R-hat between single walkers
+   is no larger than chains of that length give by chance.
 
 Several modes: a mode is sampled with its right weight only if walkers travel. The mode jump (`moves`) does that when both modes hold
-walkers of a group, which is the business of the start: `spread_start`. If walkers do not travel, R-hat between walkers and tau say so.
+walkers of a group, which is the business of the start: `spread_start`; the mixture carries walkers between all modes that any group
+has found. If walkers do not travel, R-hat between walkers and tau say so. In production groups share nothing but the fixed mixture.
 
 Source: Foreman-Mackey et al. 2013, arXiv:1202.3665; R-hat: Vehtari et al. 2021, arXiv:1903.08008.
 """
@@ -31,7 +35,7 @@ from sbi_phys.errors import ConvergenceError, DataError, NonFiniteError, Setting
 from sbi_phys.progress import Progress, Task, or_none
 from sbi_phys.rng import rng_for, seed_for
 from sbi_phys.samplers.diagnostics import autocorrelation_time, split_r_hat
-from sbi_phys.samplers.moves import default_moves
+from sbi_phys.samplers.moves import Independence, Mixture, default_moves, fit_mixture, in_groups
 
 __all__ = ["MCMCResult", "run_emcee", "spread_start"]
 
@@ -40,6 +44,8 @@ LogDensity = Callable[[Array], Array]
 
 LENGTH_IN_TAU = 50
 R_HAT_MAX = 1.01
+INDEPENDENCE_SHARE = 0.6
+GROWTH = 1.5  # of the blocks of burn-in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +55,8 @@ class MCMCResult:
     samples (n, d), thinned to about one per autocorrelation time, in random order (fewer than asked for only if not converged);
     log_prob (n,) at them.
     chains (n_walkers, n_steps, d), production only, all steps; group (n_walkers,), the ensemble that a walker belongs to.
-    autocorr_time (d,), steps. n_effective, walkers x steps / largest tau. acceptance, mean share of accepted moves.
+    autocorr_time (d,), steps. n_effective, walkers x steps / largest tau. acceptance, mean share of accepted moves;
+    acceptance_independence, that of the proposals from the mixture, and n_components, its Gaussians (NaN and 0 without a mixture).
     r_hat (d,), between groups; r_hat_walkers (d,), between single walkers. n_burn, steps dropped; n_reset, walkers put back in burn-in.
     n_evaluations of the log density. converged; message says why or why not.
     """
@@ -61,6 +68,8 @@ class MCMCResult:
     autocorr_time: Array
     n_effective: float
     acceptance: float
+    acceptance_independence: float
+    n_components: int
     r_hat: Array
     r_hat_walkers: Array
     n_burn: int
@@ -73,9 +82,9 @@ class MCMCResult:
         """Return the result in words."""
         size = f"{self.chains.shape[0]} walkers in {self.group.max() + 1} groups x {self.chains.shape[1]} steps"
         burn = f"after {self.n_burn} of burn-in ({self.n_reset} walkers put back)"
-        return (
-            f"MCMC, {size} {burn}: {'converged' if self.converged else 'NOT converged'}, {self.message}; acceptance {self.acceptance:.2f}"
-        )
+        mixture = f" ({self.acceptance_independence:.2f} from a mixture of {self.n_components})" if self.n_components else ""
+        verdict = "converged" if self.converged else "NOT converged"
+        return f"MCMC, {size} {burn}: {verdict}, {self.message}; acceptance {self.acceptance:.2f}{mixture}"
 
 
 def run_emcee(
@@ -87,6 +96,7 @@ def run_emcee(
     seed: int = 0,
     n_groups: int | None = None,
     moves: list[tuple[Any, float]] | None = None,
+    independence: bool | None = None,
     stuck_below: float | None = None,
     raise_on_failure: bool = True,
     progress: Progress | None = None,
@@ -101,6 +111,8 @@ def run_emcee(
         seed: same seed, same chain; numpy's global generator is left alone.
         n_groups: independent ensembles; default 4, or fewer where there are too few walkers. Walker i starts in group i modulo n_groups.
         moves: emcee moves with weights; default `moves.default_moves()`.
+        independence: propose a share of 0.6 of the steps from a mixture fitted in burn-in and fixed afterwards; default only if no
+            `moves` are given.
         stuck_below: nats, see the module; default 5 more than a Gaussian's far tail, chi2_d.isf(1e-6) / 2 + 5, 26 for d = 8.
         raise_on_failure: False returns an unconverged result (`converged`, `message`) instead of raising.
         progress: shows the share of the length needed, tau and R-hat.
@@ -116,22 +128,21 @@ def run_emcee(
     n_groups = _group_number(n_groups, n_walkers, dim)
     depth = float(chdtri(dim, 1e-6)) / 2 + 5 if stuck_below is None else require_number("stuck_below", stuck_below, low=0, open_low=True)
     density = _Checked(log_prob, dim)
-    groups = [_Group(density, walkers[g::n_groups], default_moves() if moves is None else moves, seed, g) for g in range(n_groups)]
+    ensemble = _Ensemble(density, walkers, n_groups, default_moves() if moves is None else moves, seed)
     with or_none(progress).task("MCMC", total=1.0) as task:
-        n_burn, n_reset, settled = _burn_in(groups, max_steps, depth, rng_for(seed, "mcmc resets"), task)
-        for group in groups:
-            group.sampler.reset()
-        verdict = _produce(groups, n_samples, max_steps - n_burn, task)
+        fit_rng = rng_for(seed, "mcmc mixture") if (moves is None if independence is None else independence) else None
+        n_burn, n_reset, settled = _burn_in(ensemble, max_steps, depth, rng_for(seed, "mcmc resets"), fit_rng, task)
+        verdict = _produce(ensemble, n_samples, max_steps - n_burn, task)
     converged = verdict.good and settled
     message = verdict.text if settled else f"burn-in did not settle in {n_burn} steps; {verdict.text}"
     if not converged and raise_on_failure:
         raise ConvergenceError(f"MCMC did not converge: {message}; expected convergence within max_steps = {max_steps}")
     counts = {"n_burn": n_burn, "n_reset": n_reset, "n_evaluations": density.n_evaluations}
-    return _collect(groups, verdict, n_samples, rng_for(seed, "mcmc draws"), converged, message, counts)
+    return _collect(ensemble, verdict, n_samples, rng_for(seed, "mcmc draws"), converged, message, counts)
 
 
 def _collect(
-    groups: list["_Group"],
+    ensemble: "_Ensemble",
     verdict: "_Verdict",
     n_samples: int,
     rng: np.random.Generator,
@@ -139,16 +150,18 @@ def _collect(
     message: str,
     counts: dict[str, int],
 ) -> MCMCResult:
-    chains = np.concatenate([g.chain() for g in groups])
-    samples, values = _thinned(chains, np.concatenate([g.log_prob() for g in groups]), n_samples, rng)
+    chains, free = ensemble.chain(), ensemble.independence
+    samples, values = _thinned(chains, ensemble.log_prob(), n_samples, rng)
     return MCMCResult(
         samples=samples,
         log_prob=values,
         chains=chains,
-        group=np.repeat(np.arange(len(groups)), [g.n_walkers for g in groups]),
+        group=ensemble.group,
         autocorr_time=verdict.tau,
         n_effective=verdict.n_effective,
-        acceptance=float(np.mean(np.concatenate([g.sampler.acceptance_fraction for g in groups]))),
+        acceptance=float(np.mean(ensemble.sampler.acceptance_fraction)),
+        acceptance_independence=math.nan if free is None else free.n_accepted / max(free.n_tried, 1),
+        n_components=0 if free is None else free.mixture.n_components,
         r_hat=verdict.r_hat,
         r_hat_walkers=verdict.r_hat_walkers,
         converged=converged,
@@ -240,25 +253,41 @@ class _Checked:
         return values
 
 
-class _Group:
-    """One ensemble of walkers: an emcee sampler with its own generator."""
+class _Ensemble:
+    """All walkers, group by group, in one emcee sampler with its own generator, whose moves keep to the groups."""
 
-    def __init__(self, density: _Checked, start: Array, moves: list[tuple[Any, float]], seed: int, index: int) -> None:
+    def __init__(self, density: _Checked, start: Array, n_groups: int, moves: list[tuple[Any, float]], seed: int) -> None:
         import emcee
 
+        group = np.arange(start.shape[0]) % n_groups
+        order = np.argsort(group, kind="stable")
+        start, self.group = start[order], group[order]
         values = density(start)
         if np.isneginf(values).any():
             i = int(np.argmax(np.isneginf(values)))
             raise DataError(f"start has log_prob -inf at walker {start[i].tolist()}; expected places of positive density, see spread_start")
-        spread = start - start.mean(axis=0)
-        scale = np.where(spread.std(axis=0) > 0, spread.std(axis=0), 1.0)
-        if np.linalg.matrix_rank(spread / scale, tol=1e-9) < start.shape[1]:
-            raise DataError(f"start of group {index} spans fewer than {start.shape[1]} dimensions; expected walkers at different places")
-        self.n_walkers = start.shape[0]
-        self.sampler = emcee.EnsembleSampler(*start.shape, density, moves=moves, vectorize=True)
-        self.sampler.log_prob_fn = density  # emcee's own wrapper prints every exception to the screen
-        random = np.random.RandomState(seed_for(seed, "mcmc", index) % 2**32)
+        for g in range(n_groups):
+            spread = start[self.group == g] - start[self.group == g].mean(axis=0)
+            scale = np.where(spread.std(axis=0) > 0, spread.std(axis=0), 1.0)
+            if np.linalg.matrix_rank(spread / scale, tol=1e-9) < start.shape[1]:
+                raise DataError(f"start of group {g} spans fewer than {start.shape[1]} dimensions; expected walkers at different places")
+        self.density = density
+        total = sum(weight for _, weight in moves)
+        self.moves = [(in_groups(move, self.group), weight / total) for move, weight in moves]
+        self.renew(None)
+        random = np.random.RandomState(seed_for(seed, "mcmc") % 2**32)
         self.state = emcee.State(start, log_prob=values, random_state=random.get_state())
+
+    def renew(self, mixture: Mixture | None) -> None:
+        """Forget the chain, not where walkers stand, and go on with the local moves and, if given, draws from the mixture."""
+        import emcee
+
+        self.independence = None if mixture is None else Independence(mixture)
+        moves = self.moves
+        if self.independence is not None:
+            moves = [(m, (1 - INDEPENDENCE_SHARE) * w) for m, w in moves] + [(self.independence, INDEPENDENCE_SHARE)]
+        self.sampler = emcee.EnsembleSampler(self.group.size, self.density.dim, self.density, moves=moves, vectorize=True)
+        self.sampler.log_prob_fn = self.density  # emcee's own wrapper prints every exception to the screen
 
     def run(self, n_steps: int) -> None:
         self.state = self.sampler.run_mcmc(self.state, n_steps, skip_initial_state_check=True)
@@ -269,50 +298,77 @@ class _Group:
     def log_prob(self, last: int = 0) -> Array:
         return np.swapaxes(self.sampler.get_log_prob()[-last:], 0, 1)
 
+    def by_group(self, chain: Array) -> list[Array]:
+        return [chain[self.group == g] for g in range(self.group.max() + 1)]
+
     def put_back(self, depth: float, last: int, rng: np.random.Generator) -> int:
-        """Move stuck walkers to places that healthy ones visited lately; return how many."""
-        values, chain = self.log_prob(last), self.chain(last)
-        best = values.max(axis=1)
-        stuck = np.flatnonzero(best < np.median(values) - depth)
-        healthy = np.setdiff1d(np.arange(self.n_walkers), stuck)
-        for walker in stuck:
-            donor, step = rng.choice(healthy), rng.integers(last)
-            self.state.coords[walker], self.state.log_prob[walker] = chain[donor, step], values[donor, step]
-        return int(stuck.size)
+        """Move stuck walkers to places that healthy ones of their group visited lately; return how many."""
+        values, chain, n_stuck = self.log_prob(last), self.chain(last), 0
+        for g in range(self.group.max() + 1):
+            mine = np.flatnonzero(self.group == g)
+            low = values[mine].max(axis=1) < np.median(values[mine]) - depth
+            for walker in mine[low]:
+                donor, step = rng.choice(mine[~low]), rng.integers(last)
+                self.state.coords[walker], self.state.log_prob[walker] = chain[donor, step], values[donor, step]
+            n_stuck += int(low.sum())
+        return n_stuck
 
 
-def _burn_in(groups: list[_Group], max_steps: int, depth: float, rng: np.random.Generator, task: Task) -> tuple[int, int, bool]:
-    done, n_reset, block = 0, 0, 100
-    while done + block <= max_steps // 2:
-        for group in groups:
-            group.run(block)
+class _Visited:
+    """Places seen in burn-in, some of each block: walkers come from far away, so early ones tell of the target's tails."""
+
+    def __init__(self) -> None:
+        self.places: list[Array] = []
+        self.values: list[Array] = []
+
+    def add(self, chain: Array, values: Array, rng: np.random.Generator) -> None:
+        some = rng.permutation(values.size)[:4000]
+        self.places.append(chain.reshape(-1, chain.shape[2])[some])
+        self.values.append(values.reshape(-1)[some])
+
+    def within(self, depth: float) -> Array:
+        """Return places whose log density is no more than depth below the median of the latest block."""
+        return np.concatenate(self.places)[np.concatenate(self.values) > np.median(self.values[-1]) - depth]
+
+
+def _burn_in(
+    ensemble: _Ensemble, max_steps: int, depth: float, rng: np.random.Generator, fit_rng: np.random.Generator | None, task: Task
+) -> tuple[int, int, bool]:
+    """Run until settled and leave the walkers ready for production -> (steps, walkers put back, settled); no fit_rng, no mixture."""
+    done, n_reset, block, settled = 0, 0, 100, False
+    visited = _Visited()
+    while done + block <= max_steps // 2 and not settled:
+        ensemble.run(block)
         done += block
         half = block // 2
-        n_stuck = sum(group.put_back(depth, half, rng) for group in groups)
+        n_stuck = ensemble.put_back(depth, half, rng)
         n_reset += n_stuck
-        tau = float(autocorrelation_time(np.concatenate([g.chain(block) for g in groups])).max())
-        values = np.concatenate([g.log_prob(block) for g in groups])
+        tau = float(autocorrelation_time(ensemble.chain(block)).max())
+        values = ensemble.log_prob(block)
         # the halves' difference in mean log density, in units of its error for draws correlated over tau
         error = values.std() * math.sqrt(4 * max(tau, 1.0) / values.size)
         drift = abs(values[:, :half].mean() - values[:, half:].mean()) / max(error, 1e-300)
         task.update(0.0, text=f"burn-in, {done} steps, tau {tau:.0f}")
-        if n_stuck == 0 and block >= 10 * tau and drift < 3:
-            return done, n_reset, True
-        block = min(2 * block, 100 * math.ceil(max_steps / 800))
-    return done, n_reset, False
+        settled = n_stuck == 0 and block >= 10 * tau and drift < 3
+        lately = ensemble.by_group(ensemble.chain(block if settled else half))
+        if fit_rng is not None:
+            visited.add(ensemble.chain(block), values, fit_rng)
+            mixture = fit_mixture([c.reshape(-1, c.shape[2]) for c in lately], fit_rng, visited.within(depth))
+        ensemble.renew(None if fit_rng is None else mixture)
+        block = min(math.ceil(GROWTH * block), 100 * math.ceil(max_steps / 800))
+    return done, n_reset, settled
 
 
-def _produce(groups: list[_Group], n_samples: int, max_steps: int, task: Task) -> _Verdict:
+def _produce(ensemble: _Ensemble, n_samples: int, max_steps: int, task: Task) -> _Verdict:
     done, target = 0, 500
     while True:
         target = min(target, max_steps)
         while done < target:  # in pieces, so that progress moves and Ctrl-C is heard
             step = min(200, target - done)
-            for group in groups:
-                group.run(step)
+            ensemble.run(step)
             done += step
             task.update(0.99 * done / target, text=f"{done} of about {target} steps")
-        verdict = _judge([g.chain() for g in groups], n_samples)
+        verdict = _judge(ensemble.by_group(ensemble.chain()), n_samples)
         if verdict.good or done >= max_steps:
             task.update(1.0, text=f"{done} steps, tau {verdict.tau.max():.0f}")
             return verdict
