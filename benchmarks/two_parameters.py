@@ -36,6 +36,7 @@ def measure(
     begin = time.perf_counter()
     npe = sp.NPE(prior, seed=seed, observables=simulator.observables, n_ensemble=n_ensemble, config=config).fit(theta, x)
     seconds = time.perf_counter() - begin
+    print(f"trained on {n} simulations in {seconds:.1f} s", flush=True)
 
     rng = rng_for(seed, "test")
     theta_test = prior.sample(n_pairs, rng)
@@ -54,10 +55,11 @@ def measure(
         if i < n_observations:
             fine = grid_posterior(log_target, [-8, -8], [8, 8])
             exact = prior.from_unbounded(fine.sample(n_draws, rng))
-            amortised.append(c2st(npe.sample(x_test[i], n_draws, seed=i), exact).accuracy)
+            amortised.append(c2st(npe.sample(x_test[i], n_draws, seed=i), exact, workers=2).accuracy)
             result = importance_sample(log_target, npe.proposal(x_test[i]), 40_000, seed=i)
             fractions.append(result.ess_fraction)
-            refined.append(c2st(prior.from_unbounded(result.resample(n_draws, rng)), exact).accuracy)
+            refined.append(c2st(prior.from_unbounded(result.resample(n_draws, rng)), exact, workers=2).accuracy)
+            print(f"observation {i + 1}: C2ST {amortised[-1]:.3f}, refined {refined[-1]:.3f}, ESS {fractions[-1]:.2f}", flush=True)
     history = npe.history[0]
     steps = [row["step_ms"] for row in history]
     return {

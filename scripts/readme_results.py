@@ -26,7 +26,6 @@ def results(found: dict[str, Any]) -> str:
     header = ("parameter", "posterior", "exact MCMC", "shift of the median [sd]", "unit")
     proof = {
         "C2ST of the amortised network against exact MCMC (0.5 is no difference)": found["c2st_amortised"],
-        "C2ST after the truncated rounds": found["c2st_rounds"],
         "C2ST of the final posterior": found["c2st_final"],
         "effective share of the importance draws": found["importance_ess_fraction"],
         "posterior predictive p-value": found["predictive_pvalue"],

@@ -6,13 +6,16 @@ groups is evidence. A run has two parts:
 1. Burn-in, in blocks of growing length. After a block, walkers stuck in a negligible mode are put back: a walker whose best log
    density of the block's second half lies more than `stuck_below` under the group's median is moved to a place that a healthy walker
    of its group visited in that half. A mode so far below could only matter if its volume were exp(stuck_below) times larger. Burn-in ends
-   with a block that is 10 autocorrelation times long, has no stuck walker, and whose halves agree in mean log density. After each
-   block a mixture of Gaussians is fitted to the draws of all groups, and the next steps propose independent draws from it beside the
-   local moves (`moves`): a posterior that is curved, and slow for local moves alone, is then crossed in one step.
-2. Production, where nothing is ever reset and the last mixture stays as it is: every step leaves the target alone, the chain is Markov
-   (Tierney 1994, Ann. Statist. 22, 1701); no draw of burn-in is kept. It ends when, for every parameter, the chain is longer than
-   50 tau (`diagnostics`), walkers x steps / tau >= n_samples, split R-hat between groups <= 1.01, and R-hat between single walkers
-   is no larger than chains of that length give by chance.
+   with a block that is 10 autocorrelation times long, has no stuck walker, and whose halves agree in mean log density.
+   Unless the caller brings moves of his own, a mixture is fitted after each block to the draws of all groups (`moves.fit_mixture`), and
+   the next steps propose independent draws from it beside the local moves: a curved posterior, slow for local moves alone, is then
+   crossed in one step. Such draws are only as good as the mixture is in the tails, where a walker would stick if the mixture held
+   too little. So burn-in first runs on the flattened density sqrt(p), whose draws reach farther, and the mixture covers these too
+   (left out if sqrt(p) does not settle, e.g. has no integral).
+2. Production, where nothing is ever reset or fitted: the last mixture stays as it is, so every step is Markov and leaves the target alone
+   whatever the fit is like (Tierney 1994, Ann. Statist. 22, 1701); no draw of burn-in is kept. It ends when, for every parameter, the
+   chain is longer than 50 tau (`diagnostics`), walkers x steps / tau >= n_samples, split R-hat between groups <= 1.01, and R-hat between
+   single walkers is no larger than chains of that length give by chance.
 
 Several modes: a mode is sampled with its right weight only if walkers travel. The mode jump (`moves`) does that when both modes hold
 walkers of a group, which is the business of the start: `spread_start`; the mixture carries walkers between all modes that any group
@@ -22,7 +25,6 @@ Source: Foreman-Mackey et al. 2013, arXiv:1202.3665; R-hat: Vehtari et al. 2021,
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,20 +33,23 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtri
 
 from sbi_phys.checks import as_array, require_int, require_number
-from sbi_phys.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.errors import ConvergenceError, DataError, ShapeError
 from sbi_phys.progress import Progress, Task, or_none
 from sbi_phys.rng import rng_for, seed_for
 from sbi_phys.samplers.diagnostics import autocorrelation_time, split_r_hat
 from sbi_phys.samplers.moves import Independence, Mixture, default_moves, fit_mixture, in_groups
+from sbi_phys.samplers.start import Checked, LogDensity, spread_start
 
 __all__ = ["MCMCResult", "run_emcee", "spread_start"]
 
 Array = NDArray[np.float64]
-LogDensity = Callable[[Array], Array]
 
 LENGTH_IN_TAU = 50
 R_HAT_MAX = 1.01
-INDEPENDENCE_SHARE = 0.6
+INDEPENDENCE_SHARE = 0.7
+LEAST_HOT, LEAST = 500, 1000  # steps of exploration by local moves, before and after the mixture is fixed
+SETTLED_IN_TAU = 10
+HOT = (0.2, 0.5)  # powers of the density in the first parts of burn-in, 5 and 2 the temperatures
 GROWTH = 1.5  # of the blocks of burn-in
 
 
@@ -111,7 +116,7 @@ def run_emcee(
         seed: same seed, same chain; numpy's global generator is left alone.
         n_groups: independent ensembles; default 4, or fewer where there are too few walkers. Walker i starts in group i modulo n_groups.
         moves: emcee moves with weights; default `moves.default_moves()`.
-        independence: propose a share of 0.6 of the steps from a mixture fitted in burn-in and fixed afterwards; default only if no
+        independence: propose a share of 0.7 of the steps from a mixture fitted in burn-in and fixed afterwards; default only if no
             `moves` are given.
         stuck_below: nats, see the module; default 5 more than a Gaussian's far tail, chi2_d.isf(1e-6) / 2 + 5, 26 for d = 8.
         raise_on_failure: False returns an unconverged result (`converged`, `message`) instead of raising.
@@ -127,11 +132,10 @@ def run_emcee(
     n_samples, max_steps = require_int("n_samples", n_samples, low=1), require_int("max_steps", max_steps, low=100)
     n_groups = _group_number(n_groups, n_walkers, dim)
     depth = float(chdtri(dim, 1e-6)) / 2 + 5 if stuck_below is None else require_number("stuck_below", stuck_below, low=0, open_low=True)
-    density = _Checked(log_prob, dim)
+    density = Checked(log_prob, dim)
     ensemble = _Ensemble(density, walkers, n_groups, default_moves() if moves is None else moves, seed)
     with or_none(progress).task("MCMC", total=1.0) as task:
-        fit_rng = rng_for(seed, "mcmc mixture") if (moves is None if independence is None else independence) else None
-        n_burn, n_reset, settled = _burn_in(ensemble, max_steps, depth, rng_for(seed, "mcmc resets"), fit_rng, task)
+        n_burn, n_reset, settled = _warm_up(ensemble, max_steps, depth, seed, moves is None if independence is None else independence, task)
         verdict = _produce(ensemble, n_samples, max_steps - n_burn, task)
     converged = verdict.good and settled
     message = verdict.text if settled else f"burn-in did not settle in {n_burn} steps; {verdict.text}"
@@ -170,50 +174,6 @@ def _collect(
     )
 
 
-def spread_start(
-    log_prob: LogDensity, candidates: ArrayLike, n_walkers: int, rng: np.random.Generator, *, random_share: float = 0.25
-) -> Array:
-    r"""Choose n_walkers different starting places (n_walkers, d) among candidates (m, d): the likely ones, flattened, and some at random.
-
-    Places are drawn without repetition with weights p^beta, where beta <= 1 is the largest power that leaves an effective number of
-    4 n_walkers candidates (or half of all): modes that lie tens of nats lower are then still populated. A share `random_share` of places
-    is uniform among the candidates of positive density. Candidates: draws of the prior, of a network's posterior, or both.
-
-    Raises: ShapeError, NonFiniteError, SettingError, DataError (fewer candidates of positive density than walkers).
-    """
-    points = as_array("candidates", candidates, (None, None))
-    n_walkers = require_int("n_walkers", n_walkers, low=1)
-    share = require_number("random_share", random_share, low=0, high=1)
-    if not isinstance(rng, np.random.Generator):
-        raise SettingError(f"rng is {rng!r}; expected a numpy Generator, e.g. sbi_phys.rng.rng_for(seed)")
-    points = np.unique(points, axis=0)
-    values = _Checked(log_prob, points.shape[1])(points)
-    points, values = points[np.isfinite(values)], values[np.isfinite(values)]
-    if points.shape[0] < n_walkers:
-        raise DataError(f"candidates has {points.shape[0]} different points of positive density; expected at least n_walkers = {n_walkers}")
-    wanted = min(4.0 * n_walkers, 0.5 * points.shape[0])
-    beta = _power(values - values.max(), wanted)
-    n_random = round(share * n_walkers)
-    # Gumbel's trick: the largest of log weight + Gumbel noise are draws without repetition
-    by_weight = np.argsort(-(beta * values + rng.gumbel(size=values.size)))[: n_walkers - n_random]
-    rest = rng.permutation(np.setdiff1d(np.arange(values.size), by_weight))[:n_random]
-    return points[rng.permutation(np.concatenate([by_weight, rest]))]
-
-
-def _power(log_weights: Array, wanted: float) -> float:
-    def size(beta: float) -> float:
-        w = np.exp(beta * log_weights)
-        return float(w.sum() ** 2 / (w**2).sum())
-
-    if size(1.0) >= wanted:
-        return 1.0
-    low, high = -60.0, 0.0  # log beta
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if size(math.exp(middle)) >= wanted else (low, middle)
-    return math.exp(low)
-
-
 def _group_number(n_groups: int | None, n_walkers: int, dim: int) -> int:
     least = max(2 * dim + 2, 8)  # emcee's own limit and a little, and three helpers in each half of a group
     if n_groups is None:
@@ -237,26 +197,10 @@ class _Verdict:
     text: str
 
 
-class _Checked:
-    """A log density whose answers are checked and counted; an error names the point."""
-
-    def __init__(self, log_prob: LogDensity, dim: int) -> None:
-        self.log_prob, self.dim, self.n_evaluations = log_prob, dim, 0
-
-    def __call__(self, u: Array) -> Array:
-        values = as_array("log_prob(u)", self.log_prob(u), (u.shape[0],), finite=False)
-        bad = np.isnan(values) | np.isposinf(values)
-        if bad.any():
-            i = int(np.argmax(bad))
-            raise NonFiniteError(f"log_prob is {values[i]} at u = {np.asarray(u)[i].tolist()}; expected a finite number or -inf")
-        self.n_evaluations += values.size
-        return values
-
-
 class _Ensemble:
     """All walkers, group by group, in one emcee sampler with its own generator, whose moves keep to the groups."""
 
-    def __init__(self, density: _Checked, start: Array, n_groups: int, moves: list[tuple[Any, float]], seed: int) -> None:
+    def __init__(self, density: Checked, start: Array, n_groups: int, moves: list[tuple[Any, float]], seed: int) -> None:
         import emcee
 
         group = np.arange(start.shape[0]) % n_groups
@@ -277,6 +221,11 @@ class _Ensemble:
         self.renew(None)
         random = np.random.RandomState(seed_for(seed, "mcmc") % 2**32)
         self.state = emcee.State(start, log_prob=values, random_state=random.get_state())
+
+    def temper(self, power: float) -> None:
+        """Go on with the density to this power, from where the walkers stand."""
+        self.density.power = power
+        self.state.log_prob = self.density(self.state.coords)
 
     def renew(self, mixture: Mixture | None) -> None:
         """Forget the chain, not where walkers stand, and go on with the local moves and, if given, draws from the mixture."""
@@ -314,30 +263,42 @@ class _Ensemble:
         return n_stuck
 
 
-class _Visited:
-    """Places seen in burn-in, some of each block: walkers come from far away, so early ones tell of the target's tails."""
-
-    def __init__(self) -> None:
-        self.places: list[Array] = []
-        self.values: list[Array] = []
-
-    def add(self, chain: Array, values: Array, rng: np.random.Generator) -> None:
-        some = rng.permutation(values.size)[:4000]
-        self.places.append(chain.reshape(-1, chain.shape[2])[some])
-        self.values.append(values.reshape(-1)[some])
-
-    def within(self, depth: float) -> Array:
-        """Return places whose log density is no more than depth below the median of the latest block."""
-        return np.concatenate(self.places)[np.concatenate(self.values) > np.median(self.values[-1]) - depth]
+def _warm_up(ensemble: _Ensemble, max_steps: int, depth: float, seed: int, independence: bool, task: Task) -> tuple[int, int, bool]:
+    """Burn in, the flattened target first if there is to be a mixture -> (steps, walkers put back, settled)."""
+    reset_rng, fit_rng = rng_for(seed, "mcmc resets"), rng_for(seed, "mcmc mixture")
+    if not independence:
+        return _burn_in(ensemble, max_steps // 2, depth, reset_rng, None, None, task)[:3]
+    start, done, n_reset, tails = ensemble.state, 0, 0, None
+    for power in HOT:
+        ensemble.temper(power)
+        steps, n, settled, draws = _burn_in(ensemble, max_steps // 8, depth, reset_rng, fit_rng, tails, task)
+        done += steps
+        if not settled:  # tails so heavy that their power has no integral, or too few steps
+            ensemble.state, n_reset, tails = start, 0, None
+            ensemble.renew(None)
+            break
+        n_reset, tails = n_reset + n, draws
+    ensemble.temper(1.0)
+    cold, n, settled, _ = _burn_in(ensemble, max_steps // 2 - done, depth, reset_rng, fit_rng, tails, task)
+    return done + cold, n_reset + n, settled
 
 
 def _burn_in(
-    ensemble: _Ensemble, max_steps: int, depth: float, rng: np.random.Generator, fit_rng: np.random.Generator | None, task: Task
-) -> tuple[int, int, bool]:
-    """Run until settled and leave the walkers ready for production -> (steps, walkers put back, settled); no fit_rng, no mixture."""
+    ensemble: _Ensemble,
+    max_steps: int,
+    depth: float,
+    rng: np.random.Generator,
+    fit_rng: np.random.Generator | None,
+    tails: Array | None,
+    task: Task,
+) -> tuple[int, int, bool, Array]:
+    """Run until settled, leave the walkers ready -> (steps, walkers put back, settled, draws); no fit_rng, no mixture."""
     done, n_reset, block, settled = 0, 0, 100, False
-    visited = _Visited()
-    while done + block <= max_steps // 2 and not settled:
+    longest = max(100, max_steps // 3)
+    # draws of the flattened target are only a guide, but a mixture that fits what has been explored hides what has not
+    needed, least = (SETTLED_IN_TAU, 0) if ensemble.density.power == 1 else (SETTLED_IN_TAU / 2, LEAST_HOT)
+    lately = [ensemble.state.coords]
+    while done + block <= max_steps and not settled:
         ensemble.run(block)
         done += block
         half = block // 2
@@ -345,22 +306,26 @@ def _burn_in(
         n_reset += n_stuck
         tau = float(autocorrelation_time(ensemble.chain(block)).max())
         values = ensemble.log_prob(block)
-        # the halves' difference in mean log density, in units of its error for draws correlated over tau
-        error = values.std() * math.sqrt(4 * max(tau, 1.0) / values.size)
-        drift = abs(values[:, :half].mean() - values[:, half:].mean()) / max(error, 1e-300)
+        drift = _drift(ensemble.chain(block), values, tau)
         task.update(0.0, text=f"burn-in, {done} steps, tau {tau:.0f}")
-        settled = n_stuck == 0 and block >= 10 * tau and drift < 3
-        lately = ensemble.by_group(ensemble.chain(block if settled else half))
-        if fit_rng is not None:
-            visited.add(ensemble.chain(block), values, fit_rng)
-            mixture = fit_mixture([c.reshape(-1, c.shape[2]) for c in lately], fit_rng, visited.within(depth))
-        ensemble.renew(None if fit_rng is None else mixture)
-        block = min(math.ceil(GROWTH * block), 100 * math.ceil(max_steps / 800))
-    return done, n_reset, settled
+        settled = n_stuck == 0 and block >= needed * tau and drift < 4 and done >= least
+        lately = [c.reshape(-1, c.shape[2]) for c in ensemble.by_group(ensemble.chain(block if settled else half))]
+        ensemble.renew(None if fit_rng is None else fit_mixture(lately, fit_rng, tails))
+        block = min(math.ceil(GROWTH * block), longest)
+    return done, n_reset, settled, np.concatenate(lately)
+
+
+def _drift(chain: Array, values: Array, tau: float) -> float:
+    """Largest difference of halves, in units of its error for draws correlated over tau: log density, means, mean squares."""
+    centred = chain - chain.mean(axis=(0, 1))
+    x = np.concatenate([values[..., None], centred, centred**2], axis=2)
+    half = x.shape[1] // 2
+    error = x.std(axis=(0, 1)) * math.sqrt(4 * max(tau, 1.0) / values.size)
+    return float((np.abs(x[:, :half].mean(axis=(0, 1)) - x[:, half:].mean(axis=(0, 1))) / np.maximum(error, 1e-300)).max())
 
 
 def _produce(ensemble: _Ensemble, n_samples: int, max_steps: int, task: Task) -> _Verdict:
-    done, target = 0, 500
+    done, target = 0, LEAST
     while True:
         target = min(target, max_steps)
         while done < target:  # in pieces, so that progress moves and Ctrl-C is heard

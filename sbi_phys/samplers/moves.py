@@ -40,7 +40,7 @@ _MOST = 8000  # draws that a fit uses: more take longer and no longer help
 _INFLATE = 1.3  # a proposal wider than its target makes walkers stick in tails less than one that is as wide
 _TAIL, _WIDE = 0.25, 0.1  # weights of the heavy-tailed components
 _FREEDOM = 5.0  # their degrees of freedom
-_TAIL_COMPONENTS = 8
+_TAIL_COMPONENTS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,13 +81,13 @@ def fit_mixture(parts: list[Array], rng: np.random.Generator, tails: Array | Non
     r"""Fit a mixture to draws of several chains, parts (n_i, d) each, and to `tails` (m, d), places farther out (default: the draws).
 
     Bulk: 1 to 16 Gaussians, as many as, fitted to all parts but the last, predict the last best: draws of a chain are correlated, so
-    criteria that count draws (BIC) take too many. Covariances are widened by 1.3. Tails: up to 8 Student t around `tails`, and one
+    criteria that count draws (BIC) take too many. Covariances are widened by 1.3. Tails: up to 16 Student t around `tails`, and one
     with twice the covariance of all draws: where q is far below the target, walkers stick, and a target's tails may be curved too.
     """
     share = max(_MOST // len(parts), 2)
     thin = [p[rng.permutation(p.shape[0])[:share]] for p in parts]
     every = np.concatenate(thin)
-    centre, scale = every.mean(axis=0), np.maximum(every.std(axis=0), 1e-300)
+    centre, scale = every.mean(axis=0), np.where(np.ptp(every, axis=0) > 0, every.std(axis=0), 1.0)
     white = [(t - centre) / scale for t in thin]
     seed = int(rng.integers(2**31))
     bulk = _best_fit(white, seed)

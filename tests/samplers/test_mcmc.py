@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import stats
 
 from sbi_phys.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.samplers.mcmc import run_emcee, spread_start
@@ -132,22 +133,6 @@ def test_progress_reaches_its_end():
     assert max(recorder.seen) <= 1.0
 
 
-def test_spread_start_populates_a_mode_that_lies_lower_and_repeats_no_point():
-    def lower(u):
-        return np.logaddexp(-0.5 * ((u - 5) ** 2).sum(axis=1) / 0.01, -40 - 0.5 * ((u + 5) ** 2).sum(axis=1) / 0.01)
-
-    rng = np.random.default_rng(11)
-    candidates = rng.uniform(-8, 8, (4000, 2))
-    start = spread_start(lower, candidates, 64, rng)
-    assert np.unique(start, axis=0).shape == (64, 2)
-    assert (np.abs(start + 5).max(axis=1) < 1).sum() >= 2
-    assert (np.abs(start - 5).max(axis=1) < 1).sum() >= 5
-    again = spread_start(lower, candidates, 64, np.random.default_rng(1))
-    np.testing.assert_array_equal(again, spread_start(lower, candidates, 64, np.random.default_rng(1)))
-    one_mode = spread_start(normal, rng.standard_normal((5000, 2)), 64, rng, random_share=0.0)
-    assert np.abs(one_mode).max() < 4
-
-
 def test_bad_input():
     rng = np.random.default_rng(12)
     start = rng.standard_normal((24, 2))
@@ -171,12 +156,6 @@ def test_bad_input():
         run_emcee(normal, start, max_steps=10)
     with pytest.raises(SettingError, match="n_samples"):
         run_emcee(normal, start, n_samples=0)
-    with pytest.raises(DataError, match="different points of positive density"):
-        spread_start(normal, start[:3], 5, rng)
-    with pytest.raises(SettingError, match="rng"):
-        spread_start(normal, start, 5, 0)
-    with pytest.raises(SettingError, match="random_share"):
-        spread_start(normal, start, 5, rng, random_share=2.0)
 
 
 def test_a_short_run_says_how_far_it_is_from_convergence():
@@ -187,3 +166,67 @@ def test_a_short_run_says_how_far_it_is_from_convergence():
     assert not result.converged
     assert result.samples.shape[0] <= 100_000
     np.testing.assert_allclose(normal(result.samples), result.log_prob)
+
+
+def curved(u):  # u0 ~ N(0, 1); u1 - u0^2 ~ N(0, 0.2^2), u2 + u0^2 / 2 ~ N(0, 0.2^2)
+    return -0.5 * u[:, 0] ** 2 - 12.5 * (u[:, 1] - u[:, 0] ** 2) ** 2 - 12.5 * (u[:, 2] + u[:, 0] ** 2 / 2) ** 2
+
+
+def test_independent_draws_cut_the_autocorrelation_of_a_thin_curved_target():
+    start = spread_start(curved, np.random.default_rng(14).standard_normal((2000, 3)), 64, np.random.default_rng(15))
+    with_it = run_emcee(curved, start, n_samples=3000, seed=16)
+    without = run_emcee(curved, start, n_samples=3000, seed=16, independence=False, max_steps=5000, raise_on_failure=False)
+    assert with_it.converged
+    assert with_it.n_components > 1
+    assert 0.2 < with_it.acceptance_independence <= 1
+    assert without.n_components == 0
+    assert np.isnan(without.acceptance_independence)
+    assert without.autocorr_time.max() > 10 * with_it.autocorr_time.max()
+    assert "from a mixture of" in with_it.summary()
+    for result in (with_it, without):  # one answer, the right one
+        n = result.n_effective
+        u0, u1, u2 = np.moveaxis(result.chains, 2, 0)
+        assert u0.mean() == pytest.approx(0, abs=5 / np.sqrt(n))
+        assert u0.var() == pytest.approx(1, abs=5 * np.sqrt(2 / n))
+        assert u1.mean() == pytest.approx(1, abs=5 * np.sqrt(2.04 / n))
+        assert (u2 + u0**2 / 2).std() == pytest.approx(0.2, rel=5 / np.sqrt(2 * n))
+
+
+@pytest.mark.parametrize("name", ["funnel", "heavy"])
+def test_targets_that_the_mixture_fits_badly_have_their_moments(name):
+    def funnel(u):  # u0 ~ N(0, 1.5^2), u1 ~ N(0, exp(u0 / 2)^2)
+        return -0.5 * (u[:, 0] / 1.5) ** 2 - 0.5 * u[:, 1] ** 2 * np.exp(-u[:, 0]) - 0.5 * u[:, 0]
+
+    def heavy(u):  # Student t with 3 degrees of freedom in each coordinate
+        return -2 * np.log1p(u**2 / 3).sum(axis=1)
+
+    target = funnel if name == "funnel" else heavy
+    rng = np.random.default_rng(17)
+    result = run_emcee(target, spread_start(target, 3 * rng.standard_normal((1500, 2)), 48, rng), n_samples=3000, seed=18)
+    assert result.converged
+    tail = stats.norm if name == "funnel" else stats.t(3)
+    scale = 1.5 if name == "funnel" else 1.0
+    for p in (0.02, 0.16, 0.5, 0.84, 0.98):
+        share = (result.chains[..., 0] < scale * tail.ppf(p)).mean()
+        assert share == pytest.approx(p, abs=5 * np.sqrt(p * (1 - p) / result.n_effective))
+    if name == "funnel":  # given u0, u1 exp(-u0 / 2) is standard normal, in the neck and in the mouth
+        z = result.chains[..., 1] * np.exp(-result.chains[..., 0] / 2)
+        for part in (result.chains[..., 0] < -2, result.chains[..., 0] > 2):
+            assert (z[part] ** 2).mean() == pytest.approx(1, abs=5 * np.sqrt(2 / (part.mean() * result.n_effective)))
+
+
+def test_two_far_modes_get_their_weights_from_independent_draws():
+    def far(u):  # weights 0.3 and 0.7, 40 sd apart, of different shape: no local move connects them
+        left = np.log(0.3) - 0.5 * ((u + 20) ** 2).sum(axis=1)
+        right = np.log(0.7) - 0.5 * ((u - 20) ** 2).sum(axis=1) / 0.04 - 2 * np.log(0.2)
+        return np.logaddexp(left, right)
+
+    rng = np.random.default_rng(19)
+    start = np.concatenate([rng.standard_normal((16, 2)) - 20, 20 + 0.2 * rng.standard_normal((16, 2))])[rng.permutation(32)]
+    result = run_emcee(far, start, n_samples=2000, n_groups=2, seed=20)
+    n = result.n_effective
+    left = result.chains[..., 0] < 0
+    assert left.mean() == pytest.approx(0.3, abs=4.5 * np.sqrt(0.21 / n))
+    assert stats.kstest(result.samples[result.samples[:, 0] > 0, 0], "norm", args=(20, 0.2)).pvalue > 1e-3
+    assert stats.kstest(result.samples[result.samples[:, 0] < 0, 0], "norm", args=(-20, 1)).pvalue > 1e-3
+    assert result.converged
