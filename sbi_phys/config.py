@@ -214,7 +214,7 @@ _QUICK = {
     "infer.n_draws": 2_000,
     "infer.n_refine": 40_000,
     "reference.n_samples": 2_000,
-    "reference.max_steps": 1_000,
+    "reference.max_steps": 16_000,
     "calibrate.n": 100,
     "calibrate.n_draws": 200,
     "check.n": 200,

@@ -10,8 +10,9 @@ groups is evidence. A run has two parts:
    Unless the caller brings moves of his own, a mixture is fitted after each block to the draws of all groups (`moves.fit_mixture`), and
    the next steps propose independent draws from it beside the local moves: a curved posterior, slow for local moves alone, is then
    crossed in one step. Such draws are only as good as the mixture is in the tails, where a walker would stick if the mixture held
-   too little. So burn-in first runs on the flattened density sqrt(p), whose draws reach farther, and the mixture covers these too
-   (left out if sqrt(p) does not settle, e.g. has no integral).
+   too little, and the mixture hides what no walker has reached. So burn-in first runs on the flattened densities p^0.2 and p^0.5, at
+   least 500 steps each, whose draws reach farther, and the mixture covers these too (left out if they do not settle, e.g. have no
+   integral; then, and on very thin curved targets, compare several seeds).
 2. Production, where nothing is ever reset or fitted: the last mixture stays as it is, so every step is Markov and leaves the target alone
    whatever the fit is like (Tierney 1994, Ann. Statist. 22, 1701); no draw of burn-in is kept. It ends when, for every parameter, the
    chain is longer than 50 tau (`diagnostics`), walkers x steps / tau >= n_samples, split R-hat between groups <= 1.01, and R-hat between
