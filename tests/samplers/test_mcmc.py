@@ -172,6 +172,7 @@ def curved(u):  # u0 ~ N(0, 1); u1 - u0^2 ~ N(0, 0.2^2), u2 + u0^2 / 2 ~ N(0, 0.
     return -0.5 * u[:, 0] ** 2 - 12.5 * (u[:, 1] - u[:, 0] ** 2) ** 2 - 12.5 * (u[:, 2] + u[:, 0] ** 2 / 2) ** 2
 
 
+@pytest.mark.slow
 def test_independent_draws_cut_the_autocorrelation_of_a_thin_curved_target():
     start = spread_start(curved, np.random.default_rng(14).standard_normal((2000, 3)), 64, np.random.default_rng(15))
     with_it = run_emcee(curved, start, n_samples=3000, seed=16)
@@ -192,6 +193,7 @@ def test_independent_draws_cut_the_autocorrelation_of_a_thin_curved_target():
         assert (u2 + u0**2 / 2).std() == pytest.approx(0.2, rel=5 / np.sqrt(2 * n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["funnel", "heavy"])
 def test_targets_that_the_mixture_fits_badly_have_their_moments(name):
     def funnel(u):  # u0 ~ N(0, 1.5^2), u1 ~ N(0, exp(u0 / 2)^2)
