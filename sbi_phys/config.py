@@ -291,7 +291,7 @@ class Config:
         return type(self).from_dict(tables)
 
     def quick(self) -> Self:
-        """Return a copy cut down to about half a minute: the same stages on less of everything."""
+        """Return a copy cut down: the same stages on less of everything."""
         now = self.flat()
         # zero epochs leave the number to the training loop; every other zero switches something off and stays
         return self.override({k: cap for k, cap in _QUICK.items() if now[k] > cap or (k.endswith("max_epochs") and now[k] == 0)})
