@@ -1,7 +1,8 @@
 # make demo    set everything up in .venv and run the main job on the Auger data   (OUT=folder  QUICK=1  SEED=n)
 # make test    set everything up in .venv and pass the tests                       (ARGS="-k store -x")
 # make lint    ruff and mypy
-# make clean   remove the virtual environment and every cache; runs are kept
+# make bench   speed beside sbi and BayesFlow, which get .venv-bench to themselves   (QUICK=1  ARGS="--only step growth")
+# make clean   remove the virtual environments and every cache; runs are kept
 
 PYTHON ?= python3
 OUT    ?= runs/demo
@@ -11,8 +12,9 @@ ARGS   ?=
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
+PEERS := .venv-bench/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -26,6 +28,9 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+bench: $(STAMP) .venv-bench/.installed
+	@$(BIN)/python benchmarks/run.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+
 install: $(STAMP)
 
 # The stamp is newer than both files once their packages are in; the build needs no network of its own (setuptools is pinned too).
@@ -38,6 +43,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
 	@touch $@
 
+# The peers' versions are their own: sbi and BayesFlow must not decide what the package is tested with.
+.venv-bench/.installed: pyproject.toml benchmarks/constraints-bench.txt
+	@test -x $(PEERS)/python || { echo "making .venv-bench"; $(PYTHON) -m venv .venv-bench; }
+	@echo "installing the peers into .venv-bench (a few minutes the first time)"
+	@$(PEERS)/python -m pip install -qq --disable-pip-version-check -c benchmarks/constraints-bench.txt torch $$($(BIN)/python -c \
+	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
+	@touch $@
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find sbi_phys simulators tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +

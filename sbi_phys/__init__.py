@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sbi_phys import calibration as calibration
     from sbi_phys import samplers as samplers
+    from sbi_phys.calibrate import calibrate as calibrate
     from sbi_phys.errors import SbiPhysError as SbiPhysError
     from sbi_phys.estimators.npe import NPE as NPE
     from sbi_phys.estimators.npe import load as load
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from sbi_phys.protocol import Simulator as Simulator
     from sbi_phys.simulate import simulate as simulate
     from sbi_phys.store import Store as Store
+    from sbi_phys.stream import Stream as Stream
     from sbi_phys.train import TrainConfig as TrainConfig
 
 # name -> the module it lives in; an empty module means that the name is a submodule itself
@@ -51,7 +53,9 @@ _PUBLIC = {
     "SbiPhysError": "errors",
     "Simulator": "protocol",
     "Store": "store",
+    "Stream": "stream",
     "TrainConfig": "train",
+    "calibrate": "calibrate",
     "calibration": "",
     "load": "estimators.npe",
     "samplers": "",
@@ -76,10 +80,11 @@ def __dir__() -> list[str]:
 
 
 class _Face(types.ModuleType):
-    """The package as a module whose `simulate` is the function: python binds each submodule to its name when it loads."""
+    """The package as a module whose `simulate` and `calibrate` are functions: python binds each submodule to its name when it loads."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value.simulate if name == "simulate" and isinstance(value, types.ModuleType) else value)
+        is_function = name in ("simulate", "calibrate") and isinstance(value, types.ModuleType)
+        super().__setattr__(name, getattr(value, name) if is_function else value)
 
 
 sys.modules[__name__].__class__ = _Face

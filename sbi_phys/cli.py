@@ -3,6 +3,8 @@
 sbi-phys demo --out runs/demo              the main job on the Auger data
 sbi-phys train run.toml --out runs/mine    up to a stage, for settings of one's own
 sbi-phys report --out runs/mine            whatever is still missing
+
+torchrun --nproc-per-node 2 -m sbi_phys.cli train run.toml --out runs/mine     several processes or GPUs train together
 """
 
 import os
@@ -35,6 +37,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="Everything cut down to abo
 Seed = Annotated[int | None, typer.Option(help="Every random number follows from it.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N")]
 Workers = Annotated[int | None, typer.Option(help="Processes that simulate; 0 is one per core.")]
+Strict = Annotated[bool, typer.Option("--strict", help="With calibrate: status 3 if a test fails.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -59,7 +62,7 @@ _COMMANDS = {
     "simulate": ("simulate", "Draw simulations from the prior into the run folder's store."),
     "train": ("train", "Train the amortised network, simulating first what is missing."),
     "infer": ("compare", "Infer the parameters behind the observation: amortised, in rounds, refined, and by exact Markov chains."),
-    "calibrate": ("calibrate", "Test the amortised network on held-out simulations: ranks and coverage."),
+    "calibrate": ("calibrate", "Test the amortised network on held-out simulations, by every test there is."),
     "report": ("report", "Run whatever is missing and write summary.json and report.html."),
 }
 
@@ -75,12 +78,32 @@ def _stage_command(
     seed: Seed = None,
     device: Device = None,
     workers: Workers = None,
+    strict: Strict = False,
     debug: Debug = False,
 ) -> None:
     flags = {"simulator.spec": simulator, "simulate.n": n, "run.seed": seed, "run.device": device, "run.workers": workers}
     until, _ = _COMMANDS[str(context.info_name)]
     with _plain_errors(debug):
         _run(config, out, flags, changes, quick, until)
+        if until == "calibrate":
+            _judge(out, strict)
+        elif strict:
+            raise SettingError(f"--strict was given to {until}; expected it with calibrate alone")
+
+
+def _judge(out: Path, strict: bool) -> None:
+    """Say what the tests found; with --strict, leave with status 3 if one of them fails."""
+    import json
+
+    found = json.loads((out / "calibration.json").read_text(encoding="utf-8")) if (out / "calibration.json").is_file() else None
+    if found is None:
+        typer.echo("the network was not calibrated: calibrate.n = 0")
+        raise typer.Exit(3 if strict else 0)
+    typer.echo(found["verdict"])
+    for name in found["failed"]:
+        typer.echo(found["words"][name])
+    if strict and not found["passed"]:
+        raise typer.Exit(3)
 
 
 for _name, (_, _help) in _COMMANDS.items():
@@ -111,13 +134,17 @@ def _run(path: Path | None, out: Path, flags: dict[str, Any], changes: list[str]
     # threads that wait should sleep: spinning, they slow a step thirty-fold on a machine that has anything else to do
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # heavy imports only now: --help and a misspelt flag answer at once
-    from sbi_phys.pipeline import run_stages
+    from sbi_phys.parallel import started_by_torchrun
+    from sbi_phys.pipeline import run_stages, train_together
     from sbi_phys.progress import RichProgress
 
     # a simulator of one's own lies in the working directory, which a console script does not search by itself
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     config = settings(path, out, flags, changes, quick)
+    if started_by_torchrun():
+        train_together(config, out, until, progress=RichProgress())
+        return
     _say(run_stages(config, out, [until], progress=RichProgress()), until)
 
 

@@ -47,18 +47,21 @@ class RunSettings:
     """What holds for the whole run.
 
     Args: title of the report. seed: every random number of the run follows from it. device: 'auto', 'cpu', 'cuda', ...
-    workers: processes for the simulation, 0 for one per core (the data do not depend on it).   Raises: SettingError.
+    workers: processes for the simulation, 0 for one per core (the data do not depend on it).
+    memory: bytes that training rows may take, 0 for half of the machine's: more are streamed.   Raises: SettingError.
     """
 
     title: str = "Simulation-based inference"
     seed: int = 0
     device: str = "auto"
     workers: int = 0
+    memory: int = 0
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require_int("run.seed", self.seed, low=0)
         require_int("run.workers", self.workers, low=0)
+        require_int("run.memory", self.memory, low=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,7 +32,7 @@ from sbi_phys.shards import Header, open_shard, read_facts, shard_name, sync_fol
 from sbi_phys.store import MANIFEST, Manifest, Store, StoreLock, list_shards, read_manifest, remove_litter, write_manifest
 from sbi_phys.workers import ShardResult, ShardTask, limit_threads, run_shard, start_worker
 
-__all__ = ["Simulator", "check_simulator", "load_simulator", "simulate", "simulator_identity"]
+__all__ = ["Simulator", "check_simulator", "load_simulator", "pickle_simulator", "simulate", "simulator_identity"]
 
 # Rows of a shard unless asked otherwise. Not a function of n: asking for more rows later must lead to the same folder.
 _SHARD_ROWS, _SHARD_BYTES = 4096, 64 * 2**20
@@ -89,11 +89,7 @@ def simulate(
     check_simulator(simulator)
     prior = _check_prior(simulator, prior)
     n, given = _check_rows(prior, n, theta)
-    if workers is not None:
-        workers = require_int("workers", workers, low=1)
-    if executor is not None and not isinstance(executor, Executor):
-        raise SettingError(f"executor is {executor!r}; expected a concurrent.futures.Executor or None")
-    progress = or_none(progress)
+    workers, progress = _check_workers(workers, executor), or_none(progress)
     folder = Path(path)
     _make_folder(folder)
     with StoreLock(folder), ExitStack() as on_exit:
@@ -101,12 +97,7 @@ def simulate(
         on_exit.callback(remove_litter, folder)
         header = _header(simulator, prior, seed, shard_size, dtype, given, folder)
         manifest, todo = _plan(folder, header, n, given)
-        run = _Run(folder, manifest, simulator, given, todo)
-        with progress.task("simulate", manifest.n) as task, limit_threads():
-            run.task = task
-            task.update(manifest.n - sum(manifest.rows(i) for i in todo))
-            _work(run, workers, executor)
-        sync_folder(folder)
+        _complete(_Run(folder, manifest, simulator, given, todo), workers, executor, progress)
     return Store(folder)
 
 
@@ -138,6 +129,16 @@ class _Run:
             self.task.advance(result.rows, f"{self.n_failed} failed" if self.n_failed else "")
 
 
+def _complete(run: _Run, workers: int | None, executor: Executor | None, progress: Progress) -> None:
+    """Make the missing shards, with a display."""
+    manifest = run.manifest
+    with progress.task("simulate", manifest.n) as task, limit_threads():
+        run.task = task
+        task.update(manifest.n - sum(manifest.rows(i) for i in run.todo))
+        _work(run, workers, executor)
+    sync_folder(run.folder)
+
+
 def _work(run: _Run, workers: int | None, executor: Executor | None) -> None:
     """Do what is left to do, here, in a pool of our own, or in the caller's executor."""
     if not run.todo:
@@ -145,7 +146,7 @@ def _work(run: _Run, workers: int | None, executor: Executor | None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if executor is not None:
         if isinstance(executor, ProcessPoolExecutor):
-            run.payload = _payload(run.simulator)
+            run.payload = pickle_simulator(run.simulator)
         in_flight = 2 * (workers or int(getattr(executor, "_max_workers", 0)) or cores)
         try:
             _drain(run, executor.submit, in_flight, wait_on_error=True)
@@ -155,7 +156,7 @@ def _work(run: _Run, workers: int | None, executor: Executor | None) -> None:
         while run.todo:
             run.finished(run_shard(run.shard(run.todo.popleft())))
     else:
-        run.payload = _payload(run.simulator)
+        run.payload = pickle_simulator(run.simulator)
         _own_pool(run, min(workers or cores, len(run.todo)))
 
 
@@ -224,7 +225,7 @@ def _died(run: _Run, err: BaseException) -> StoreError:
     )
 
 
-def _payload(simulator: Simulator) -> bytes:
+def pickle_simulator(simulator: Simulator) -> bytes:
     """Pickle the simulator once, to be unpickled once a worker.   Raises: SettingError where that can not work."""
     module = type(simulator).__module__
     advice = "expected a class at the top of a module that workers can import, or workers=1"
@@ -238,6 +239,12 @@ def _payload(simulator: Simulator) -> bytes:
         raise SettingError(
             f"the simulator {class_path(simulator)} can not be sent to worker processes: {type(err).__name__}: {err}; {advice}"
         ) from err
+
+
+def _check_workers(workers: int | None, executor: Executor | None) -> int | None:
+    if executor is not None and not isinstance(executor, Executor):
+        raise SettingError(f"executor is {executor!r}; expected a concurrent.futures.Executor or None")
+    return None if workers is None else require_int("workers", workers, low=1)
 
 
 def _check_prior(simulator: Simulator, prior: Prior | None) -> Prior:

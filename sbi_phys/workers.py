@@ -25,7 +25,7 @@ from sbi_phys.protocol import Simulator, check_output, class_path
 from sbi_phys.rng import rng_for
 from sbi_phys.shards import NON_FINITE, OK, RAISED, Header, ShardData, shard_name, write_shard
 
-__all__ = ["ShardResult", "ShardTask", "limit_threads", "make_rows", "run_shard", "start_worker"]
+__all__ = ["ShardResult", "ShardTask", "limit_threads", "make_rows", "run_shard", "start_worker", "unpickle_simulator"]
 
 # A shard in which at least this many rows fail, all of them, is a broken simulator and is not written.
 BROKEN_ROWS = 16
@@ -67,12 +67,12 @@ def run_shard(task: ShardTask) -> ShardResult:
     """
     if task.parent != (os.uname().nodename, os.getpid()):
         _limit_threads_for_good()
-    simulator = _unpickle(task.simulator) if isinstance(task.simulator, bytes) else task.simulator
+    simulator = unpickle_simulator(task.simulator) if isinstance(task.simulator, bytes) else task.simulator
     header = task.header
     theta = task.theta
     if theta is None:
         theta = prior_from_dict(header.prior).sample(task.rows, rng_for(header.seed, "theta", task.index))
-    data = make_rows(simulator, theta, header, task.index)
+    data = make_rows(simulator, theta, header, "x", task.index)
     failed = int(np.count_nonzero(data.status))
     if failed == task.rows and (task.only or failed >= BROKEN_ROWS):
         first = next(iter(data.reasons.values()))
@@ -83,8 +83,10 @@ def run_shard(task: ShardTask) -> ShardResult:
     return ShardResult(task.index, task.rows, failed)
 
 
-def make_rows(simulator: Simulator, theta: NDArray[np.float64], header: Header, index: int) -> ShardData:
+def make_rows(simulator: Simulator, theta: NDArray[np.float64], header: Header, *key: int | str) -> ShardData:
     """Simulate theta (n, d) -> rows with their status; a call that raises is halved until the rows at fault are alone.
+
+    Args: key: what the generator is keyed by, beside the header's seed.
 
     Raises: SimulatorMismatchError, DataError, StoreError when memory runs out.
     """
@@ -95,7 +97,7 @@ def make_rows(simulator: Simulator, theta: NDArray[np.float64], header: Header, 
     todo = [(0, n)]
     while todo:
         start, stop = todo.pop()
-        rng = rng_for(header.seed, "x", index) if stop - start == n else rng_for(header.seed, "x", index, start, stop)
+        rng = rng_for(header.seed, *key) if stop - start == n else rng_for(header.seed, *key, start, stop)
         try:
             # a copy: a simulator that works in place must not change the theta that is stored
             got = simulator.simulate(theta[start:stop].copy(), rng)
@@ -157,7 +159,7 @@ def _limit_threads_for_good() -> AbstractContextManager[Any]:
 
 
 @functools.lru_cache(maxsize=2)
-def _unpickle(data: bytes) -> Simulator:
+def unpickle_simulator(data: bytes) -> Simulator:
     """Rebuild the simulator once a worker, not once a shard."""
     try:
         return pickle.loads(data)  # bytes that the calling process made a moment ago, never a file

@@ -126,8 +126,8 @@ def test_nothing_global_changes() -> None:
 
 def test_batches_and_epochs_follow_the_data() -> None:
     assert TrainConfig().for_rows(20)[0] == 20
-    assert TrainConfig().for_rows(18_000) == (256, 67)
-    assert TrainConfig().for_rows(10**6) == (256, 9)
+    assert TrainConfig().for_rows(18_000) == (256, 60)
+    assert TrainConfig().for_rows(10**6) == (256, 8)
     assert TrainConfig(batch_size=7, max_epochs=3).for_rows(10) == (7, 3)
     with pytest.raises(DataError, match="6 training rows; expected at least batch_size = 7"):
         TrainConfig(batch_size=7).for_rows(6)
@@ -151,3 +151,32 @@ def test_each_row_is_used_once_an_epoch() -> None:
     assert first.sort().values.tolist() == rows.tolist()
     assert second.sort().values.tolist() == rows.tolist()
     assert first.tolist() != second.tolist()
+
+
+def test_bf16_is_given_up_where_it_moves_the_loss() -> None:
+    train, valid = data()
+    config = TrainConfig(max_epochs=3, precision="bf16", learning_rate=0.05)
+    with pytest.warns(RuntimeWarning, match="bf16 moves the log density by"):
+        records = list(fit(lambda m, x, y: 100 * squared(m, x, y), Line(), train, valid, config, seed=0))
+    assert records[-1].valid < records[0].valid
+    quiet = list(fit(lambda m, x, y: 1e-3 * squared(m, x, y), Line(), train, valid, config, seed=0))
+    assert len(quiet) == 3
+
+
+def test_memory_that_runs_out_names_the_setting(tmp_path: Path) -> None:
+    train, valid = data(300)
+
+    def greedy(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(TrainingError, match="batches of 24 rows: CUDA out of memory.*expected a smaller batch_size"):
+        list(fit(greedy, Line(), train, valid, TrainConfig(batch_size=24), seed=0))
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_losses() -> None:
+    """Slow: the compiler takes about a minute."""
+    train, valid = data(500)
+    plain = list(fit(squared, Line(), train, valid, TrainConfig(max_epochs=3, batch_size=64), seed=0))
+    fused = list(fit(squared, Line(), train, valid, TrainConfig(max_epochs=3, batch_size=64, compile=True), seed=0))
+    assert [r.valid for r in fused] == pytest.approx([r.valid for r in plain], rel=1e-4)

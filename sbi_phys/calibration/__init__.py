@@ -1,8 +1,35 @@
-"""Calibration: arrays in, a frozen result out with its numbers, `.pvalue`, `.summary()` and `.plot(ax=None)`; never sees a network."""
+"""Calibration: arrays in, a frozen result out with its numbers, `.pvalue`, `.summary()` and `.plot(ax=None)`; never sees a network.
+
+on average      sbc · coverage · tarp · pulls
+in places       local_coverage · pit_regression
+at one x        lc2st (train_lc2st for many) · posterior_sbc
+the data        misspecification · predictive_pvalue · predictive_checks · prior_predictive_check
+two samples     c2st · mmd · sliced_wasserstein · marginal_ks
+repair          conformal_regions · recalibrate_ranks · temper · mix_draws
+"""
 
 from sbi_phys.calibration.c2st import C2ST, c2st
 from sbi_phys.calibration.coverage import Coverage, coverage
+from sbi_phys.calibration.distances import MMD, MarginalKS, SlicedWasserstein, marginal_ks, mmd, sliced_wasserstein
+from sbi_phys.calibration.lc2st import LC2ST, LC2STModel, lc2st, train_lc2st
+from sbi_phys.calibration.local import LocalCoverage, local_coverage
+from sbi_phys.calibration.misspecification import Misspecification, misspecification
+from sbi_phys.calibration.pit import PITRegression, pit_regression
+from sbi_phys.calibration.posterior_sbc import PosteriorSBC, augmented_draws, posterior_sbc
 from sbi_phys.calibration.predictive import PredictivePValue, predictive_pvalue
+from sbi_phys.calibration.predictive_checks import PredictiveChecks, PriorPredictive, predictive_checks, prior_predictive_check
+from sbi_phys.calibration.pulls import Pulls, pulls
+from sbi_phys.calibration.repair import ConformalRegions, conformal_regions, hpd_content
+from sbi_phys.calibration.repair_ranks import RankRecalibration, recalibrate_ranks
+from sbi_phys.calibration.repair_width import Tempering, mix_draws, temper
 from sbi_phys.calibration.sbc import SBC, sbc
+from sbi_phys.calibration.tarp import TARP, tarp
 
-__all__ = ["C2ST", "SBC", "Coverage", "PredictivePValue", "c2st", "coverage", "predictive_pvalue", "sbc"]
+__all__ = [
+    "C2ST", "LC2ST", "MMD", "SBC", "TARP", "ConformalRegions", "Coverage", "LC2STModel", "LocalCoverage", "MarginalKS", "Misspecification",
+    "PITRegression", "PosteriorSBC", "PredictiveChecks", "PredictivePValue", "PriorPredictive", "Pulls", "RankRecalibration",
+    "SlicedWasserstein", "Tempering", "augmented_draws", "c2st", "conformal_regions", "coverage", "hpd_content", "lc2st",
+    "local_coverage", "marginal_ks", "misspecification", "mix_draws", "mmd", "pit_regression", "posterior_sbc", "predictive_checks",
+    "predictive_pvalue", "prior_predictive_check", "pulls", "recalibrate_ranks", "sbc", "sliced_wasserstein", "tarp", "temper",
+    "train_lc2st",
+]  # fmt: skip

@@ -28,11 +28,12 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from sbi_phys.checkpoint import read_file, write_file
-from sbi_phys.checks import as_matrix, require_int
-from sbi_phys.dataset import XScaler, count_columns, prepare_simulations, split_rows
+from sbi_phys.checks import as_matrix, as_real, require_int
+from sbi_phys.dataset import XScaler
 from sbi_phys.device import resolve_device
-from sbi_phys.errors import DataError, ModelFileError, SettingError, SimulatorMismatchError
-from sbi_phys.estimators.posterior_net import FlowProposal, PosteriorNet, log_prob_nets, npe_loss, sample_net
+from sbi_phys.errors import DataError, ModelFileError, SettingError, ShapeError, SimulatorMismatchError
+from sbi_phys.estimators.posterior_net import FlowProposal, PosteriorNet, encode_net, log_prob_nets, npe_loss, sample_net
+from sbi_phys.estimators.sources import Rows, Settings, from_arrays, from_simulator, from_stores, stores_of
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.priors import Observable, Prior, prior_from_dict, standard_normal_log_prob
@@ -46,7 +47,6 @@ __all__ = ["NPE", "load"]
 
 Array = NDArray[np.float64]
 _FILE = ("estimator", 1)
-_MIN_SIMULATIONS = 20
 
 
 class NPE:
@@ -98,66 +98,74 @@ class NPE:
 
     def fit(
         self,
-        theta: ArrayLike | Tensor | Store | str | Path,
+        theta: ArrayLike | Tensor | Store | str | Path | Sequence[Store | str | Path] | None = None,
         x: ArrayLike | Tensor | None = None,
         *,
+        simulator: Simulator | None = None,
+        online: bool = False,
+        n: int | None = None,
+        memory: int | None = None,
+        workers: int | None = None,
         checkpoint: str | Path | None = None,
         progress: Progress | None = None,
     ) -> Self:
-        """Train on simulations.
+        """Train on simulations: arrays, stores, or a simulator that runs beside the training.
 
-        Args: theta (n, d) in the prior's support and x (n, ...); or a store (or its path) in place of both.
+        Args: theta (n, d) in the prior's support and x (n, ...); or a store (or its path, or several) in place of both; or
+        simulator=..., online=True, n=...: n fresh simulations, each used once.
+        memory: bytes that the rows of stores may take: more are streamed from disk; default half of the machine's memory.
+        workers: processes that simulate online, 0 for a thread; default one a core but one.
         checkpoint: path prefix; an interrupted training goes on from there, with the same weights in the end.
-        Raises: ShapeError, NonFiniteError, SupportError, DataError (empty, too few), TrainingError, StoreError.
+        Under torchrun all ranks call this alike and end with the same network.
+        Raises: ShapeError, NonFiniteError, SupportError, DataError (empty, too few), TrainingError, StoreError, SettingError.
         """
-        theta_array, x_array = self._simulations(theta, x)
-        u, x_data = prepare_simulations(self.prior, theta_array, x_array)
-        if len(u) < _MIN_SIMULATIONS:
-            raise DataError(f"{len(u)} simulations; expected at least {_MIN_SIMULATIONS}")
-        counts = count_columns(x_data, self.x_transform, self.observables)
-        # one scaling for all members, from rows that no member validates on alone would need a network each;
-        # the split of the first member decides it, and only means and widths pass
-        train_rows, _ = split_rows(len(u), self.config.validation_fraction, seed_for(self.seed, "member", 0))
-        scaler = XScaler.fit(x_data[train_rows], counts)
-        if (scaler.counts & (x_data < 0).any(axis=0)).any():
-            raise DataError("x has negative values in columns declared as counts; expected counts >= 0")
-        tensors = torch.from_numpy(u.astype(np.float32)), scaler.apply(x_data)
+        progress = progress or NoProgress()
         nets, history = [], []
-        for k in range(self.n_ensemble):
-            net, records = self._fit_member(k, tensors, checkpoint, progress or NoProgress())
-            nets.append(net)
-            history.append(records)
-        self._scaler, self._nets, self.history = scaler, nets, history
+        with self._rows(theta, x, simulator, online, n, memory, workers, progress) as rows:
+            for k in range(self.n_ensemble):
+                net, records = self._fit_member(k, rows, checkpoint, progress)
+                nets.append(net)
+                history.append(records)
+        self._scaler, self._nets, self.history = rows.scaler, nets, history
         return self
 
-    def _simulations(self, theta: Any, x: Any) -> tuple[Any, Any]:
-        if isinstance(theta, str | Path):
-            theta = Store(theta)
-        if not isinstance(theta, Store):
-            if x is None:
-                raise DataError("x is missing; expected fit(theta, x) or fit(store)")
-            return theta, x
+    def _rows(
+        self, theta: Any, x: Any, simulator: Any, online: bool, n: int | None, memory: int | None, workers: int | None, progress: Progress
+    ) -> Rows:
+        if online != (simulator is not None):
+            raise SettingError("online training takes both simulator=... and online=True; expected both, or theta and x, or a store")
+        if online:
+            if theta is not None or x is not None:
+                raise DataError("theta or x was given beside a simulator; expected fit(simulator=..., online=True, n=...)")
+            self.simulator = self.simulator or simulator_identity(simulator)
+            self.observables = self.observables or tuple(simulator.observables)
+            return from_simulator(simulator, n, self._settings(), workers)
+        stores = stores_of(theta, self.prior)
+        if stores is None:
+            if theta is None or x is None:
+                raise DataError(f"{'theta' if theta is None else 'x'} is missing; expected fit(theta, x), fit(store) or fit(simulator=...)")
+            return from_arrays(theta, x, self._settings())
         if x is not None:
             raise DataError("x was given beside a store; expected fit(store) or fit(theta, x)")
-        if theta.prior.names != self.prior.names:
-            raise SimulatorMismatchError(f"{theta!r} has parameters {theta.prior.names}; expected {self.prior.names}")
-        self.simulator = self.simulator or theta.identity
-        self.observables = self.observables or theta.observables
-        return theta.read()
+        self.simulator = self.simulator or stores[0].identity
+        self.observables = self.observables or stores[0].observables
+        return from_stores(stores, self._settings(), memory, progress)
+
+    def _settings(self) -> Settings:
+        return Settings(self.prior, self.seed, self.config, self.device, self.x_transform, self.observables)
 
     def _fit_member(
-        self, k: int, tensors: tuple[Tensor, Tensor], checkpoint: str | Path | None, progress: Progress
+        self, k: int, rows: Rows, checkpoint: str | Path | None, progress: Progress
     ) -> tuple[PosteriorNet, list[dict[str, Any]]]:
         seed = seed_for(self.seed, "member", k)
-        parts = [torch.from_numpy(rows) for rows in split_rows(len(tensors[0]), self.config.validation_fraction, seed)]
-        train, valid = ([t[rows].to(self.device) for t in tensors] for rows in parts)
-        net = self._new_net(k, tuple(tensors[1].shape[1:]))
-        net.start_at(train[0])
+        batches, start = rows.member(k)
+        net = self._new_net(k, rows.scaler.shape)
+        net.start_at(start)
         path = None if checkpoint is None else Path(f"{checkpoint}.{k}")
         label = "train" if self.n_ensemble == 1 else f"train {k + 1}/{self.n_ensemble}"
         records = []
-        with progress.task(label, self.config.for_rows(len(train[0]))[1]) as task:
-            for record in fit(npe_loss, net, train, valid, self.config, seed=seed, checkpoint=path):
+        with progress.task(label, rows.config.for_rows(batches.n)[1]) as task:
+            for record in fit(npe_loss, net, batches, None, rows.config, seed=seed, checkpoint=path):
                 records.append(asdict(record))
                 task.advance(1, text=f"loss {record.train:.3f} validation {record.valid:.3f}{' *' if record.best else ''}")
         return net, records
@@ -212,6 +220,41 @@ class NPE:
             log_u = log_prob_nets(self._nets, torch.from_numpy(u.astype(np.float32)).to(self.device), rows)
             out[inside] = log_u + self.prior.log_prob(array[inside]) - standard_normal_log_prob(u)
         return out
+
+    def log_prob_draws(self, draws: ArrayLike, x: ArrayLike | Tensor) -> Array:
+        """Log density of draws (b, n, d) of b observations x (b, ...), all at once -> (b, n); -inf outside the prior.
+
+        Raises: ShapeError, NonFiniteError, DataError.
+        """
+        inputs, _ = self._inputs(x)
+        array = as_real("draws", draws)
+        b, d = len(inputs), self.prior.dim
+        if array.ndim != 3 or array.shape[0] != b or array.shape[2] != d:
+            raise ShapeError(f"draws has shape {array.shape}; expected ({b}, n, {d}) for {b} observations")
+        flat = array.reshape(-1, d)
+        out = np.full(len(flat), -np.inf)
+        inside = np.flatnonzero(self.prior.contains(flat))
+        if len(inside):
+            u = self.prior.to_unbounded(flat[inside])
+            owner = torch.from_numpy(inside // array.shape[1]).to(self.device)
+            log_u = log_prob_nets(self._nets, torch.from_numpy(u.astype(np.float32)).to(self.device), inputs, owner)
+            out[inside] = log_u + self.prior.log_prob(flat[inside]) - standard_normal_log_prob(u)
+        return out.reshape(array.shape[:2])
+
+    def latent(self, theta: ArrayLike | Tensor, x: ArrayLike | Tensor) -> Array | None:
+        """Base coordinates z (n, d') of theta (n, d) given x (n, ...): N(0, I) whatever x, if the posterior is right.
+
+        None for an ensemble, whose members have bases of their own.   Raises: ShapeError, NonFiniteError, SupportError.
+        """
+        array = as_matrix("theta", theta, self.prior.dim, self.prior.names)
+        inputs, _ = self._inputs(x)
+        if len(self._nets) > 1:
+            return None
+        if len(inputs) != len(array):
+            raise ShapeError(f"theta has {len(array)} rows and x has {len(inputs)}; expected the same number")
+        u = torch.from_numpy(self.prior.to_unbounded(array).astype(np.float32)).to(self.device)
+        z: Array = encode_net(self._nets[0], u, inputs)[0].double().cpu().numpy()
+        return z
 
     def map(self, x: ArrayLike | Tensor, *, n_start: int = 2000, seed: int = 0) -> Array:
         """Mode of q(theta | x) for one observation -> (d,): the best of n_start draws, then a simplex search in u."""

@@ -94,27 +94,32 @@ def sample_net(net: PosteriorNet, x: Tensor, n: int, generator: torch.Generator)
 
 
 @torch.inference_mode()
-def encode_net(net: PosteriorNet, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Base coordinates z (n, d) and log|dz/du| (n,) of u (n, d) for x (1, ...) or (n, ...)."""
+def encode_net(net: PosteriorNet, u: Tensor, x: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Base coordinates z (n, d) and log|dz/du| (n,) of u (n, d).
+
+    Args: x (1, ...) for all, (n, ...) row by row, or (b, ...) with owner (n,), the observation that each row belongs to.
+    """
     parts = []
-    shares = net.flow.contexts(net.embedding(x)) if x.shape[0] == 1 else None
+    shares = net.flow.contexts(net.embedding(x)) if x.shape[0] == 1 or owner is not None else None
     for start in range(0, u.shape[0], _ROWS):
         rows = u[start : start + _ROWS]
-        if shares is not None:
+        if shares is None:
+            contexts = net.flow.contexts(net.embedding(x[start : start + _ROWS]))
+        elif owner is None:
             contexts = [c.expand(rows.shape[0], -1) for c in shares]
         else:
-            contexts = net.flow.contexts(net.embedding(x[start : start + _ROWS]))
+            contexts = [c.index_select(0, owner[start : start + _ROWS]) for c in shares]
         parts.append(net.flow.encode(rows, contexts))
     z, log_det = zip(*parts, strict=True)
     return torch.cat(z), torch.cat(log_det)
 
 
 @torch.inference_mode()
-def log_prob_nets(nets: Sequence[PosteriorNet], u: Tensor, x: Tensor) -> Array:
-    """Log density of the equal mixture of networks at u (n, d) for x (1, ...) or (n, ...) -> (n,) float64."""
+def log_prob_nets(nets: Sequence[PosteriorNet], u: Tensor, x: Tensor, owner: Tensor | None = None) -> Array:
+    """Log density of the equal mixture of networks at u (n, d) -> (n,) float64; x and owner as in `encode_net`."""
     logs = []
     for net in nets:
-        z, log_det = encode_net(net, u, x)
+        z, log_det = encode_net(net, u, x, owner)
         logs.append(base_log_prob(z.double()) + log_det.double())
     return (torch.logsumexp(torch.stack(logs), dim=0) - math.log(len(nets))).cpu().numpy()
 

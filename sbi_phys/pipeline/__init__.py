@@ -13,8 +13,10 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from sbi_phys.checks import require_choice
 from sbi_phys.config import Config
 from sbi_phys.device import resolve_device
+from sbi_phys.errors import SettingError
+from sbi_phys.parallel import process_group
 from sbi_phys.pipeline.infer import infer, refine, rounds
-from sbi_phys.pipeline.learn import simulate, train
+from sbi_phys.pipeline.learn import simulate, train, train_along
 from sbi_phys.pipeline.page import report
 from sbi_phys.pipeline.proof import calibrate, check
 from sbi_phys.pipeline.reference import compare, reference
@@ -22,7 +24,7 @@ from sbi_phys.pipeline.run import Run
 from sbi_phys.progress import Progress, or_none
 from sbi_phys.protocol import check_simulator
 
-__all__ = ["STAGES", "Run", "Stage", "run_stages"]
+__all__ = ["STAGES", "Run", "Stage", "run_stages", "train_together"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,27 @@ def run_stages(config: Config, folder: str | Path, until: Iterable[str] = ("repo
             with run.progress.task(f"[{i + 1}/{len(wanted)}] {name}", None), run.recording(name) as numbers:
                 STAGES[name].work(run, numbers)
     return run
+
+
+def train_together(config: Config, folder: str | Path, until: str = "train", *, progress: Progress | None = None) -> None:
+    """Stage `train` in every process that torchrun started; the first simulates before and writes the files.
+
+    Raises: SettingError for another stage (the others gain nothing from more processes), and as `run_stages`.
+    """
+    if until != "train":
+        raise SettingError(f"the stage is {until!r} under torchrun; expected 'train': run the others in a single process")
+    with process_group(config.run.device) as ranks:
+        if ranks.first:
+            run_stages(config, folder, ["simulate"], progress=progress)
+        ranks.wait()
+        run = Run(Path(folder), config)
+        done = _finished(run, "train")
+        ranks.wait()  # all have looked before the first writes
+        if ranks.first:
+            run_stages(config, folder, ["train"], progress=progress)
+        elif not done:
+            with threadpool_limits(limits=1, user_api="blas"):
+                train_along(run)
 
 
 def _foresee(run: Run, wanted: list[str]) -> None:

@@ -10,7 +10,7 @@ from sbi_phys.simulate import simulate as run_simulations
 from sbi_phys.simulate import simulator_identity
 from sbi_phys.store import Store
 
-__all__ = ["simulate", "simulations", "train"]
+__all__ = ["simulate", "simulations", "train", "train_along"]
 
 
 def simulations(run: Run, folder: str, n: int, *key: int | str) -> Store:
@@ -49,11 +49,17 @@ def new_npe(run: Run, *key: int | str) -> NPE:
     )
 
 
+def train_along(run: Run) -> NPE:
+    """The training itself, which is all that a rank other than the first has to do."""
+    run.path("training").mkdir(exist_ok=True)
+    memory = run.config.run.memory or None
+    checkpoint = run.path("training", "amortised")
+    return new_npe(run, "train").fit(Store(run.path("simulations")), memory=memory, checkpoint=checkpoint, progress=run.progress)
+
+
 def train(run: Run, numbers: dict[str, Any]) -> None:
     """Train the amortised network on the store; an interrupted training goes on from its checkpoint."""
-    run.path("training").mkdir(exist_ok=True)
-    npe = new_npe(run, "train")
-    npe.fit(Store(run.path("simulations")), checkpoint=run.path("training", "amortised"), progress=run.progress)
+    npe = train_along(run)
     npe.save(run.path("model.pt"))
     numbers |= {
         "validation_loss": [min(record["valid"] for record in member) for member in npe.history],

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from sbi_phys.calibrate import TITLES
 from sbi_phys.estimators.npe import load
 from sbi_phys.pipeline.run import Run
 from sbi_phys.pipeline.summary import published, seconds, summary
@@ -158,12 +159,7 @@ def _proof(run: Run, found: Numbers) -> list[Block]:
         caption = "Importance weights of the network's draws under the exact likelihood; a network without error has equal weights."
         out.append(_draw(run, figure, "weights", caption, "histogram and cumulative share of the importance weights"))
     if run.path("figures", "calibration.png").exists():
-        caption = "Amortised network on held-out simulations: curves within the grey bands are those of a calibrated posterior."
-        words = "\n".join(run.numbers("calibrate")["words"])
-        out += [
-            _figure(run, "calibration", caption, "ranks and coverage with simultaneous bands"),
-            Details("Calibration in words, and rank histograms", [Code(words), _figure(run, "sbc_histograms", "Ranks", "rank histograms")]),
-        ]
+        out += _calibration(run)
     out.append(
         _figure(run, "predictive", f"Posterior predictive check, statistic: {found['predictive_statistic']}.", "predictive check", 560)
     )
@@ -173,6 +169,32 @@ def _proof(run: Run, found: Numbers) -> list[Block]:
     rows = [(name, str(i), f"{v:+.2f}".replace("-", "−")) for _, v, name, i in worst]
     out.append(Details("Largest pulls of the data", [Table(("Block", "Bin", "(data − predicted) / sd"), tuple(rows))]))
     return out
+
+
+def _calibration(run: Run) -> list[Block]:
+    found = run.numbers("calibrate")
+    rows = [
+        (TITLES[name], f"`{name}`", f"{p:.3g}", f"{found['adjusted'][name]:.3g}", "fails" if name in found["failed"] else "passes")
+        for name, p in found["pvalues"].items()
+    ]
+    header = ("What is tested", "Test", "$p$", "$p$, corrected", "At 5 %")
+    caption = "Amortised network on held-out simulations: curves within the grey bands are those of a calibrated posterior."
+    figures = [
+        block
+        for name, words in found["words"].items()
+        for block in (_figure(run, f"calibration_{name}", TITLES[name], TITLES[name], 620), Code(words))
+    ]
+    left_out = (
+        [Text("Left out: " + "; ".join(f"`{name}`, {why}" for name, why in found["skipped"].items()) + ".")] if found["skipped"] else []
+    )
+    return [
+        Text(f"**Calibration of the network**, {found['n']} held-out simulations, {found['n_draws']} draws each. {found['verdict']}"),
+        _figure(run, "calibration", caption, "ranks and coverage with simultaneous bands"),
+        Table(header, tuple(rows), "Every test of calibration; corrected for their number (Holm)"),
+        *([Text(found["likeness"])] if found["likeness"] else []),
+        *left_out,
+        Details("Each test: figure and words", [*figures, _figure(run, "sbc_histograms", "Ranks", "rank histograms")]),
+    ]
 
 
 def _per_parameter(mcmc: Numbers) -> dict[str, str]:

@@ -1,6 +1,6 @@
 r"""Stages `calibrate` and `check`: is the network honest on average, and is the observation one that it knows.
 
-calibrate   ranks and coverage on held-out simulations of the prior
+calibrate   every test of calibration on held-out simulations of the prior, and at the observation
 check       p = P(D(x_rep, theta) >= D(x_o, theta)) over the final posterior, D the deviance; pulls of the data;
             Mahalanobis distance of the observation's features among those of the simulations
 """
@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sbi_phys.calibration import coverage, predictive_pvalue, sbc
+from sbi_phys.calibrate import calibrate as run_tests
+from sbi_phys.calibration import predictive_pvalue
+from sbi_phys.errors import DataError, SettingError
 from sbi_phys.estimators.npe import NPE, load
 from sbi_phys.pipeline.learn import simulations
 from sbi_phys.pipeline.run import Run
@@ -24,34 +26,44 @@ _MAX_FEATURE_ROWS = 20_000
 
 
 def calibrate(run: Run, numbers: dict[str, Any]) -> None:
-    """Rank statistics and expected coverage of the amortised network on fresh simulations, all sampled in one batch."""
+    """Every test of calibration of the amortised network, on fresh simulations and at the observation."""
     settings = run.config.calibrate
     if not settings.n:
         numbers["skipped"] = "calibrate.n = 0"
         return
-    theta, x = simulations(run, "held_out", settings.n, "held out").read()
     npe = load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device)
-    draws = npe.sample(x, settings.n_draws, seed=run.seed("calibrate"))
-    log_draws = np.empty(draws.shape[:2])
-    with run.progress.task("densities", len(x)) as task:
-        for i, (row, theta_row) in enumerate(zip(x, draws, strict=True)):
-            log_draws[i] = npe.log_prob(theta_row, row)
-            task.advance(1)
-    ranks = sbc(theta, draws, run.simulator.parameters, seed=run.seed("ties"))
-    regions = coverage(theta, draws, npe.log_prob(theta, x), log_draws, seed=run.seed("ties"))
+    found = run_tests(
+        npe,
+        simulations(run, "held_out", settings.n, "held out"),
+        settings.n,
+        n_draws=settings.n_draws,
+        x_obs=_observation(run),
+        simulator=run.simulator,
+        names=run.simulator.parameters,
+        seed=run.seed("calibrate"),
+        progress=run.progress,
+    )
+    ranks, regions = found.results["sbc"], found.results["coverage"]
     save_figure(panels_figure({"SBC ranks": ranks, "Expected coverage": regions}), run.path("figures"), "calibration")
     save_figure(ranks.figure(), run.path("figures"), "sbc_histograms")
-    numbers |= {
-        "n": ranks.n,
-        "n_draws": ranks.n_draws,
+    for name, figure in found.figures().items():
+        save_figure(figure, run.path("figures"), f"calibration_{name}")
+    numbers |= found.to_dict() | {
         "sbc_pvalue": ranks.pvalue,
-        "sbc_pvalues": ranks.pvalues,
+        "sbc_pvalues": {name: p for name, p in ranks.pvalues.items() if name in run.names},
         "sbc_verdicts": ranks.verdicts,
         "coverage_pvalue": regions.pvalue,
         "coverage": {"level": regions.level, "observed": regions.observed, "band": regions.band},
-        "words": [ranks.summary(), regions.summary()],
     }
     run.write_json("calibration.json", numbers)
+
+
+def _observation(run: Run) -> Array | None:
+    """The observation, or None where the run has none: the tests at it are left out then."""
+    try:
+        return run.observation
+    except (SettingError, DataError):
+        return None
 
 
 def check(run: Run, numbers: dict[str, Any]) -> None:

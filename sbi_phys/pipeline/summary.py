@@ -52,6 +52,7 @@ def summary(run: Run) -> dict[str, Any]:
         "coverage_pvalue": get["calibrate"].get("coverage_pvalue"),
         "sbc_pvalues": get["calibrate"].get("sbc_pvalues"),
         "sbc_pvalue": get["calibrate"].get("sbc_pvalue"),
+        "calibration": {key: get["calibrate"].get(key) for key in ("verdict", "passed", "failed", "pvalues", "adjusted", "likeness")},
         "published": _published(run, final),
         "truth": None if run.truth is None else dict(zip(run.names, run.truth.tolist(), strict=True)),
         "validation_loss": get["train"].get("validation_loss"),

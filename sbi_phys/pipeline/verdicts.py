@@ -48,17 +48,14 @@ def _refinement(found: dict[str, Any]) -> list[Verdict]:
 
 
 def _calibration(found: dict[str, Any]) -> Verdict:
-    pvalues = [p for p in (found["sbc_pvalue"], found["coverage_pvalue"]) if p is not None]
-    if not pvalues:
+    tests = found["calibration"]
+    if tests["adjusted"] is None:
         return Verdict("warn", "The network was not calibrated on held-out simulations.")
-    detail = f"SBC p = {found['sbc_pvalue']:.3g}, coverage p = {found['coverage_pvalue']:.3g} (both corrected for their number of tests)."
-    worst = min(pvalues)
-    if worst >= 0.05:
-        return Verdict("good", "The amortised network is calibrated on held-out simulations.", detail)
-    level, words = ("warn", "slightly off") if worst >= 1e-3 else ("bad", "not calibrated")
-    return Verdict(
-        level, f"The amortised network is {words} on held-out simulations; refinement mends that for this observation alone.", detail
-    )
+    if tests["passed"]:
+        return Verdict("good", "The amortised network is calibrated on held-out simulations.", tests["verdict"])
+    level, words = ("warn", "slightly off") if min(tests["adjusted"].values()) >= 1e-3 else ("bad", "not calibrated")
+    head = f"The amortised network is {words} on held-out simulations; refinement mends that for this observation alone."
+    return Verdict(level, head, tests["verdict"])
 
 
 def _prediction(found: dict[str, Any]) -> Verdict:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nflows.transforms.splines.rational_quadratic import unconstrained_rational_quadratic_spline
 
-from sbi_phys.nets.spline import MIN_DERIVATIVE, n_spline_parameters, rational_quadratic_spline
+from sbi_phys.nets.spline import MIN_DERIVATIVE, n_spline_parameters, rational_quadratic_spline, spline_map
 
 BINS, BOUND = 8, 5.0
 
@@ -74,3 +74,24 @@ def test_zero_parameters_are_the_identity() -> None:
     y, log_slope = rational_quadratic_spline(x, parameters, bound=BOUND)
     assert (y - x).abs().max() < 1e-12
     assert log_slope.abs().max() < 1e-12
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.1, 1.0, 4.0]))
+def test_the_gradient_by_hand_is_autograds(seed: int, scale: float) -> None:
+    """Inside, outside and at the edges, for a loss that mixes value and log slope with a weight per entry."""
+    x, parameters = draw(40, scale, torch.float64, seed)
+    x[:3] = torch.tensor([[-BOUND, BOUND], [7.0, -7.0], [0.0, 1e6]], dtype=torch.float64)
+    weights = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    gradients = []
+    for function in (rational_quadratic_spline, spline_map):
+        leaves = [x.clone().requires_grad_(), parameters.clone().requires_grad_()]
+        y, log_slope = function(*leaves, bound=BOUND)
+        gradients.append(torch.autograd.grad((weights[0] * y + weights[1] * log_slope).sum(), leaves))
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_second_derivatives() -> None:
+    x, parameters = draw(4, 1.0, torch.float64, seed=3)
+    x, parameters = (0.4 * x).requires_grad_(), parameters.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda a, b: rational_quadratic_spline(a, b, bound=BOUND), (x, parameters))

@@ -1,0 +1,334 @@
+r"""Local coverage: how often credible regions hold the truth, in cells of one or two quantities instead of on average.
+
+**What may be conditioned on.** A posterior is calibrated given x: in cells of any function of x (a summary statistic, the posterior mean)
+the regions of content a hold the truth with probability a exactly. In cells of the *true* theta they do not, even for an exact posterior:
+near an edge of the prior a central interval rarely reaches the edge, so truths there are missed, and truths in the middle are held
+too often. Cells of theta therefore come in two kinds, `at`:
+
+"posterior" (default): cells of the posterior mean. Taken with the truth as one of the L + 1 values, the mean treats truth and draws alike,
+    so the cell tells nothing about which of them is the truth: the number of truths held in a cell of M rows is exactly Binomial(M, a), at
+    any L. (The mean of the draws alone is not quite independent of the truth's rank: it carries the draws' own fluctuation.)
+"truth": the frequentist map over the true theta. Its nominal value is not a. What a calibrated posterior *with these draws* would show is
+    known though: truth and draws are exchangeable, so letting each of the L + 1 values of a row be the truth in turn gives the expected
+    coverage of every cell, prior edges and all. The map is compared with that. Departure of `expected` from the level is the price of
+    conditioning on the truth, departure of `observed` from `expected` is a fault of the posterior, and the p-value is valid.
+
+Cells hold equal numbers of rows (the second quantity is cut anew within each slice of the first, so that none is empty). THE p-value of
+a kind of region takes the better of two views, the sum of z^2 over cells and levels (faults everywhere) and the largest |z| (one bad
+cell), ranked among simulated calibrated counts, so that its size is exact.
+
+Coverage at one level is a blunt statistic: `pit_regression` finds weaker faults, this map shows where they are. A posterior that equals
+the prior passes in cells of its own mean, which is noise; in cells of x it does not.
+
+Source: coverage as a function of theta: Dey et al. 2022 (arXiv:2205.14568), Masserano et al. 2023 (arXiv:2205.15680); errors: Clopper
+& Pearson 1934.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr, ndtri
+from scipy.stats import beta, binom
+
+from sbi_phys.calibration.cells import Cells, candidate_ranks, make_cells, read_by
+from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, count_below, holm, require_varying
+from sbi_phys.calibration.montecarlo import chunks, smallest_pvalue
+from sbi_phys.checks import as_array
+from sbi_phys.errors import DataError, NonFiniteError, SettingError
+from sbi_phys.priors import Parameter
+from sbi_phys.rng import rng_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["LocalCoverage", "local_coverage"]
+
+Array = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+HPD = "highest-density regions"
+CENTRAL = "central intervals"
+N_NULL = 1999
+ONE_SIGMA = 0.6827
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalCoverage:
+    r"""Coverage of r kinds of region at m levels in c cells of q (1 or 2) quantities; n simulations, l draws.
+
+    by, by_labels (q), what the cells are made of; at, 'posterior', 'truth' or 'given'. names (r), the parameters whose central intervals
+    are judged, or the one entry of `kind` for joint regions. level (m,), multiples of 1/(l+1). cell_low, cell_high (c, q), edges in the
+    quantities' units. count (c,), rows. observed, expected (c, m, r), shares; low, high, Clopper-Pearson 68.3 % errors.
+    z (c, m, r), (observed - expected) in its standard deviation; cell_pvalues, binomial (normal for at = 'truth'), not corrected.
+    pvalues by name, of the whole map; pvalue, smallest times r.
+    """
+
+    kind: str
+    at: str
+    by: tuple[str, ...]
+    by_labels: tuple[str, ...]
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    n_draws: int
+    level: Array
+    cell_low: Array
+    cell_high: Array
+    count: Counts
+    observed: Array
+    low: Array
+    high: Array
+    expected: Array
+    z: Array
+    cell_pvalues: Array
+    pvalues: dict[str, float]
+    pvalue: float
+
+    @property
+    def n(self) -> int:
+        """Number of simulations."""
+        return int(self.count.sum())
+
+    @property
+    def worst(self) -> tuple[int, int, int]:
+        """(cell, level, kind of region) whose own p-value is smallest."""
+        # equal p-values (0 by underflow) are told apart by z
+        order = np.lexsort((-np.abs(self.z).ravel(), self.cell_pvalues.ravel()))
+        cell, level, region = np.unravel_index(int(order[0]), self.z.shape)
+        return int(cell), int(level), int(region)
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """'calibrated', or what is wrong somewhere, per kind of region; Holm's correction keeps the family-wise error at 5 %."""
+        adjusted, out = holm(self.pvalues), {}
+        for r, name in enumerate(self.names):
+            # a cell is named as wrong by a threshold that pays for the number of cells
+            large = np.abs(self.z[..., r]) > _threshold(self.z[..., r].size)
+            signs = {int(s) for s in np.sign(self.z[..., r][large])} or {int(np.sign(self.z[..., r].sum()))}
+            words = {frozenset({-1}): "overconfident", frozenset({1}): "underconfident"}.get(frozenset(signs), "over- and underconfident")
+            out[name] = "calibrated" if adjusted[name] > ALPHA else f"{words} in places"
+        return out
+
+    def where(self, cell: int) -> str:
+        """The cell in words: the range of each quantity."""
+        of = {"posterior": "posterior mean of ", "truth": "true ", "given": ""}[self.at]
+        ends = zip(self.by, self.cell_low[cell], self.cell_high[cell], strict=True)
+        return " and ".join(f"{of}{name} in [{low:.4g}, {high:.4g}]" for name, low, high in ends)
+
+    def summary(self) -> str:
+        """Return the result in words: one line for all, one per kind of region, and the worst cell with its coverage and error."""
+        verdicts = self.verdicts
+        bad = sum(v != "calibrated" for v in verdicts.values())
+        head = "no cell stands out" if not bad else f"{bad} of {len(verdicts)} not calibrated everywhere"
+        of = {"posterior": "posterior mean of ", "truth": "true ", "given": ""}[self.at]
+        lines = [
+            f"Local coverage of {self.kind} over {of}{' and '.join(self.by)}"
+            f", {self.n} simulations in {self.count.size} cells: {head} (p = {self.pvalue:.3g})"
+        ]
+        pad = max(map(len, self.names))
+        lines += [f"  {name:<{pad}}  {verdicts[name]:<14}  p = {self.pvalues[name]:.3g}" for name in self.names]
+        c, m, r = self.worst
+        got, low, high, right = (100 * a[c, m, r] for a in (self.observed, self.low, self.high, self.expected))
+        p = min(1.0, self.cell_pvalues[c, m, r] * self.z.size)
+        lines.append(
+            f"  worst: {self.where(c)}: {100 * self.level[m]:.0f} % regions ({self.names[r]}) hold {got:.0f} %"
+            f" (68 % errors {low:.0f} to {high:.0f}), expected {right:.0f} %;"
+            f" {self.count[c]} rows, p = {p:.2g} after correction for {self.z.size} looks"
+        )
+        if self.at == "truth":
+            lines.append(
+                "  cells of the true value: even an exact posterior departs from the level; compare with `expected`, as the p-value does"
+            )
+        return "\n".join(lines)
+
+    def plot(self, ax: "Axes | None" = None, *, name: str | None = None, level: float | None = None) -> "Axes":
+        """Draw the coverage of one kind of region at one level (default: where the worst cell is): a band plot, or for two a heat map.
+
+        Raises: SettingError.   Read: outside the band, or red = holds the truth too seldom there; blue = too often.
+        """
+        from sbi_phys.calibration import plots_local
+
+        _, m, r = self.worst
+        if name is not None and name not in self.names:
+            raise SettingError(f"name is {name!r}; expected one of {', '.join(self.names)}")
+        r = r if name is None else self.names.index(name)
+        m = m if level is None else int(np.argmin(np.abs(self.level - level)))
+        draw = plots_local.coverage_map if len(self.by) == 2 else plots_local.coverage_line
+        return draw(self, m, r, ax)
+
+
+def local_coverage(
+    theta: ArrayLike,
+    draws: ArrayLike,
+    by: ArrayLike | str | int | Sequence[str | int],
+    *,
+    level: float | ArrayLike = 0.9,
+    at: str = "posterior",
+    names: Sequence[str | Parameter] | None = None,
+    by_names: Sequence[str | Parameter] | None = None,
+    log_prob_theta: ArrayLike | None = None,
+    log_prob_draws: ArrayLike | None = None,
+    n_bins: int | None = None,
+    seed: int = 0,
+) -> LocalCoverage:
+    r"""Map of coverage, P(theta* in C_a(x) | s in cell), s one or two quantities.
+
+    Args:
+        theta: (n, d), the values the simulations were made with, prior units; n >= 10.
+        draws: (n, l, d), independent posterior draws for each simulation, same units; l >= 2.
+        by: one or two names or columns of theta; or an array (n,) or (n, 2) of any function of x (its values must not know theta*).
+        level: content a of the regions, one or several, in (0, 1); moved to the nearest multiple of 1/(l+1).
+        at: for `by` of theta, "posterior" (cells of the posterior mean) or "truth" (cells of the true value), see the module's text.
+        names: d names, or Parameters.
+        by_names: names of the columns of an array `by`.
+        log_prob_theta: (n,), and log_prob_draws (n, l): judge joint highest-density regions instead of each parameter's central interval.
+        log_prob_draws: see log_prob_theta.
+        n_bins: cells per quantity; default about n/50 from 2 to 10 for one, sqrt(n/25) from 2 to 8 for two. n >= 5 rows a cell.
+        seed: of the random places given to ties and of the simulated null.
+
+    Returns: LocalCoverage.
+    Raises: ShapeError, NonFiniteError, DataError (few rows, one draw, constant quantities, `by` equal to theta), SettingError.
+    Source: module docstring.   Read: p < 0.05 = coverage fails somewhere; the summary names the worst cell.
+    """
+    truth, samples = check_pairs(theta, draws)
+    n_draws = samples.shape[1]
+    plain, labels = check_names(names, samples.shape[2])
+    columns, by_plain, by_labels, at = read_by(by, truth, samples, (plain, labels), at, by_names)
+    steps = _steps(level, n_draws)
+    values, names_, labels_ = _regions(truth, samples, plain, labels, log_prob_theta, log_prob_draws)
+    rng = rng_for(seed, "local coverage")
+    cells = make_cells(columns, n_bins)
+    central, a = log_prob_theta is None, steps / (n_draws + 1)
+    held = np.stack([_places(v, cells.fixed, central, rng)[..., None] < steps for v in values], axis=-1)  # (n, 1 or l + 1, m, r)
+    found, sd = _compare(cells, held, a)
+    pvalues = {name: _pvalue(cells, held[..., r], a, found, sd[..., r], r, rng) for r, name in enumerate(names_)}
+    return LocalCoverage(
+        kind=CENTRAL if central else HPD,
+        at=at,
+        by=by_plain,
+        by_labels=by_labels,
+        names=names_,
+        labels=labels_,
+        n_draws=n_draws,
+        level=a,
+        pvalues=pvalues,
+        pvalue=combine(pvalues),
+        **found,
+    )
+
+
+def _steps(level: float | ArrayLike, n_draws: int) -> Counts:
+    wanted = as_array("level", np.atleast_1d(np.asarray(level)), (None,))
+    if wanted.size == 0 or np.any((wanted <= 0) | (wanted >= 1)):
+        raise SettingError(f"level is {wanted.tolist()}; expected contents within (0, 1)")
+    return np.unique(np.clip(np.rint(wanted * (n_draws + 1)), 1, n_draws).astype(np.int64))
+
+
+def _regions(
+    truth: Array, samples: Array, names: tuple[str, ...], labels: tuple[str, ...], at_truth: ArrayLike | None, at_draws: ArrayLike | None
+) -> tuple[list[Array], tuple[str, ...], tuple[str, ...]]:
+    """What is ranked, truth in the first column and then the draws, (n, l + 1) for each kind of region."""
+    if (at_truth is None) != (at_draws is None):
+        missing = "log_prob_draws" if at_draws is None else "log_prob_theta"
+        raise SettingError(f"{missing} is None; expected both log_prob_theta (n,) and log_prob_draws (n, l), or neither")
+    n, n_draws, dim = samples.shape
+    if at_truth is None or at_draws is None:
+        for j, name in enumerate(names):
+            require_varying(name, truth[:, j], samples[:, :, j])
+        return [np.concatenate([truth[:, j, None], samples[:, :, j]], axis=1) for j in range(dim)], names, labels
+    first = as_array("log_prob_theta", at_truth, (n,), finite=False)
+    rest = as_array("log_prob_draws", at_draws, (n, n_draws), finite=False)
+    for name, array in (("log_prob_theta", first), ("log_prob_draws", rest)):
+        if np.isnan(array).any() or np.isposinf(array).any():
+            raise NonFiniteError(f"{name} has NaN or +Inf; expected log densities (finite or -Inf)")
+    if rest.min() == rest.max() == first.min() == first.max():
+        raise DataError(f"log_prob_theta and log_prob_draws are constant ({first[0]:g}); expected densities that differ between draws")
+    return [-np.concatenate([first[:, None], rest], axis=1)], (HPD,), (HPD,)
+
+
+def _places(values: Array, truth_alone: bool, central: bool, rng: np.random.Generator) -> Counts:
+    """Place 0..l of the truth (first column), or of every value were it the truth, from the middle of the region outwards."""
+    rank = count_below(values[:, 0], values[:, 1:], rng)[:, None] if truth_alone else candidate_ranks(values, rng)
+    n_draws = values.shape[1] - 1
+    # ranks of a negative log density run outwards already; those of a parameter are numbered from the median
+    return np.where(2 * rank >= n_draws, 2 * rank - n_draws, n_draws - 2 * rank - 1) if central else rank
+
+
+def _compare(cells: Cells, held: NDArray[np.bool_], level: Array) -> tuple[dict[str, NDArray[Any]], Array]:
+    """Everything about single cells (fields of LocalCoverage), and the standard deviation of held - expected (c, m, r)."""
+    count = cells.sums(np.ones(held.shape[0]), 0).astype(np.int64)
+    looks = held[:, 0].reshape(held.shape[0], -1)
+    inside = np.stack([cells.sums(look, 0) for look in looks.T], axis=-1).reshape(count.size, *held.shape[2:])
+    rows = np.maximum(count, 1)[:, None, None]
+    low, high = (1 - ONE_SIGMA) / 2, (1 + ONE_SIGMA) / 2
+    expected, sd = _expected(cells, held, level, count)
+    z = (inside - expected * count[:, None, None]) / sd
+    binomial = 2 * np.minimum(binom.cdf(inside, rows, expected), binom.sf(inside - 1, rows, expected))
+    found = {
+        "cell_low": cells.low,
+        "cell_high": cells.high,
+        "count": count,
+        "observed": inside / rows,
+        "low": np.where(inside > 0, beta.ppf(low, inside, np.maximum(rows - inside + 1, 1e-9)), 0.0),
+        "high": np.where(inside < rows, beta.ppf(high, inside + 1, np.maximum(rows - inside, 1e-9)), 1.0),
+        "expected": expected,
+        "z": z,
+        "cell_pvalues": np.minimum(1.0, binomial if cells.fixed else 2 * ndtr(-np.abs(z))),
+    }
+    return found, sd
+
+
+def _expected(cells: Cells, held: NDArray[np.bool_], level: Array, count: Counts) -> tuple[Array, Array]:
+    """Share expected in each cell and the standard deviation of (held - expected) summed over the cell's rows -> (c, m, r) each."""
+    if cells.fixed:
+        share = np.broadcast_to(level[:, None], (count.size, *held.shape[2:])).copy()
+        return share, np.sqrt(np.maximum(count, 1)[:, None, None] * share * (1 - share))
+    share, sd = np.empty((2, count.size, *held.shape[2:]))
+    for c in range(count.size):
+        within = cells.index == c  # (n, l + 1): this value, were it the truth, would lie in the cell
+        for m in range(held.shape[2]):
+            for r in range(held.shape[3]):
+                both = within & held[:, :, m, r]
+                e = both.sum() / max(within.sum(), 1)
+                mean_both, mean_within = both.mean(axis=1), within.mean(axis=1)
+                square = mean_both * (1 - 2 * e) + e**2 * mean_within  # of 1{within} (held - e)
+                share[c, m, r] = e
+                sd[c, m, r] = np.sqrt(max(float(np.sum(square - (mean_both - e * mean_within) ** 2)), 1e-12))
+    return share, sd
+
+
+def _pvalue(
+    cells: Cells, held: NDArray[np.bool_], level: Array, found: dict[str, NDArray[Any]], sd: Array, r: int, rng: np.random.Generator
+) -> float:
+    """p-value of the map of one kind of region r, held (n, 1 or l + 1, m), sd (c, m)."""
+    z, expected, count = found["z"][..., r], found["expected"][..., r], found["count"]
+    if cells.fixed:
+        steps = np.diff(level, prepend=0.0, append=1.0)
+        inside = np.stack([rng.multinomial(rows, steps, size=N_NULL) for rows in count], axis=1).cumsum(axis=-1)[..., :-1]
+        simulated = _statistics((inside - count[:, None] * level) / sd)
+    else:
+        parts = []
+        for b in chunks(N_NULL, held.shape[0]):
+            k = rng.integers(0, held.shape[1], (b, held.shape[0]))  # any of a row's values may be the truth
+            every = np.arange(held.shape[0])
+            cell = (cells.index[every, k] + count.size * np.arange(b)[:, None]).ravel()
+            hits = [np.bincount(cell, h[every, k].ravel(), minlength=b * count.size) for h in np.moveaxis(held, 2, 0)]
+            rows = np.bincount(cell, minlength=b * count.size)
+            apart = np.stack(hits, axis=-1) - np.tile(expected, (b, 1)) * rows[:, None]
+            parts.append(_statistics(apart.reshape(b, *z.shape) / sd))
+        simulated = np.concatenate(parts)
+    # Bonferroni over cells and levels needs no simulation: it takes over below what they resolve
+    tail = float(found["cell_pvalues"][..., r].min() * z.size)
+    return smallest_pvalue(_statistics(z[None])[0], simulated, tail)
+
+
+def _statistics(z: Array) -> Array:
+    flat = z.reshape(z.shape[0], -1)
+    return np.stack([(flat**2).sum(axis=1), np.abs(flat).max(axis=1)], axis=-1)
+
+
+def _threshold(n_looks: int) -> float:
+    """|z| that the largest of n_looks exceeds with probability about ALPHA."""
+    return float(-ndtri(ALPHA / (2 * n_looks)))

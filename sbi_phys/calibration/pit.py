@@ -1,0 +1,269 @@
+r"""PIT regressed on x: is the rank of the truth independent of the observation, as it must be?
+
+SBC averages over x: a posterior that is too narrow for half of the observations and too wide for the other half passes it. If q is right,
+the rank of theta* among the draws is uniform *given x*, so no function of x predicts it. Take normal scores of the ranks,
+
+    s = Phi^-1((rank + 1/2)/(L + 1)), scaled to mean 0 and variance 1 under uniform ranks,
+
+whose mean is the bias (-s) and whose square is the width ((s^2 - 1)/sd, large where the posterior is too narrow). Both are regressed on
+functions h(x), each with mean 0 and variance 1 over the simulations, by their correlations T = sum_i s_i h(x_i)/sqrt(n), gathered in views:
+
+    1; every column of x (its normal score); its square; the principal components of all columns; random smooth functions of all of x.
+
+The largest |T| of a view sees one column that matters among many, the sum of T^2 sees what is spread over them. Under the null the ranks
+are independent and uniform whatever x is, so the null is simulated from uniform ranks at the very same x, and the best view's p-value is
+ranked among the simulated ones: its size is exact at any n, L and number of columns. Nothing is trained, so nothing can overfit.
+
+The constant 1 makes it a test of calibration given x, not only of dependence: a posterior that is too narrow everywhere is found too, and
+one that equals the prior (which SBC passes) is found by its bias.
+
+Source: Zhao et al. 2021, arXiv:2102.10473 (the regression of PIT on x); the random functions: Rahimi & Recht 2007.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr, ndtri
+
+from sbi_phys.calibration.covariates import check_x, normal_scores, random_features
+from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, count_below, holm, require_varying, verdict_words
+from sbi_phys.calibration.montecarlo import chunks, smallest_pvalue
+from sbi_phys.errors import DataError
+from sbi_phys.priors import Parameter
+from sbi_phys.rng import rng_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["PITRegression", "pit_regression"]
+
+Array = NDArray[np.float64]
+
+N_NULL = 1999
+N_COMPONENTS = 20
+N_RANDOM = 50
+KINDS = ("low", "high"), ("in the middle", "at the ends")
+MIN_DRAWS = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PITRegression:
+    r"""Dependence of the rank scores of d parameters on k columns of x; n simulations, l draws. All without unit but x.
+
+    scores (n, d), normal scores of the ranks, mean 0 and variance 1 if calibrated. x (n, k), columns that vary, x_names (k).
+    z_shift, z_width (d, 2, k), standard-normal correlations of s and of s^2 with each column ([:, 0]) and its square ([:, 1]):
+    z_shift > 0, the posterior is biased low where the column is high; z_width > 0, too narrow there.
+    column, shape (d,): the column with the largest |z| and whether its own score (0) or its square (1) has it. shift, width (d, 2) with
+    errors: posterior - truth in posterior sd and posterior sd over the right one, in the two parts of that column that `parts` names.
+    pvalues by name; pvalue, smallest times d.
+    """
+
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    x_names: tuple[str, ...]
+    n_draws: int
+    scores: Array
+    x: Array
+    z_shift: Array
+    z_width: Array
+    column: NDArray[np.int64]
+    shape: NDArray[np.int64]
+    shift: Array
+    shift_err: Array
+    width: Array
+    width_err: Array
+    pvalues: dict[str, float]
+    pvalue: float
+
+    @property
+    def n(self) -> int:
+        """Number of simulations."""
+        return int(self.scores.shape[0])
+
+    def parts(self, j: int) -> tuple[str, str]:
+        """The two parts of the column that `shift` and `width` of parameter j are about, in words."""
+        low, high = KINDS[int(self.shape[j])]
+        name = self.x_names[int(self.column[j])]
+        return f"where {name} is {low}", f"where {name} is {high}"
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """'calibrated given x', or what is wrong where, per parameter; Holm's correction keeps the family-wise error at 5 %."""
+        adjusted, out = holm(self.pvalues), {}
+        for j, name in enumerate(self.names):
+            said = []
+            for h, part in enumerate(self.parts(j)):
+                words = verdict_words(self.shift[j, h], self.shift_err[j, h], self.width[j, h], self.width_err[j, h])
+                if words != "wrong shape":
+                    said.append(f"{words} {part}")
+            wrong = ", ".join(said) or "ranks depend on x, on no single column alone"
+            out[name] = wrong if adjusted[name] <= ALPHA else "calibrated given x"
+        return out
+
+    def summary(self) -> str:
+        """Return the result in words: one line for all, one or two lines per parameter with the sizes in both parts of the column."""
+        verdicts = self.verdicts
+        bad = sum(v != "calibrated given x" for v in verdicts.values())
+        head = "no dependence of the ranks on x found" if not bad else f"{bad} of {len(verdicts)} not calibrated given x"
+        lines = [
+            f"PIT regressed on x, {self.n} simulations x {self.n_draws} draws, {len(self.x_names)} columns: {head} (p = {self.pvalue:.3g})"
+        ]
+        pad = max(map(len, self.names))
+        for j, name in enumerate(self.names):
+            lines.append(f"  {name:<{pad}}  p = {self.pvalues[name]:<8.3g}  {verdicts[name]}")
+            if verdicts[name] != "calibrated given x":
+                for h, part in enumerate(self.parts(j)):
+                    lines.append(
+                        f"  {'':<{pad}}  {part}: shift {self.shift[j, h]:+.2f} +- {self.shift_err[j, h]:.2f} sd,"
+                        f" width x{self.width[j, h]:.2f} +- {self.width_err[j, h]:.2f}"
+                    )
+        return "\n".join(lines)
+
+    def plot(self, ax: "Axes | None" = None, *, name: str | None = None) -> "Axes":
+        """Draw local shift and width of one parameter (default: the worst) along the column of x where it shows most.
+
+        Raises: SettingError.   Read: width under 1 = overconfident there; shift over 0 = the posterior lies too high there.
+        """
+        from sbi_phys.calibration import plots_local
+        from sbi_phys.checks import require_choice
+
+        worst = min(self.pvalues, key=lambda key: self.pvalues[key])
+        return plots_local.pit_line(self, self.names.index(require_choice("name", worst if name is None else name, self.names)), ax)
+
+
+def pit_regression(
+    theta: ArrayLike,
+    draws: ArrayLike,
+    x: ArrayLike,
+    *,
+    names: Sequence[str | Parameter] | None = None,
+    x_names: Sequence[str | Parameter] | None = None,
+    seed: int = 0,
+) -> PITRegression:
+    r"""Test that the rank of the truth does not depend on x, E[s h(x)] = 0 and E[(s^2 - 1) h(x)] = 0.
+
+    Args:
+        theta: (n, d), the values the simulations were made with, prior units; n >= 10.
+        draws: (n, l, d), independent posterior draws for each simulation, same units; l >= 5.
+        x: (n, ...), the observations or summaries of them, any units; columns that do not vary are left out.
+        names: d names, or Parameters.
+        x_names: k names of the columns of x; default x_0, x_1, ...
+        seed: of the random functions, of the places given to ties, and of the simulated null.
+
+    Returns: PITRegression.
+    Raises: ShapeError, NonFiniteError, DataError (few rows or draws, constant parameter, constant x), SettingError.
+    Source: Zhao et al. 2021, arXiv:2102.10473.
+    Read: p < 0.05 = wrong somewhere in x, even if right on average; the summary names the column, the part and the size.
+    """
+    truth, samples = check_pairs(theta, draws)
+    n, n_draws, dim = samples.shape
+    if n_draws < MIN_DRAWS:
+        raise DataError(f"draws has {n_draws} draws per simulation; expected at least {MIN_DRAWS} for a rank that shows widths")
+    plain, labels = check_names(names, dim)
+    values = check_x(x, n)
+    columns = check_names(x_names, values.shape[1])[0] if x_names is not None else tuple(f"x_{c}" for c in range(values.shape[1]))
+    varying = values.max(axis=0) > values.min(axis=0)
+    values, columns = values[:, varying], tuple(c for c, keep in zip(columns, varying, strict=True) if keep)
+    ranks = []
+    for j, name in enumerate(plain):
+        require_varying(name, truth[:, j], samples[:, :, j])
+        ranks.append(count_below(truth[:, j], samples[:, :, j], rng_for(seed, "pit ties", name)))
+    table = _score_table(n_draws)
+    rng = rng_for(seed, "pit regression")
+    views = _views(normal_scores(values), rng)
+    observed = table[:, np.stack(ranks)]  # (2, d, n)
+    # one simulated null serves all parameters: it depends on x, n and L alone
+    null = (table[:, rng.integers(0, n_draws + 1, (rows, n))] for rows in chunks(N_NULL, n))
+    simulated = np.concatenate([_statistics(_correlations(scores, views), views) for scores in null])
+    z = _correlations(observed, views)
+    statistics = _statistics(z, views)
+    tails = 2 * z[0].size * ndtr(-np.abs(z).max(axis=(1, 2)))  # Bonferroni, normal; below what the simulations resolve
+    pvalues = {p: smallest_pvalue(s, simulated, float(t)) for p, s, t in zip(plain, statistics, tails, strict=True)}
+    return _result(observed, z, values, views, pvalues, names=plain, labels=labels, x_names=columns, n_draws=n_draws)
+
+
+def _score_table(n_draws: int) -> Array:
+    """Score and standardised squared score of every rank -> (2, l + 1), each of mean 0 and variance 1 under uniform ranks."""
+    score = ndtri((np.arange(n_draws + 1) + 0.5) / (n_draws + 1))
+    score /= score.std()
+    square = score**2 - 1
+    return np.stack([score, square / square.std()])
+
+
+def _views(scores: Array, rng: np.random.Generator) -> list[Array]:
+    """Functions of x (n, f) in groups; each column has mean 0 and variance 1, but for the constant."""
+    n = scores.shape[0]
+    squares = scores**2 - 1
+    sd = squares.std(axis=0)
+    squares = np.where(sd > 1e-9, (squares - squares.mean(axis=0)) / np.where(sd > 1e-9, sd, 1.0), 0.0)  # two values have no square
+    u, weight, _ = np.linalg.svd(scores, full_matrices=False)
+    keep = min(N_COMPONENTS, max(n // 10, 1), int((weight > 1e-6 * weight[0]).sum()))
+    return [np.ones((n, 1)), scores, squares, u[:, :keep] * np.sqrt(n), random_features(scores, N_RANDOM, rng)]
+
+
+def _correlations(values: Array, views: list[Array]) -> Array:
+    """values (2, b, n) -> T (b, 2, f), f functions of all views side by side."""
+    functions = np.concatenate(views, axis=1)
+    n = functions.shape[0]
+    return (values.reshape(-1, n) @ functions / np.sqrt(n)).reshape(2, -1, functions.shape[1]).transpose(1, 0, 2)
+
+
+def _statistics(correlations: Array, views: list[Array]) -> Array:
+    """Largest |T| and sum of T^2 of every view, for the shift and the width on their own -> (b, s)."""
+    out = []
+    for part in np.split(correlations, np.cumsum([view.shape[1] for view in views])[:-1], axis=2):
+        out.append(np.abs(part).max(axis=2))
+        if part.shape[2] > 1:
+            out.append((part**2).sum(axis=2))
+    return np.concatenate(out, axis=1)
+
+
+def _result(
+    observed: Array,
+    correlations: Array,
+    x: Array,
+    views: list[Array],
+    pvalues: dict[str, float],
+    *,
+    names: tuple[str, ...],
+    labels: tuple[str, ...],
+    x_names: tuple[str, ...],
+    n_draws: int,
+) -> PITRegression:
+    dim, k = observed.shape[1], x.shape[1]
+    z = correlations[:, :, 1 : 2 * k + 1].reshape(dim, 2, 2, k)  # (d, shift or width, column or its square, k)
+    largest = np.abs(z).max(axis=1).reshape(dim, -1).argmax(axis=1)
+    shape, column = np.divmod(largest, k)
+    sizes = np.empty((dim, 2, 4))
+    for j in range(dim):
+        order = np.abs(views[1][:, column[j]]) if shape[j] else views[1][:, column[j]]
+        upper = order > np.median(order)
+        for h, rows in enumerate((~upper, upper)):
+            sizes[j, h] = _sizes(observed[0, j, rows]) if rows.sum() > 1 else (0.0, np.inf, 1.0, np.inf)
+    return PITRegression(
+        names=names,
+        labels=labels,
+        x_names=x_names,
+        n_draws=n_draws,
+        scores=observed[0].T,
+        x=x,
+        z_shift=z[:, 0],
+        z_width=z[:, 1],
+        column=column,
+        shape=shape,
+        shift=sizes[..., 0],
+        shift_err=sizes[..., 1],
+        width=sizes[..., 2],
+        width_err=sizes[..., 3],
+        pvalues=pvalues,
+        pvalue=combine(pvalues),
+    )
+
+
+def _sizes(scores: Array) -> tuple[float, float, float, float]:
+    """Shift, its error, width, its error: exact where posteriors are Gaussian."""
+    spread = max(float(scores.std(ddof=1)), 1e-12)
+    return -float(scores.mean()), spread / np.sqrt(scores.size), 1 / spread, 1 / spread / np.sqrt(2 * scores.size)

@@ -1,0 +1,230 @@
+r"""TARP: is the truth as near to a reference point as the posterior's draws are?
+
+With a reference r(x) that is chosen without looking at theta*, let f = #{l: |theta_l - r| < |theta* - r|}. Given x, theta* and the
+draws are exchangeable if q(theta | x) is right, so f is uniform on 0..L. The share of simulations with f < k is the coverage of the
+balls around r that hold k of the L + 1 values: the expected-coverage curve of all parameters together, without densities.
+
+f itself is tested for uniformity, exactly (`bands`): two grids of credibility and coverage compared by a KS test miss a width that is
+20 % too small.
+
+**References depend on x by default.** If they are drawn independently of x, a posterior that equals the prior passes: theta* and the
+prior's draws are then alike for r. Here r(x) = m(x) + s (c e + g(x)/2): m is a ridge regression of theta on x, s its prediction error, e a
+random direction, the same for all rows (so that a bias does not cancel between references on its two sides), and g a bounded random
+nonlinear function of x. If q were the prior, theta* would lie nearer to m(x) than its draws.
+
+Nothing of this may know theta*_i, or the null is broken. So row i's regression is fitted to rows that come before it in a seeded random
+order (in blocks that double), never to itself or to later ones: given all that was used before, f_i is uniform, and therefore the f are
+*independent* uniform, exactly; with ordinary cross-fitting, where A predicts B and B predicts A, they would not be. The first block has
+m = 0. Distances are in units of the interquartile range of truths and draws together, which treats the two alike as well.
+
+Source: Lemos et al. 2023, arXiv:2302.03026; the band: Sailynoja et al. 2022, arXiv:2103.10522.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sbi_phys.calibration.bands import band_counts, curve_pvalue, rank_grid
+from sbi_phys.calibration.covariates import check_x, random_features, standardised
+from sbi_phys.calibration.inputs import ALPHA, check_pairs, count_below, require_varying
+from sbi_phys.checks import as_array, require_choice
+from sbi_phys.errors import DataError, SettingError
+from sbi_phys.rng import rng_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["TARP", "tarp"]
+
+Array = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+OFFSET = 1.0  # c, in units of the regression's error: far enough to see a bias, near enough to see a width
+WOBBLE = 0.5  # size of g in the same units: it makes r depend on x where the mean of theta does not
+FIRST_BLOCK = 50  # rows whose references do without a regression
+RIDGE = np.logspace(-3, 5, 17)
+FROM_X, GIVEN, INDEPENDENT = "functions of x", "given", "independent of x"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TARP:
+    r"""Coverage of balls around reference points, n simulations with l draws of d parameters. All without unit but references.
+
+    ranks (n,), f, whole numbers 0..l. level (k,), multiples of 1/(l+1). observed (k,), share of truths in balls of that content (the
+    ECDF of f). band (k, 2), simultaneous 95 %. references (n, d), parameters' units; reference_kind, where they are from.
+    mean, of (f + 1/2)/(l + 1), 0.5 is right, with its standard error mean_err under calibration. pvalue, exact ECDF test.
+    """
+
+    ranks: Counts
+    n_draws: int
+    dim: int
+    level: Array
+    observed: Array
+    band: Array
+    references: Array
+    reference_kind: str
+    mean: float
+    mean_err: float
+    pvalue: float
+
+    @property
+    def n(self) -> int:
+        """Number of simulations."""
+        return int(self.ranks.shape[0])
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The one curve's label."""
+        return (f"TARP, {self.dim} parameter{'s' * (self.dim > 1)}",)
+
+    @property
+    def ecdf(self) -> Array:
+        """Observed coverage as a column (k, 1)."""
+        return self.observed[:, None]
+
+    @property
+    def verdict(self) -> str:
+        """'calibrated', or what is wrong."""
+        if self.pvalue > ALPHA:
+            return "calibrated"
+        if abs(self.mean - 0.5) > 2 * self.mean_err:
+            if self.mean > 0.5:
+                return "truths farther from the references than the draws are: overconfident or biased"
+            return "truths nearer to the references than the draws are: underconfident (equal to the prior, if by much) or biased"
+        f = (self.ranks + 0.5) / (self.n_draws + 1)
+        excess = float(np.mean((f - 0.5) ** 2)) - 1 / 12
+        if abs(excess) > 2 / np.sqrt(180 * self.n):  # the variance of (U - 1/2)^2 is 1/180
+            return (
+                "truths too often among the nearest and farthest: overconfident or biased"
+                if excess > 0
+                else "truths too often between: underconfident"
+            )
+        return "wrong shape"
+
+    def summary(self) -> str:
+        """Return the result in words, with the level at which coverage is furthest off."""
+        head = (
+            f"TARP, {self.n} simulations x {self.n_draws} draws, references {self.reference_kind}: {self.verdict} (p = {self.pvalue:.3g})"
+        )
+        worst = int(np.argmax(np.abs(self.observed - self.level)))
+        level, got = self.level[worst], self.observed[worst]
+        error = np.sqrt(level * (1 - level) / self.n)
+        lines = [
+            head,
+            f"  furthest off: regions of {100 * level:.0f} % hold {100 * got:.1f} % of truths (+- {100 * error:.1f} if calibrated)",
+        ]
+        if self.reference_kind == INDEPENDENT:
+            lines.append("  these references cannot see a posterior that equals the prior: give x, or references that depend on x")
+        return "\n".join(lines)
+
+    def plot(self, ax: "Axes | None" = None, *, kind: str = "coverage") -> "Axes":
+        """Draw kind 'coverage' (observed against level) or 'ecdf' (their difference), with the 95 % band.
+
+        Raises: SettingError.   Read: below the diagonal, or below 0 = truths farther from the references than the draws are.
+        """
+        from sbi_phys.calibration import plots_local
+
+        draw = {"coverage": plots_local.tarp_coverage, "ecdf": plots_local.ecdf_difference}
+        return draw[require_choice("kind", kind, tuple(draw))](self, ax)
+
+
+def tarp(theta: ArrayLike, draws: ArrayLike, x: ArrayLike | None = None, references: ArrayLike | None = None, *, seed: int = 0) -> TARP:
+    r"""Coverage test with random points, f = #{l: |theta_l - r(x)| < |theta* - r(x)|} ~ U{0..L}.
+
+    Args:
+        theta: (n, d), the values the simulations were made with, prior units; n >= 10.
+        draws: (n, l, d), independent posterior draws for each simulation, same units; l >= 2.
+        x: (n, ...), the observations (or any summary of them): references are made from them, see the module's text.
+        references: (n, d), your own, in theta's units: functions of x and of independent noise, never of theta* of the same row.
+            Without x and references they are random and independent of x: a posterior that equals the prior then passes.
+        seed: of the references and of the random places given to ties.
+
+    Returns: TARP.
+    Raises: ShapeError, NonFiniteError, DataError (few rows, one draw, constant parameter, constant x), SettingError (x and references).
+    Source: Lemos et al. 2023, arXiv:2302.03026.
+    Read: p < 0.05 = not calibrated; all parameters are seen together, so correlations that SBC misses show. A bias at right angles to
+        the seed's direction e shows less: SBC is the sharper test for a shift of one parameter.
+    """
+    truth, samples = check_pairs(theta, draws)
+    n, n_draws, dim = samples.shape
+    for j in range(dim):
+        require_varying(f"theta_{j}", truth[:, j], samples[:, :, j])
+    if x is not None and references is not None:
+        raise SettingError("x and references are both given; expected one: references replace those that are made from x")
+    centre, scale = _scale(truth, samples)
+    rng = rng_for(seed, "tarp references")
+    if references is not None:
+        points, kind = _given(references, truth), GIVEN
+    elif x is not None:
+        points, kind = centre + scale * _from_x(check_x(x, n), (truth - centre) / scale, rng), FROM_X
+    else:
+        points, kind = centre + scale * rng.standard_normal((n, dim)), INDEPENDENT
+    to_truth = (((truth - points) / scale) ** 2).sum(axis=-1)
+    to_draws = np.zeros((n, n_draws))
+    for j in range(dim):  # one parameter at a time: no copy of all draws
+        to_draws += ((samples[:, :, j] - points[:, j, None]) / scale[j]) ** 2
+    return _from_ranks(count_below(to_truth, to_draws, rng_for(seed, "tarp ties")), n_draws, points, kind)
+
+
+def _scale(truth: Array, samples: Array) -> tuple[Array, Array]:
+    """Median and interquartile range (as a normal's sd) of truths and draws together: robust, and the same if the two change places."""
+    centre, scale = np.empty(truth.shape[1]), np.empty(truth.shape[1])
+    for j in range(truth.shape[1]):
+        pooled = np.concatenate([truth[:, j], samples[:, :, j].ravel()])
+        low, centre[j], high = np.quantile(pooled, [0.25, 0.5, 0.75])
+        scale[j] = (high - low) / 1.349 if high > low else pooled.std()  # a discrete parameter may have no interquartile range
+    return centre, scale
+
+
+def _given(references: ArrayLike, truth: Array) -> Array:
+    points = as_array("references", references, truth.shape, note="one row per row of theta")
+    if np.mean(np.all(points == truth, axis=1)) > 0.5:
+        raise DataError("references equal theta; expected functions of x that do not know the truth of their row")
+    return points
+
+
+def _from_x(x: Array, truth: Array, rng: np.random.Generator) -> Array:
+    """References (n, d) in standardised units, each from its x and from rows before it in a random order."""
+    from sklearn.linear_model import RidgeCV
+
+    n, dim = truth.shape
+    features = standardised(x)
+    direction = rng.standard_normal(dim)
+    step = OFFSET * direction / np.linalg.norm(direction) + WOBBLE * random_features(features, dim, rng)
+    order = rng.permutation(n)
+    points = np.empty((n, dim))
+    first = min(FIRST_BLOCK, n)
+    points[order[:first]] = step[order[:first]]
+    while first < n:
+        before, block = order[:first], order[first : 2 * first]
+        if np.all(features[before] == features[before[0]]):
+            points[block] = step[block]
+        else:
+            fit = RidgeCV(alphas=RIDGE, alpha_per_target=dim > 1).fit(features[before], truth[before] if dim > 1 else truth[before, 0])
+            error = np.sqrt(np.maximum(-np.atleast_1d(fit.best_score_), 1e-12))  # leave-one-out
+            points[block] = fit.predict(features[block]).reshape(-1, dim) + error * step[block]
+        first *= 2
+    return points
+
+
+def _from_ranks(ranks: Counts, n_draws: int, points: Array, kind: str) -> TARP:
+    n, dim = points.shape
+    k = rank_grid(n_draws)
+    level = k / (n_draws + 1)
+    counts = np.searchsorted(np.sort(ranks), k, side="left")
+    return TARP(
+        ranks=ranks,
+        n_draws=n_draws,
+        dim=dim,
+        level=level,
+        observed=counts / n,
+        band=band_counts(n, level, 1 - ALPHA) / n,
+        references=points,
+        reference_kind=kind,
+        mean=float((ranks + 0.5).mean() / (n_draws + 1)),
+        # of a uniform on 0..l
+        mean_err=float(np.sqrt(((n_draws + 1) ** 2 - 1) / (12 * n)) / (n_draws + 1)),
+        pvalue=curve_pvalue(counts, n, level),
+    )
