@@ -41,10 +41,10 @@ class XScaler:
         """Mean and scale of x (n, ...) after the root, in one pass over chunks of rows."""
         n, shape = x.shape[0], x.shape[1:]
         blank = cls(shape, counts, np.zeros(shape), np.ones(shape))
-        shift = blank._stabilise(x[:1])[0]  # sums are taken about the first row: no cancellation for large offsets
+        shift = blank.stabilise(x[:1])[0]  # sums are taken about the first row: no cancellation for large offsets
         total, squares = np.zeros(shape), np.zeros(shape)
         for start in range(0, n, chunk):
-            y = blank._stabilise(x[start : start + chunk]) - shift
+            y = blank.stabilise(x[start : start + chunk]) - shift
             total += y.sum(axis=0)
             squares += np.einsum("n...,n...->...", y, y)
         sd = np.sqrt(np.maximum(squares / n - (total / n) ** 2, 0.0))
@@ -53,7 +53,7 @@ class XScaler:
 
     def apply(self, x: NDArray[np.floating]) -> Tensor:
         """X (n, ...) -> float32 tensor of the same shape."""
-        return torch.from_numpy(((self._stabilise(x) - self.mean) / self.scale).astype(np.float32))
+        return torch.from_numpy(((self.stabilise(x) - self.mean) / self.scale).astype(np.float32))
 
     def check(self, name: str, x: Any) -> tuple[NDArray[np.float64], bool]:
         """Return x as (n, ...) and whether a single observation was passed.
@@ -72,7 +72,7 @@ class XScaler:
             raise DataError(f"{name} has negative values where the training data are counts; expected counts >= 0")
         return array, single
 
-    def _stabilise(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
+    def stabilise(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
         y = np.asarray(x, dtype=np.float64)
         if not self.counts.any():
             return y

@@ -118,7 +118,7 @@ def test_bimodal_moments_and_weights():
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_local_is_narrow_in_one_half_wide_in_the_other_and_right_on_average(name):
-    p = ORACLES[name](np.random.default_rng(7), n=3000, n_draws=40, local=True)
+    p = ORACLES[name](np.random.default_rng(7), n=1500, n_draws=80, local=True)
     low = (p.x[:, 0] < 0) if name != "Poisson-Gamma" else p.x[:, 0] < PoissonGamma().median
     assert low.mean() == pytest.approx(0.5, abs=0.035)
     level = np.array([0.05, 0.25, 0.75, 0.95])

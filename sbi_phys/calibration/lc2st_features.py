@@ -12,6 +12,9 @@ truth, so exchanging truth and draw remains exact.
 go first, then products of u with correlations w_i w_j. The log ratio of two Gaussians is of second degree in w;
 the products with u let its coefficients vary with x, which is what 'local' means. A classifier of second degree in (w, u) jointly
 lacks w^2 u, and cannot see a posterior too narrow for one half of x and too wide for the other.
+
+Measured on a conjugate Gaussian whose q has width x0.7 at x < 0 and x1.4 at x > 0, n = 1000, at x_o = +1 and -1: this classifier
+rejects in 60 of 60 repetitions on both sides (h = 39), the network 'mlp' in 8 and 7 of 10 (h = 19), at twenty times the time a fit.
 """
 
 from dataclasses import dataclass

@@ -225,7 +225,7 @@ class RowTransform:
                 where = f"{shard.path}, row {_file_row(failed, start + row)}"
                 raise SupportError(f"{where}: theta lies outside the prior: {what}") from err
         # a fresh array also where there is nothing to stabilise: the caller works in place
-        return theta, np.array(_blank(self.counts)._stabilise(x))
+        return theta, np.array(_blank(self.counts).stabilise(x))
 
 
 def transform_for(prior: Prior, header: Header, x_transform: str, observables: Sequence[Observable], shift: Array) -> RowTransform:

@@ -17,7 +17,7 @@ def densities(pairs):
 @pytest.mark.parametrize("name", oracles.ORACLES)
 def test_regions_cover_90_percent_where_the_raw_posterior_covers_under_75(name, score):
     rng = np.random.default_rng(1)
-    held_out, fresh = (oracles.ORACLES[name](rng, n=n, n_draws=30, scale=0.55) for n in (2500, 4000))
+    held_out, fresh = (oracles.ORACLES[name](rng, n=n, n_draws=30, scale=0.55) for n in (2500, 3000))
     regions = conformal_regions(*densities(held_out), level=0.9, score=score)
     raw = (hpd_content(fresh.log_prob_theta[:, None], fresh.log_prob_draws) <= 0.9).mean()
     assert raw < 0.75
@@ -83,7 +83,7 @@ def test_features_repair_a_posterior_that_is_wrong_locally(score):
     marginal = conformal_regions(*densities(held_out), score="hpd")
     spread = marginal.contains(fresh.log_prob_theta, fresh.log_prob_draws)
     assert spread[low].mean() < 0.85 < 0.95 < spread[~low].mean()
-    regions = conformal_regions(*densities(held_out), score=score, features=held_out.x, seed=1)
+    regions = conformal_regions(*densities(held_out), score=score, features=held_out.x, n_trees=60, seed=1)
     inside = regions.contains(fresh.log_prob_theta, fresh.log_prob_draws, fresh.x)
     assert inside.mean() == pytest.approx(0.9, abs=0.02)
     assert inside[low].mean() == pytest.approx(0.9, abs=0.03)
@@ -93,7 +93,7 @@ def test_features_repair_a_posterior_that_is_wrong_locally(score):
     assert mass[~low].mean() < 0.8
     assert regions.n == 1000
     assert "quantile learned from 1 features" in regions.summary()
-    again = conformal_regions(*densities(held_out), score=score, features=held_out.x, seed=1)
+    again = conformal_regions(*densities(held_out), score=score, features=held_out.x, n_trees=60, seed=1)
     assert again.threshold == regions.threshold
 
 
@@ -121,7 +121,7 @@ def test_some_truths_without_density_are_outside_and_many_are_an_error():
 @pytest.mark.parametrize("features", [True, False])
 def test_plot(score, features):
     p = oracles.gaussian(np.random.default_rng(6), n=200, n_draws=30, scale=0.6)
-    regions = conformal_regions(*densities(p), score=score, features=p.x if features else None)
+    regions = conformal_regions(*densities(p), score=score, features=p.x if features else None, n_trees=10)
     ax = regions.plot()
     assert ax.get_ylabel() == "share of truths"
     assert ax.get_xlabel()
