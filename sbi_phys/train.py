@@ -96,8 +96,8 @@ class TrainConfig:
         """Batch size and number of epochs for n training rows.   Raises: DataError if a batch is larger than n."""
         if self.batch_size > n:
             raise DataError(f"{n} training rows; expected at least batch_size = {self.batch_size}")
-        batch = self.batch_size or min(n, max(32, min(256, 2 ** round(math.log2(max(n, 2) / 80)))))
-        return batch, self.max_epochs or max(5, min(150, round(8000 / math.sqrt(n))))
+        batch = self.batch_size or min(n, max(32, min(256, 2 ** round(math.log2(max(n, 2) / 30)))))
+        return batch, self.max_epochs or max(5, min(150, round(7200 / math.sqrt(n))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,8 +126,8 @@ def test_nothing_global_changes() -> None:
 
 def test_batches_and_epochs_follow_the_data() -> None:
     assert TrainConfig().for_rows(20)[0] == 20
-    assert TrainConfig().for_rows(18_000) == (256, 60)
-    assert TrainConfig().for_rows(10**6) == (256, 8)
+    assert TrainConfig().for_rows(18_000) == (256, 54)
+    assert TrainConfig().for_rows(10**6) == (256, 7)
     assert TrainConfig(batch_size=7, max_epochs=3).for_rows(10) == (7, 3)
     with pytest.raises(DataError, match="6 training rows; expected at least batch_size = 7"):
         TrainConfig(batch_size=7).for_rows(6)

@@ -2,7 +2,7 @@ r"""Monotone rational-quadratic spline y = f(x) on [-B, B] with identity tails, 
 
 In bin k with knots (x_k, y_k), (x_{k+1}, y_{k+1}), slope s = h/w and knot derivatives d_k, d_{k+1}, xi = (x - x_k)/w:
 
-    f(x)  = y_k + h N / D,   N = s xi^2 + d_k xi (1-xi),   D = s + (d_k + d_{k+1} - 2s) xi (1-xi)
+    f(x)  = y_k + h N / D,   N = s xi^2 + d_k xi (1-xi),   D = s + c xi (1-xi),   c = d_k + d_{k+1} - 2s
     f'(x) = s^2 E / D^2,     E = d_{k+1} xi^2 + 2 s xi (1-xi) + d_k (1-xi)^2
 
 Every row takes the same path: inputs are clamped to the domain, the bin is found by comparing with the inner knots,
@@ -25,6 +25,7 @@ __all__ = ["n_spline_parameters", "rational_quadratic_spline", "spline_map"]
 
 MIN_WIDTH = 1e-3  # of a bin, as a fraction of the domain
 MIN_DERIVATIVE = 1e-3
+_RAW_LIMIT = 30.0
 # softplus(0 + offset) + MIN_DERIVATIVE = 1: parameters of zero give the identity
 _DERIVATIVE_OFFSET = math.log(math.expm1(1 - MIN_DERIVATIVE))
 
@@ -52,16 +53,14 @@ def spline_map(x: Tensor, parameters: Tensor, *, bound: float, inverse: bool = F
     b = _bin(clamped, parameters, bound, inverse=inverse)
     if inverse:
         xi = _solve(clamped - b.y0, b)
-        value = b.x0 + xi * b.w
+        value = torch.addcmul(b.x0, xi, b.w)
+        _, ratio, log_slope = _terms(xi, b)[-3:]
     else:
         xi = (clamped - b.x0) / b.w
-    cross = xi * (1 - xi)
-    denominator = b.slope + b.curve * cross
-    if not inverse:
-        value = b.y0 + b.h * (b.slope * xi * xi + b.d0 * cross) / denominator
-    log_slope = 2 * (b.slope / denominator).log() + (b.d1 * xi * xi + 2 * b.slope * cross + b.d0 * (1 - xi).square()).log()
-    inside = x.abs() <= bound
-    return torch.where(inside, value, x), torch.where(inside, -log_slope if inverse else log_slope, torch.zeros_like(x))
+        _, ratio, log_slope = _terms(xi, b)[-3:]
+        value = torch.addcmul(b.y0, b.h, ratio)
+    outside = clamped != x
+    return torch.where(outside, x, value), (-log_slope if inverse else log_slope).masked_fill(outside, 0.0)
 
 
 class _Bin(NamedTuple):
@@ -82,31 +81,40 @@ class _Bin(NamedTuple):
 
 def _bin(clamped: Tensor, parameters: Tensor, bound: float, *, inverse: bool) -> _Bin:
     n_bins = (parameters.shape[-1] + 1) // 3
-    # widths and heights together: one softmax, one running sum, one gather
-    shares = parameters[..., : 2 * n_bins].unflatten(-1, (2, n_bins)).softmax(dim=-1)
+    # widths and heights together; their softmax by hand, since torch's is slow along so short an axis. Beyond e^+-30 a bin
+    # is all or nothing anyway
+    weight = parameters[..., : 2 * n_bins].clamp(-_RAW_LIMIT, _RAW_LIMIT).exp().unflatten(-1, (2, n_bins))
+    shares = weight / weight.sum(dim=-1, keepdim=True)
     sizes = shares * (2 * bound * (1 - MIN_WIDTH * n_bins)) + 2 * bound * MIN_WIDTH
     right = sizes.cumsum(dim=-1)
     known = right[..., 1 if inverse else 0, :-1]
-    index = ((clamped + bound).unsqueeze(-1) >= known).sum(dim=-1, keepdim=True)
-    both = index.unsqueeze(-1).expand(*index.shape[:-1], 2, 1)
+    place = ((clamped + bound).unsqueeze(-1) >= known).sum(dim=-1, keepdim=True)
+    both = place.unsqueeze(-1).expand(*place.shape[:-1], 2, 1)
     size = sizes.gather(-1, both).squeeze(-1)
     left = right.gather(-1, both).squeeze(-1) - size - bound
-    # derivatives: only those at the two knots of the bin are made; at the ends of the domain they are 1, as the tails'
-    around = torch.cat([index - 1, index], dim=-1)
-    raw = parameters[..., 2 * n_bins :].gather(-1, around.clamp(0, n_bins - 2)) + _DERIVATIVE_OFFSET
-    inner = (around >= 0) & (around < n_bins - 1)
-    derivative = torch.where(inner, F.softplus(raw) + MIN_DERIVATIVE, torch.ones_like(raw))
+    # derivatives: only those at the two knots of the bin are made; at the ends of the domain the parameter is 0, the slope 1
+    knots = F.pad(parameters[..., 2 * n_bins :], (1, 1))
+    raw = knots.gather(-1, torch.cat([place, place + 1], dim=-1)) + _DERIVATIVE_OFFSET
     w, h = size.unbind(-1)
     x0, y0 = left.unbind(-1)
-    d0, d1 = derivative.unbind(-1)
+    d0, d1 = (F.softplus(raw) + MIN_DERIVATIVE).unbind(-1)
     slope = h / w
-    return _Bin(x0, w, y0, h, d0, d1, slope, d0 + d1 - 2 * slope, shares, index, raw)
+    return _Bin(x0, w, y0, h, d0, d1, slope, torch.sub(d0 + d1, slope, alpha=2), shares, place, raw)
+
+
+def _terms(xi: Tensor, b: _Bin) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(xi (1-xi), D, E, N/D, log f'), in few operations: N = s xi + (d0 - s) cross, E = d0 + (d1 - d0) xi - curve cross."""
+    cross = torch.addcmul(xi, xi, xi, value=-1)
+    denominator = torch.addcmul(b.slope, b.curve, cross)
+    ratio = torch.addcmul(b.slope * xi, b.d0 - b.slope, cross) / denominator
+    e = torch.addcmul(torch.lerp(b.d0, b.d1, xi), b.curve, cross, value=-1)
+    return cross, denominator, e, ratio, ((b.slope / denominator).square() * e).log()
 
 
 def _solve(dy: Tensor, b: _Bin) -> Tensor:
     """Position xi in [0, 1] within the bin, the stable root of the quadratic."""
-    second = b.h * (b.slope - b.d0) + dy * b.curve
-    first = b.h * b.d0 - dy * b.curve
+    second = torch.addcmul(b.h * (b.slope - b.d0), dy, b.curve)
+    first = torch.addcmul(b.h * b.d0, dy, b.curve, value=-1)
     constant = -b.slope * dy
     root = (first * first - 4 * second * constant).clamp(min=0).sqrt()
     return (2 * constant / (-first - root)).clamp(0, 1)
@@ -118,61 +126,58 @@ class _Spline(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameters: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         """Map x; keep the bin, not the graph."""
-        b = _bin(x.clamp(-bound, bound), parameters, bound, inverse=False)
-        xi = (x.clamp(-bound, bound) - b.x0) / b.w
-        rest = 1 - xi
-        cross = xi * rest
-        denominator = b.slope + b.curve * cross
-        numerator = b.slope * xi * xi + b.d0 * cross
-        e = b.d1 * xi * xi + 2 * b.slope * cross + b.d0 * rest * rest
-        inside = x.abs() <= bound
-        y = torch.where(inside, b.y0 + b.h * numerator / denominator, x)
-        log_slope = ((b.slope / denominator).square() * e).log() * inside
-        ctx.bound, ctx.n_parameters = bound, parameters.shape[-1]
-        ctx.save_for_backward(
-            x, parameters, xi, b.w, b.h, b.d0, b.d1, b.slope, b.curve, b.shares, b.place, b.raw, cross, denominator, numerator, e, inside
-        )
-        return y, log_slope
+        clamped = x.clamp(-bound, bound)
+        b = _bin(clamped, parameters, bound, inverse=False)
+        xi = (clamped - b.x0) / b.w
+        cross, denominator, e, ratio, log_slope = _terms(xi, b)
+        outside = clamped != x
+        ctx.bound = bound
+        kept = (b.w, b.h, b.d0, b.d1, b.slope, b.curve, b.shares, b.place, b.raw)
+        ctx.save_for_backward(x, parameters, outside, xi, cross, denominator, e, ratio, *kept)
+        return torch.where(outside, x, torch.addcmul(b.y0, b.h, ratio)), log_slope.masked_fill_(outside, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Chain rule through N, D, E to (xi, s, d0, d1), from there to the bin's knots, from there to the parameters."""
-        x, parameters, xi, w, h, d0, d1, slope, curve, shares, index, raw, cross, denominator, numerator, e, inside = ctx.saved_tensors
+        x, parameters, outside, xi, cross, denominator, e, ratio, w, h, d0, d1, slope, curve, shares, place, raw = ctx.saved_tensors
         if torch.is_grad_enabled():
             outputs = spline_map(x, parameters, bound=ctx.bound)
             needed = [t for t in (x, parameters) if t.requires_grad]
             found = iter(torch.autograd.grad(outputs, needed, (grad_y, grad_log), create_graph=True))
             return next(found) if x.requires_grad else None, next(found) if parameters.requires_grad else None, None
-        g_y, g_log = grad_y * inside, grad_log * inside
-        rest, turn = 1 - xi, 1 - 2 * xi
-        g_n = g_y * h / denominator
-        g_d = -(g_n * numerator + 2 * g_log) / denominator
+        g_y, g_log = grad_y.masked_fill(outside, 0.0), grad_log.masked_fill(outside, 0.0)
+        twice = g_log + g_log
+        g_rise = g_y * h  # of N/D
+        g_n = g_rise / denominator
+        minus_g_d = torch.addcmul(twice, g_rise, ratio) / denominator
         g_e = g_log / e
-        g_xi = g_n * (2 * slope * xi + d0 * turn) + g_d * curve * turn + 2 * g_e * (d1 * xi + slope * turn - d0 * rest)
-        g_s = g_n * xi * xi + g_d * (1 - 2 * cross) + 2 * (g_e * cross + g_log / slope)
-        g_d0 = (g_n + g_d) * cross + g_e * rest * rest
-        g_d1 = g_d * cross + g_e * xi * xi
-        g_x = g_xi / w
-        g_size = torch.stack([-(g_s * slope + g_xi * xi) / w, g_y * numerator / denominator + g_s / w], dim=-1)
+        through_curve = cross * (minus_g_d + g_e)  # minus the gradient of curve = d0 + d1 - 2s
+        g_cross = torch.addcmul(g_n * (d0 - slope), curve, minus_g_d + g_e, value=-1)
+        g_xi = torch.addcmul(torch.addcmul(g_cross, xi, g_cross, value=-2), g_n, slope).addcmul_(g_e, d1 - d0)
+        g_s = torch.addcmul(twice / slope - minus_g_d, g_n, xi - cross).add_(through_curve, alpha=2)
+        at_d1 = torch.addcmul(through_curve, g_e, xi, value=-1).neg_()
+        at_d0 = torch.addcmul(g_e, g_n, cross).sub_(g_e * xi).sub_(through_curve)
+        g_x, per_w = g_xi / w, g_s / w
+        g_size = torch.stack([torch.addcmul(per_w * slope, g_x, xi).neg_(), torch.addcmul(per_w, g_y, ratio)], dim=-1)
         g_left = torch.stack([-g_x, g_y], dim=-1)
-        grad = _to_parameters(ctx, g_left, g_size, torch.stack([g_d0, g_d1], dim=-1), shares, index, raw)
-        return torch.where(inside, g_x, grad_y), grad, None
+        grad = _to_parameters(ctx.bound, g_left, g_size, torch.stack([at_d0, at_d1], dim=-1), shares, place, raw)
+        return torch.where(outside, grad_y, g_x), grad, None
 
 
-def _to_parameters(ctx: Any, g_left: Tensor, g_size: Tensor, g_derivative: Tensor, shares: Tensor, index: Tensor, raw: Tensor) -> Tensor:
+def _to_parameters(
+    bound: float, g_left: Tensor, g_size: Tensor, g_derivative: Tensor, shares: Tensor, place: Tensor, raw: Tensor
+) -> Tensor:
     """Gradients of the bin's left knot, size and derivatives (..., 2) each -> gradient of the parameters (..., 3K - 1).
 
     The left knot is the sum of the sizes before it, so each of these has the knot's gradient; the bin's own has its size's.
     """
     n_bins = shares.shape[-1]
-    grad = shares.new_zeros(*index.shape[:-1], ctx.n_parameters)
-    before = torch.arange(n_bins, device=index.device) < index
-    g_sizes = g_left.unsqueeze(-1) * before.unsqueeze(-2)
-    g_sizes.scatter_(-1, index.unsqueeze(-1).expand(*index.shape[:-1], 2, 1), g_size.unsqueeze(-1))
+    before = (torch.arange(n_bins, device=place.device) < place).to(shares.dtype)
+    scale = 2 * bound * (1 - MIN_WIDTH * n_bins)
+    g_sizes = (g_left * scale).unsqueeze(-1) * before.unsqueeze(-2)
+    g_sizes.scatter_(-1, place.unsqueeze(-1).expand(*place.shape[:-1], 2, 1), (g_size * scale).unsqueeze(-1))
     weighted = g_sizes * shares
-    g_raw = (weighted - shares * weighted.sum(dim=-1, keepdim=True)) * (2 * ctx.bound * (1 - MIN_WIDTH * n_bins))
-    grad[..., : 2 * n_bins] = g_raw.flatten(-2)
-    around = torch.cat([index - 1, index], dim=-1)
-    inner = (around >= 0) & (around < n_bins - 1)
-    grad[..., 2 * n_bins :].scatter_add_(-1, around.clamp(0, n_bins - 2), g_derivative * raw.sigmoid() * inner)
-    return grad
+    g_raw = torch.addcmul(weighted, shares, weighted.sum(dim=-1, keepdim=True), value=-1)
+    knots = shares.new_zeros(*place.shape[:-1], n_bins + 1)
+    knots.scatter_(-1, torch.cat([place, place + 1], dim=-1), g_derivative * raw.sigmoid())
+    return torch.cat([g_raw.flatten(-2), knots[..., 1:-1]], dim=-1)
