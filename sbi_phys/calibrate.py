@@ -51,15 +51,15 @@ _REPLICAS, _REPLICA_DRAWS = 200, 1000  # of posterior SBC
 _FEATURE_ROWS = 5000
 # what each test is about, in the order of the page
 TITLES = {
-    "sbc": "Ranks of single parameters",
-    "coverage": "Credible regions, all parameters together",
-    "intervals": "Central intervals of single parameters",
-    "tarp": "Regions about points that depend on x",
-    "pulls": "Mean, width and contraction",
-    "pit_regression": "Ranks against x: right on average, wrong in places?",
-    "local_coverage": "Coverage in different regions of the posterior",
-    "lc2st": "At the observation: the posterior against the joint distribution",
-    "posterior_sbc": "At the observation: ranks given data like the observed",
+    "sbc": "Ranks of single parameters (SBC)",
+    "coverage": "Coverage of joint credible regions",
+    "intervals": "Coverage of single intervals",
+    "tarp": "Regions about random points (TARP)",
+    "pulls": "Pulls: mean and width",
+    "pit_regression": "Ranks against x (PIT regression)",
+    "local_coverage": "Coverage in places",
+    "lc2st": "At the observation: L-C2ST",
+    "posterior_sbc": "At the observation: posterior SBC",
     "misspecification": "Is the observation like the simulations?",
 }
 OF_THE_DATA = ("misspecification",)
@@ -287,7 +287,7 @@ def _run_tests(draw: _Drawn, by: Sequence[str] | None, workers: int, task: Task)
         "intervals": lambda: coverage(theta, draws, names=names, seed=seed),
         "tarp": lambda: tarp(theta, draws, x, seed=seed),
         "pulls": lambda: pulls(theta, draws, names, seed=seed),
-        "pit_regression": lambda: pit_regression(theta, draws, np.asarray(x), names=names, seed=seed),
+        "pit_regression": lambda: pit_regression(theta, draws, np.asarray(x), names=names, x_names=_column_names(draw), seed=seed),
         "local_coverage": lambda: local_coverage(
             theta, draws, chosen, names=names, seed=seed, log_prob_theta=draw.log_theta, log_prob_draws=draw.log_draws
         ),
@@ -315,6 +315,14 @@ def _run_tests(draw: _Drawn, by: Sequence[str] | None, workers: int, task: Task)
         with draw.timed(name, task):
             results[name] = test()
     return results
+
+
+def _column_names(draw: _Drawn) -> list[str] | None:
+    """Names of x's columns, from the observables that the posterior or the simulator knows."""
+    observables = getattr(draw.posterior, "observables", None) or getattr(draw.simulator, "observables", None)
+    if observables is None or draw.x is None or draw.x.ndim != 2 or draw.x.shape[1] != sum(o.size for o in observables):
+        return None
+    return [f"{o.name}[{i}]" if o.size > 1 else o.name for o in observables for i in range(o.size)]
 
 
 def _densities(draw: _Drawn) -> dict[str, tuple[Array, Array]] | None:

@@ -73,6 +73,7 @@ class XScaler:
         return array, single
 
     def stabilise(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
+        """X (n, ...) with Anscombe's root on the count columns, not yet standardised."""
         y = np.asarray(x, dtype=np.float64)
         if not self.counts.any():
             return y

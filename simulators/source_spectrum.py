@@ -45,7 +45,8 @@ _XMAX_LG_EDGES = np.append(LG_EDGES[:9], 20.0)
 LG_THRESHOLD = 17.8  # of the energy fractions, lg(E/eV)
 _CHUNK = 256  # rows at a time: the injection of a chunk stays in the cache, and memory is bounded
 
-# label, gamma, lg(R_cut/V), fractions at fixed energy of H, He, N, Si, Fe; Auger combined fit, arXiv:1612.07155
+# label, gamma, lg(R_cut/V), fractions at fixed energy of H, He, N, Si, Fe; Auger combined fit, arXiv:1612.07155.
+# The fractions of the SPG fit's first minimum still await a check against the paper's table; all other numbers had theirs.
 PUBLISHED_FITS: tuple[tuple[str, float, float, tuple[float, ...]], ...] = (
     ("Auger 2017, CTG, 1st minimum", -1.03, 18.21, (0.6794, 0.31, 0.01, 0.0006, 0.0)),
     ("Auger 2017, CTG, 2nd minimum", 0.87, 18.62, (0.0, 0.0, 0.88, 0.12, 0.0)),

@@ -8,9 +8,10 @@ f itself is tested for uniformity, exactly (`bands`): two grids of credibility a
 20 % too small.
 
 **References depend on x by default.** If they are drawn independently of x, a posterior that equals the prior passes: theta* and the
-prior's draws are then alike for r. Here r(x) = m(x) + s (c e + g(x)/2): m is a ridge regression of theta on x, s its prediction error, e a
-random direction, the same for all rows (so that a bias does not cancel between references on its two sides), and g a bounded random
-nonlinear function of x. If q were the prior, theta* would lie nearer to m(x) than its draws.
+prior's draws are then alike for r. Here r(x) = m(x) + c s(x) e + s g(x)/2: m is a ridge regression of theta on x, s its prediction error,
+s(x) a second regression, of |theta - m(x)| on x, e a random direction, the same for all rows (so that a bias does not cancel between
+references on its two sides), and g a bounded random nonlinear function of x. If q were the prior, theta* would lie nearer to m(x) than
+its draws; and where x moves the spread alone, as with two modes at +-a(x), a whole share of the truths lies next to r(x).
 
 Nothing of this may know theta*_i, or the null is broken. So row i's regression is fitted to rows that come before it in a seeded random
 order (in blocks that double), never to itself or to later ones: given all that was used before, f_i is uniform, and therefore the f are
@@ -20,6 +21,7 @@ m = 0. Distances are in units of the interquartile range of truths and draws tog
 Source: Lemos et al. 2023, arXiv:2302.03026; the band: Sailynoja et al. 2022, arXiv:2103.10522.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -187,26 +189,36 @@ def _given(references: ArrayLike, truth: Array) -> Array:
 
 def _from_x(x: Array, truth: Array, rng: np.random.Generator) -> Array:
     """References (n, d) in standardised units, each from its x and from rows before it in a random order."""
-    from sklearn.linear_model import RidgeCV
-
     n, dim = truth.shape
     features = standardised(x)
     direction = rng.standard_normal(dim)
-    step = OFFSET * direction / np.linalg.norm(direction) + WOBBLE * random_features(features, dim, rng)
+    step, wobble = OFFSET * direction / np.linalg.norm(direction), WOBBLE * random_features(features, dim, rng)
     order = rng.permutation(n)
     points = np.empty((n, dim))
     first = min(FIRST_BLOCK, n)
-    points[order[:first]] = step[order[:first]]
+    points[order[:first]] = step + wobble[order[:first]]
     while first < n:
         before, block = order[:first], order[first : 2 * first]
         if np.all(features[before] == features[before[0]]):
-            points[block] = step[block]
+            points[block] = step + wobble[block]
         else:
-            fit = RidgeCV(alphas=RIDGE, alpha_per_target=dim > 1).fit(features[before], truth[before] if dim > 1 else truth[before, 0])
-            error = np.sqrt(np.maximum(-np.atleast_1d(fit.best_score_), 1e-12))  # leave-one-out
-            points[block] = fit.predict(features[block]).reshape(-1, dim) + error * step[block]
+            mean, error = _ridge(features[before], truth[before])
+            residual = np.abs(truth[before] - mean(features[before]))
+            spread, _ = _ridge(features[before], residual)
+            # |residual| of a normal is 0.8 sd on average; far from the data a linear spread may leave any sensible range
+            width = np.clip(spread(features[block]) / 0.8, 0.2 * error, 5 * error)
+            points[block] = mean(features[block]) + width * step + error * wobble[block]
         first *= 2
     return points
+
+
+def _ridge(features: Array, values: Array) -> tuple[Callable[[Array], Array], Array]:
+    """Ridge regression of values (m, d) on features: the prediction, and its leave-one-out error (d,)."""
+    from sklearn.linear_model import RidgeCV
+
+    dim = values.shape[1]
+    fit = RidgeCV(alphas=RIDGE, alpha_per_target=dim > 1).fit(features, values if dim > 1 else values[:, 0])
+    return lambda rows: fit.predict(rows).reshape(-1, dim), np.sqrt(np.maximum(-np.atleast_1d(fit.best_score_), 1e-12))
 
 
 def _from_ranks(ranks: Counts, n_draws: int, points: Array, kind: str) -> TARP:

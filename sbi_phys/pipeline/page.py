@@ -174,10 +174,10 @@ def _proof(run: Run, found: Numbers) -> list[Block]:
 def _calibration(run: Run) -> list[Block]:
     found = run.numbers("calibrate")
     rows = [
-        (TITLES[name], f"`{name}`", f"{p:.3g}", f"{found['adjusted'][name]:.3g}", "fails" if name in found["failed"] else "passes")
+        (TITLES[name], f"{p:.3g}", f"{found['adjusted'][name]:.3g}", "fails" if name in found["failed"] else "passes")
         for name, p in found["pvalues"].items()
     ]
-    header = ("What is tested", "Test", "$p$", "$p$, corrected", "At 5 %")
+    header = ("Test", "$p$", "$p$, corrected", "At 5 %")
     caption = "Amortised network on held-out simulations: curves within the grey bands are those of a calibrated posterior."
     figures = [
         block
