@@ -55,7 +55,7 @@ class PosteriorNet(nn.Module):
 
         For draws of the prior that is the identity; for a truncated round it is the region's own whitening.
         """
-        if not self.flow.config.gaussian_layer or self.flow.context is None or len(u) <= u.shape[1] + 1:
+        if not self.flow.config.gaussian_layer or len(u) <= u.shape[1] + 1:
             return
         u = u.double()
         covariance = torch.atleast_2d(torch.cov(u.T)) + 1e-12 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)

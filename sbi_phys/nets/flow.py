@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from nflows.transforms import MaskedAffineAutoregressiveTransform
 from nflows.transforms.base import Transform
 from torch import Tensor, nn
 
 from sbi_phys.checks import require_choice, require_int, require_number
-from sbi_phys.nets.layers import AffineCoupling, GaussianLayer, SplineCoupling
+from sbi_phys.nets.layers import AffineCoupling, GaussianLayer, MaskedAutoregressive, SplineCoupling
 
 __all__ = ["FLOWS", "ConditionalFlow", "FlowConfig"]
 
@@ -62,21 +61,20 @@ class ConditionalFlow(nn.Module):
         super().__init__()
         self.dim, self.config = dim, config
         layers: list[Transform] = [GaussianLayer(dim)] if config.gaussian_layer else []
-        splits = coupling_splits(dim, config.n_layers, rng)
-        layers += [_layer(config, dim, kept, changed, n_features) for kept, changed in splits]
+        layers += _autoregressive(config, dim, rng) if config.kind == "maf" else _couplings(config, dim, rng)
         self.layers = nn.ModuleList(layers)
-        # a masked autoregressive layer of nflows takes the features themselves; the others a share of one product
-        self._shares = [getattr(layer, "context_size", 0) for layer in layers]
-        self.context = nn.Linear(n_features, sum(self._shares)) if sum(self._shares) else None
-        if self.context is not None and config.gaussian_layer:
-            with torch.no_grad():
-                self.context.weight[: self._shares[0]] = 0
-                self.context.bias[: self._shares[0]] = 0
+        self._shares = [int(layer.context_size) for layer in layers]
+        self.context = nn.Linear(n_features, sum(self._shares))
+        end = 0
+        with torch.no_grad():
+            for layer, share in zip(layers, self._shares, strict=True):
+                end += share
+                self.context.weight[end - int(layer.context_zero) : end] = 0
+                self.context.bias[end - int(layer.context_zero) : end] = 0
 
     def contexts(self, features: Tensor) -> list[Tensor]:
         """Context of each layer from features (n, k): computed once per observation, whatever the number of draws."""
-        shares = iter(self.context(features).split([s for s in self._shares if s], dim=-1)) if self.context is not None else iter(())
-        return [next(shares) if s else features for s in self._shares]
+        return list(self.context(features).split(self._shares, dim=-1))
 
     def encode(self, u: Tensor, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """u (n, d) -> base z (n, d) and log|dz/du| (n,)."""
@@ -118,9 +116,17 @@ def coupling_splits(dim: int, n_layers: int, rng: torch.Generator) -> list[tuple
     return splits[:n_layers]
 
 
-def _layer(config: FlowConfig, dim: int, kept: Tensor, changed: Tensor, n_features: int) -> Transform:
+def _couplings(config: FlowConfig, dim: int, rng: torch.Generator) -> list[Transform]:
+    splits = coupling_splits(dim, config.n_layers, rng)
     if config.kind == "spline":
-        return SplineCoupling(kept, changed, hidden=config.hidden, n_bins=config.n_bins, bound=config.bound)
-    if config.kind == "affine":
-        return AffineCoupling(kept, changed, hidden=config.hidden)
-    return MaskedAffineAutoregressiveTransform(dim, config.hidden, context_features=n_features, num_blocks=2)
+        return [SplineCoupling(*split, hidden=config.hidden, n_bins=config.n_bins, bound=config.bound) for split in splits]
+    return [AffineCoupling(*split, hidden=config.hidden) for split in splits]
+
+
+def _autoregressive(config: FlowConfig, dim: int, rng: torch.Generator) -> list[Transform]:
+    """Layers in a random order of the features and its reverse, in turn."""
+    orders: list[Tensor] = []
+    while len(orders) < config.n_layers:
+        order = torch.randperm(dim, generator=rng)
+        orders += [order, order.flip(0)]
+    return [MaskedAutoregressive(order, hidden=config.hidden) for order in orders[: config.n_layers]]

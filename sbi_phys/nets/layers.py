@@ -2,7 +2,8 @@ r"""Layers of the conditional flow, each an nflows `Transform`: forward(u, conte
 
 The context that reaches a layer is its own share of one matrix product made for all layers together
 (`flow.ConditionalFlow`): it enters a coupling as the offset of the first hidden layer, and the affine layer as its
-parameters. A layer whose parameters are all zero is the identity, so a new flow equals its base density.
+parameters. A layer whose parameters are all zero is the identity, so a new flow equals its base density: the last
+`context_zero` entries of its share begin at zero.
 """
 
 from typing import cast
@@ -14,9 +15,10 @@ from torch.nn import functional as F
 
 from sbi_phys.nets.spline import n_spline_parameters, rational_quadratic_spline
 
-__all__ = ["AffineCoupling", "Coupling", "GaussianLayer", "SplineCoupling"]
+__all__ = ["AffineCoupling", "Coupling", "GaussianLayer", "MaskedAutoregressive", "SplineCoupling"]
 
 _LOG_SCALE_LIMIT = 12.0
+_COUPLING_SCALE = 3.0  # largest log scale of one layer, so that none can blow up alone
 
 
 class GaussianLayer(Transform):
@@ -32,6 +34,7 @@ class GaussianLayer(Transform):
         super().__init__()
         self.features = features
         self.context_size = 2 * features + features * (features - 1) // 2
+        self.context_zero = self.context_size
         rows, columns = torch.tril_indices(features, features, offset=-1)
         self.register_buffer("_flat", rows * features + columns, persistent=False)
 
@@ -57,6 +60,54 @@ class GaussianLayer(Transform):
         return mean + centred, -log_scale.sum(dim=-1)
 
 
+class MaskedAutoregressive(Transform):
+    r"""Affine autoregressive map z_k = u_k e^{s_k} + t_k, (s_k, t_k) a function of the features before k and of the context.
+
+    Forward in one pass of a masked network: hidden unit m has a degree and sees features of rank <= it, outputs of rank k see
+    degrees < k. The first feature's numbers come from the context alone, so each output also has a share of it.
+    Inverse feature by feature, d passes. Context (n, hidden + 2 d). Source: Papamakarios+ 2017, arXiv:1705.07057 (over MADE, 1502.03509).
+
+    Args: order: features from first to last. hidden: width of the conditioner.
+    """
+
+    def __init__(self, order: Tensor, *, hidden: int) -> None:
+        super().__init__()
+        d = len(order)
+        self.context_size, self.context_zero = hidden + 2 * d, 2 * d
+        rank, degree = torch.argsort(order), torch.arange(hidden) % max(1, d - 1)
+        self.order = order.tolist()
+        out = (rank[:, None] > degree[None, :]).float()
+        self.register_buffer("_first_mask", (degree[:, None] >= rank[None, :]).float(), persistent=False)
+        self.register_buffer("_second_mask", (degree[:, None] >= degree[None, :]).float(), persistent=False)
+        self.register_buffer("_last_mask", torch.cat([out, out]), persistent=False)
+        self.first = nn.Linear(d, hidden, bias=False)
+        self.second = nn.Linear(hidden, hidden)
+        self.last = nn.Linear(hidden, 2 * d, bias=False)
+        nn.init.zeros_(self.last.weight)
+
+    def _scale_shift(self, u: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_share, direct = context.split([self.first.out_features, self.last.out_features], dim=-1)
+        hidden = F.silu(hidden_share + F.linear(u, self.first.weight * cast(Tensor, self._first_mask)))
+        hidden = hidden + F.silu(F.linear(hidden, self.second.weight * cast(Tensor, self._second_mask), self.second.bias))
+        shift, raw = (direct + F.linear(hidden, self.last.weight * cast(Tensor, self._last_mask))).chunk(2, dim=-1)
+        return _COUPLING_SCALE * torch.tanh(raw / _COUPLING_SCALE), shift
+
+    def forward(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """u (n, d) -> z (n, d), log|dz/du| (n,)."""
+        log_scale, shift = self._scale_shift(inputs, context)
+        return torch.addcmul(shift, inputs, log_scale.exp()), log_scale.sum(dim=-1)
+
+    def inverse(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """z (n, d) -> u (n, d), log|du/dz| (n,)."""
+        columns = [torch.zeros_like(inputs[:, 0])] * len(self.order)
+        total = torch.zeros_like(inputs[:, 0])
+        for k in self.order:
+            log_scale, shift = self._scale_shift(torch.stack(columns, dim=1), context)
+            columns[k] = (inputs[:, k] - shift[:, k]) * (-log_scale[:, k]).exp()
+            total = total - log_scale[:, k]
+        return torch.stack(columns, dim=1), total
+
+
 class Coupling(Transform):
     """Coupling layer: features `kept` pass unchanged and, with the context, set the map of the others.
 
@@ -66,7 +117,7 @@ class Coupling(Transform):
 
     def __init__(self, kept: Tensor, changed: Tensor, *, hidden: int, n_parameters: int) -> None:
         super().__init__()
-        self.context_size = hidden
+        self.context_size, self.context_zero = hidden, 0
         self.n_parameters = n_parameters
         self.register_buffer("kept", kept, persistent=False)
         self.register_buffer("changed", changed, persistent=False)
@@ -119,8 +170,8 @@ class AffineCoupling(Coupling):
         super().__init__(kept, changed, hidden=hidden, n_parameters=2)
 
     def elementwise(self, x: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        """Affine map; the log scale is held within +-3 by tanh, so that no layer can blow up alone."""
-        shift, log_scale = parameters[..., 0], 3 * torch.tanh(parameters[..., 1] / 3)
+        """Affine map; the log scale is held within +-3 by tanh."""
+        shift, log_scale = parameters[..., 0], _COUPLING_SCALE * torch.tanh(parameters[..., 1] / _COUPLING_SCALE)
         if inverse:
             return (x - shift) * (-log_scale).exp(), -log_scale
         return x * log_scale.exp() + shift, log_scale
