@@ -35,7 +35,9 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
         exec(compile(small(code), "README.md", "exec"), namespace)
     assert namespace["draws"].shape == (100, 2)  # type: ignore[attr-defined]
     assert (tmp_path / "runs" / "sbc.png").stat().st_size > 1000
-    assert "SBC, 500 simulations x 100 draws" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "SBC, 500 simulations x 1000 draws" in printed
+    assert " of 9 " in printed  # the verdict
 
 
 def test_every_command_is_known():
