@@ -63,6 +63,7 @@ TITLES = {
     "misspecification": "Is the observation like the simulations?",
 }
 OF_THE_DATA = ("misspecification",)
+AT_THE_OBSERVATION = frozenset({"lc2st", "posterior_sbc"})  # what they find, the other tests may average away
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ import pytest
 
 from sbi_phys.config import Config
 from sbi_phys.errors import DataError, RunFolderError, SettingError
-from sbi_phys.pipeline import STAGES, Run, run_stages
+from sbi_phys.pipeline import STAGES, Beside, Run, run_stages
 from sbi_phys.pipeline.run import null_safe
 from sbi_phys.pipeline.summary import summary
 from sbi_phys.pipeline.verdicts import verdicts
@@ -124,6 +124,29 @@ def test_a_lost_file_is_made_again_and_what_hangs_on_it_is_out_of_date(tmp_path,
     assert (folder / "model.pt").stat().st_mtime_ns == kept
     assert np.array_equal(run.read_draws("posterior.nc").chains, whole.read_draws("posterior.nc").chains)
     assert [name for name in STAGES if run.record(name) is None] == ["compare", "check", "report"]
+
+
+def test_the_reference_runs_beside_the_rounds_and_is_the_same(tmp_path, whole):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole.folder, folder)
+    for name in ("rounds", "reference"):
+        (folder / "stages" / f"{name}.json").unlink()
+    (folder / "reference.nc").unlink()
+    run = run_stages(tiny(run__workers=2), folder, ["compare"])
+    assert np.array_equal(run.read_draws("reference.nc").chains, whole.read_draws("reference.nc").chains)
+    assert run.numbers("compare")["final"] == whole.numbers("compare")["final"]
+
+
+def test_a_stage_that_dies_beside_is_an_error_and_nothing_is_left_running(tmp_path, whole):
+    with pytest.raises(RunFolderError, match="expected an empty folder"), Beside(tmp_path, tiny(run__workers=2)) as beside:
+        (tmp_path / "foreign.txt").write_text("x")
+        beside.begin("reference")
+        beside.begin("reference")  # it is at work already
+        assert "reference" in beside
+        beside.wait("reference")
+    with Beside(tmp_path, tiny(run__workers=1)) as alone:
+        alone.begin("reference")  # no core for it
+        assert "reference" not in alone
 
 
 def test_killed_in_training_it_ends_like_an_undisturbed_run(tmp_path, whole):
@@ -252,8 +275,18 @@ def judged(**changes) -> list[str]:
         ({"importance_pareto_k": 0.9}, ["good", "warn", *["good"] * 3]),
         ({"refined": False}, ["good", "bad", *["good"] * 3]),
         ({"importance_ess_fraction": None}, ["good", "warn", *["good"] * 3]),
-        ({"calibration": {"adjusted": {"sbc": 1e-5}, "passed": False, "verdict": "no"}}, ["good", "good", "bad", "good", "good"]),
-        ({"calibration": {"adjusted": {"sbc": 0.01}, "passed": False, "verdict": "no"}}, ["good", "good", "warn", "good", "good"]),
+        (
+            {"calibration": {"adjusted": {"sbc": 1e-5}, "failed": ["sbc"], "passed": False, "verdict": "no"}},
+            ["good", "good", "bad", "good", "good"],
+        ),
+        (
+            {"calibration": {"adjusted": {"sbc": 0.01}, "failed": ["sbc"], "passed": False, "verdict": "no"}},
+            ["good", "good", "warn", "good", "good"],
+        ),
+        (
+            {"calibration": {"adjusted": {"sbc": 0.5, "lc2st": 1e-9}, "failed": ["lc2st"], "passed": False, "verdict": "no"}},
+            ["good", "good", "warn", "good", "good"],
+        ),
         ({"calibration": {"adjusted": None}}, ["good", "good", "warn", "good", "good"]),
         ({"predictive_pvalue": 1e-4}, ["good", "good", "good", "bad", "good"]),
         ({"misspecification": {"quantile": 0.97}}, ["good", "good", "good", "good", "warn"]),

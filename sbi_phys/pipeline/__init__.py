@@ -3,17 +3,20 @@
 simulate -> train -> infer -> rounds -> refine -> reference -> compare -> calibrate -> check -> report
 """
 
+import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from sbi_phys.checks import require_choice
 from sbi_phys.config import Config
 from sbi_phys.device import resolve_device
-from sbi_phys.errors import SettingError
+from sbi_phys.errors import RunFolderError, SettingError
 from sbi_phys.parallel import process_group
 from sbi_phys.pipeline.infer import infer, refine, rounds
 from sbi_phys.pipeline.learn import simulate, train, train_along
@@ -23,17 +26,19 @@ from sbi_phys.pipeline.reference import compare, reference
 from sbi_phys.pipeline.run import Run
 from sbi_phys.progress import Progress, or_none
 from sbi_phys.protocol import check_simulator
+from sbi_phys.workers import start_worker
 
 __all__ = ["STAGES", "Run", "Stage", "run_stages", "train_together"]
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage: what it does, the stages whose files it reads, and the files it leaves."""
+    """A stage: what it does, the stages whose files it reads, the files it leaves, and whether it may run beside others."""
 
     work: Callable[[Run, dict[str, Any]], None]
     needs: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
+    beside: bool = False
 
 
 STAGES: dict[str, Stage] = {
@@ -42,7 +47,7 @@ STAGES: dict[str, Stage] = {
     "infer": Stage(infer, needs=("train",), leaves=("posterior_amortised.nc",)),
     "rounds": Stage(rounds, needs=("infer",)),
     "refine": Stage(refine, needs=("rounds",), leaves=("posterior.nc",)),
-    "reference": Stage(reference, needs=("infer",)),
+    "reference": Stage(reference, needs=("infer",), beside=True),
     "compare": Stage(compare, needs=("refine", "reference")),
     "calibrate": Stage(calibrate, needs=("train",)),
     "check": Stage(check, needs=("refine",)),
@@ -62,16 +67,76 @@ def run_stages(config: Config, folder: str | Path, until: Iterable[str] = ("repo
     _foresee(run, wanted)
     run.begin()
     # one BLAS thread: the matrices are small, and the numbers must not depend on the number of cores
-    with threadpool_limits(limits=1, user_api="blas"):
+    with threadpool_limits(limits=1, user_api="blas"), Beside(run.folder, config) as beside:
         for i, name in enumerate(wanted):
+            for other in wanted[i + 1 :]:
+                if STAGES[other].beside and not _finished(run, other) and all(_finished(run, need) for need in STAGES[other].needs):
+                    _forget_dependents(run, other)
+                    beside.begin(other)
             if _finished(run, name):
                 continue
-            # what was made from this stage's former files is out of date, also if this run is cut short
-            for later in _dependents(name):
-                run.forget(later)
-            with run.progress.task(f"[{i + 1}/{len(wanted)}] {name}", None), run.recording(name) as numbers:
-                STAGES[name].work(run, numbers)
+            with run.progress.task(f"[{i + 1}/{len(wanted)}] {name}", None) as task:
+                if name in beside:
+                    task.advance(0, "in a process of its own")
+                    beside.wait(name)
+                    continue
+                _forget_dependents(run, name)
+                _work(run, name)
     return run
+
+
+def _work(run: Run, name: str) -> None:
+    with run.recording(name) as numbers:
+        STAGES[name].work(run, numbers)
+
+
+def work_alone(folder: Path, config: Config, name: str) -> None:
+    """One stage of a run, in a process that has nothing else to do."""
+    _work(Run(folder, config), name)
+
+
+def _forget_dependents(run: Run, name: str) -> None:
+    """What was made from this stage's former files is out of date, also if this run is cut short."""
+    for later in _dependents(name):
+        run.forget(later)
+
+
+class Beside:
+    """Stages at work in processes of their own, while the caller goes on: at most one for each further core.
+
+    Leaving the context by an error or Ctrl-C ends them; a stage that was cut short left no record and is done again.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._folder, self._config = folder, config
+        self._pools: dict[str, tuple[ProcessPoolExecutor, Future[None]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for pool, _future in self._pools.values():
+            for process in list((getattr(pool, "_processes", None) or {}).values()) if kind is not None else ():
+                process.kill()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pools
+
+    def begin(self, name: str) -> None:
+        """Start a stage, if there is a core for it and it is not at work already."""
+        cores = self._config.run.workers or len(os.sched_getaffinity(0))
+        if name in self._pools or len(self._pools) + 1 >= cores:
+            return
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start_worker)
+        self._pools[name] = pool, pool.submit(work_alone, self._folder, self._config, name)
+
+    def wait(self, name: str) -> None:
+        """Return when a stage is finished.   Raises: what it raised; RunFolderError if its process died."""
+        try:
+            self._pools[name][1].result()
+        except BrokenExecutor as err:
+            raise RunFolderError(f"the process of stage {name} died ({err}); the same command does it again") from err
 
 
 def train_together(config: Config, folder: str | Path, until: str = "train", *, progress: Progress | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sbi_phys.calibrate import AT_THE_OBSERVATION
 from sbi_phys.report.html import Verdict
 
 __all__ = ["verdicts"]
@@ -53,6 +54,9 @@ def _calibration(found: dict[str, Any]) -> Verdict:
         return Verdict("warn", "The network was not calibrated on held-out simulations.")
     if tests["passed"]:
         return Verdict("good", "The amortised network is calibrated on held-out simulations.", tests["verdict"])
+    if set(tests["failed"]) <= AT_THE_OBSERVATION:
+        head = "The amortised network is calibrated on average, but not for data like the observed; refinement mends that for them."
+        return Verdict("warn", head, tests["verdict"])
     level, words = ("warn", "slightly off") if min(tests["adjusted"].values()) >= 1e-3 else ("bad", "not calibrated")
     head = f"The amortised network is {words} on held-out simulations; refinement mends that for this observation alone."
     return Verdict(level, head, tests["verdict"])
