@@ -2,7 +2,8 @@ r"""The network of neural posterior estimation: q(u | x) = flow(u | h = embeddin
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from sbi_phys.rng import seed_for, torch_rng_for
 __all__ = ["FlowProposal", "PosteriorNet", "npe_loss"]
 
 Array = NDArray[np.float64]
-_ROWS = 65536  # rows per chunk of sampling and density: bounds the memory whatever is asked for
+# rows per chunk of sampling and density: bounds the memory whatever is asked for, and on a CPU what is at work stays in the cache
+_ROWS, _CPU_ROWS = 65536, 4096
 
 
 class PosteriorNet(nn.Module):
@@ -79,17 +81,43 @@ def npe_loss(net: nn.Module, u: Tensor, x: Tensor) -> Tensor:
     return -net.log_prob(u, x)
 
 
+def _in_chunks(n: int, device: torch.device, work: Callable[[slice], None]) -> None:
+    """Do work(rows) for chunks of n rows; on a CPU in as many threads as torch has, each with one of its own.
+
+    Operations on a chunk are too small to be shared out well one by one; chunks are independent.
+    """
+    size = _CPU_ROWS if device.type == "cpu" else _ROWS
+    chunks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    threads = torch.get_num_threads()
+
+    def guarded(rows: slice) -> None:
+        with torch.inference_mode():  # a mode belongs to a thread
+            work(rows)
+
+    if device.type != "cpu" or threads == 1 or len(chunks) < 2 * threads:
+        for rows in chunks:
+            guarded(rows)
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(guarded, chunks))
+    finally:
+        torch.set_num_threads(threads)  # the number that threads to come start with
+
+
 @torch.inference_mode()
 def sample_net(net: PosteriorNet, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Draw u (b, n, d) for inputs x (b, ...); the embedding is computed once per observation, draws come in chunks."""
     b, d = x.shape[0], net.flow.dim
-    shares = net.flow.contexts(net.embedding(x))
+    shares = net.flow.contexts(_embed(net, x))
+    z = torch.randn(b * n, d, generator=generator, device=x.device)
     out = torch.empty(b * n, d)
-    for start in range(0, b * n, _ROWS):
-        rows = torch.arange(start, min(start + _ROWS, b * n), device=x.device)
-        owner = rows // n
-        z = torch.randn(len(rows), d, generator=generator, device=x.device)
-        out[start : start + len(rows)] = net.flow.decode(z, [c.index_select(0, owner) for c in shares])[0].cpu()
+
+    def decode(rows: slice) -> None:
+        owner = torch.arange(rows.start, rows.stop, device=x.device) // n
+        out[rows] = net.flow.decode(z[rows], [c.index_select(0, owner) for c in shares])[0].cpu()
+
+    _in_chunks(b * n, x.device, decode)
     return out.view(b, n, d)
 
 
@@ -99,19 +127,24 @@ def encode_net(net: PosteriorNet, u: Tensor, x: Tensor, owner: Tensor | None = N
 
     Args: x (1, ...) for all, (n, ...) row by row, or (b, ...) with owner (n,), the observation that each row belongs to.
     """
-    parts = []
-    shares = net.flow.contexts(net.embedding(x)) if x.shape[0] == 1 or owner is not None else None
-    for start in range(0, u.shape[0], _ROWS):
-        rows = u[start : start + _ROWS]
-        if shares is None:
-            contexts = net.flow.contexts(net.embedding(x[start : start + _ROWS]))
-        elif owner is None:
-            contexts = [c.expand(rows.shape[0], -1) for c in shares]
+    shares = net.flow.contexts(_embed(net, x))
+    z, log_det = torch.empty_like(u), u.new_empty(u.shape[0])
+
+    def encode(rows: slice) -> None:
+        part = u[rows]
+        if owner is not None:
+            contexts = [c.index_select(0, owner[rows]) for c in shares]
         else:
-            contexts = [c.index_select(0, owner[start : start + _ROWS]) for c in shares]
-        parts.append(net.flow.encode(rows, contexts))
-    z, log_det = zip(*parts, strict=True)
-    return torch.cat(z), torch.cat(log_det)
+            contexts = [c.expand(part.shape[0], -1) if x.shape[0] == 1 else c[rows] for c in shares]
+        z[rows], log_det[rows] = net.flow.encode(part, contexts)
+
+    _in_chunks(u.shape[0], u.device, encode)
+    return z, log_det
+
+
+def _embed(net: PosteriorNet, x: Tensor) -> Tensor:
+    """Features of inputs x (b, ...), in chunks."""
+    return torch.cat([net.embedding(part) for part in x.split(8192)])
 
 
 @torch.inference_mode()

@@ -64,7 +64,7 @@ def spline_map(x: Tensor, parameters: Tensor, *, bound: float, inverse: bool = F
 
 
 class _Bin(NamedTuple):
-    """The bin that each value falls into, and what the gradient needs: shares (..., 2, K), place (..., 1), raw (..., 2)."""
+    """The bin that each value falls into, and what the gradient needs: weight (..., 2, K), place (..., 1), raw (..., 2)."""
 
     x0: Tensor
     w: Tensor
@@ -74,7 +74,8 @@ class _Bin(NamedTuple):
     d1: Tensor
     slope: Tensor
     curve: Tensor
-    shares: Tensor
+    weight: Tensor
+    scale: Tensor
     place: Tensor
     raw: Tensor
 
@@ -84,14 +85,14 @@ def _bin(clamped: Tensor, parameters: Tensor, bound: float, *, inverse: bool) ->
     # widths and heights together; their softmax by hand, since torch's is slow along so short an axis. Beyond e^+-30 a bin
     # is all or nothing anyway
     weight = parameters[..., : 2 * n_bins].clamp(-_RAW_LIMIT, _RAW_LIMIT).exp().unflatten(-1, (2, n_bins))
-    shares = weight / weight.sum(dim=-1, keepdim=True)
-    sizes = shares * (2 * bound * (1 - MIN_WIDTH * n_bins)) + 2 * bound * MIN_WIDTH
-    right = sizes.cumsum(dim=-1)
-    known = right[..., 1 if inverse else 0, :-1]
-    place = ((clamped + bound).unsqueeze(-1) >= known).sum(dim=-1, keepdim=True)
+    running = _running_sum(weight)
+    scale = 2 * bound * (1 - MIN_WIDTH * n_bins) / running[..., -1:]
+    least = torch.arange(1, n_bins + 1, dtype=weight.dtype, device=weight.device) * (2 * bound * MIN_WIDTH) - bound
+    right = torch.addcmul(least, running, scale)
+    place = torch.searchsorted(right[..., 1 if inverse else 0, :-1].contiguous(), clamped.unsqueeze(-1).detach(), right=True)
     both = place.unsqueeze(-1).expand(*place.shape[:-1], 2, 1)
-    size = sizes.gather(-1, both).squeeze(-1)
-    left = right.gather(-1, both).squeeze(-1) - size - bound
+    size = (weight.gather(-1, both) * scale).squeeze(-1) + 2 * bound * MIN_WIDTH
+    left = right.gather(-1, both).squeeze(-1) - size
     # derivatives: only those at the two knots of the bin are made; at the ends of the domain the parameter is 0, the slope 1
     knots = F.pad(parameters[..., 2 * n_bins :], (1, 1))
     raw = knots.gather(-1, torch.cat([place, place + 1], dim=-1)) + _DERIVATIVE_OFFSET
@@ -99,7 +100,15 @@ def _bin(clamped: Tensor, parameters: Tensor, bound: float, *, inverse: bool) ->
     x0, y0 = left.unbind(-1)
     d0, d1 = (F.softplus(raw) + MIN_DERIVATIVE).unbind(-1)
     slope = h / w
-    return _Bin(x0, w, y0, h, d0, d1, slope, torch.sub(d0 + d1, slope, alpha=2), shares, place, raw)
+    return _Bin(x0, w, y0, h, d0, d1, slope, torch.sub(d0 + d1, slope, alpha=2), weight, scale, place, raw)
+
+
+def _running_sum(weight: Tensor) -> Tensor:
+    """Running sum along the last axis; on a CPU as a matrix product, ten times as fast as cumsum along so short an axis."""
+    if weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return weight.cumsum(dim=-1)
+    n = weight.shape[-1]
+    return weight @ torch.ones(n, n, dtype=weight.dtype).triu()
 
 
 def _terms(xi: Tensor, b: _Bin) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -132,14 +141,14 @@ class _Spline(torch.autograd.Function):
         cross, denominator, e, ratio, log_slope = _terms(xi, b)
         outside = clamped != x
         ctx.bound = bound
-        kept = (b.w, b.h, b.d0, b.d1, b.slope, b.curve, b.shares, b.place, b.raw)
+        kept = (b.w, b.h, b.d0, b.d1, b.slope, b.curve, b.weight, b.scale, b.place, b.raw)
         ctx.save_for_backward(x, parameters, outside, xi, cross, denominator, e, ratio, *kept)
         return torch.where(outside, x, torch.addcmul(b.y0, b.h, ratio)), log_slope.masked_fill_(outside, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Chain rule through N, D, E to (xi, s, d0, d1), from there to the bin's knots, from there to the parameters."""
-        x, parameters, outside, xi, cross, denominator, e, ratio, w, h, d0, d1, slope, curve, shares, place, raw = ctx.saved_tensors
+        x, parameters, outside, xi, cross, denominator, e, ratio, w, h, d0, d1, slope, curve, *bins = ctx.saved_tensors
         if torch.is_grad_enabled():
             outputs = spline_map(x, parameters, bound=ctx.bound)
             needed = [t for t in (x, parameters) if t.requires_grad]
@@ -160,24 +169,25 @@ class _Spline(torch.autograd.Function):
         g_x, per_w = g_xi / w, g_s / w
         g_size = torch.stack([torch.addcmul(per_w * slope, g_x, xi).neg_(), torch.addcmul(per_w, g_y, ratio)], dim=-1)
         g_left = torch.stack([-g_x, g_y], dim=-1)
-        grad = _to_parameters(ctx.bound, g_left, g_size, torch.stack([at_d0, at_d1], dim=-1), shares, place, raw)
+        grad = _to_parameters(ctx.bound, g_left, g_size, torch.stack([at_d0, at_d1], dim=-1), *bins)
         return torch.where(outside, grad_y, g_x), grad, None
 
 
 def _to_parameters(
-    bound: float, g_left: Tensor, g_size: Tensor, g_derivative: Tensor, shares: Tensor, place: Tensor, raw: Tensor
+    bound: float, g_left: Tensor, g_size: Tensor, g_derivative: Tensor, weight: Tensor, scale: Tensor, place: Tensor, raw: Tensor
 ) -> Tensor:
     """Gradients of the bin's left knot, size and derivatives (..., 2) each -> gradient of the parameters (..., 3K - 1).
 
     The left knot is the sum of the sizes before it, so each of these has the knot's gradient; the bin's own has its size's.
     """
-    n_bins = shares.shape[-1]
-    before = (torch.arange(n_bins, device=place.device) < place).to(shares.dtype)
-    scale = 2 * bound * (1 - MIN_WIDTH * n_bins)
-    g_sizes = (g_left * scale).unsqueeze(-1) * before.unsqueeze(-2)
-    g_sizes.scatter_(-1, place.unsqueeze(-1).expand(*place.shape[:-1], 2, 1), (g_size * scale).unsqueeze(-1))
-    weighted = g_sizes * shares
-    g_raw = torch.addcmul(weighted, shares, weighted.sum(dim=-1, keepdim=True), value=-1)
-    knots = shares.new_zeros(*place.shape[:-1], n_bins + 1)
+    n_bins = weight.shape[-1]
+    before = (torch.arange(n_bins, device=place.device) < place).to(weight.dtype)
+    g_sizes = g_left.unsqueeze(-1) * before.unsqueeze(-2)
+    g_sizes.scatter_(-1, place.unsqueeze(-1).expand(*place.shape[:-1], 2, 1), g_size.unsqueeze(-1))
+    stretch = weight * scale  # size less its floor: (softmax) times the length that is shared out
+    weighted = g_sizes * stretch
+    mean = weighted.sum(dim=-1, keepdim=True) / (2 * bound * (1 - MIN_WIDTH * n_bins))
+    g_raw = torch.addcmul(weighted, stretch, mean, value=-1)
+    knots = weight.new_zeros(*place.shape[:-1], n_bins + 1)
     knots.scatter_(-1, torch.cat([place, place + 1], dim=-1), g_derivative * raw.sigmoid())
     return torch.cat([g_raw.flatten(-2), knots[..., 1:-1]], dim=-1)
