@@ -15,7 +15,8 @@ r"""The training loop: one, for every estimator, readable from top to bottom.
 - denormal numbers are flushed to zero. The flag belongs to a thread and its pool, and torch sets it for the calling
   thread alone: with a pool already running, half of the work stays slow. So the epochs run in a thread of their own,
   which sets the flag before its pool starts; the caller's threads are never changed;
-- on CPU a step of less than half a GFLOP runs on one thread: waiting for a second one costs as much as it saves.
+- on CPU a step of less than 2 GFLOP runs on one thread: waiting for others costs about what it saves, and several times
+  that on a machine that is not quiet.
 """
 
 import json
@@ -348,7 +349,7 @@ def _threads(module: nn.Module, batch: int) -> int:
     """Threads for a step: one where the products are small; as torch has it where they are not, or are convolutions."""
     weights = [p for p in module.parameters() if p.requires_grad]
     flops = 6 * batch * sum(p.numel() for p in weights if p.ndim == 2)
-    return 1 if flops < 5e8 and all(p.ndim <= 2 for p in weights) else torch.get_num_threads()
+    return 1 if flops < 2e9 and all(p.ndim <= 2 for p in weights) else torch.get_num_threads()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from sbi_phys.config import Config
 from sbi_phys.errors import DataError, RunFolderError, SettingError
 from sbi_phys.pipeline import STAGES, Beside, Run, run_stages
 from sbi_phys.pipeline.run import null_safe
-from sbi_phys.pipeline.summary import summary
+from sbi_phys.pipeline.summary import seconds, summary
 from sbi_phys.pipeline.verdicts import verdicts
 from tests.report.browser import check_report, missing_browser
 from tests.toys import LinearGaussian
@@ -135,6 +135,8 @@ def test_the_reference_runs_beside_the_rounds_and_is_the_same(tmp_path, whole):
     run = run_stages(tiny(run__workers=2), folder, ["compare"])
     assert np.array_equal(run.read_draws("reference.nc").chains, whole.read_draws("reference.nc").chains)
     assert run.numbers("compare")["final"] == whole.numbers("compare")["final"]
+    assert run.record("reference")["waited"] >= 0
+    assert seconds(run)["total"] < sum(v for k, v in seconds(run).items() if k != "total") + run.record("reference")["waited"]
 
 
 def test_a_stage_that_dies_beside_is_an_error_and_nothing_is_left_running(tmp_path, whole):

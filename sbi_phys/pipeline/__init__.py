@@ -4,6 +4,7 @@ simulate -> train -> infer -> rounds -> refine -> reference -> compare -> calibr
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -78,7 +79,9 @@ def run_stages(config: Config, folder: str | Path, until: Iterable[str] = ("repo
             with run.progress.task(f"[{i + 1}/{len(wanted)}] {name}", None) as task:
                 if name in beside:
                     task.advance(0, "in a process of its own")
+                    begin = time.perf_counter()
                     beside.wait(name)
+                    run.note(name, {"waited": round(time.perf_counter() - begin, 3)})
                     continue
                 _forget_dependents(run, name)
                 _work(run, name)

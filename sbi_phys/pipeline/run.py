@@ -205,6 +205,10 @@ class Run:
             },
         )
 
+    def note(self, stage: str, facts: dict[str, Any]) -> None:
+        """Add to the record of a stage that is finished."""
+        self.write_json(f"stages/{stage}.json", (self.record(stage) or {}) | facts)
+
     # files, whole or absent
 
     def write_text(self, name: str, text: str) -> Path:

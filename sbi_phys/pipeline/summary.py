@@ -67,9 +67,10 @@ def summary(run: Run) -> dict[str, Any]:
 
 
 def seconds(run: Run) -> dict[str, float]:
-    """Seconds of every finished stage, and of all."""
-    spent = {name: record["seconds"] for name in _STAGES if (record := run.record(name)) is not None}
-    return {**spent, "total": round(sum(spent.values()), 3)}
+    """Seconds of every finished stage, and of all: of a stage that ran beside others, only the time waited for it counts there."""
+    records = {name: record for name in _STAGES if (record := run.record(name)) is not None}
+    total = sum(record.get("waited", record["seconds"]) for record in records.values())
+    return {**{name: record["seconds"] for name, record in records.items()}, "total": round(total, 3)}
 
 
 _STAGES = ("simulate", "train", "infer", "rounds", "refine", "reference", "compare", "calibrate", "check")
