@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sbi_phys import calibration as calibration
     from sbi_phys import samplers as samplers
+    from sbi_phys import unfold as unfold
     from sbi_phys.calibrate import calibrate as calibrate
     from sbi_phys.errors import SbiPhysError as SbiPhysError
     from sbi_phys.estimators.npe import NPE as NPE
@@ -61,6 +62,7 @@ _PUBLIC = {
     "samplers": "",
     "simulate": "simulate",
     "truncated_rounds": "estimators.sequential",
+    "unfold": "",
 }
 
 __all__ = ["__version__", *_PUBLIC]

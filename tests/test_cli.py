@@ -91,11 +91,16 @@ def test_settings_come_from_file_then_quick_then_flags(tmp_path):
     assert config.simulate.n == Config().override({"simulate.n": 90_000}).quick().simulate.n < 90_000
 
 
+def listen_to_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
     slow = ["--simulator", "tests.toys:Slow", "--set", "simulate.shard_size=10", "--n", "2000", "--workers", "1"]
     words = [sys.executable, "-m", "sbi_phys.cli", "simulate", *slow, "--out", str(out)]
-    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # a shell that runs the tests in the background has them ignore Ctrl-C, and so their children
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listen_to_ctrl_c)
     try:
         wait_for(out / "simulations" / "shard-00001.h5")
         process.send_signal(signal.SIGINT)

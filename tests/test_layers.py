@@ -33,6 +33,7 @@ ORDER = [
     "samplers",
     "estimators",
     "calibration",
+    "unfold",
     "calibrate",
     "report",
     "config",

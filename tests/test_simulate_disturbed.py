@@ -54,8 +54,14 @@ def running(folder, script, n_workers):
     """A run in its own process group, given once it has finished some shards but not all."""
     script.write_text(RUN)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # a shell that runs the tests in the background has them ignore Ctrl-C, and so their children
     process = subprocess.Popen(
-        [sys.executable, str(script), str(folder), str(n_workers)], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, str(script), str(folder), str(n_workers)],
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 30

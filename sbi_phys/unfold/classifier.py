@@ -1,0 +1,205 @@
+r"""Density ratios from classifiers: r(x) = p_1(x) / p_0(x) by weighted binary cross entropy.
+
+    minimise  sum_i [ w1_i log(1 + e^{-f(x_i)}) + w0_i log(1 + e^{f(x_i)}) ],   f*(x) = log( w1 at x / w0 at x )
+
+A row carries both weights. Two samples are stacked, each with the other's weight at zero; one sample seen under two sets of weights
+stands once, which halves the work and takes out the noise that two copies would have.
+
+After the network is trained, its last layer is solved for exactly (Newton): the optimum of a convex loss in few numbers, so that what
+stochastic steps leave undone in them is gone. At that optimum the constant and each input have the same mean in both samples, seen
+through the classifier. Last, the ratio is scaled so that sum w0 r = sum w1.
+
+Source: Cranmer, Pavez & Louppe 2015, arXiv:1506.02169.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sbi_phys.checks import require_int
+from sbi_phys.errors import SettingError
+from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
+from sbi_phys.rng import rng_for, seed_for
+from sbi_phys.train import TrainConfig, fit
+
+__all__ = ["RatioEstimator", "RatioFit", "RatioNet", "ratio_loss"]
+
+Array = NDArray[np.float64]
+
+LOGIT_LIMIT = 10.0  # a ratio beyond e^10 says "no overlap", not how little
+_ROWS = 65536
+_RIDGE = 1e-5  # holds the last layer where the rows say nothing
+_NEWTON_STEPS = 12
+
+
+class RatioNet(nn.Module):
+    """Log odds f(x): a linear map of [silu(residual perceptron of x), x]; the ratio is one at the start.
+
+    Args: n_inputs. config: of the perceptron. seed: of the initial weights; the global torch generator is left as it was.
+    """
+
+    def __init__(self, n_inputs: int, config: EmbeddingConfig, *, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed_for(seed, "weights"))
+            self.body = ResidualMLP(n_inputs, config)
+            self.head = nn.Linear(config.n_features + n_inputs, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        """X (n, k) -> what the last layer sees, (n, n_features + k)."""
+        return torch.cat([F.silu(self.body(x)), x], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (n, k) -> log odds (n,)."""
+        out: Tensor = self.head(self.features(x))
+        return out.squeeze(-1)
+
+
+def ratio_loss(net: nn.Module, x: Tensor, w1: Tensor, w0: Tensor) -> Tensor:
+    """Weighted cross entropy, one value per row: w1 log(1 + e^-f) + w0 log(1 + e^f)."""
+    f: Tensor = net(x)
+    return w1 * F.softplus(-f) + w0 * F.softplus(f)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RatioFit:
+    """What one fit found.
+
+    separation: Jensen-Shannon divergence of the held-out rows, nats, 0 (alike) to log 2 (disjoint).
+    norm: sum w0 r / sum w1 before it was set to 1. epochs: of the first member.
+    """
+
+    separation: float
+    norm: float
+    epochs: int
+
+
+class RatioEstimator:
+    """An ensemble of classifiers that can be trained again and again; each training goes on from the last one.
+
+    Args: n_inputs. seed: of weights, splits and order. n_ensemble: the log ratio is the mean over the members.
+    network: of each member; n_features counts what the last layer sees. config: of every training; None chooses batches and epochs
+    from the number of rows, fewer epochs from the second training on.
+    Raises: SettingError.
+    """
+
+    def __init__(
+        self,
+        n_inputs: int,
+        *,
+        seed: int,
+        n_ensemble: int = 1,
+        network: EmbeddingConfig | None = None,
+        config: TrainConfig | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.seed, self.n_ensemble = require_int("seed", seed, low=0), require_int("n_ensemble", n_ensemble, low=1)
+        network = network or EmbeddingConfig(hidden=32, n_blocks=1, n_features=16)
+        for name, value, kind in (("network", network, EmbeddingConfig), ("config", config, TrainConfig)):
+            if value is not None and not isinstance(value, kind):
+                raise SettingError(f"{name} is a {type(value).__name__}; expected None or {kind.__name__}(...)")
+        self.config, self.device = config, torch.device(device)
+        self._nets = [RatioNet(n_inputs, network, seed=seed_for(seed, "member", m)).to(self.device) for m in range(self.n_ensemble)]
+        self._scale: tuple[Array, Array] | None = None
+        self._offset, self._n_fits = 0.0, 0
+
+    def fit(self, x: Array, w1: Array, w0: Array, *, done: Callable[[], None] | None = None) -> RatioFit:
+        """Learn log(w1 / w0) as a function of x (n, k) from weights (n,) >= 0 each.
+
+        Args: done: called after each member.   Raises: TrainingError.
+        """
+        keep = (w1 > 0) | (w0 > 0)  # rows without weight teach nothing and cost time
+        x, w1, w0 = x[keep], w1[keep], w0[keep]
+        if self._scale is None:
+            # kept in later trainings: the networks go on from what they have learned in these units
+            sd = x.std(axis=0)
+            self._scale = x.mean(axis=0), np.where(sd > 1e-12 * (1 + np.abs(x).max(axis=0)), sd, 1.0)
+        rows = (self._inputs(x), self._tensor(w1 * (len(x) / w1.sum())), self._tensor(w0 * (len(x) / w0.sum())))
+        config = self.config or _config(len(x), warm=self._n_fits > 0)
+        losses, epochs = [], 0
+        for m, net in enumerate(self._nets):
+            loss, n_epochs = self._fit_member(m, net, rows, config)
+            losses.append(loss)
+            epochs = epochs or n_epochs
+            if done is not None:
+                done()
+        self._n_fits += 1
+        self._offset = 0.0
+        balanced = float((rows[2].double() * self._logits(rows[0]).exp()).mean())
+        self._offset = math.log(w1.sum() / w0.sum()) - math.log(balanced)
+        return RatioFit(separation=max(0.0, math.log(2) - float(np.mean(losses)) / 2), norm=balanced, epochs=epochs)
+
+    def _fit_member(self, m: int, net: RatioNet, rows: tuple[Tensor, ...], config: TrainConfig) -> tuple[float, int]:
+        n = len(rows[0])
+        seed = seed_for(self.seed, "fit", m, self._n_fits)
+        order = torch.from_numpy(rng_for(seed, "split").permutation(n)).to(self.device)
+        n_valid = max(1, round(config.validation_fraction * n))
+        valid, train = order[:n_valid], order[n_valid:]
+        records = list(fit(ratio_loss, net, [t[train] for t in rows], [t[valid] for t in rows], config, seed=seed))
+        _solve_last_layer(net, *rows)
+        return min(r.valid for r in records), len(records)
+
+    def log_ratio(self, x: Array) -> Array:
+        """log(w1 / w0) at x (n, k) -> (n,); the shapes' ratio is cut at e^+-10."""
+        return self._logits(self._inputs(x)).cpu().numpy() + self._offset
+
+    @torch.inference_mode()
+    def _logits(self, x: Tensor) -> Tensor:
+        """Mean log odds of balanced samples, double."""
+        if len(x) == 0:
+            return torch.zeros(0, dtype=torch.float64)
+        parts = [torch.stack([net(part).double() for net in self._nets]).mean(dim=0) for part in x.split(_ROWS)]
+        return torch.cat(parts).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+    def _inputs(self, x: Array) -> Tensor:
+        if self._scale is None:
+            raise SettingError("this ratio is not trained; expected .fit(x, w1, w0) first")
+        return self._tensor((x - self._scale[0]) / self._scale[1])
+
+    def _tensor(self, array: Array) -> Tensor:
+        return torch.from_numpy(array.astype(np.float32)).to(self.device)
+
+
+def _config(n: int, *, warm: bool) -> TrainConfig:
+    """Forty steps an epoch for few rows, more where a batch would be too large."""
+    batch = int(np.clip(2 ** round(math.log2(n / 40)), 32, 2048))
+    epochs = 6 if warm else 14
+    return TrainConfig(batch_size=batch, max_epochs=epochs, patience=epochs, learning_rate=3e-3 if warm else 6e-3, weight_decay=1e-3)
+
+
+@torch.no_grad()
+def _solve_last_layer(net: RatioNet, x: Tensor, w1: Tensor, w0: Tensor) -> None:
+    """Newton steps to the optimum of the mean loss in the last layer's weights, all rows at once."""
+    h = torch.cat([net.features(part) for part in x.split(_ROWS)]).double()
+    h = torch.cat([h, h.new_ones(len(h), 1)], dim=1)
+    w1, w0 = w1.double(), w0.double()
+    start = torch.cat([net.head.weight.view(-1), net.head.bias]).double()
+    ridge = _RIDGE * torch.eye(len(start), dtype=h.dtype, device=h.device)
+
+    def objective(theta: Tensor) -> Tensor:
+        f = h @ theta
+        return (w1 * F.softplus(-f) + w0 * F.softplus(f)).mean() + 0.5 * _RIDGE * ((theta - start) ** 2).sum()
+
+    theta, value = start.clone(), objective(start)
+    for _ in range(_NEWTON_STEPS):
+        p = torch.sigmoid(h @ theta)
+        gradient = (w0 * p - w1 * (1 - p)) @ h / len(h) + _RIDGE * (theta - start)
+        hessian = (h * ((w0 + w1) * p * (1 - p))[:, None]).T @ h / len(h) + ridge
+        step = torch.linalg.solve(hessian, gradient)
+        scale = 1.0
+        while scale > 1e-3 and not objective(theta - scale * step) <= value:
+            scale /= 2
+        if scale <= 1e-3 or float(gradient @ step) < 1e-12:
+            break
+        theta = theta - scale * step
+        value = objective(theta)
+    net.head.weight.copy_(theta[:-1].view(1, -1).to(net.head.weight.dtype))
+    net.head.bias.copy_(theta[-1:].to(net.head.bias.dtype))

@@ -1,0 +1,106 @@
+r"""Covariance of anything that is computed from unfolded weights, by bootstrap, with its sources kept apart.
+
+Each event of a Poisson-distributed sample is taken Poisson(1) times, so that totals fluctuate as they do. Replicas of the data with the
+simulation fixed, of the simulation (and background) with the data fixed, and of the networks' seeds with both fixed give
+
+    V_data, V_simulation, V_training  of any statistic of the weights,   V = V_data + V_simulation.
+
+Every replica trains networks of its own, so V_data and V_simulation each contain V_training: V is not too small. Where V_training is a
+large part of them, more networks (n_ensemble) make the answer better.
+
+Source: Efron 1979, Ann. Statist. 7, 1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sbi_phys.checks import as_array, as_real, require_finite
+from sbi_phys.errors import DataError, ShapeError
+
+__all__ = ["SOURCES", "StatisticCovariance", "WeightReplicas"]
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+SOURCES = ("data", "simulation", "training")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatisticCovariance:
+    """A statistic (q,) of the unfolded weights with its covariances (q, q), by source.
+
+    values (q,), with all events. data, simulation, training (q, q). total = data + simulation, either with a training's noise in it.
+    """
+
+    values: Array
+    data: Array
+    simulation: Array
+    training: Array
+
+    @property
+    def total(self) -> Array:
+        """Covariance (q, q) of data and simulation together."""
+        return self.data + self.simulation
+
+    @property
+    def error(self) -> Array:
+        """Standard errors (q,), the root of the total's diagonal."""
+        return np.sqrt(np.diag(self.total))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightReplicas:
+    """Unfolded weights of simulated truths, of all events and of all replicas.
+
+    weights (n,), with all events. truth_pass (n,): has a truth. data, simulation, training (n_boot, n): replicas with one source varied.
+    A simulated event that a replica left out has weight 0 there.
+    """
+
+    weights: Array
+    truth_pass: Mask
+    data: Array
+    simulation: Array
+    training: Array
+
+    @property
+    def n_boot(self) -> int:
+        """Replicas of each kind."""
+        return int(self.data.shape[0])
+
+    def covariance(self, statistic: Callable[[Array], ArrayLike]) -> StatisticCovariance:
+        """Covariances of statistic(weights (n,)) -> number or (q,).   Raises: ShapeError, NonFiniteError.
+
+        Read: with b replicas an error is known to 1 / sqrt(2 (b - 1)) of itself, and a covariance has rank b - 1 at most.
+        """
+
+        def applied(name: str, weights: Array) -> Array:
+            value = np.atleast_1d(as_real(name, statistic(weights)))
+            if value.ndim != 1:
+                raise ShapeError(f"{name} has shape {value.shape}; expected a number or (q,)")
+            require_finite(name, value)
+            return value
+
+        def spread(replicas: Array) -> Array:
+            return np.atleast_2d(np.cov(np.stack([applied("statistic of a replica", w) for w in replicas]), rowvar=False))
+
+        values = applied("statistic", self.weights)
+        return StatisticCovariance(
+            values=values, data=spread(self.data), simulation=spread(self.simulation), training=spread(self.training)
+        )
+
+    def histogram(self, values: ArrayLike, edges: ArrayLike) -> StatisticCovariance:
+        """Unfolded counts of `values` (n,), e.g. a column of the truth, in bins (q + 1,) of increasing edges, with covariances.
+
+        Raises: ShapeError, NonFiniteError, DataError.
+        """
+        own = np.where(self.truth_pass, as_array("values", values, (self.weights.size,), finite=False), 0.0)
+        require_finite("values", own)
+        bins = as_array("edges", edges, (None,))
+        if bins.size < 2 or (np.diff(bins) <= 0).any():
+            raise DataError(
+                f"edges has {bins.size} entries, smallest step {np.diff(bins).min(initial=0):g}; expected two or more, increasing"
+            )
+        return self.covariance(lambda weights: np.histogram(own, bins, weights=weights)[0])

@@ -1,0 +1,263 @@
+r"""The response of a detector, P[j, mu] = P(reconstructed in bin j | truth in bin mu).
+
+Column sums are the efficiency, eps_mu = sum_j P[j, mu] <= 1: what is missing was missed. What is measured beyond that has two
+causes. Fakes come with the signal (events whose truth lies outside the truth bins, or which have none): a share phi_j of what is
+reconstructed in bin j. Background is a number of counts b_j that does not depend on the signal. Expected counts are then
+
+    f_j(n) = sum_mu P[j, mu] n_mu / (1 - phi_j) + b_j .
+
+A matrix filled with N_mu simulated events has multinomial noise, cov(P[j, mu], P[l, mu]) = (delta_jl P[j, mu] - P[j, mu] P[l, mu]) / N_mu,
+independent between truth bins; with weights N_mu is the effective number (sum w)^2 / sum w^2, exact where w depends on truth alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sbi_phys.checks import require_number
+from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.unfold.inputs import bin_name, check_edges, check_nonnegative, frozen
+from sbi_phys.unfold.response_build import fill, integrate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Response", "as_response"]
+
+Array = NDArray[np.float64]
+Counts = NDArray[np.int64]
+Curve = Callable[[Array], ArrayLike]
+
+ROUNDING = 1e-6  # by this much a column may sum to more than 1
+
+
+def _nothing() -> Array:
+    return np.zeros(0)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Response:
+    r"""Response matrix P(reco j | truth mu) with all that is needed to fold a spectrum; read-only arrays.
+
+    matrix (n_reco, n_truth), column sums = efficiency in (0, 1]. truth_edges (n_truth + 1,) and reco_edges (n_reco + 1,) or None.
+    n_simulated (n_truth,), effective number of simulated events per truth bin, None = known exactly. truth (n_truth,), spectrum that
+    the matrix was made with (counts, or any scale), None = not known. fakes (n_reco,), share of what is reconstructed, in [0, 1).
+    background (n_reco,), counts. exposure, km2 sr yr, used by `forward_fold` alone.
+
+    Raises: ShapeError (bins that do not match), NonFiniteError, DataError (empty column or row, negative, efficiency above 1: named).
+    """
+
+    matrix: Array
+    truth_edges: Array | None = None
+    reco_edges: Array | None = None
+    _: KW_ONLY
+    n_simulated: Array | None = None
+    truth: Array | None = None
+    fakes: Array = field(default_factory=_nothing)
+    background: Array = field(default_factory=_nothing)
+    exposure: float | None = None
+
+    def __post_init__(self) -> None:
+        matrix = check_nonnegative("response matrix", self.matrix, (None, None))
+        n_reco, n_truth = matrix.shape
+        if matrix.size == 0:
+            raise ShapeError(f"response matrix has shape {matrix.shape}; expected (n_reco, n_truth), at least one bin each")
+        values: dict[str, Array | None] = {"matrix": matrix}
+        for name, n in (("truth_edges", n_truth), ("reco_edges", n_reco)):
+            edges = getattr(self, name)
+            values[name] = None if edges is None else check_edges(name, edges, n)
+        for name, n in (("n_simulated", n_truth), ("truth", n_truth), ("fakes", n_reco), ("background", n_reco)):
+            value = getattr(self, name)
+            missing = value is None or np.size(value) == 0
+            empty = np.zeros(n_reco) if name in ("fakes", "background") else None
+            values[name] = empty if missing else check_nonnegative(name, value, (n,))
+        for name, checked in values.items():
+            object.__setattr__(self, name, None if checked is None else frozen(checked))
+        if self.exposure is not None:
+            object.__setattr__(self, "exposure", require_number("exposure", self.exposure, low=0, open_low=True))
+        self._check_places()
+
+    def _check_places(self) -> None:
+        efficiency = self.efficiency
+        for wrong, words in (
+            (efficiency <= 0, "is an empty column (efficiency 0): nothing of it is reconstructed; expected > 0, widen or drop the bin"),
+            (efficiency > 1 + ROUNDING, "has a column sum (efficiency) above 1: {:.6g}; expected P(reco | truth), normalised by all truth"),
+        ):
+            if wrong.any():
+                mu = int(np.flatnonzero(wrong)[0])
+                raise DataError(f"response: {bin_name('truth', mu, self.truth_edges)} {words.format(efficiency[mu])}")
+        empty = (self.matrix.sum(axis=1) <= 0) & (self.background <= 0)
+        if empty.any():
+            place = bin_name("reco", int(np.flatnonzero(empty)[0]), self.reco_edges)
+            raise DataError(f"response: {place} is an empty row, no truth bin and no background reaches it; expected events, drop the bin")
+        if (self.fakes >= 1).any():
+            place = bin_name("reco", int(np.flatnonzero(self.fakes >= 1)[0]), self.reco_edges)
+            raise DataError(f"fakes is {self.fakes.max():g} in {place}; expected a share in [0, 1), other sources are `background`")
+        if self.n_simulated is not None and (self.n_simulated <= 0).any():
+            place = bin_name("truth", int(np.flatnonzero(self.n_simulated <= 0)[0]), self.truth_edges)
+            raise DataError(f"n_simulated is 0 in {place}; expected > 0, or None where the matrix is known exactly")
+
+    @classmethod
+    def from_pairs(
+        cls,
+        truth: ArrayLike,
+        reco: ArrayLike,
+        truth_edges: ArrayLike,
+        reco_edges: ArrayLike,
+        weights: ArrayLike | None = None,
+        reco_pass: ArrayLike | None = None,
+        truth_pass: ArrayLike | None = None,
+        *,
+        background: ArrayLike | None = None,
+        exposure: float | None = None,
+    ) -> "Response":
+        r"""Fill the matrix from n simulated events, P[j, mu] = sum w(reco j, truth mu) / sum w(truth mu).
+
+        Args: truth and reco (n,), same unit as their edges. weights (n,) >= 0. reco_pass and truth_pass (n,), booleans: an event
+            without reconstruction is missed, one outside of the truth selection is a fake; their NaN are not read. An event outside
+            of the edges counts as not passed. background (n_reco,), counts. exposure, km2 sr yr.
+        Returns: Response with n_simulated, truth (weighted counts) and fakes.
+        Raises: ShapeError, NonFiniteError (NaN in an event that passes), DataError (no events in a bin, no overlap, negative weights).
+        """
+        edges_t, edges_r = check_edges("truth_edges", truth_edges), check_edges("reco_edges", reco_edges)
+        filled = fill(truth, reco, edges_t, edges_r, weights, reco_pass, truth_pass)
+        return cls(
+            filled.matrix,
+            edges_t,
+            edges_r,
+            n_simulated=filled.n_simulated,
+            truth=filled.truth,
+            fakes=filled.fakes,
+            background=_nothing() if background is None else np.asarray(background, dtype=np.float64),
+            exposure=exposure,
+        )
+
+    @classmethod
+    def from_resolution(
+        cls,
+        truth_edges: ArrayLike,
+        reco_edges: ArrayLike,
+        resolution: float | Curve,
+        bias: float | Curve = 0.0,
+        efficiency: float | ArrayLike | Curve = 1.0,
+        spectrum_index: float | None = None,
+        *,
+        background: ArrayLike | None = None,
+        exposure: float | None = None,
+    ) -> "Response":
+        r"""Integrate a Gaussian resolution, P[j, mu] = int_mu w(x) eps(x) [Phi(z_{j+1}) - Phi(z_j)] dx / int_mu w(x) dx.
+
+        z_j = (e_j - x - bias(x)) / sigma(x), by Gauss-Legendre within panels no wider than sigma; error below 1e-10.
+
+        Args: truth_edges, reco_edges in the same unit. resolution, sigma > 0 in that unit, and bias: a number or f(x (n,)) -> (n,).
+            efficiency: a number, (n_truth,) or f(x), of a truth x whatever bin it lands in. spectrum_index g: then the axis is
+            lg(E) and w = E^(1 - g), counts per lg(E) of dN/dE ~ E^-g; None: w = 1.
+        Returns: Response; with a spectrum_index its `truth` is that power law (sum 1).
+        Raises: ShapeError, NonFiniteError, DataError, SettingError.
+        """
+        edges_t, edges_r = check_edges("truth_edges", truth_edges), check_edges("reco_edges", reco_edges)
+        index = None if spectrum_index is None else require_number("spectrum_index", spectrum_index)
+        matrix, truth = integrate(edges_t, edges_r, resolution, bias, efficiency, index)
+        b = _nothing() if background is None else np.asarray(background, dtype=np.float64)
+        return cls(matrix, edges_t, edges_r, truth=None if index is None else truth, background=b, exposure=exposure)
+
+    @property
+    def n_reco(self) -> int:
+        """Number of reconstructed bins."""
+        return int(self.matrix.shape[0])
+
+    @property
+    def n_truth(self) -> int:
+        """Number of truth bins."""
+        return int(self.matrix.shape[1])
+
+    @property
+    def efficiency(self) -> Array:
+        """eps_mu = sum_j P[j, mu], (n_truth,): share of a truth bin that is reconstructed, in whatever bin."""
+        return np.asarray(self.matrix.sum(axis=0))
+
+    @property
+    def purity(self) -> Array:
+        """Share of the reconstructed signal in a bin that belongs there, (n,), for the `truth` spectrum (flat if None).
+
+        Raises: SettingError unless truth and reco bins are the same.   Read: below about 0.5 bins are finer than the resolution.
+        """
+        self._require_same_bins("purity")
+        n = np.ones(self.n_truth) if self.truth is None else self.truth
+        return np.asarray(np.diag(self.matrix) * n / (self.matrix @ n))
+
+    @property
+    def stability(self) -> Array:
+        """Share of what is reconstructed of a truth bin that stays in it, P[i, i] / eps_i, (n,).
+
+        Raises: SettingError unless truth and reco bins are the same.
+        """
+        self._require_same_bins("stability")
+        return np.asarray(np.diag(self.matrix) / self.efficiency)
+
+    @property
+    def condition_number(self) -> float:
+        """Largest over smallest singular value: how much a plain inversion amplifies noise."""
+        return float(np.linalg.cond(self.matrix))
+
+    def _require_same_bins(self, what: str) -> None:
+        t, r = self.truth_edges, self.reco_edges
+        same = self.n_reco == self.n_truth and (t is None or r is None or np.allclose(t, r, rtol=1e-12, atol=1e-12))
+        if not same:
+            raise SettingError(f"{what} needs the same truth and reco bins; got {self.n_truth} and {self.n_reco} bins with other edges")
+
+    def fold(self, truth_counts: ArrayLike) -> Array:
+        """Expected reconstructed counts f_j = sum_mu P[j, mu] n_mu / (1 - phi_j) + b_j of truth (n_truth,) or (..., n_truth).
+
+        Raises: ShapeError.
+        """
+        n = np.asarray(truth_counts, dtype=np.float64)
+        if n.ndim == 0 or n.shape[-1] != self.n_truth:
+            raise ShapeError(f"truth_counts has shape {n.shape}; expected (..., {self.n_truth}), one for each truth bin")
+        return np.asarray((n @ self.matrix.T) / (1 - self.fakes) + self.background)
+
+    def sample(self, truth_counts: ArrayLike, rng: np.random.Generator) -> Counts:
+        """Draw reconstructed counts (n_reco,) of whole numbers of true events: multinomial migration, Poisson fakes and background.
+
+        Raises: ShapeError, DataError (fractions: draw them first, `rng.poisson(expected)`).
+        """
+        n = check_nonnegative("truth_counts", truth_counts, (self.n_truth,), "truth", self.truth_edges)
+        if not np.array_equal(n, np.rint(n)):
+            raise DataError("truth_counts has fractions; expected whole numbers of events, such as rng.poisson(expected)")
+        lost = np.maximum(1 - self.efficiency, 0)
+        shares = np.vstack([self.matrix, lost])
+        moved = rng.multinomial(n.astype(np.int64), (shares / shares.sum(axis=0)).T)[:, :-1].sum(axis=0)
+        extra = self.fakes / (1 - self.fakes) * (self.matrix @ n) + self.background
+        return np.asarray(moved + rng.poisson(extra), dtype=np.int64)
+
+    def propagate(self, sensitivity: Array) -> Array:
+        """Covariance (m, m) that the noise of the matrix gives m numbers with derivatives dy/dP (m, n_reco, n_truth); 0 if exact.
+
+        Raises: ShapeError.
+        """
+        if sensitivity.ndim != 3 or sensitivity.shape[1:] != self.matrix.shape:
+            raise ShapeError(f"sensitivity has shape {sensitivity.shape}; expected (m, {self.n_reco}, {self.n_truth})")
+        m = sensitivity.shape[0]
+        if self.n_simulated is None:
+            return np.zeros((m, m))
+        single = (sensitivity * np.sqrt(self.matrix / self.n_simulated)).reshape(m, -1)
+        common = np.einsum("ajm,jm->am", sensitivity, self.matrix) / np.sqrt(self.n_simulated)
+        return np.asarray(single @ single.T - common @ common.T)
+
+    def with_background(self, background: ArrayLike) -> "Response":
+        """Return the same response with other background counts (n_reco,).   Raises: ShapeError, NonFiniteError, DataError."""
+        return replace(self, background=np.asarray(background, dtype=np.float64))
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the matrix, truth to the right and reco upwards, and the efficiency as a line.   Read: off the diagonal = migration."""
+        from sbi_phys.unfold import plots_classical
+
+        return plots_classical.response(self, ax)
+
+
+def as_response(response: "Response | ArrayLike") -> Response:
+    """Return a Response; an array (n_reco, n_truth) becomes one that is known exactly, without fakes or background."""
+    return response if isinstance(response, Response) else Response(np.asarray(response))
