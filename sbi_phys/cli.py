@@ -33,7 +33,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder; made if miss
 Simulator = Annotated[str | None, typer.Option(help="Simulator as package.module:Class.")]
 Number = Annotated[int | None, typer.Option("--n", help="Simulations to draw from the prior.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Any setting; may be repeated.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Everything cut down to about half a minute.")]
+Quick = Annotated[bool, typer.Option("--quick", help="The same stages on less of everything.")]
 Seed = Annotated[int | None, typer.Option(help="Every random number follows from it.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N")]
 Workers = Annotated[int | None, typer.Option(help="Processes that simulate; 0 is one per core.")]
