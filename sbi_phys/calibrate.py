@@ -30,9 +30,9 @@ from sbi_phys.calibration import (
     tarp,
     train_lc2st,
 )
-from sbi_phys.calibration.inputs import ALPHA, check_pairs, holm
+from sbi_phys.calibration.inputs import ALPHA, check_pairs, draws_from_arviz, holm
 from sbi_phys.checks import as_real, require_int
-from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.errors import DataError, SettingError
 from sbi_phys.priors import Parameter
 from sbi_phys.progress import Progress, Task, or_none
 from sbi_phys.protocol import Simulator
@@ -42,7 +42,7 @@ from sbi_phys.store import Store
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Calibration", "calibrate", "draws_from_arviz"]
+__all__ = ["Calibration", "calibrate"]
 
 Array = NDArray[np.float64]
 
@@ -381,28 +381,3 @@ def _misspecification(draw: _Drawn) -> Any:
         rows = np.asarray(draw.simulator.simulate(theta, rng_for(draw.seed, "features x")), dtype=np.float64)
         rows = rows[np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)]
     return misspecification(_features(draw, rows), _features(draw, draw.x_obs[None])[0], seed=draw.seed)
-
-
-def draws_from_arviz(data: Any, names: Sequence[str | Parameter] | None = None) -> Array:
-    """Draws (n, l, d) from the posterior group of an ArviZ object (InferenceData or DataTree), chains joined.
-
-    Args: data: with variables of dimensions (chain, draw, s), s running over the simulations. names: variables, in order.
-    Raises: ShapeError, SettingError.
-    """
-    group = data["posterior"]
-    wanted = [p.name if isinstance(p, Parameter) else str(p) for p in names] if names is not None else [str(v) for v in group.data_vars]
-    missing = [name for name in wanted if name not in group.data_vars]
-    if missing:
-        raise SettingError(
-            f"the posterior group has no variable {missing[0]!r}; expected {wanted}, it has {[str(v) for v in group.data_vars]}"
-        )
-    columns = []
-    for name in wanted:
-        variable = group[name]
-        others = [d for d in variable.dims if d not in ("chain", "draw")]
-        if "draw" not in variable.dims or len(others) != 1:
-            raise ShapeError(f"variable {name!r} has dimensions {variable.dims}; expected (chain, draw, one for the simulations)")
-        order = [others[0], *(d for d in ("chain", "draw") if d in variable.dims)]
-        values = variable.transpose(*order).values
-        columns.append(values.reshape(values.shape[0], -1))
-    return np.stack(columns, axis=-1).astype(np.float64)

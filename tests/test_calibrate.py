@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import sbi_phys as sp
-from sbi_phys.calibrate import TITLES, draws_from_arviz
+from sbi_phys.calibrate import TITLES
+from sbi_phys.calibration.inputs import draws_from_arviz
 from sbi_phys.errors import DataError, SettingError, ShapeError
 from sbi_phys.rng import rng_for
 from tests.toys import LinearGaussian

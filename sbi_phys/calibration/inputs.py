@@ -1,6 +1,7 @@
 """What every calibration test takes: truths and draws, checked once, with ranks, names and words in common."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +17,7 @@ __all__ = [
     "check_quantities",
     "combine",
     "count_below",
+    "draws_from_arviz",
     "holm",
     "require_varying",
     "verdict_words",
@@ -132,3 +134,28 @@ def verdict_words(shift: float, shift_err: float, width: float, width_err: float
     if abs(width - 1) > 2 * width_err:
         words.append("overconfident" if width < 1 else "underconfident")
     return " and ".join(words) or "wrong shape"
+
+
+def draws_from_arviz(data: Any, names: Sequence[str | Parameter] | None = None) -> Array:
+    """Draws (n, l, d) from the posterior group of an ArviZ object (InferenceData or DataTree), chains joined.
+
+    Args: data: with variables of dimensions (chain, draw, s), s running over the simulations. names: variables, in order.
+    Raises: ShapeError, SettingError.
+    """
+    group = data["posterior"]
+    wanted = [p.name if isinstance(p, Parameter) else str(p) for p in names] if names is not None else [str(v) for v in group.data_vars]
+    missing = [name for name in wanted if name not in group.data_vars]
+    if missing:
+        raise SettingError(
+            f"the posterior group has no variable {missing[0]!r}; expected {wanted}, it has {[str(v) for v in group.data_vars]}"
+        )
+    columns = []
+    for name in wanted:
+        variable = group[name]
+        others = [d for d in variable.dims if d not in ("chain", "draw")]
+        if "draw" not in variable.dims or len(others) != 1:
+            raise ShapeError(f"variable {name!r} has dimensions {variable.dims}; expected (chain, draw, one for the simulations)")
+        order = [others[0], *(d for d in ("chain", "draw") if d in variable.dims)]
+        values = variable.transpose(*order).values
+        columns.append(values.reshape(values.shape[0], -1))
+    return np.stack(columns, axis=-1).astype(np.float64)
