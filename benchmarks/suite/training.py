@@ -81,6 +81,7 @@ def _pairs(ours: int, sbi: int, flow: str, flow_batch: int, *, quick: bool) -> l
         out += [
             Pair("spline, default batches", (OURS, "equal", 0), nsf),
             Pair("spline, batch 200", (OURS, "equal", 200), nsf),
+            Pair(f"spline, ours at its best batch ({ours}), sbi at its default", (OURS, "equal", ours), nsf),
             Pair(f"spline, sbi at its best batch ({sbi})", (OURS, "equal", 0), ("sbi", "equal", sbi)),
             Pair(f"spline, best batch of each ({ours}, {sbi})", (OURS, "equal", ours), ("sbi", "equal", sbi)),
             Pair("spline of as many weights, default batches", (OURS, "weights", 0), nsf),

@@ -1,0 +1,175 @@
+"""Posteriors from sets of events of any size, by one training, against the exact ones; and what the simulators of sets find.
+
+    python benchmarks/event_sets.py [--rows 24000] [--epochs 24] [--only posterior] [--out benchmarks/results/event_sets.json]
+
+posterior    deep set on the line simulator, sizes log-uniform from 10 to 1000: C2ST against the grid, calibration at 10, 100, 1000 events
+attention    the same with the small set transformer, fewer rows
+arrival      test statistic and fitted fraction of 1400 arrival directions, with and without sources
+Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# ruff: noqa: E402
+import sbi_phys as sp
+from sbi_phys.calibration import c2st, coverage, sbc
+from sbi_phys.nets.sets import DeepSet, SetAttention
+from sbi_phys.rng import rng_for
+from sbi_phys.samplers.grid import grid_posterior
+from sbi_phys.train import TrainConfig
+from simulators import ArrivalDirections, LineSearch
+
+Array = NDArray[np.float64]
+Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
+SIZES = (10, 100, 1000)
+N_MAX = 1000
+
+
+def simulator(n_events: Any) -> LineSearch:
+    return LineSearch(n_events=n_events, n_max=N_MAX)
+
+
+def train(embedding: Any, rows: int, epochs: int, seed: int) -> sp.NPE:
+    """An amortised posterior, trained on sets whose sizes are drawn row by row."""
+    sim = simulator([SIZES[0], SIZES[-1]])
+    theta = sim.prior.sample(rows, rng_for(seed, "theta"))
+    x = np.empty((rows, N_MAX, 2), dtype=np.float32)
+    for start in range(0, rows, 1000):
+        part = slice(start, start + 1000)
+        x[part] = sim.simulate(theta[part], rng_for(seed, "x", start)).reshape(-1, N_MAX, 2)
+    config = TrainConfig(batch_size=64, max_epochs=epochs, patience=epochs, learning_rate=3e-3)
+    begin = time.perf_counter()
+    npe = sp.NPE(sim.prior, seed=seed, embedding=embedding, config=config, device="cpu").fit(theta, x, progress=sp.RichProgress())
+    print(f"[training: {time.perf_counter() - begin:.0f} s, {rows} sets, {epochs} epochs]", flush=True)
+    return npe
+
+
+def against_grid(npe: sp.NPE, name: str, n_observations: int, bound: float | None) -> Numbers:
+    """C2ST to the exact posterior, mean over observations drawn from the prior."""
+    numbers: Numbers = {}
+    for size in SIZES:
+        sim = simulator(size)
+        rng = rng_for(11, "observations", size)
+        x = sim.simulate(sim.prior.sample(n_observations, rng), rng)
+        low, high = (np.array([getattr(p, end) for p in sim.parameters]) for end in ("low", "high"))
+        found, begin = [], time.perf_counter()
+        for i, row in enumerate(x):
+            exact = grid_posterior(lambda t, row=row, sim=sim: sim.log_likelihood(row, t), low, high, n_cells=4000)
+            reference = exact.sample(2000, rng_for(12, size, i))
+            draws = npe.sample(row.reshape(N_MAX, 2), 2000, seed=i)
+            found.append(c2st(draws, reference, seed=i).accuracy)
+        asked = ("<=", bound) if bound is not None else ("", None)
+        numbers[f"{name}, {size} events: mean C2ST to the exact posterior"] = (float(np.mean(found)), *asked)
+        numbers[f"{name}, {size} events: largest C2ST of {n_observations}"] = (float(np.max(found)), "", None)
+        print(f"[{name}, {size} events: {time.perf_counter() - begin:.0f} s, {np.round(found, 3).tolist()}]", flush=True)
+    return numbers
+
+
+def calibrated(npe: sp.NPE, name: str, n: int) -> Numbers:
+    """SBC and coverage of highest-density regions at each size; p-values of three sizes, so a third of 5 % is asked of each."""
+    numbers: Numbers = {}
+    for size in SIZES:
+        sim = simulator(size)
+        rng = rng_for(13, "calibration", size)
+        theta = sim.prior.sample(n, rng)
+        x = sim.simulate(theta, rng).reshape(n, N_MAX, 2)
+        draws = npe.sample(x, 199, seed=size)
+        at_truth, at_draws = npe.log_prob(theta, x), npe.log_prob_draws(draws, x)
+        ranks = sbc(theta, draws, sim.parameters)
+        regions = coverage(theta, draws, at_truth, at_draws)
+        print(ranks.summary(), regions.summary(), sep="\n", flush=True)
+        numbers[f"{name}, {size} events: p-value of SBC"] = (ranks.pvalue, ">=", 0.05 / 3)
+        numbers[f"{name}, {size} events: p-value of the coverage curve's band"] = (regions.pvalue, ">=", 0.05 / 3)
+        for level in (0.68, 0.9):
+            numbers[f"{name}, {size} events: coverage at {level}"] = (float(regions.at(level)[0]), "", None)
+    return numbers
+
+
+def posterior(rows: int, epochs: int) -> Numbers:
+    npe = train(DeepSet(1, hidden=64, n_pooled=64), rows, epochs, seed=0)
+    x = simulator(1000).simulate(npe.prior.sample(1, rng_for(1)), rng_for(2)).reshape(N_MAX, 2)
+    begin = time.perf_counter()
+    npe.sample(x, 10_000)
+    numbers: Numbers = {"deep set: seconds for 1e4 draws, 1000 events": (time.perf_counter() - begin, "<=", 10.0)}
+    return numbers | against_grid(npe, "deep set", 8, 0.60) | calibrated(npe, "deep set", 400)
+
+
+def attention(rows: int, epochs: int) -> Numbers:
+    npe = train(SetAttention(1, hidden=32, n_heads=4, n_induced=4, n_seeds=2), rows // 4, max(1, epochs // 2), seed=0)
+    return against_grid(npe, "attention, a quarter of the rows", 4, None)
+
+
+def arrival(n_toys: int = 200) -> Numbers:
+    """Test statistic 2 log L / L(isotropy), maximised over f and delta0, and at the true delta0."""
+    sim = ArrivalDirections(n_events=1400)
+    f, delta = np.linspace(0, 0.4, 41), np.array([5.0, 7.5, 10.0, 12.5, 15.0, 20.0, 25.0, 30.0])
+    numbers: Numbers = {}
+    for name, truth in (("null", 0.0), ("f = 0.09, 15 deg", 0.09)):
+        scans = np.array([sim.scan(sim.simulate([[truth, 15.0]], rng_for(21, name, i)), f, delta) for i in range(n_toys)])
+        flat = scans.reshape(n_toys, -1)
+        best = f[flat.argmax(axis=1) // delta.size]
+        fixed = scans[:, :, 4]
+        numbers[f"1400 arrival directions, {name}: mean TS"] = (float(flat.max(axis=1).mean()), "", None)
+        numbers[f"1400 arrival directions, {name}: mean of the fitted fraction"] = (float(best.mean()), "", None)
+        numbers[f"1400 arrival directions, {name}: sd of the fitted fraction"] = (float(best.std()), "", None)
+        numbers[f"1400 arrival directions, {name}: mean TS at 15 deg"] = (float(fixed.max(axis=1).mean()), "", None)
+        numbers[f"1400 arrival directions, {name}: mean fraction at 15 deg"] = (float(f[fixed.argmax(axis=1)].mean()), "", None)
+        numbers[f"1400 arrival directions, {name}: sd of the fraction at 15 deg"] = (float(f[fixed.argmax(axis=1)].std()), "", None)
+    x = sim.simulate([[0.09, 15.0]], rng_for(22))
+    theta = sim.prior.sample(500, rng_for(22, "theta"))
+    begin = time.perf_counter()
+    sim.log_likelihood(x, theta)
+    numbers["1400 arrival directions: seconds for 500 likelihoods"] = (time.perf_counter() - begin, "", None)
+    return numbers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=24_000)
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/event_sets.json")
+    parser.add_argument("--only", help="one part; the rows of the others stay as the file has them")
+    options = parser.parse_args()
+    jobs: dict[str, Callable[[], Numbers]] = {
+        "arrival": arrival,
+        "posterior": lambda: posterior(options.rows, options.epochs),
+        "attention": lambda: attention(options.rows, options.epochs),
+    }
+    if options.only is not None and options.only not in jobs:
+        parser.error(f"--only {options.only}: expected one of {', '.join(jobs)}")
+    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {"rows": [], "seconds": {}}
+    numbers: Numbers = {}
+    seconds: dict[str, float] = kept["seconds"]
+    for name in [options.only] if options.only else jobs:
+        begin = time.perf_counter()
+        numbers |= jobs[name]()
+        seconds[name] = round(time.perf_counter() - begin, 2)
+        print(f"[{name}: {seconds[name]} s]", flush=True)
+    rows = {row["name"]: row for row in kept["rows"]}
+    for n, (v, sign, bound) in numbers.items():
+        met = bound is None or bool(v <= bound if sign == "<=" else v >= bound)
+        rows[n] = {"name": n, "value": float(v), "asked": None if bound is None else f"{sign} {bound:.3g}", "met": met}
+        print(f"{n:<80} {v:<12.4g}" + ("" if bound is None else f" {rows[n]['asked']}  {'met' if met else 'MISSED'}"))
+    aside = options.out.with_suffix(".tmp")
+    settings = {"rows": options.rows, "epochs": options.epochs}
+    aside.write_text(json.dumps({**settings, "seconds": seconds, "rows": list(rows.values())}, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, options.out)
+    sys.exit(not all(rows[n]["met"] for n in numbers))
+
+
+if __name__ == "__main__":
+    main()

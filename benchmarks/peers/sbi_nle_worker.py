@@ -1,0 +1,55 @@
+"""sbi's likelihood estimator behind the commands (run as `python -m benchmarks.peers.sbi_nle_worker`).
+
+Its own defaults throughout: network, training and the vectorised slice sampler in 20 chains.
+"""
+
+import time
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from sbi.inference import NLE  # type: ignore[import-not-found]
+from sbi.utils import BoxUniform  # type: ignore[import-not-found]
+
+from benchmarks.peers.worker import processor_name, serve
+
+POSTERIORS: dict[str, Any] = {}
+
+
+def _arrays(path: str) -> dict[str, torch.Tensor]:
+    with np.load(path) as file:
+        return {name: torch.from_numpy(np.asarray(file[name], dtype=np.float32)) for name in file}
+
+
+def info() -> dict[str, Any]:
+    """Versions and device."""
+    return {"device": f"{processor_name()}, {torch.get_num_threads()} threads", "versions": {"sbi": version("sbi")}}
+
+
+def train(*, data: str, key: str, seed: int) -> dict[str, Any]:
+    """Train on theta and z of the file; returns seconds and epochs."""
+    toy = _arrays(data)
+    torch.manual_seed(seed)
+    inference = NLE(prior=BoxUniform(toy["low"], toy["high"]), show_progress_bars=False)
+    begin = time.perf_counter()
+    inference.append_simulations(toy["theta"], toy["z"])
+    inference.train()
+    POSTERIORS[key] = inference.build_posterior()
+    return {"seconds": time.perf_counter() - begin, "epochs": len(inference.summary["validation_loss"])}
+
+
+def sample(*, data: str, key: str, observation: int, n_draws: int, seed: int, out: str) -> float:
+    """Draw for one held-out observation, write theta to `out` (.npy); returns seconds."""
+    z, posterior = _arrays(data)["z_test"][observation], POSTERIORS[key]
+    torch.manual_seed(seed)
+    begin = time.perf_counter()
+    draws = posterior.sample((n_draws,), x=z, show_progress_bars=False).numpy()
+    seconds = time.perf_counter() - begin
+    with open(out, "wb") as file:
+        np.save(file, draws)
+    return seconds
+
+
+if __name__ == "__main__":
+    serve({"info": info, "train": train, "sample": sample})

@@ -1,0 +1,254 @@
+"""Learned ratios against what they must show: the toy with an exact ratio, and posteriors of the two-parameter source spectrum.
+
+    python benchmarks/ratios.py [--n 20000] [--observations 8] [--threads 2] [--no-peer] [--only toy|source]
+
+Toy: z ~ N(theta, 1), x ~ N(z, 2), theta in [-4, 4] against theta = 0; log r = (x theta - theta^2 / 2) / 5, score (x - theta) / 5. Learned
+from 1e5 events by labels (CARL), joint ratios (ALICE) and joint scores (SALLY); ratios recalibrated per theta on 1e5 + 1e5 events of their
+own and checked on as many again. Source spectrum: NRE's posteriors against the exact ones by grid, beside sbi's in the same run. Prints
+each number with what is asked of it, writes JSON and exits with 1 if one is missed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# ruff: noqa: E402
+import torch
+from threadpoolctl import threadpool_limits
+
+from benchmarks.suite.workers import Worker, WorkerError
+from sbi_phys.calibration import c2st
+from sbi_phys.calibration.ratios import check_ratio
+from sbi_phys.calibration.ratios_repair import recalibrate_ratio
+from sbi_phys.estimators.mined import SALLY, MinedRatio
+from sbi_phys.estimators.nre import NRE
+from sbi_phys.estimators.two_hypotheses import HypothesisRatio, TwoHypotheses
+from sbi_phys.priors import standard_normal_log_prob
+from sbi_phys.rng import rng_for
+from sbi_phys.samplers.grid import grid_posterior
+from simulators import SourceSpectrum
+
+Array = NDArray[np.float64]
+Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
+
+PEERS = ROOT / ".venv-bench/bin/python"
+N_DRAWS, N_JUDGED = 10_000, 2_000
+N_EVENTS, N_CHECK = 100_000, 100_000
+REACH = 4.0
+THETAS = (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)
+
+
+def latent(theta: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """z and x of the toy, (n, 1) each."""
+    z = theta + rng.standard_normal(theta.shape)
+    return z, z + 2 * rng.standard_normal(theta.shape)
+
+
+def exact_log_ratio(x: Array, theta: Array) -> Array:
+    """log p(x | theta) - log p(x | 0), (n,)."""
+    return ((x * theta - theta**2 / 2) / 5)[:, 0]
+
+
+def toy(seed: int) -> Numbers:
+    """CARL, ALICE and SALLY on the toy."""
+    rng = rng_for(seed, "toy")
+    half = N_EVENTS // 2
+    theta0 = rng.uniform(-REACH, REACH, (N_EVENTS, 1))
+    y = np.repeat([1, 0], half)
+    z, x = latent(theta0 * y[:, None], rng)
+    zero = np.zeros((N_EVENTS, 1))
+    # fresh pairs, half of either kind
+    theta_test = rng.uniform(-REACH, REACH, (40_000, 1))
+    _, x_test = latent(theta_test * (np.arange(40_000)[:, None] % 2), rng)
+    truth = exact_log_ratio(x_test, theta_test)
+
+    numbers: Numbers = {"toy: variance of the exact log r": (float(truth.var()), "", None)}
+    begin = time.perf_counter()
+    carl = TwoHypotheses(seed, device="cpu").fit(theta0[:half], x[:half], [0.0], x[half:])
+    numbers["CARL: seconds"] = (time.perf_counter() - begin, "", None)
+    begin = time.perf_counter()
+    alice = MinedRatio(seed, loss="alice", device="cpu").fit(theta0, zero, x, y, ((z - theta0 / 2) * theta0)[:, 0])
+    numbers["ALICE: seconds"] = (time.perf_counter() - begin, "", None)
+    for name, ratio, bound in (("CARL", carl, 0.06), ("ALICE", alice, 0.025)):
+        error = ratio.log_ratio(x_test, theta_test, [0.0]) - truth
+        numbers[f"{name}: MSE(log r)"] = (float((error**2).mean()), "<=", bound)
+        numbers |= calibrated(name, ratio, seed)
+        print(f"{name} done", flush=True)
+    return numbers | sally(seed)
+
+
+def calibrated(name: str, ratio: HypothesisRatio, seed: int) -> Numbers:
+    """Mean ratio and reweighting AUC per theta, after recalibration on events of their own."""
+    near, far, raw, areas, failed = 0.0, 0.0, 0.0, [], 0
+    for theta in THETAS:
+        rng = rng_for(seed, "check", name, str(theta))
+        samples = [[latent(np.full((N_CHECK, 1), t), rng)[1] for t in (theta, 0.0)] for _ in range(2)]
+        (num_a, ref_a), (num_b, ref_b) = [[ratio.log_ratio(x, [theta], [0.0]) for x in pair] for pair in samples]
+        repair = recalibrate_ratio(num_a, ref_a)
+        checks = check_ratio(repair.apply(num_b), repair.apply(ref_b), *samples[1], seed=seed)
+        deviation = abs(float(checks.mean.mean["E_ref[r]"][0]) - 1)
+        raw = max(raw, abs(float(np.exp(ref_b).mean()) - 1))
+        near, far = (max(near, deviation), far) if abs(theta) <= 2 else (near, max(far, deviation))
+        areas.append(checks.auc.auc)
+        failed += checks.pvalue < 0.01
+        print(f"{name}, theta = {theta}: {repair.summary()}\n{checks.summary()}", flush=True)
+    return {
+        f"{name}: |E[r] - 1|, |theta| <= 2, calibrated": (near, "<=", 0.03),
+        f"{name}: |E[r] - 1|, |theta| = 4, calibrated": (far, "<=", 0.10),
+        f"{name}: |E[r] - 1|, largest, before calibration": (raw, "", None),
+        f"{name}: largest reweighting AUC, calibrated": (float(max(areas)), "<=", 0.51),
+        f"{name}: thetas of {len(THETAS)} whose checks together give p < 0.01": (float(failed), "", None),
+    }
+
+
+def sally(seed: int) -> Numbers:
+    """Slope of the score at theta_ref = 0.5."""
+    rng = rng_for(seed, "sally")
+    reference = np.full((N_EVENTS, 1), 0.5)
+    z, x = latent(reference, rng)
+    begin = time.perf_counter()
+    found = SALLY(seed, device="cpu").fit(x, z - reference)
+    seconds = time.perf_counter() - begin
+    _, fresh = latent(reference, rng)
+    slope = float(np.polyfit(fresh[:, 0] - 0.5, found.score(fresh)[:, 0], 1)[0])
+    return {
+        "SALLY: seconds": (seconds, "", None),
+        "SALLY: score slope": (slope, "", None),
+        "SALLY: |slope - 0.2|": (abs(slope - 0.2), "<=", 0.01),
+        "SALLY: information, exact 0.2": (float(found.information(fresh)[0, 0]), "", None),
+    }
+
+
+def simulate(n: int, seed: int) -> tuple[SourceSpectrum, Array, Array, Array, Array]:
+    """Simulator, training pairs and 2000 fresh pairs."""
+    simulator = SourceSpectrum(composition="fixed")
+    rng, fresh = rng_for(seed, "training"), rng_for(seed, "test")
+    theta, theta_test = simulator.prior.sample(n, rng), simulator.prior.sample(2000, fresh)
+    return simulator, theta, simulator.simulate(theta, rng), theta_test, simulator.simulate(theta_test, fresh)
+
+
+def exact_draws(simulator: SourceSpectrum, x: Array, seed: int) -> Array:
+    """Draws of the exact posterior by grid (N_JUDGED, 2)."""
+    prior = simulator.prior
+
+    def log_target(u: Array) -> Array:
+        return simulator.log_likelihood(x, prior.from_unbounded(u)) + standard_normal_log_prob(u)
+
+    return prior.from_unbounded(grid_posterior(log_target, [-8, -8], [8, 8]).sample(N_JUDGED, rng_for(seed, "exact")))
+
+
+def source(n: int, n_observations: int, threads: int, seed: int, peer: bool, loss: str) -> Numbers:
+    """NRE on the source spectrum, against the grid and beside sbi."""
+    simulator, theta, x, theta_test, x_test = simulate(n, seed)
+    begin = time.perf_counter()
+    nre = NRE(simulator.prior, seed, loss=loss, observables=simulator.observables).fit(theta, x)
+    training = time.perf_counter() - begin
+    print(f"trained on {n} simulations in {training:.1f} s, {len(nre.history[0])} epochs", flush=True)
+    joint, marginal = nre.log_ratio_pairs(theta_test, x_test)
+    columns = np.sqrt(x_test)
+    checks = check_ratio(
+        joint, marginal, np.column_stack([columns, theta_test]), np.column_stack([columns, np.roll(theta_test, -1, axis=0)])
+    )
+    print(checks.summary(), flush=True)
+    scores, seconds = [], []
+    exact = [exact_draws(simulator, x_test[i], i) for i in range(n_observations)]
+    for i in range(n_observations):
+        begin = time.perf_counter()
+        found = nre.posterior(x_test[i], N_DRAWS, seed=i)
+        seconds.append(time.perf_counter() - begin)
+        with threadpool_limits(1, "blas"):
+            scores.append(c2st(found.theta[:N_JUDGED], exact[i], workers=threads).accuracy)
+        print(f"observation {i + 1}: C2ST {scores[-1]:.3f}, {seconds[-1]:.1f} s; {found.summary()}", flush=True)
+    numbers: Numbers = {
+        "NRE: training seconds": (training, "", None),
+        "NRE: mean log r of held-out pairs, nats": (float(joint.mean()), "", None),
+        "NRE: p-value of the checks on 2000 held-out pairs": (checks.pvalue, "", None),
+        f"NRE: mean C2ST over {n_observations} observations": (float(np.mean(scores)), "<=", 0.60),
+        "NRE: largest C2ST": (float(np.max(scores)), "", None),
+        "NRE: longest time for 1e4 draws, s": (float(np.max(seconds)), "<=", 10.0),
+    }
+    if peer and PEERS.exists():
+        try:
+            numbers |= beside_sbi(simulator, theta, x, x_test, exact, threads, seed)
+        except WorkerError as err:
+            print(f"sbi could not be measured: {err}", flush=True)
+    return numbers
+
+
+def beside_sbi(simulator: SourceSpectrum, theta: Array, x: Array, x_test: Array, exact: list[Array], threads: int, seed: int) -> Numbers:
+    """sbi's NRE-C with its defaults on the same simulations, the counts after Anscombe's root and standardised."""
+    root, root_test = 2 * np.sqrt(x + 0.375), 2 * np.sqrt(x_test + 0.375)
+    mean, scale = root.mean(axis=0), np.maximum(root.std(axis=0), 1.0)
+    low, high = np.array([(p.low, p.high) for p in simulator.parameters], dtype=np.float64).T
+    scores, seconds = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        data, out = Path(folder) / "toy.npz", Path(folder) / "draws.npy"
+        np.savez(data, theta=theta, z=(root - mean) / scale, z_test=(root_test[:100] - mean) / scale, low=low, high=high)
+        worker = Worker(PEERS, "benchmarks.peers.sbi_nre_worker", threads=threads, log=Path(folder) / "sbi.log")
+        try:
+            print(f"sbi: {worker.call('info')}", flush=True)
+            trained = worker.call("train", data=str(data), key="nre-c", seed=seed, max_epochs=0)
+            print(f"sbi: trained in {trained['seconds']:.1f} s, {trained['epochs']} epochs", flush=True)
+            for i in range(min(3, len(exact))):
+                question = {"data": str(data), "key": "nre-c", "observation": i, "n_draws": N_DRAWS, "seed": i, "out": str(out)}
+                seconds.append(worker.call("sample", **question, timeout=600.0))
+                with threadpool_limits(1, "blas"):
+                    scores.append(c2st(np.load(out).astype(np.float64)[rng_for(i).permutation(N_DRAWS)[:N_JUDGED]], exact[i]).accuracy)
+                print(f"sbi, observation {i + 1}: C2ST {scores[-1]:.3f}, {seconds[-1]:.1f} s", flush=True)
+        finally:
+            worker.close()
+    return {
+        "sbi NRE-C: training seconds": (float(trained["seconds"]), "", None),
+        f"sbi NRE-C: mean C2ST over the first {len(scores)} observations": (float(np.mean(scores)), "", None),
+        "sbi NRE-C: shortest time for 1e4 draws, s": (float(np.min(seconds)), "", None),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=20_000)
+    parser.add_argument("--observations", type=int, default=8)
+    parser.add_argument("--loss", default="nre-c")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--only", choices=("toy", "source"))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/ratios.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    jobs: dict[str, Callable[[], Numbers]] = {
+        "toy": lambda: toy(options.seed),
+        "source": lambda: source(options.n, options.observations, options.threads, options.seed, not options.no_peer, options.loss),
+    }
+    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {"rows": []}
+    rows = {row["name"]: row for row in kept["rows"]}
+    numbers: Numbers = {}
+    for name in [options.only] if options.only else jobs:
+        begin = time.perf_counter()
+        numbers |= jobs[name]()
+        print(f"[{name}: {time.perf_counter() - begin:.0f} s]", flush=True)
+    for name, (value, sign, bound) in numbers.items():
+        met = bound is None or bool(value <= bound if sign == "<=" else value >= bound)
+        rows[name] = {"name": name, "value": value, "asked": None if bound is None else f"{sign} {bound:g}", "met": met}
+        print(f"{name:<72} {value:<12.4g}" + ("" if bound is None else f" {rows[name]['asked']}  {'met' if met else 'MISSED'}"))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    aside = options.out.with_suffix(".tmp")
+    text = json.dumps({"n_simulations": options.n, "threads": options.threads, "rows": list(rows.values())}, indent=1)
+    aside.write_text(text + "\n", encoding="utf-8")
+    os.replace(aside, options.out)
+    sys.exit(not all(rows[name]["met"] for name in numbers))
+
+
+if __name__ == "__main__":
+    main()

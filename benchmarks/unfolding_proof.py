@@ -1,0 +1,252 @@
+"""Proof of the unfoldings: validate() on the steep toy, background and fakes over toys, two dimensions, event-wise ranks.
+
+    python benchmarks/unfolding_proof.py [--toys 200] [--events 100000] [--figures FOLDER] [--out benchmarks/results/unfolding_proof.json]
+
+Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed. About six minutes on one core.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm, wasserstein_distance
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the toys are the tests' own
+
+# ruff: noqa: E402
+from sbi_phys.rng import rng_for
+from sbi_phys.unfold import FlowUnfolder, ibu, omnifold, tikhonov
+from sbi_phys.unfold.response import Response
+from sbi_phys.unfold.validate import validate
+from sbi_phys.unfold.validate_pit import event_pit
+from sbi_phys.unfold.validate_result import Validation
+from tests.unfold import omnifold_oracle, steep_toy
+
+Array = NDArray[np.float64]
+Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
+
+# lgE and Xmax [g cm^-2]: mean, sd, correlation of simulation and data; sd and correlation of what the detector adds
+SIMULATION = ((18.90, 750.0), (0.25, 60.0), 0.24)
+DATA = ((18.98, 735.0), (0.22, 50.0), 0.10)
+SMEARING = ((0.08, 20.0), 0.5)
+NAMES = ("lgE", "Xmax")
+# the IcINN toy: simulation N(4, 4), data N(10, 3.8), reco = truth + N(-6, 3)
+BIAS, SMEAR = -6.0, 3.0
+
+
+def steep(n_toys: int, figures: Path | None) -> Numbers:
+    """validate() on the steep toy from a wrong prior: the default rule of iterative Bayes, and Tikhonov."""
+    response, truth, prior = steep_toy.response(), steep_toy.power_law(2.7), steep_toy.power_law(3.0)
+    counts = rng_for(7, "steep counts").poisson(response.fold(truth))
+
+    def by_rule(index: float) -> Callable[[Array, Response], object]:
+        return lambda c, r: ibu(c, r, "coverage", steep_toy.power_law(index))
+
+    report = validate(
+        {"IBU, rule": by_rule(3.0), "Tikhonov": lambda c, r: tikhonov(c, r, prior=prior)},
+        response,
+        truth,
+        counts=counts,
+        priors={"IBU, rule": {f"index {g}": by_rule(g) for g in (2.4, 2.7, 3.0)}},
+        scan={
+            "IBU, rule": {k: lambda c, r, k=k: ibu(c, r, k, prior) for k in (1, 2, 4, 8, 16, 32, 64)},  # type: ignore[misc]
+            "Tikhonov": {t: lambda c, r, t=t: tikhonov(c, r, t, prior) for t in (1e-1, 1.0, 1e1, 1e2, 1e3)},  # type: ignore[misc]
+        },
+        n_toys=n_toys,
+    )
+    print(report.summary())
+    if figures is not None:
+        report.write(figures / "steep")
+    return _rows("steep", report)
+
+
+def _rows(where: str, report: Validation) -> Numbers:
+    """What is asked of the worst bins, as numbers, and the number of tests that fail, for information."""
+    numbers: Numbers = {}
+    for name, found in report.methods.items():
+        values = {row.name: row.value for row in found.rows()}
+        numbers[f"{where}, {name}: largest |mean pull|"] = (values["mean pull"], "<=", 0.5)
+        numbers[f"{where}, {name}: worst-bin 68 % coverage"] = (values["coverage of 68 % intervals"], ">=", 0.60)
+        numbers[f"{where}, {name}: mean 68 % coverage"] = (values["coverage of 68 % intervals, mean of bins"], "", None)
+        numbers[f"{where}, {name}: worst-bin 95 % coverage"] = (values["coverage of 95 % intervals"], "", None)
+        lines = [line.ratio for line in found.bottom_lines.values() if np.isfinite(line.ratio)]
+        numbers[f"{where}, {name}: bottom line, worst ratio"] = (max(lines), "<=", 1.02)
+        if found.priors is not None:
+            numbers[f"{where}, {name}: priors apart [sigma]"] = (values["priors apart"], "<=", 0.6)
+        worst = max(v for k, v in values.items() if k.startswith("stress"))
+        numbers[f"{where}, {name}: stress, worst bias [sigma]"] = (worst, "", None)
+        numbers[f"{where}, {name}: tests failed"] = (float(len(found.failed)), "", None)
+        numbers[f"{where}, {name}: seconds"] = (report.seconds[name], "<=", 300)
+    return numbers
+
+
+def extras(n_toys: int) -> Numbers:
+    """A tenth of background and a tenth of fakes together, from a wrong prior."""
+    plain, truth, prior = steep_toy.response(), steep_toy.power_law(2.7), steep_toy.power_law(3.0)
+    response = steep_toy.response(background=0.1 * plain.fold(truth), fakes=np.full(20, 0.1))
+    report = validate(
+        {"IBU, rule": lambda c, r: ibu(c, r, "coverage", prior), "Tikhonov": lambda c, r: tikhonov(c, r, prior=prior)},
+        response,
+        truth,
+        n_toys=n_toys,
+        seed=1,
+    )
+    return _rows("10 % background and fakes", report)
+
+
+def learned_extras(n_toys: int) -> Numbers:
+    """OmniFold on toys with a tenth of background and of fakes: mean bias of binned counts in units of their spread over toys."""
+    n, edges = 5000, np.linspace(-1.4, 1.8, 6)
+    true = n * np.diff(norm.cdf(edges, omnifold_oracle.MEAN, omnifold_oracle.SD))
+    counts = []
+    for i in range(n_toys):
+        t = omnifold_oracle.toy(n, 1000 + i, fakes=0.1, background=0.1)
+        half = np.full(len(t.background), 0.5)  # twice the data's share is simulated
+        found = omnifold(t.truth, t.reco, t.data, 4, t.reco_pass, t.truth_pass, background=t.background, background_weights=half, seed=i)
+        counts.append(np.histogram(found.truth[:, 0][t.truth_pass], edges, weights=found.weights[t.truth_pass])[0])
+    values = np.array(counts)
+    spread = values.std(axis=0, ddof=1)
+    pull = (values.mean(axis=0) - true) / spread
+    print(f"OmniFold, {n_toys} toys of {n}: mean pull by bin {np.round(pull, 2)} +- {1 / np.sqrt(n_toys):.2f}, relative spread", end=" ")
+    print(np.round(spread / true, 3))
+    return {"10 % background and fakes, OmniFold: largest |mean pull|": (float(np.abs(pull).max()), "<=", 0.5)}
+
+
+def _covariance(sd: tuple[float, float], correlation: float) -> Array:
+    scale = np.array(sd)
+    return np.outer(scale, scale) * np.array([[1, correlation], [correlation, 1]])
+
+
+def _pairs(n: int, which: tuple[tuple[float, float], tuple[float, float], float], seed: int) -> tuple[Array, Array]:
+    rng = rng_for(seed, "lgE and Xmax")
+    truth = rng.multivariate_normal(which[0], _covariance(*which[1:]), n)
+    return truth, truth + rng.multivariate_normal((0, 0), _covariance(*SMEARING), n)
+
+
+def two_dimensions(n: int) -> Numbers:
+    """OmniFold and FlowUnfolder on energy and depth with correlated smearing: marginals, correlation, event posteriors, time."""
+    (truth, reco), (nature, data) = _pairs(n, SIMULATION, 31), _pairs(n, DATA, 32)
+    numbers: Numbers = {}
+    begin = time.perf_counter()
+    weighted = omnifold(truth, reco, data, 4, seed=0)
+    seconds = time.perf_counter() - begin
+    numbers |= _closure("2-D, OmniFold", truth, weighted.weights, nature)
+    numbers |= {
+        "2-D, OmniFold: seconds, 4 iterations": (seconds, "", None),
+        "2-D, OmniFold: seconds per training": (seconds / 8, "<=", 120),
+        "2-D, OmniFold: effective sample size": (weighted.effective_sample_size, "", None),
+    }
+    begin = time.perf_counter()
+    unfolder = FlowUnfolder(0, device="cpu").fit(truth, reco, data, n_iterations=3)
+    seconds = time.perf_counter() - begin
+    unfolded = unfolder.sample(data, 1, seed=5)[:, 0]
+    numbers |= _closure("2-D, FlowUnfolder", unfolded, np.ones(n), nature)
+    numbers |= {
+        "2-D, FlowUnfolder: seconds, 3 iterations": (seconds, "", None),
+        "2-D, FlowUnfolder: seconds per training": (seconds / 3, "<=", 120),
+    }
+    some = slice(0, 1000)
+    ranks = event_pit(nature[some], unfolder.sample(data[some], 199, seed=6), data[some], NAMES)
+    print(ranks.summary())
+    numbers["2-D, FlowUnfolder: event-wise PIT, p"] = (ranks.pvalue, ">=", 0.01)
+    return numbers
+
+
+def _closure(name: str, values: Array, weights: Array, nature: Array) -> Numbers:
+    # against the very truths of the data, so that the data's own fluctuation does not count
+    numbers: Numbers = {}
+    moved = []
+    for j, quantity in enumerate(NAMES):
+        mean, sd = omnifold_oracle.moments(values[:, j], weights)
+        true_mean, true_sd = nature[:, j].mean(), nature[:, j].std()
+        edges = np.linspace(true_mean - 3.5 * true_sd, true_mean + 3.5 * true_sd, 31)
+        p, q = np.histogram(values[:, j], edges, weights=weights / weights.sum())[0], np.histogram(nature[:, j], edges)[0] / len(nature)
+        numbers |= {
+            f"{name}: {quantity}, |mean - true| [sd]": (abs(mean - true_mean) / true_sd, "<=", 0.03),
+            f"{name}: {quantity}, |sd / true - 1|": (abs(sd / true_sd - 1), "<=", 0.03),
+            f"{name}: {quantity}, Delta x 1e3": (float(500 * ((p - q) ** 2 / (p + q + 1e-300)).sum()), "<=", 0.5),
+        }
+        moved.append((values[:, j] - mean) / sd)
+    correlation, true = float(np.average(moved[0] * moved[1], weights=weights)), float(np.corrcoef(nature.T)[0, 1])
+    print(f"{name}: correlation {correlation:.4f}, true {true:.4f}, simulated {SIMULATION[2]}")
+    numbers[f"{name}: |correlation - true|"] = (abs(correlation - true), "<=", 0.02)
+    return numbers
+
+
+def event_wise(n: int) -> Numbers:
+    """FlowUnfolder on the Gaussian oracle, 5 iterations: recursion, event posteriors against the exact ones, event-wise ranks."""
+
+    def pairs(mean: float, sd: float, seed: int) -> tuple[Array, Array]:
+        rng = rng_for(seed, "pairs")
+        truth = mean + sd * rng.standard_normal(n)
+        return truth, truth + BIAS + SMEAR * rng.standard_normal(n)
+
+    (truth, reco), (nature, data) = pairs(4, 4, 21), pairs(10, 3.8, 22)
+    begin = time.perf_counter()
+    unfolder = FlowUnfolder(0, device="cpu").fit(truth, reco, data, n_iterations=5)
+    seconds = time.perf_counter() - begin
+    last = unfolder.history[-1]
+    mean, sd = omnifold_oracle.gaussian_recursion(4, 16, 10, 3.8**2, 9, 4)  # the prior that the fifth network was trained with
+    y = np.quantile(data, [0.05, 0.25, 0.5, 0.75, 0.95])
+    centre, width = (9 * mean + sd**2 * (y - BIAS)) / (sd**2 + 9), np.sqrt(9 * sd**2 / (sd**2 + 9))
+    quantiles = norm.ppf((np.arange(20_000) + 0.5) / 20_000)
+    draws = unfolder.sample(y, 20_000, seed=3)[:, :, 0]
+    distances = [wasserstein_distance(d, c + width * quantiles) for d, c in zip(draws, centre, strict=True)]
+    ranks = event_pit(nature[:1000], unfolder.sample(data[:1000], 199, seed=4)[:, :, 0], data[:1000], ["truth"])
+    print(ranks.summary())
+    return {
+        "IcINN toy: |mean - 9.957|": (abs(float(last.mean[0]) - 9.957), "<=", 0.10),
+        "IcINN toy: |sd - 3.817|": (abs(float(last.sd[0]) - 3.817), "<=", 0.10),
+        "IcINN toy: Wasserstein-1 of event posteriors, worst": (float(max(distances)), "<=", 0.15),
+        "IcINN toy: event-wise PIT, p": (ranks.pvalue, ">=", 0.01),
+        "IcINN toy: seconds per training": (seconds / 5, "<=", 120),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toys", type=int, default=200)
+    parser.add_argument("--events", type=int, default=100_000)
+    parser.add_argument("--learned-toys", type=int, default=40)
+    parser.add_argument("--figures", type=Path, help="folder for the figures of validate()")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/unfolding_proof.json")
+    parser.add_argument("--only", help="one part; the rows of the others stay as the file has them")
+    options = parser.parse_args()
+    jobs: dict[str, Callable[[], Numbers]] = {
+        "steep": lambda: steep(options.toys, options.figures), "extras": lambda: extras(options.toys),
+        "event-wise": lambda: event_wise(options.events), "two dimensions": lambda: two_dimensions(options.events),
+        "learned extras": lambda: learned_extras(options.learned_toys),
+    }  # fmt: skip
+    if options.only is not None and options.only not in jobs:
+        parser.error(f"--only {options.only}: expected one of {', '.join(jobs)}")
+    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {"rows": [], "seconds": {}}
+    numbers: Numbers = {}
+    seconds: dict[str, float] = kept["seconds"]
+    for name in [options.only] if options.only else jobs:
+        begin = time.perf_counter()
+        numbers |= jobs[name]()
+        seconds[name] = round(time.perf_counter() - begin, 2)
+        print(f"[{name}: {seconds[name]} s]", flush=True)
+    rows = {row["name"]: row for row in kept["rows"]}
+    for n, (v, sign, bound) in numbers.items():
+        met = bound is None or bool(v <= bound if sign == "<=" else v >= bound)
+        rows[n] = {"name": n, "value": float(v), "asked": None if bound is None else f"{sign} {bound:g}", "met": met}
+        print(f"{n:<80} {v:<12.4g}" + ("" if bound is None else f" {rows[n]['asked']}  {'met' if met else 'MISSED'}"))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    aside = options.out.with_suffix(".tmp")
+    text = json.dumps({"toys": options.toys, "events": options.events, "seconds": seconds, "rows": list(rows.values())}, indent=1)
+    aside.write_text(text + "\n", encoding="utf-8")
+    os.replace(aside, options.out)
+    sys.exit(not all(rows[n]["met"] for n in numbers))
+
+
+if __name__ == "__main__":
+    main()
