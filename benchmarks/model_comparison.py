@@ -2,8 +2,8 @@
 
     python benchmarks/model_comparison.py [--n 50000] [--only gaussian] [--out benchmarks/results/model_comparison.json]
 
-gaussian    two conjugate linear Gaussian models, 8 correlated numbers, 2 parameters: 100 data sets
-poisson     two Poisson models with gamma priors on the rate, 4 counts each: 100 data sets
+gaussian    two conjugate linear Gaussian models, 4 correlated numbers, 2 parameters: 100 data sets
+poisson     two Poisson models with gamma priors of one mean on the rate, 4 counts each: 100 data sets
 evidence    evidence by importance sampling from an NPE of the same Gaussian models: 20 data sets
 test        size and power of the test of calibrated probabilities, 1000 repetitions
 toys        p-value of a signal in an on/off experiment against the sum over all counts
@@ -37,9 +37,9 @@ from tests.toys import LinearGaussian
 
 Array = NDArray[np.float64]
 Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
-GAUSSIAN = {sd: LinearGaussian(dim=2, n_columns=8, noise=1.0, prior_sd=sd) for sd in (0.3, 1.0)}
+GAUSSIAN = {sd: LinearGaussian(dim=2, n_columns=4, noise=1.0, prior_sd=sd) for sd in (0.5, 1.0)}
 # shape and rate of the gamma priors on the rate, and the number of counts
-GAMMA = {"few": (2.0, 0.5), "many": (9.0, 1.5)}
+GAMMA = {"wide": (2.0, 0.5), "narrow": (4.0, 1.0)}
 N_COUNTS = 4
 
 
@@ -80,20 +80,20 @@ def calibration(name: str, result: ModelComparison) -> Numbers:
 
 def gaussian(n: int) -> Numbers:
     models = {f"prior sd {sd}": sim for sd, sim in GAUSSIAN.items()}
-    result = model_comparison(models, n=n, n_ensemble=4, n_check=5000, device="cpu")
+    result = model_comparison(models, n=n, n_ensemble=2, n_check=5000, device="cpu")
     rng = rng_for(31)
     x = np.concatenate([s.simulate(s.prior.sample(50, rng), rng) for s in GAUSSIAN.values()])
-    want = gaussian_log_evidence(GAUSSIAN[1.0], x) - gaussian_log_evidence(GAUSSIAN[0.3], x)
-    got = result.log_bayes_factor(x, "prior sd 1.0", "prior sd 0.3")
+    want = gaussian_log_evidence(GAUSSIAN[1.0], x) - gaussian_log_evidence(GAUSSIAN[0.5], x)
+    got = result.log_bayes_factor(x, "prior sd 1.0", "prior sd 0.5")
     return compared("Gaussian", got, want) | calibration("Gaussian", result)
 
 
 def poisson(n: int) -> Numbers:
     x = {name: draw_gamma(*prior, n + 5000, rng_for(32, name)) for name, prior in GAMMA.items()}
-    result = model_comparison(x, n_ensemble=4, n_check=5000, device="cpu")
+    result = model_comparison(x, n_ensemble=2, n_check=5000, device="cpu")
     data = np.concatenate([draw_gamma(*prior, 50, rng_for(33, name)) for name, prior in GAMMA.items()])
-    want = gamma_log_evidence(*GAMMA["many"], data) - gamma_log_evidence(*GAMMA["few"], data)
-    return compared("Poisson", result.log_bayes_factor(data, "many", "few"), want) | calibration("Poisson", result)
+    want = gamma_log_evidence(*GAMMA["narrow"], data) - gamma_log_evidence(*GAMMA["wide"], data)
+    return compared("Poisson", result.log_bayes_factor(data, "narrow", "wide"), want) | calibration("Poisson", result)
 
 
 def evidence() -> Numbers:
@@ -104,10 +104,10 @@ def evidence() -> Numbers:
         posteriors[f"prior sd {sd}"] = (sim, sp.NPE(sim.prior, config=config, device="cpu").fit(theta, sim.simulate(theta, rng)))
     pulls, errors = [], []
     for i in range(20):
-        source = GAUSSIAN[(0.3, 1.0)[i % 2]]
+        source = GAUSSIAN[(0.5, 1.0)[i % 2]]
         x = source.simulate(source.prior.sample(1, rng), rng)[0]
-        value, error = compare_evidence(posteriors, x, n=5000, seed=i).log_bayes_factor("prior sd 1.0", "prior sd 0.3")
-        want = float(gaussian_log_evidence(GAUSSIAN[1.0], x) - gaussian_log_evidence(GAUSSIAN[0.3], x))
+        value, error = compare_evidence(posteriors, x, n=5000, seed=i).log_bayes_factor("prior sd 1.0", "prior sd 0.5")
+        want = float(gaussian_log_evidence(GAUSSIAN[1.0], x) - gaussian_log_evidence(GAUSSIAN[0.5], x))
         pulls.append((value - want) / error)
         errors.append(abs(value - want))
     return {

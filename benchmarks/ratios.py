@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 # ruff: noqa: E402
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from benchmarks.suite.workers import Worker, WorkerError
 from sbi_phys.calibration import c2st

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sbi_phys.cli_store import register as register_store
+from sbi_phys.cli_unfold import register
 from sbi_phys.errors import SbiPhysError, SettingError
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ Quick = Annotated[bool, typer.Option("--quick", help="The same stages on less of
 Seed = Annotated[int | None, typer.Option(help="Every random number follows from it.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N")]
 Workers = Annotated[int | None, typer.Option(help="Processes that simulate; 0 is one per core.")]
+Scheduler = Annotated[str | None, typer.Option(help="Dask scheduler whose workers simulate: tcp://host:port.")]
+Cluster = Annotated[str | None, typer.Option(help="TOML file of a batch system (HTCondor, Slurm, ...) whose jobs simulate.")]
 Strict = Annotated[bool, typer.Option("--strict", help="With calibrate: status 3 if a test fails.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -78,10 +82,13 @@ def _stage_command(
     seed: Seed = None,
     device: Device = None,
     workers: Workers = None,
+    scheduler: Scheduler = None,
+    cluster: Cluster = None,
     strict: Strict = False,
     debug: Debug = False,
 ) -> None:
     flags = {"simulator.spec": simulator, "simulate.n": n, "run.seed": seed, "run.device": device, "run.workers": workers}
+    flags |= {"run.scheduler": scheduler, "run.cluster": cluster}
     until, _ = _COMMANDS[str(context.info_name)]
     with _plain_errors(debug):
         _run(config, out, flags, changes, quick, until)
@@ -200,6 +207,9 @@ def _plain_errors(debug: bool) -> Iterator[None]:
         typer.echo(f"\nstopped; what is finished is kept, and the same command goes on from there:\n  {command}", err=True)
         raise typer.Exit(130) from None
 
+
+register(app, _plain_errors)
+register_store(app, _plain_errors)
 
 if __name__ == "__main__":
     main()

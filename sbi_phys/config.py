@@ -48,7 +48,9 @@ class RunSettings:
 
     Args: title of the report. seed: every random number of the run follows from it. device: 'auto', 'cpu', 'cuda', ...
     workers: processes for the simulation, 0 for one per core (the data do not depend on it).
-    memory: bytes that training rows may take, 0 for half of the machine's: more are streamed.   Raises: SettingError.
+    memory: bytes that training rows may take, 0 for half of the machine's: more are streamed.
+    scheduler: address of a Dask scheduler whose workers simulate. cluster: path of a cluster file (`clusters`) instead.
+    Raises: SettingError.
     """
 
     title: str = "Simulation-based inference"
@@ -56,6 +58,8 @@ class RunSettings:
     device: str = "auto"
     workers: int = 0
     memory: int = 0
+    scheduler: str = ""
+    cluster: str = ""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -223,7 +227,7 @@ _QUICK = {
     "check.n": 200,
 }
 # Settings that change where or how fast a run is made, and not what it means: they may differ when a run is taken up again.
-_FREE = ("run.device", "run.workers")
+_FREE = ("run.device", "run.workers", "run.scheduler", "run.cluster")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

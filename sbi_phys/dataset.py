@@ -3,6 +3,9 @@ r"""From arrays to what a network is trained on: scaling from the training part 
 Counts are variance-stabilised before they are standardised, y = 2 sqrt(x + 3/8) (Anscombe 1948): Poisson noise then
 has unit width in every bin, over all decades of a steep spectrum. A count column is never scaled up by more than that
 unit noise, so that a bin that is almost always empty does not turn one rare event into a 20 sigma input.
+
+Sets of events in padded slots (n, n_max, k + 1), mask in the last column, have one mean and width for all slots, those of
+the real events: events have no order, so a slot has no scale of its own. Their mask stays as it is.
 """
 
 from collections.abc import Sequence
@@ -47,7 +50,10 @@ class XScaler:
             y = blank.stabilise(x[start : start + chunk]) - shift
             total += y.sum(axis=0)
             squares += np.einsum("n...,n...->...", y, y)
-        sd = np.sqrt(np.maximum(squares / n - (total / n) ** 2, 0.0))
+        variance = np.maximum(squares / n - (total / n) ** 2, 0.0)
+        if not counts.any() and _are_padded_sets(x):
+            return cls(shape, counts, *_moments_of_events(shift + total / n, variance))
+        sd = np.sqrt(variance)
         scale = np.where(counts, np.maximum(sd, 1.0), np.where(sd > 1e-12 * np.abs(shift + total / n), sd, 1.0))
         return cls(shape, counts, shift + total / n, np.where(scale > 0, scale, 1.0))
 
@@ -88,6 +94,26 @@ class XScaler:
     def from_dict(cls, state: dict[str, Any]) -> Self:
         """Inverse of `to_dict`."""
         return cls(tuple(state["shape"]), *(state[k].numpy() for k in ("counts", "mean", "scale")))
+
+
+def _are_padded_sets(x: NDArray[np.floating]) -> bool:
+    """Whether x is (n, n_max, k + 1) with k >= 1: ones then zeros in the last column, and zeros where that is zero."""
+    if x.ndim != 3 or x.shape[2] < 2:
+        return False
+    mask = x[:, :, -1]
+    real = mask == 1
+    if not (real | (mask == 0)).all() or (real[:, 1:] & ~real[:, :-1]).any() or not real.any():
+        return False
+    return not any((x[:, :, j][~real] != 0).any() for j in range(x.shape[2] - 1))
+
+
+def _moments_of_events(mean: NDArray[np.float64], variance: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and scale (n_max, k + 1), the same for each slot, from those of the columns: empty slots add nothing to either sum."""
+    events = mean[:, -1].sum()  # a set, on average
+    centre = mean[:, :-1].sum(axis=0) / events
+    sd = np.sqrt(np.maximum((variance + mean**2)[:, :-1].sum(axis=0) / events - centre**2, 0.0))
+    sd = np.where(sd > 1e-7 * np.abs(centre), sd, 1.0)
+    return np.broadcast_to(np.append(centre, 0.0), mean.shape).copy(), np.broadcast_to(np.append(sd, 1.0), mean.shape).copy()
 
 
 def prepare_simulations(prior: Prior, theta: Any, x: Any) -> tuple[NDArray[np.float64], NDArray[np.floating]]:

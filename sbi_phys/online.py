@@ -25,10 +25,10 @@ from sbi_phys.dataset import XScaler, count_columns, prepare_simulations
 from sbi_phys.errors import DataError
 from sbi_phys.parallel import Ranks
 from sbi_phys.priors import Prior
+from sbi_phys.processes import pickle_simulator, start_worker, unpickle_simulator
 from sbi_phys.protocol import Simulator, class_path, observables_to_dicts, simulator_identity
 from sbi_phys.shards import Header
-from sbi_phys.simulate import pickle_simulator
-from sbi_phys.workers import make_rows, start_worker, unpickle_simulator
+from sbi_phys.workers import make_rows
 
 __all__ = ["OnlineBatches", "default_workers"]
 

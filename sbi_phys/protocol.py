@@ -20,6 +20,7 @@ from sbi_phys.priors import Observable, Parameter, Prior
 from sbi_phys.rng import rng_for
 
 __all__ = [
+    "RowsFailedError",
     "Simulator",
     "check_output",
     "check_simulator",
@@ -29,6 +30,23 @@ __all__ = [
     "observables_to_dicts",
     "simulator_identity",
 ]
+
+
+class RowsFailedError(Exception):
+    """Some rows of a call of `simulate` failed, and the simulator says which and why; the others are good.
+
+    x: (n, k), whatever it holds in the failed rows. reasons: {row: text}.
+    """
+
+    def __init__(self, x: NDArray[Any], reasons: dict[int, str]) -> None:
+        super().__init__(x, reasons)
+        self.x, self.reasons = x, reasons
+
+    def __str__(self) -> str:
+        """Say the first reason."""
+        row, text = next(iter(self.reasons.items()), (0, "no reason"))
+        return f"{len(self.reasons)} of {len(self.x)} rows failed, first row {row}: {text}"
+
 
 _ATTRIBUTES = {"prior": Prior, "parameters": tuple, "observables": tuple, "settings": dict}
 

@@ -2,23 +2,23 @@ r"""One shard of a simulation store: an HDF5 file of rows (theta, x, status), an
 
     theta       (n, d) float64   parameters, in the units of the attribute `parameter_units`
     x           (n, k) float32 or float64   observables side by side, in the order of the attribute `observables`
+                                 (in a layout of its own, sbi_phys.layout: also x_0, x_1, ... and set_0, set_0_offsets, ...)
     status      (n,) uint8       0 ok, 1 non-finite x (kept as it came), 2 the simulator raised (x is NaN)
     failed_row  (m,) int64       rows within this shard whose status is not 0
     reason      (m,) bytes       why, UTF-8
 
-Everything else is an attribute, text in fixed-length UTF-8 so that no byte lies outside HDF5's own metadata checksums;
-`checksum` covers the header and the arrays. Nothing in a file depends on the machine, the time or the worker that made
-it: equal settings give equal bytes. A file is written aside, synced and renamed: under its final name it is complete or
-it is not there.
+Everything else is an attribute, text in fixed-length UTF-8 so that no byte lies outside HDF5's own metadata checksums.
+Every dataset has a checksum among them, and `checksum` covers them all. Nothing in a file depends on the machine, the time
+or the worker that made it: equal settings and equal code give equal bytes. A file is written aside, synced and renamed:
+under its final name it is complete or it is not there. Files of schema 1, with one checksum over everything, are read too.
 """
 
 import io
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,17 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from sbi_phys.encoding import array_checksum, attribute, header_checksum, legacy_checksum, plain, set_attributes
 from sbi_phys.errors import StoreError
+from sbi_phys.layout import Layout, Ragged, add_dataset, add_virtual_x, split_x
+from sbi_phys.provenance import git_commit, package_version
 
 __all__ = [
     "FORMAT",
     "NON_FINITE",
     "OK",
     "RAISED",
+    "READABLE",
     "SCHEMA",
     "Header",
     "ShardData",
@@ -49,10 +53,12 @@ __all__ = [
 ]
 
 FORMAT = "sbi_phys simulation store"
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)
 OK, NON_FINITE, RAISED = 0, 1, 2
-_DATASETS = ("theta", "x", "status", "failed_row", "reason")
+_OPTIONAL = ("layout", "origin")  # fields of the header that are left out where they say nothing
 _REASON_BYTES = 240
+_REMAKE = "Delete and re-make it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,8 @@ class Header:
     """What all shards of a store share: it follows from the settings of the first `simulate` call.
 
     Fields: simulator, the identity (class, settings); prior, `Prior.to_dict`; observables, dicts; seed; shard_size, rows of
-    every shard but the last; dtype of x; theta, 'prior' (drawn from it) or 'given' (by the caller).
+    every shard but the last; dtype of x; theta, 'prior' (drawn from it), 'given' (by the caller), or 'merged', 'subset',
+    'imported', which `simulate` does not continue; layout, `Layout.plain`; origin, of rows that `simulate` did not make.
     """
 
     simulator: dict[str, Any]
@@ -70,18 +77,20 @@ class Header:
     shard_size: int
     dtype: str
     theta: str
+    layout: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """Fields as a dict of JSON values."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self.__slots__ if name not in _OPTIONAL or getattr(self, name)}
 
     @classmethod
     def from_plain(cls, values: dict[str, Any], where: str) -> "Header":
         """Inverse of `plain`.   Raises: StoreError naming the file and the field."""
         for name in cls.__slots__:
-            if name not in values:
+            if name not in values and name not in _OPTIONAL:
                 raise StoreError(f"{where} has no field {name!r}; expected a {FORMAT}, schema {SCHEMA}")
-        return cls(**{name: values[name] for name in cls.__slots__})
+        return cls(**{name: values[name] for name in cls.__slots__ if name in values})
 
     def require_equal(self, got: "Header", where: str) -> None:
         """Raise StoreError naming the first field in which the file `where` differs from what is expected."""
@@ -104,12 +113,13 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class ShardData:
-    """Rows of one shard: theta (n, d), x (n, k), status (n,), and the reasons of the failed rows, by row."""
+    """Rows of one shard: theta (n, d), x (n, k), status (n,), the reasons of the failed rows, by row, and ragged sets by name."""
 
     theta: NDArray[np.float64]
     x: NDArray[np.floating]
     status: NDArray[np.uint8]
     reasons: dict[int, str]
+    sets: dict[str, Ragged] = field(default_factory=dict)
 
 
 def shard_name(index: int) -> str:
@@ -117,34 +127,20 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}.h5"
 
 
-def package_version() -> str:
-    """Version of this package, as it stands in files."""
-    from sbi_phys import __version__  # here, since the package is still being imported when this module is
-
-    return __version__
-
-
 def write_shard(path: Path, header: Header, index: int, data: ShardData) -> None:
     """Write one shard aside, sync it and rename it to `path`.   Raises: StoreError, e.g. when the disk is full."""
-    failed = np.flatnonzero(data.status)
-    encoded = [_shorten(data.reasons[int(row)]) for row in failed]
-    arrays = {
-        "theta": np.ascontiguousarray(data.theta, dtype="<f8"),
-        "x": np.ascontiguousarray(data.x, dtype=np.dtype(header.dtype).newbyteorder("<")),
-        "status": np.ascontiguousarray(data.status, dtype="u1"),
-        "failed_row": failed.astype("<i8"),
-        "reason": np.array(encoded, dtype=f"S{max(map(len, encoded), default=1)}"),
-    }
+    layout = Layout.from_plain(header.layout)
+    arrays, virtual = _stored(header, layout, data)
     attributes = _attributes(header, index, arrays)
-    attributes["checksum"] = _checksum(attributes, arrays)
 
     def fill(sink: "_Sink") -> None:
         # one fixed format version; no times, no paths: equal content gives equal bytes
         with h5py.File(sink, "w", libver=("v110", "v110")) as file:
             for name, array in arrays.items():
-                file.create_dataset(name, data=array, track_times=False)
-            for name, value in attributes.items():
-                file.attrs[name] = value
+                add_dataset(file, name, array, layout)
+            if virtual:
+                add_virtual_x(file, {name: array for name, array in arrays.items() if name.startswith("x_")}, np.dtype(header.dtype))
+            set_attributes(file, attributes)
 
     write_aside(path, fill)
 
@@ -199,8 +195,8 @@ def open_shard(path: Path) -> Iterator[h5py.File]:
 
 def read_facts(file: h5py.File, path: Path) -> tuple[Header, dict[str, Any]]:
     """Return the header of an open shard and its own facts: shard, rows, n_failed, package_version, checksum."""
-    values = {name: _plain(value) for name, value in file.attrs.items()}
-    for name in ("simulator", "prior", "observables"):
+    values = {name: plain(value) for name, value in file.attrs.items()}
+    for name in ("simulator", "prior", "observables", "layout", "origin"):
         if isinstance(values.get(name), str):
             values[name] = json.loads(values[name])
     facts = {name: values.get(name) for name in ("shard", "rows", "n_failed", "package_version", "checksum")}
@@ -222,23 +218,40 @@ def read_arrays(file: h5py.File, path: Path) -> ShardData:
         if file[name].shape != shape:
             raise StoreError(f"{path}: dataset {name} has shape {file[name].shape}; expected {shape}")
     reasons = {int(row): bytes(text).decode("utf-8", "replace") for row, text in zip(file["failed_row"][:], file["reason"][:], strict=True)}
-    return ShardData(file["theta"][:], file["x"][:], file["status"][:], reasons)
+    sets = {}
+    for i, name in enumerate(header.layout.get("sets", {})):
+        sets[name] = Ragged(file[f"set_{i}"][:], file[f"set_{i}_offsets"][:])
+        if len(sets[name]) != rows:
+            raise StoreError(f"{path}: set {name} has {len(sets[name])} rows; expected {rows}")
+    return ShardData(file["theta"][:], file["x"][:], file["status"][:], reasons, sets)
 
 
-def verify_shard(path: Path, header: Header, index: int, rows: int) -> None:
-    """Read a shard whole and compare header, shapes and checksum with what is expected.   Raises: StoreError."""
+def verify_shard(path: Path, header: Header, index: int, rows: int) -> dict[str, str]:
+    """Read a shard whole, compare header, shapes and checksums with what is expected; return the datasets' checksums (schema 2).
+
+    Raises: StoreError.
+    """
     with open_shard(path) as file:
         got, facts = read_facts(file, path)
         header.require_equal(got, str(path))
         require_place(facts, index, rows, path)
-        read_arrays(file, path)
-        arrays = {name: file[name][:] for name in _DATASETS}
-        attributes = {name: value for name, value in file.attrs.items() if name != "checksum"}
-        checksum = _checksum(attributes, arrays)
+        data = read_arrays(file, path)
+        attributes = dict(file.attrs.items())
+        # what was just read is not read again; the rest is small, or stands beside x in a layout of its own
+        sums: dict[str, str] = {}
+        ready = {"theta": data.theta, "x": data.x, "status": data.status}
+        if "checksums" not in attributes:
+            checksum = legacy_checksum(attributes, ready | {name: file[name][:] for name in ("failed_row", "reason")})
+        else:
+            sums = dict(zip(plain(attributes["datasets"]), plain(attributes["checksums"]), strict=True))
+            for name, expected in sums.items():
+                found = f"crc32:{array_checksum(ready[name] if name in ready else file[name][:]):08x}"
+                if found != expected:
+                    raise StoreError(f"{path} is damaged: dataset {name} has checksum {found}, its header says {expected}. {_REMAKE}")
+            checksum = header_checksum(attributes)
         if checksum != facts["checksum"]:
-            raise StoreError(
-                f"{path} is damaged: its content has checksum {checksum}, its header says {facts['checksum']}. Delete and re-make it"
-            )
+            raise StoreError(f"{path} is damaged: its content has checksum {checksum}, its header says {facts['checksum']}. {_REMAKE}")
+    return sums
 
 
 def require_place(facts: dict[str, Any], index: int, rows: int, path: Path) -> None:
@@ -280,12 +293,34 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _stored(header: Header, layout: Layout, data: ShardData) -> tuple[dict[str, NDArray[Any]], bool]:
+    """Datasets of a shard by name, as they are written; whether x lies in several."""
+    failed = np.flatnonzero(data.status)
+    encoded = [_shorten(data.reasons[int(row)]) for row in failed]
+    x = split_x(layout, header.observables, np.ascontiguousarray(data.x, dtype=np.dtype(header.dtype).newbyteorder("<")))
+    arrays = {
+        "theta": np.ascontiguousarray(data.theta, dtype="<f8"),
+        **x,
+        "status": np.ascontiguousarray(data.status, dtype="u1"),
+        "failed_row": failed.astype("<i8"),
+        "reason": np.array(encoded, dtype=f"S{max(map(len, encoded), default=1)}"),
+    }
+    if set(data.sets) != set(layout.sets):
+        raise StoreError(f"rows have the ragged sets {sorted(data.sets)}; expected those of the layout, {sorted(layout.sets)}")
+    for i, name in enumerate(layout.sets):
+        values = np.ascontiguousarray(data.sets[name].values)
+        arrays[f"set_{i}"] = values.astype(values.dtype.newbyteorder("<"), copy=False)
+        arrays[f"set_{i}_offsets"] = data.sets[name].offsets.astype("<i8", copy=False)
+    return arrays, len(x) > 1 or "x" not in x
+
+
 def _attributes(header: Header, index: int, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
     parameters = header.parameters
     values: dict[str, Any] = {
         "format": FORMAT,
         "schema": SCHEMA,
         "package_version": package_version(),
+        "git": git_commit(),
         "shard": index,
         "rows": arrays["theta"].shape[0],
         "n_failed": arrays["failed_row"].shape[0],
@@ -293,44 +328,13 @@ def _attributes(header: Header, index: int, arrays: dict[str, NDArray[Any]]) -> 
         "parameter_names": [p["name"] for p in parameters],
         "parameter_units": [p["unit"] for p in parameters],
         "parameter_latex": [p["latex"] for p in parameters],
+        "datasets": list(arrays),
+        "checksums": [f"crc32:{array_checksum(array):08x}" for array in arrays.values()],
         "complete": True,
     }
-    return {name: _attribute(value) for name, value in values.items()}
-
-
-def _attribute(value: Any) -> Any:
-    """Return a JSON-like value as what HDF5 stores: integers as int64, a bool as uint8, all else as UTF-8 text."""
-    if isinstance(value, bool):
-        return np.uint8(value)
-    if isinstance(value, int):
-        return np.int64(value)
-    if isinstance(value, list) and all(isinstance(v, str) for v in value):
-        # HDF5 has no strings of length zero
-        return np.array([v.encode() for v in value], dtype=f"S{max(1, *(len(v.encode()) for v in value))}")
-    return np.bytes_((value if isinstance(value, str) else _json(value)).encode())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    if isinstance(value, np.ndarray):
-        return [_plain(v) for v in value.tolist()]
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _checksum(attributes: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> str:
-    """CRC-32 over all attributes but the checksum and over all arrays, in a fixed order."""
-    text = _json({name: _plain(value) for name, value in attributes.items()})
-    crc = zlib.crc32(text.encode())
-    for name in _DATASETS:
-        array = np.ascontiguousarray(arrays[name])
-        crc = zlib.crc32(f"{name} {array.shape} {array.dtype.str}".encode(), crc)
-        crc = zlib.crc32(array.view(np.uint8).data if array.size else b"", crc)
-    return f"crc32:{crc:08x}"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    encoded = {name: attribute(value) for name, value in values.items()}
+    encoded["checksum"] = attribute(header_checksum(encoded))
+    return encoded
 
 
 def _shorten(text: str) -> bytes:
@@ -345,15 +349,15 @@ def _parameters(prior: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _require_ours(attributes: Any, path: Path) -> None:
-    kind = _plain(attributes.get("format"))
+    kind = plain(attributes.get("format"))
     if kind != FORMAT:
         raise StoreError(f"{path} is not a shard: attribute format is {kind!r}; expected {FORMAT!r}")
-    schema = _plain(attributes.get("schema"))
-    if schema != SCHEMA:
+    schema = plain(attributes.get("schema"))
+    if schema not in READABLE:
         newer = isinstance(schema, int) and schema > SCHEMA
-        made = _plain(attributes.get("package_version"))
+        made = plain(attributes.get("package_version"))
         advice = f"it was written by sbi_phys {made}, update this one ({package_version()})" if newer else "it can not be read"
-        raise StoreError(f"{path} has schema {schema}; expected {SCHEMA}: {advice}")
+        raise StoreError(f"{path} has schema {schema}; expected {READABLE[0]} to {SCHEMA}: {advice}")
     if not attributes.get("complete", 0):
         raise StoreError(f"{path} is not marked complete; delete it and run the same simulate call again")
 

@@ -8,36 +8,29 @@ happened: several workers, a kill, a full disk, a power cut. The same call again
 """
 
 import hashlib
-import multiprocessing
 import os
-import pickle
-import sys
-import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_matrix, require_choice, require_int
+from sbi_phys.checks import as_matrix, require_choice, require_int, require_number
+from sbi_phys.dispatch import Campaign, complete
 from sbi_phys.errors import DataError, SettingError, ShapeError, SimulatorMismatchError, StoreError
 from sbi_phys.priors import Prior, prior_from_dict
-from sbi_phys.progress import Progress, Task, or_none
-from sbi_phys.protocol import Simulator, check_simulator, class_path, load_simulator, observables_to_dicts, simulator_identity
-from sbi_phys.shards import Header, open_shard, read_facts, shard_name, sync_folder
+from sbi_phys.progress import Progress, or_none
+from sbi_phys.protocol import Simulator, check_simulator, load_simulator, observables_to_dicts, simulator_identity
+from sbi_phys.shards import Header, open_shard, read_facts, shard_name
 from sbi_phys.store import MANIFEST, Manifest, Store, StoreLock, list_shards, read_manifest, remove_litter, write_manifest
-from sbi_phys.workers import ShardResult, ShardTask, limit_threads, run_shard, start_worker
+from sbi_phys.workers import close_sandboxes
 
-__all__ = ["Simulator", "check_simulator", "load_simulator", "pickle_simulator", "simulate", "simulator_identity"]
+__all__ = ["Simulator", "check_simulator", "load_simulator", "simulate", "simulator_identity"]
 
 # Rows of a shard unless asked otherwise. Not a function of n: asking for more rows later must lead to the same folder.
 _SHARD_ROWS, _SHARD_BYTES = 4096, 64 * 2**20
-# Work that would take less than this is done in the calling process: starting a pool takes about a second.
-_TINY_S = 3.0
 
 
 def simulate(
@@ -52,6 +45,8 @@ def simulate(
     executor: Executor | None = None,
     shard_size: int | None = None,
     dtype: str = "float32",
+    timeout: float | None = None,
+    isolate: bool = False,
     progress: Progress | None = None,
 ) -> Store:
     r"""Draw n rows theta ~ p(theta), x ~ p(x | theta) and keep them in the store at `path`, continuing what is there.
@@ -74,6 +69,9 @@ def simulate(
         shard_size: rows of a file, default 4096 (fewer if a file would pass 64 MiB), or that of the store at `path`.
             A shard is what is lost by a kill and what a worker takes at once: choose seconds to minutes of work.
         dtype: of x on disk, 'float32' or 'float64'. Counts above 2^24 that float32 would change are refused.
+        timeout: seconds that one row may take alone; then the simulator runs in a process of its own, which is ended and replaced.
+        isolate: run the simulator in a process of its own without a time limit. A row at which it crashes or exits is flagged.
+            Shards whose worker died twice are always tried so before the call gives up.
         progress: default none.
 
     Returns:
@@ -97,148 +95,14 @@ def simulate(
         on_exit.callback(remove_litter, folder)
         header = _header(simulator, prior, seed, shard_size, dtype, given, folder)
         manifest, todo = _plan(folder, header, n, given)
-        _complete(_Run(folder, manifest, simulator, given, todo), workers, executor, progress)
+        run = Campaign(folder, manifest, simulator, given, todo, timeout=_check_timeout(timeout), isolate=isolate or timeout is not None)
+        on_exit.callback(close_sandboxes)
+        complete(run, workers, executor, progress)
     return Store(folder)
 
 
-@dataclass
-class _Run:
-    """One call at work: what is left to do, and what has been done."""
-
-    folder: Path
-    manifest: Manifest
-    simulator: Simulator
-    given: NDArray[np.float64] | None
-    todo: deque[int]
-    n_failed: int = 0
-    n_done: int = 0
-    task: Task | None = None
-    payload: bytes | None = field(default=None, repr=False)
-
-    def shard(self, index: int) -> ShardTask:
-        rows = self.manifest.rows(index)
-        first = index * self.manifest.header.shard_size
-        theta = None if self.given is None else self.given[first : first + rows]
-        simulator: Simulator | bytes = self.simulator if self.payload is None else self.payload
-        return ShardTask(str(self.folder.resolve()), index, rows, self.manifest.header, simulator, theta, self.manifest.n_shards == 1)
-
-    def finished(self, result: ShardResult) -> None:
-        self.n_done += 1
-        self.n_failed += result.n_failed
-        if self.task is not None:
-            self.task.advance(result.rows, f"{self.n_failed} failed" if self.n_failed else "")
-
-
-def _complete(run: _Run, workers: int | None, executor: Executor | None, progress: Progress) -> None:
-    """Make the missing shards, with a display."""
-    manifest = run.manifest
-    with progress.task("simulate", manifest.n) as task, limit_threads():
-        run.task = task
-        task.update(manifest.n - sum(manifest.rows(i) for i in run.todo))
-        _work(run, workers, executor)
-    sync_folder(run.folder)
-
-
-def _work(run: _Run, workers: int | None, executor: Executor | None) -> None:
-    """Do what is left to do, here, in a pool of our own, or in the caller's executor."""
-    if not run.todo:
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if executor is not None:
-        if isinstance(executor, ProcessPoolExecutor):
-            run.payload = pickle_simulator(run.simulator)
-        in_flight = 2 * (workers or int(getattr(executor, "_max_workers", 0)) or cores)
-        try:
-            _drain(run, executor.submit, in_flight, wait_on_error=True)
-        except BrokenExecutor as err:
-            raise _died(run, err) from err
-    elif workers == 1 or (workers is None and _is_tiny(run, cores)):
-        while run.todo:
-            run.finished(run_shard(run.shard(run.todo.popleft())))
-    else:
-        run.payload = pickle_simulator(run.simulator)
-        _own_pool(run, min(workers or cores, len(run.todo)))
-
-
-def _is_tiny(run: _Run, cores: int) -> bool:
-    """Make the first shard here, to see how long the others would take, and whether the simulator works at all."""
-    start = time.perf_counter()
-    run.finished(run_shard(run.shard(run.todo.popleft())))
-    return cores == 1 or len(run.todo) < 2 or (time.perf_counter() - start) * len(run.todo) < _TINY_S
-
-
-def _own_pool(run: _Run, workers: int) -> None:
-    """Work in a process pool; one whose worker died is replaced, unless two in a row bring no shard home."""
-    in_vain = 0
-    while run.todo:
-        before = run.n_done
-        # spawn: a fork copies the locks of torch's and BLAS's threads without the threads that would release them
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker)
-        try:
-            _drain(run, pool.submit, 2 * workers)
-        except BrokenExecutor as err:
-            in_vain = 0 if run.n_done > before else in_vain + 1
-            if in_vain > 1:
-                raise _died(run, err) from err
-        except BaseException:
-            # Ctrl-C or an error: what is half done is made again by the next call, so nobody has to wait for it
-            for process in list((getattr(pool, "_processes", None) or {}).values()):
-                process.kill()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _drain(run: _Run, submit: Callable[..., Future[ShardResult]], in_flight: int, *, wait_on_error: bool = False) -> None:
-    """Submit what is to do, never more than `in_flight` at once. A BrokenExecutor puts the shards it took with it last in line."""
-    pending: dict[Future[ShardResult], int] = {}
-    try:
-        while run.todo or pending:
-            while run.todo and len(pending) < in_flight:
-                pending[submit(run_shard, run.shard(run.todo[0]))] = run.todo[0]
-                run.todo.popleft()
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                run.finished(future.result())
-                del pending[future]
-    except BrokenExecutor:
-        for future in wait(pending).done:
-            if future.cancelled() or future.exception() is not None:
-                run.todo.append(pending[future])
-            else:
-                run.finished(future.result())
-        raise
-    except BaseException:
-        for future in pending:
-            future.cancel()
-        if wait_on_error:
-            # these workers are not ours to stop, and must not write once the lock is given back
-            wait(pending)
-        raise
-
-
-def _died(run: _Run, err: BaseException) -> StoreError:
-    missing = ", ".join(str(i) for i in sorted(run.todo)[:8])
-    return StoreError(
-        f"a worker process died while shards {missing} of {run.folder} were made ({err}). {run.manifest.n_shards - len(run.todo)} of "
-        f"{run.manifest.n_shards} shards are finished; the same call continues after them. Causes: out of memory (fewer workers, a smaller "
-        'shard_size), a crash in compiled code (try workers=1), a script without `if __name__ == "__main__":`'
-    )
-
-
-def pickle_simulator(simulator: Simulator) -> bytes:
-    """Pickle the simulator once, to be unpickled once a worker.   Raises: SettingError where that can not work."""
-    module = type(simulator).__module__
-    advice = "expected a class at the top of a module that workers can import, or workers=1"
-    if module == "__main__" and not getattr(sys.modules["__main__"], "__file__", None):
-        raise SettingError(
-            f"the simulator {class_path(simulator)} is defined in a notebook or at a prompt, which workers can not import; {advice}"
-        )
-    try:
-        return pickle.dumps(simulator, protocol=pickle.HIGHEST_PROTOCOL)
-    except Exception as err:
-        raise SettingError(
-            f"the simulator {class_path(simulator)} can not be sent to worker processes: {type(err).__name__}: {err}; {advice}"
-        ) from err
+def _check_timeout(timeout: float | None) -> float | None:
+    return None if timeout is None else require_number("timeout", timeout, low=0, open_low=True)
 
 
 def _check_workers(workers: int | None, executor: Executor | None) -> int | None:

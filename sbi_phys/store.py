@@ -3,6 +3,7 @@
     store.json            the manifest: what all shards share, and how many rows were asked for
     shard-00000.h5 ...    rows i * shard_size to (i + 1) * shard_size (sbi_phys.shards has the schema)
     .lock                 held by the process that writes; the system drops it when that process dies
+    .index.json           a cache of counts, made where there are many shards; may be deleted
 
 The folder follows from (simulator, prior, seed, shard_size, dtype, n) alone: it is the same for any number of workers, after
 any number of interruptions, and whether n rows were asked for at once or in steps. Asking for more rows adds shards;
@@ -10,45 +11,38 @@ only a last shard that was shorter than shard_size is made again (its theta begi
 draws, since a simulator's draws depend on how many rows it is given at once).
 """
 
-import fcntl
-import json
 import os
-import re
-import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.checks import require_known
 from sbi_phys.errors import DataError, SimulatorMismatchError, StoreError
+from sbi_phys.layout import Layout, Ragged
 from sbi_phys.priors import Observable, Parameter, Prior, prior_from_dict
 from sbi_phys.progress import Progress, or_none
 from sbi_phys.protocol import Simulator, observables_from_dicts, observables_to_dicts, simulator_identity
-from sbi_phys.shards import (
-    FORMAT,
-    SCHEMA,
-    Header,
-    ShardData,
-    open_shard,
-    package_version,
-    read_arrays,
-    read_facts,
-    require_place,
-    shard_name,
-    verify_shard,
-    write_aside,
-)
+from sbi_phys.shards import ShardData, open_shard, read_arrays, read_facts, require_place, shard_name, verify_shard
+from sbi_phys.storage.index import Index
+from sbi_phys.storage.manifest import MANIFEST, Manifest, StoreLock, list_shards, read_manifest, remove_litter, write_manifest
+from sbi_phys.storage.subset import split_store, subset_store
 
-__all__ = ["Failure", "Manifest", "Problem", "Store", "StoreLock", "list_shards", "read_manifest", "remove_litter", "write_manifest"]
-
-MANIFEST = "store.json"
-_SHARD = re.compile(r"^shard-(\d{5,})\.h5$")
-_LITTER = re.compile(r"^\.(shard-\d{5,}\.h5|store\.json)\.\d+\.tmp$")
+__all__ = [
+    "MANIFEST",
+    "Failure",
+    "Manifest",
+    "Problem",
+    "Store",
+    "StoreLock",
+    "list_shards",
+    "read_manifest",
+    "remove_litter",
+    "write_manifest",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,24 +63,6 @@ class Problem:
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """The content of store.json: the shards' common header, rows asked for, and the SHA-256 of a given theta ('' if drawn)."""
-
-    header: Header
-    n: int
-    theta_sha256: str = ""
-
-    @property
-    def n_shards(self) -> int:
-        """Number of shards of the finished store."""
-        return -(-self.n // self.header.shard_size)
-
-    def rows(self, index: int) -> int:
-        """Rows of shard `index` of the finished store; 0 past its end."""
-        return max(0, min(self.header.shard_size, self.n - index * self.header.shard_size))
-
-
 class Store:
     """Simulations (theta, x) on disk. Files are opened for each operation, so a Store may be kept, copied and sent around.
 
@@ -96,7 +72,7 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._manifest = read_manifest(self.path)
-        self._failed: dict[tuple[int, int, int], int] = {}  # (shard, mtime, size) -> failed rows, once read
+        self._index = Index(self.path)
 
     @property
     def prior(self) -> Prior:
@@ -122,6 +98,21 @@ class Store:
     def identity(self) -> dict[str, Any]:
         """Class path and settings of the simulator."""
         return dict(self._manifest.header.simulator)
+
+    @property
+    def theta_kind(self) -> str:
+        """Where theta come from: 'prior', 'given', or 'merged', 'split' (still draws of the prior), 'subset', 'imported'."""
+        return self._manifest.header.theta
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a merged, split, cut or imported store was made from; empty for one that simulate made."""
+        return dict(self._manifest.header.origin)
+
+    @property
+    def layout(self) -> Layout:
+        """How rows are stored: compression, own dtypes and shapes of observables, ragged sets."""
+        return Layout.from_plain(self._manifest.header.layout)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -151,7 +142,7 @@ class Store:
     @property
     def n_failed(self) -> int:
         """Rows on disk whose status is not 0."""
-        return sum(self._n_failed(i) for i in list_shards(self.path) if self._manifest.rows(i))
+        return self._index.n_failed(i for i in list_shards(self.path) if self._manifest.rows(i))
 
     @property
     def n_ok(self) -> int:
@@ -188,11 +179,13 @@ class Store:
         Raises: StoreError, SettingError for an unknown observable, DataError if no row is left.
         """
         pick = self._pick(columns)
-        n = self.n_rows
+        # listed once: while another process writes, shards appear between two looks
+        present = list_shards(self.path)
+        n = sum(self._manifest.rows(i) for i in present)
         theta = np.empty((n, len(self._manifest.header.parameters)))
         x = np.empty((n, self._manifest.header.n_columns if pick is None else pick.size), dtype=self.dtype)
         start = 0
-        for theta_part, x_part, status in self.shards(valid_only=valid_only, partial=partial):
+        for theta_part, x_part, status in self._parts(valid_only, partial, present):
             stop = start + status.size
             theta[start:stop], x[start:stop] = theta_part, x_part if pick is None else x_part[:, pick]
             start = stop
@@ -207,12 +200,58 @@ class Store:
 
         Raises: StoreError for a missing shard, and for one of another store.
         """
-        for _, data in self._data(partial):
+        yield from self._parts(valid_only, partial, None)
+
+    def _parts(
+        self, valid_only: bool, partial: bool, present: list[int] | None
+    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.floating], NDArray[np.uint8]]]:
+        for _, data in self._data(partial, present=present):
             ok = data.status == 0
             if valid_only and not ok.all():
                 yield data.theta[ok], data.x[ok], data.status[ok]
             else:
                 yield data.theta, data.x, data.status
+
+    def subset(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        rows: ArrayLike | None = None,
+        where: Mapping[str, tuple[float, float]] | None = None,
+        progress: Progress | None = None,
+    ) -> "Store":
+        """Write some rows to a new store at `path`, in the order of this one, and return it.
+
+        Args: rows, numbers of rows, or a mask of all (n_requested,); where, {parameter: (low, high)}, ends included.
+        Both: rows that meet both. Failed rows are kept if their theta is asked for.
+        Raises: SettingError, StoreError (incomplete, `path` exists), DataError if no row is left.
+        """
+        return Store(subset_store(self.path, path, rows=rows, where=where, progress=progress))
+
+    def split(
+        self, paths: Sequence[str | os.PathLike[str]], fractions: Sequence[float], *, seed: int = 0, progress: Progress | None = None
+    ) -> tuple["Store", ...]:
+        """Write disjoint random parts to new stores: part k has round(N F_k) - round(N F_{k-1}) rows, F_k = f_1 + ... + f_k.
+
+        Fractions sum to at most 1. Which row goes where follows from (seed, number of rows) alone.
+        Raises: SettingError, StoreError, DataError for a part without rows.
+        """
+        return tuple(Store(p) for p in split_store(self.path, paths, fractions, seed=seed, progress=progress))
+
+    def observable(self, name: str, *, valid_only: bool = True, partial: bool = False) -> NDArray[Any]:
+        """One observable of all rows in its own shape, (n, *shape): (n, size) unless the layout gives it another.
+
+        Raises: SettingError for an unknown name, StoreError, DataError.
+        """
+        _, x = self.read([name], valid_only=valid_only, partial=partial)
+        shape = self.layout.shapes.get(name, (x.shape[1],))
+        return x.reshape(-1, *shape).astype(self.layout.dtypes.get(name, x.dtype), copy=False)
+
+    def sets(self, name: str, *, valid_only: bool = True, partial: bool = False) -> Ragged:
+        """One ragged event set of all rows.   Raises: SettingError for an unknown name, StoreError."""
+        require_known("sets", [name], self.layout.sets)
+        parts = [(d.sets[name], d.status == 0) for _, d in self._data(partial)]
+        return Ragged.join([r.take(np.flatnonzero(ok)) if valid_only and not ok.all() else r for r, ok in parts])
 
     def status(self, *, partial: bool = False) -> NDArray[np.uint8]:
         """Return the status of every row (n,): 0 ok, 1 non-finite x, 2 the simulator raised.   Raises: StoreError."""
@@ -281,8 +320,8 @@ class Store:
         blocks = {o.name: np.arange(a, a + o.size) for o, a in zip(observables, starts[:-1], strict=True)}
         return np.concatenate([blocks[name] for name in names]) if names else np.empty(0, dtype=np.intp)
 
-    def _data(self, partial: bool, *, only_failed: bool = False) -> Iterator[tuple[int, ShardData]]:
-        present = list_shards(self.path)
+    def _data(self, partial: bool, *, only_failed: bool = False, present: list[int] | None = None) -> Iterator[tuple[int, ShardData]]:
+        present = list_shards(self.path) if present is None else present
         missing = [i for i in range(self.n_shards) if i not in set(present)]
         if missing and not partial:
             raise StoreError(
@@ -290,7 +329,7 @@ class Store:
                 f"{len(missing) - 1} more shards are missing. The same simulate call continues; partial=True reads what there is"
             )
         for index in present:
-            if index >= self.n_shards or (only_failed and not self._n_failed(index)):
+            if index >= self.n_shards or (only_failed and not self._index.n_failed([index])):
                 continue
             path = self.path / shard_name(index)
             with open_shard(path) as file:
@@ -299,99 +338,3 @@ class Store:
                 require_place(facts, index, self._manifest.rows(index), path)
                 data = read_arrays(file, path)
             yield index, data
-
-    def _n_failed(self, index: int) -> int:
-        path = self.path / shard_name(index)
-        try:
-            stat = path.stat()
-        except FileNotFoundError as err:
-            raise StoreError(f"{path} is missing") from err
-        key = (index, stat.st_mtime_ns, stat.st_size)
-        if key not in self._failed:
-            with open_shard(path) as file:
-                self._failed[key] = int(file.attrs["n_failed"])
-        return self._failed[key]
-
-
-class StoreLock:
-    """Exclusive right to write into a folder, as a context manager; the system frees it when its holder dies.
-
-    Raises: StoreError naming the holder if another process (or another call in this one) has it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / ".lock"
-        self._handle = -1
-
-    def __enter__(self) -> Self:
-        try:
-            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as err:
-            raise StoreError(f"{self._path} can not be opened for writing: {err.strerror}; expected a folder that may be written") from err
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            holder = os.read(self._handle, 200).decode("utf-8", "replace")
-            os.close(self._handle)
-            raise StoreError(
-                f"{self._path.parent} is being written by another simulate call ({holder or 'unknown process'}); wait for it"
-            ) from err
-        os.ftruncate(self._handle, 0)
-        os.write(self._handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # the file stays: removing it would let a third process lock a new one while a second waits on this
-        os.ftruncate(self._handle, 0)
-        os.close(self._handle)
-
-
-def list_shards(folder: Path) -> list[int]:
-    """Return the numbers of the shard files in a folder, in order."""
-    return sorted(int(m.group(1)) for name in os.listdir(folder) if (m := _SHARD.match(name)) and shard_name(int(m.group(1))) == name)
-
-
-def remove_litter(folder: Path) -> None:
-    """Remove unfinished files that a killed run left behind; only to be called while the lock is held."""
-    for name in os.listdir(folder):
-        if _LITTER.match(name):
-            (folder / name).unlink(missing_ok=True)
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write store.json aside and rename it.   Raises: StoreError."""
-    values = {
-        "format": FORMAT,
-        "schema": SCHEMA,
-        "package_version": package_version(),
-        "n": manifest.n,
-        "theta_sha256": manifest.theta_sha256,
-        **manifest.header.plain(),
-    }
-    text = json.dumps(values, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
-
-    def fill(sink: Any) -> None:
-        sink.write(text.encode())
-
-    write_aside(folder / MANIFEST, fill)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check store.json.   Raises: StoreError."""
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise StoreError(f"{folder} is not a folder; expected a store made by simulate")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
-        raise StoreError(f"{folder} has no {MANIFEST} ({len(list_shards(folder))} shards); expected a store made by simulate") from err
-    except (OSError, ValueError) as err:
-        raise StoreError(f"{path} can not be read: {err}; delete it and run the same simulate call again, which makes it anew") from err
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise StoreError(f"{path} is not the manifest of a store; expected format {FORMAT!r}")
-    if values.get("schema") != SCHEMA:
-        made = values.get("package_version")
-        raise StoreError(f"{path} has schema {values.get('schema')}, written by sbi_phys {made}; expected {SCHEMA}: update sbi_phys")
-    if not isinstance(values.get("n"), int) or values["n"] < 1:
-        raise StoreError(f"{path} has n = {values.get('n')!r}; expected the number of rows asked for")
-    return Manifest(Header.from_plain(values, str(path)), values["n"], str(values.get("theta_sha256", "")))

@@ -5,13 +5,9 @@ The shard is the unit of work, of retry and of seeding. Its theta come from the 
 shard follow from the settings alone, whichever worker makes it, and when.
 """
 
-import functools
 import os
-import pickle
 import re
-import signal
-import threading
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sbi_phys.errors import DataError, SettingError, StoreError
+from sbi_phys.errors import DataError, StoreError
 from sbi_phys.priors import prior_from_dict
-from sbi_phys.protocol import Simulator, check_output, class_path
+from sbi_phys.processes import limit_threads_for_good, unpickle_simulator
+from sbi_phys.protocol import RowsFailedError, Simulator, check_output, class_path
 from sbi_phys.rng import rng_for
+from sbi_phys.sandbox import Sandbox
 from sbi_phys.shards import NON_FINITE, OK, RAISED, Header, ShardData, shard_name, write_shard
 
-__all__ = ["ShardResult", "ShardTask", "limit_threads", "make_rows", "run_shard", "start_worker", "unpickle_simulator"]
+__all__ = ["ShardResult", "ShardTask", "close_sandboxes", "make_rows", "run_shard"]
 
 # A shard in which at least this many rows fail, all of them, is a broken simulator and is not written.
 BROKEN_ROWS = 16
@@ -37,7 +35,8 @@ class ShardTask:
     """What a worker needs: the folder, the shard's number and rows, the header, and the simulator.
 
     Fields: simulator, the object, or its pickle as bytes where a process pool would choke on it; theta (rows, d) if given;
-    only, whether the store has no other shard; parent, the process that asked.
+    only, whether the store has no other shard; isolate, whether the simulator runs in a process of its own, as it always does
+    with a timeout (seconds of a row); parent, the process that asked.
     """
 
     folder: str
@@ -47,6 +46,8 @@ class ShardTask:
     simulator: Simulator | bytes
     theta: NDArray[np.float64] | None
     only: bool
+    isolate: bool = False
+    timeout: float | None = None
     parent: tuple[str, int] = field(default_factory=lambda: (os.uname().nodename, os.getpid()))
 
 
@@ -66,13 +67,14 @@ def run_shard(task: ShardTask) -> ShardResult:
     narrow), SettingError (the simulator can not be unpickled here).
     """
     if task.parent != (os.uname().nodename, os.getpid()):
-        _limit_threads_for_good()
+        limit_threads_for_good()
     simulator = unpickle_simulator(task.simulator) if isinstance(task.simulator, bytes) else task.simulator
     header = task.header
     theta = task.theta
     if theta is None:
         theta = prior_from_dict(header.prior).sample(task.rows, rng_for(header.seed, "theta", task.index))
-    data = make_rows(simulator, theta, header, "x", task.index)
+    call = _sandbox(task.simulator, task.timeout).simulate if isinstance(task.simulator, bytes) and task.isolate else None
+    data = make_rows(simulator, theta, header, "x", task.index, call=call)
     failed = int(np.count_nonzero(data.status))
     if failed == task.rows and (task.only or failed >= BROKEN_ROWS):
         first = next(iter(data.reasons.values()))
@@ -83,10 +85,14 @@ def run_shard(task: ShardTask) -> ShardResult:
     return ShardResult(task.index, task.rows, failed)
 
 
-def make_rows(simulator: Simulator, theta: NDArray[np.float64], header: Header, *key: int | str) -> ShardData:
+def make_rows(
+    simulator: Simulator, theta: NDArray[np.float64], header: Header, *key: int | str, call: Callable[..., Any] | None = None
+) -> ShardData:
     """Simulate theta (n, d) -> rows with their status; a call that raises is halved until the rows at fault are alone.
 
-    Args: key: what the generator is keyed by, beside the header's seed.
+    A simulator that knows which of its rows failed raises RowsFailedError with the others: nothing is simulated twice then.
+
+    Args: key: what the generator is keyed by, beside the header's seed. call: in place of simulator.simulate.
 
     Raises: SimulatorMismatchError, DataError, StoreError when memory runs out.
     """
@@ -94,16 +100,20 @@ def make_rows(simulator: Simulator, theta: NDArray[np.float64], header: Header, 
     parts: list[tuple[int, NDArray[np.floating]]] = []
     status = np.full(n, RAISED, dtype=np.uint8)
     reasons: dict[int, str] = {}
-    todo = [(0, n)]
+    todo, call = [(0, n)], call or simulator.simulate
     while todo:
         start, stop = todo.pop()
         rng = rng_for(header.seed, *key) if stop - start == n else rng_for(header.seed, *key, start, stop)
         try:
             # a copy: a simulator that works in place must not change the theta that is stored
-            got = simulator.simulate(theta[start:stop].copy(), rng)
+            got, failed = call(theta[start:stop].copy(), rng), {}
+        except RowsFailedError as err:
+            got, failed = err.x, err.reasons
         except MemoryError as err:
             # says something about the machine, nothing about a row: flagged, it would change the data from place to place
             raise StoreError(f"memory ran out in a batch of {stop - start} rows; expected a smaller shard_size (now {n})") from err
+        except StoreError:
+            raise  # of the sandbox: nothing works
         except (Exception, SystemExit) as err:
             if stop - start == 1:
                 reasons[start] = _reason(err)
@@ -113,6 +123,8 @@ def make_rows(simulator: Simulator, theta: NDArray[np.float64], header: Header, 
             continue
         good = _as_stored(simulator, check_output(simulator, got, stop - start), header.dtype)
         status[start:stop] = OK
+        for row, text in failed.items():
+            status[start + row], reasons[start + row] = RAISED, _ADDRESS.sub("0x...", text)
         # a part waits until the others are there: copied, in case the simulator fills one buffer again and again
         parts.append((start, good if stop - start == n else good.copy()))
     if len(parts) == 1 and parts[0][1].shape[0] == n:
@@ -123,51 +135,28 @@ def make_rows(simulator: Simulator, theta: NDArray[np.float64], header: Header, 
             x[start : start + good.shape[0]] = good
     finite = np.isfinite(x)
     if not finite.all():
-        for row in np.flatnonzero((status == OK) & ~finite.all(axis=1)):
+        for row in map(int, np.flatnonzero((status == OK) & ~finite.all(axis=1))):
             status[row] = NON_FINITE
-            reasons[int(row)] = _non_finite_reason(simulator, finite[row], x[row])
+            reasons[row] = _non_finite_reason(simulator, finite[row], x[row])
     return ShardData(theta, x, status, dict(sorted(reasons.items())))
 
 
-def limit_threads() -> AbstractContextManager[Any]:
-    """One BLAS and OpenMP thread: as many as there are workers would fight over the cores, and sums would round differently."""
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-    return threadpool_limits(limits=1)
+_SANDBOXES: dict[tuple[bytes, float | None], Sandbox] = {}
 
 
-def start_worker() -> None:
-    """Prepare a worker process of our own pool: leave Ctrl-C to the parent, one thread, and end when the parent is gone."""
-    import multiprocessing
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _limit_threads_for_good()
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        # a parent that is killed can not stop its pool: without this its workers would wait for work for ever
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+def _sandbox(simulator: bytes, timeout: float | None) -> Sandbox:
+    """Return the sandbox of this process, kept from shard to shard: starting one takes about a second."""
+    key = (simulator, timeout)
+    if key not in _SANDBOXES:
+        close_sandboxes()
+        _SANDBOXES[key] = Sandbox(simulator, timeout)
+    return _SANDBOXES[key]
 
 
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
-
-
-@functools.cache
-def _limit_threads_for_good() -> AbstractContextManager[Any]:
-    return limit_threads()  # never left: the limit holds for the rest of this worker's life
-
-
-@functools.lru_cache(maxsize=2)
-def unpickle_simulator(data: bytes) -> Simulator:
-    """Rebuild the simulator once a worker, not once a shard."""
-    try:
-        return pickle.loads(data)  # bytes that the calling process made a moment ago, never a file
-    except Exception as err:
-        raise SettingError(
-            f"the simulator can not be rebuilt in a worker process: {type(err).__name__}: {err}; "
-            "expected a class at the top of a module that workers can import, or workers=1"
-        ) from err
+def close_sandboxes() -> None:
+    """End the sandbox of this process, if it has one."""
+    while _SANDBOXES:
+        _SANDBOXES.popitem()[1].close()
 
 
 def _as_stored(simulator: Simulator, x: NDArray[Any], dtype: str) -> NDArray[np.floating]:

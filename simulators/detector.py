@@ -3,10 +3,14 @@ r"""Detector response: one object for efficiency, bias, resolution, exposure and
     P(E_meas > e | E) = eff(E) * Phi( ((1 + b) E - e) / (s(E) E) ),      s(E) = relative resolution at the true energy E
 
 so the expected counts in measured bins are  mu_j = exposure * live * sum_i R_ij n_i  with the migration matrix R.
+
+A simulation and its unfolding should have the same detector. Both ways lead there: `DetectorResponse.arrays` gives the numbers of a binned
+response (`sbi_phys.unfold.Response(**detector.arrays(...))`), and `BinnedDetector` draws from such a response, whoever made it: it asks for
+an object with the attributes of `BinnedResponse` and needs to know nothing else.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +21,8 @@ from simulators.errors import SimulatorSettingError
 __all__ = [
     "AUGER_FD",
     "AUGER_SD",
+    "BinnedDetector",
+    "BinnedResponse",
     "CalorimeterResolution",
     "ConstantResolution",
     "DetectorResponse",
@@ -126,6 +132,18 @@ class DetectorResponse:
         above = self.survival(points.ravel(), measured_edges).reshape(edges.size - 1, n_sub, -1).mean(axis=1)
         return above[:, :-1] - above[:, 1:]
 
+    def arrays(self, true_edges: ArrayLike, measured_edges: ArrayLike, n_sub: int = 8) -> dict[str, Any]:
+        """The numbers of a binned response: matrix (n_measured, n_true), edges in lg(E/eV), exposure in km2 sr yr of live time.
+
+        Read: keyword arguments of `sbi_phys.unfold.Response`; within a true bin the spectrum is taken flat in lgE, so choose narrow ones.
+        """
+        return {
+            "matrix": self.migration_matrix(true_edges, measured_edges, n_sub).T,
+            "truth_edges": np.asarray(true_edges, dtype=np.float64),
+            "reco_edges": np.asarray(measured_edges, dtype=np.float64),
+            "exposure": self.exposure * self.live_fraction,
+        }
+
     def fold(self, counts: ArrayLike, true_edges: ArrayLike, measured_edges: ArrayLike) -> Array:
         """Expected counts in measured bins (..., n_measured) from particles per true bin (..., n_true): counts @ R."""
         return np.asarray(counts, dtype=np.float64) @ self.migration_matrix(true_edges, measured_edges)
@@ -156,6 +174,85 @@ class DetectorResponse:
             lg_efficiency_50=self.lg_efficiency_50 if lg_efficiency_50 is None else lg_efficiency_50,
             live_fraction=self.live_fraction if live_fraction is None else live_fraction,
         )
+
+
+class BinnedResponse(Protocol):
+    """What `BinnedDetector` asks of a response; `sbi_phys.unfold.Response` has it."""
+
+    @property
+    def matrix(self) -> Array:
+        """P(measured bin j | true bin i), (n_measured, n_true); column sums are the efficiency."""
+        ...
+
+    @property
+    def truth_edges(self) -> Array | None:
+        """Edges (n_true + 1,)."""
+        ...
+
+    @property
+    def reco_edges(self) -> Array | None:
+        """Edges (n_measured + 1,)."""
+        ...
+
+    def fold(self, truth_counts: ArrayLike) -> Array:
+        """Expected measured counts (..., n_measured) of (..., n_true), with fakes and background."""
+        ...
+
+    def sample(self, truth_counts: ArrayLike, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Draw measured counts (n_measured,) of whole numbers of true particles (n_true,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class BinnedDetector:
+    """A detector that is known as a matrix: it folds and samples with the very object that the unfolding uses.
+
+    Args: response, with true and measured edges in one unit, such as lg(E/eV).   Raises: SimulatorSettingError.
+    """
+
+    response: BinnedResponse
+
+    def __post_init__(self) -> None:
+        """Check that the response has what is needed."""
+        missing = [name for name in ("matrix", "truth_edges", "reco_edges", "fold", "sample") if not hasattr(self.response, name)]
+        if missing:
+            raise SimulatorSettingError(
+                f"response is a {type(self.response).__name__} without {', '.join(missing)}; expected a binned response"
+            )
+        for name in ("truth_edges", "reco_edges"):
+            if getattr(self.response, name) is None:
+                raise SimulatorSettingError(f"response has no {name}; expected the edges of its bins")
+
+    def fold(self, truth_counts: ArrayLike) -> Array:
+        """Expected counts (..., n_measured) from expected particles (..., n_true), with fakes and background."""
+        return self.response.fold(truth_counts)
+
+    def sample_counts(self, truth_counts: ArrayLike, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Draw counts (..., n_measured): Poisson particles around expected ones (..., n_true), each moved by the matrix.
+
+        Fakes and background of the response are drawn too.
+        """
+        particles = rng.poisson(np.asarray(truth_counts, dtype=np.float64))
+        rows = [self.response.sample(row, rng) for row in particles.reshape(-1, particles.shape[-1])]
+        return np.array(rows, dtype=np.int64).reshape(*particles.shape[:-1], -1)
+
+    def sample(self, lg_energy: ArrayLike, rng: np.random.Generator) -> Array:
+        """Measured values of true ones, same shape: a bin drawn from the matrix' column, and uniformly within it.
+
+        NaN where a particle is not recorded in any measured bin, or lies outside of the true ones. Without fakes and background.
+        Read: where within a bin an event lies a matrix does not know; choose narrow measured bins.
+        """
+        truth = np.asarray(lg_energy, dtype=np.float64)
+        true_edges, edges = np.asarray(self.response.truth_edges), np.asarray(self.response.reco_edges)
+        column = np.searchsorted(true_edges, truth, side="right") - 1
+        column = np.where(truth == true_edges[-1], true_edges.size - 2, column)
+        inside = (column >= 0) & (column < true_edges.size - 1)
+        up_to = np.cumsum(self.response.matrix, axis=0).T[np.clip(column, 0, true_edges.size - 2)]
+        row = (rng.random(truth.shape)[..., None] >= up_to).sum(axis=-1)
+        share = rng.random(truth.shape)
+        seen = inside & (row < edges.size - 1)
+        row = np.minimum(row, edges.size - 2)
+        return np.where(seen, edges[row] + share * (edges[row + 1] - edges[row]), np.nan)
 
 
 # Surface detector, vertical events: fully efficient above 10^18.4 eV.

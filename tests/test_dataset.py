@@ -84,3 +84,21 @@ def test_an_observation_must_fit() -> None:
         scaler.check("x", [-1, 2, 3])
     with pytest.raises(NonFiniteError):
         scaler.check("x", [1, np.inf, 3])
+
+
+def test_slots_of_a_padded_set_share_one_scale_and_the_mask_stays() -> None:
+    rng = rng_for(2)
+    mask = (np.arange(5) < rng.integers(0, 6, 400)[:, None]).astype(float)
+    events = rng.normal([3.0, 1e4], [0.5, 20.0], (400, 5, 2))
+    x = np.concatenate([events * mask[..., None], mask[..., None]], axis=2)
+    scaler = XScaler.fit(x, np.zeros((5, 3), dtype=bool), chunk=64)
+    real = events[mask == 1]
+    np.testing.assert_allclose(scaler.mean, np.tile([*real.mean(axis=0), 0], (5, 1)), rtol=1e-9)
+    np.testing.assert_allclose(scaler.scale, np.tile([*real.std(axis=0), 1], (5, 1)), rtol=1e-5)
+    z = scaler.apply(x).numpy()
+    np.testing.assert_array_equal(z[..., 2], mask)
+    np.testing.assert_allclose(z[..., :2][mask == 1].std(axis=0), 1, rtol=1e-4)
+    # anything else of three axes is scaled column by column: no mask, a gap between events, numbers in an empty slot
+    for other in (events, np.flip(x, axis=1), x + np.array([1.0, 0, 0])):
+        scale = XScaler.fit(other, np.zeros(other.shape[1:], dtype=bool)).scale
+        assert np.ptp(scale[:, 0]) > 0

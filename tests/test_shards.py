@@ -38,7 +38,7 @@ def test_a_shard_can_be_read_without_this_package(tmp_path):
     write_shard(path, HEADER, 0, rows(failed=(2,)))
     with h5py.File(path) as file:
         a = file.attrs
-        assert (a["format"], a["schema"], a["seed"], a["complete"]) == (b"sbi_phys simulation store", 1, 3, 1)
+        assert (a["format"], a["schema"], a["seed"], a["complete"]) == (b"sbi_phys simulation store", 2, 3, 1)
         assert [n.decode() for n in a["parameter_names"]] == ["gamma", "lg_rcut", "f_h", "f_fe", "nu"]
         assert [n.decode() for n in a["parameter_units"]] == ["", "lg V", "", "", "é"]
         assert a["parameter_latex"][1] == rb"\lg R"
@@ -75,8 +75,8 @@ def test_long_reasons_are_cut_at_a_character(tmp_path):
     ("change", "message"),
     [
         ({"format": np.bytes_(b"corsika")}, "is not a shard: attribute format is 'corsika'"),
-        ({"schema": 99, "package_version": np.bytes_(b"9.1")}, r"schema 99; expected 1: it was written by sbi_phys 9\.1, update this one"),
-        ({"schema": 0}, "schema 0; expected 1: it can not be read"),
+        ({"schema": 99, "package_version": np.bytes_(b"9.1")}, r"schema 99; expected 1 to 2: it was written by sbi_phys 9\.1, update"),
+        ({"schema": 0}, "schema 0; expected 1 to 2: it can not be read"),
         ({"complete": np.uint8(0)}, "not marked complete"),
         ({"seed": 4}, "made with another seed: got 4, expected 3"),
         ({"shard": 1}, "holds shard 1 with 40 rows; expected shard 0 with 40 rows"),

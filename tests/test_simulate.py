@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from sbi_phys import dispatch
 from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError, SimulatorMismatchError, StoreError, SupportError
 from sbi_phys.priors import BoxPrior, NormalPrior, Parameter
 from sbi_phys.progress import LineProgress
@@ -24,7 +25,6 @@ from tests.shard_helpers import digests
 from tests.toys import Flaky, LinearGaussian, Slow
 
 ROOT = Path(__file__).parent.parent
-MODULE = sys.modules["sbi_phys.simulate"]  # the attribute of that name is the function
 FLAKY = Flaky(1.8, -1.8)
 
 
@@ -73,7 +73,7 @@ def test_executors_of_the_caller_write_the_same_bytes(tmp_path, reference):
 
 
 def test_tiny_work_starts_no_pool(tmp_path, reference, monkeypatch):
-    monkeypatch.setattr(MODULE, "ProcessPoolExecutor", lambda *args, **kwargs: pytest.fail("a pool for milliseconds of work"))
+    monkeypatch.setattr(dispatch, "ProcessPoolExecutor", lambda *args, **kwargs: pytest.fail("a pool for milliseconds of work"))
     simulate(FLAKY, 650, tmp_path, seed=7, shard_size=100)
     assert digests(tmp_path) == reference
 
@@ -81,7 +81,7 @@ def test_tiny_work_starts_no_pool(tmp_path, reference, monkeypatch):
 def test_long_work_starts_a_pool(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
-    monkeypatch.setattr(MODULE, "_own_pool", lambda run, n: called.append((n, list(run.todo))))
+    monkeypatch.setattr(dispatch, "_own_pool", lambda run, n: called.append((n, list(run.todo))))
     simulate(Slow(0.05), 200, tmp_path, shard_size=2)
     assert called == [(3, list(range(1, 100)))]  # the first shard was made here, to see how long one takes
 

@@ -172,8 +172,8 @@ def test_a_shard_of_another_store_is_refused(copy, tmp_path):
         ("[]", "is not the manifest of a store"),
         ('{"format": "other"}', "is not the manifest of a store"),
         (
-            '{"format": "sbi_phys simulation store", "schema": 2, "package_version": "9"}',
-            "schema 2, written by sbi_phys 9; expected 1: update",
+            '{"format": "sbi_phys simulation store", "schema": 3, "package_version": "9"}',
+            "schema 3, written by sbi_phys 9; expected 1 to 2: update",
         ),
         ('{"format": "sbi_phys simulation store", "schema": 1, "n": "7"}', "n = '7'"),
         ('{"format": "sbi_phys simulation store", "schema": 1, "n": 7}', "has no field 'simulator'"),

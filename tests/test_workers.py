@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sbi_phys import workers
+from sbi_phys import processes
 from sbi_phys.errors import DataError, SettingError, SimulatorMismatchError, StoreError
 from sbi_phys.rng import rng_for
 from sbi_phys.simulate import simulate
@@ -106,7 +106,7 @@ def test_a_torch_tensor_is_refused(tmp_path):
 def test_a_pickle_that_a_worker_can_not_read_is_explained():
     data = pickle.dumps(LinearGaussian()).replace(b"LinearGaussian", b"LinearGauzzian")
     with pytest.raises(SettingError, match="can not be rebuilt in a worker process: AttributeError: .*LinearGauzzian"):
-        workers.unpickle_simulator(data)
+        processes.unpickle_simulator(data)
 
 
 @pytest.mark.parametrize("value", [2**24 + 1, 2**40 + 1])

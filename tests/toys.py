@@ -158,6 +158,36 @@ class Misbehaving(LinearGaussian):
         raise AssertionError(self.settings["how"])
 
 
+class Poison(LinearGaussian):
+    """LinearGaussian, one row after the other, that breaks at rows with t0 > above in the way that `how` says."""
+
+    def __init__(self, how: str = "dies", above: float = 1.5) -> None:
+        super().__init__(dim=2)
+        self.settings = {"how": how, "above": above}
+
+    def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
+        for row in theta[theta[:, 0] > self.settings["above"]]:
+            match self.settings["how"]:
+                case "dies":
+                    os.kill(os.getpid(), 9)
+                case "exits":
+                    os._exit(13)
+                case "hangs":
+                    time.sleep(3600)
+                case "raises":
+                    raise ValueError(f"no shower at {row[0]:.3f}")
+                case "prints":
+                    print("progress: 12 %")
+        return super().simulate(theta, rng)
+
+
+def one_event(theta: dict[str, float], rng: np.random.Generator) -> list[float]:
+    """Three numbers of one event; none above t0 = 1.5."""
+    if theta["t0"] > 1.5:
+        raise ArithmeticError(f"no shower at {theta['t0']:.3f}")
+    return [theta["t0"], theta["t1"], float(rng.standard_normal())]
+
+
 class _Tensor:
     """Looks like a torch tensor to code that must not import torch."""
 

@@ -16,7 +16,7 @@ Source: Papamakarios & Murray 2016, arXiv:1605.06376; Greenberg+ 2019, arXiv:190
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +32,7 @@ from sbi_phys.checks import as_matrix, as_real, require_int
 from sbi_phys.dataset import XScaler
 from sbi_phys.device import resolve_device
 from sbi_phys.errors import DataError, ModelFileError, SettingError, ShapeError, SimulatorMismatchError
+from sbi_phys.estimators.model_file import FILE, maker
 from sbi_phys.estimators.posterior_net import FlowProposal, PosteriorNet, encode_net, log_prob_nets, npe_loss, sample_net
 from sbi_phys.estimators.sources import Rows, Settings, from_arrays, from_simulator, from_stores, stores_of
 from sbi_phys.nets.embed import EmbeddingConfig
@@ -46,7 +47,6 @@ from sbi_phys.train import TrainConfig, fit
 __all__ = ["NPE", "load"]
 
 Array = NDArray[np.float64]
-_FILE = ("estimator", 1)
 
 
 class NPE:
@@ -301,7 +301,7 @@ class NPE:
             "scaler": self._require_fit().to_dict(), "history": self.history,
             "weights": [{k: v.cpu() for k, v in net.state_dict().items()} for net in self._nets],
         }  # fmt: skip
-        write_file(path, *_FILE, content)
+        write_file(path, *FILE, content)
 
     @classmethod
     def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> "NPE":
@@ -338,18 +338,17 @@ def load(
     simulator: Simulator | None = None,
     embedding: nn.Module | None = None,
     device: str | torch.device = "auto",
-) -> NPE:
-    """Read a model that `save` wrote.
+) -> Any:
+    """Read a model that `save` wrote: an NPE, an NLE or an NRE, as the file says.
 
     Args: simulator: if given, it must be the one the model was trained with. embedding: the module, where the model was
     trained with one of the user's own (its weights come from the file).
     Raises: ModelFileError (missing, truncated, not ours, another network), SimulatorMismatchError.
     """
     path = Path(path)
-    content = read_file(path, *_FILE)
-    makers: dict[str, Callable[..., NPE]] = {"NPE": NPE._from_content}
+    content = read_file(path, *FILE)
     try:
-        model = makers[content["estimator"]](path, content, embedding, device)
+        model = maker(content["estimator"])(path, content, embedding, device)
     except (KeyError, TypeError, RuntimeError) as err:
         raise ModelFileError(f"{path} does not describe a model that this version can build: {str(err).splitlines()[0]}") from err
     if simulator is not None:

@@ -25,9 +25,9 @@ from sbi_phys.pipeline.page import report
 from sbi_phys.pipeline.proof import calibrate, check
 from sbi_phys.pipeline.reference import compare, reference
 from sbi_phys.pipeline.run import Run
+from sbi_phys.processes import start_worker
 from sbi_phys.progress import Progress, or_none
 from sbi_phys.protocol import check_simulator
-from sbi_phys.workers import start_worker
 
 __all__ = ["STAGES", "Run", "Stage", "run_stages", "train_together"]
 

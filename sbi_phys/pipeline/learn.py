@@ -1,9 +1,11 @@
 """Stages `simulate` and `train`: prior draws into the store, the store into an amortised network."""
 
+import sys
 from typing import Any
 
 import torch
 
+from sbi_phys.clusters import cluster_executor
 from sbi_phys.estimators.npe import NPE
 from sbi_phys.pipeline.run import Run
 from sbi_phys.simulate import simulate as run_simulations
@@ -15,15 +17,22 @@ __all__ = ["simulate", "simulations", "train", "train_along"]
 
 def simulations(run: Run, folder: str, n: int, *key: int | str) -> Store:
     """The store of n prior draws in a folder of the run, made or completed."""
-    return run_simulations(
-        run.simulator,
-        n,
-        run.path(folder),
-        seed=run.seed(*key),
-        workers=run.config.run.workers or None,
-        shard_size=min(run.config.simulate.shard_size, n),
-        progress=run.progress,
-    )
+    where = run.config.run
+    with cluster_executor(scheduler=where.scheduler, cluster=where.cluster, say=_say) as (executor, n_workers):
+        return run_simulations(
+            run.simulator,
+            n,
+            run.path(folder),
+            seed=run.seed(*key),
+            workers=n_workers or where.workers or None,
+            executor=executor,
+            shard_size=min(run.config.simulate.shard_size, n),
+            progress=run.progress,
+        )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def simulate(run: Run, numbers: dict[str, Any]) -> None:

@@ -20,7 +20,9 @@ from sbi_phys.errors import DataError, ShapeError
 from sbi_phys.priors import Parameter
 from sbi_phys.report.style import write_aside
 
-__all__ = ["attributes", "chains_to_dict", "group", "groups", "read_netcdf", "to_inference_data", "write_netcdf"]
+__all__ = [
+    "attributes", "chains_to_dict", "group", "groups", "read_netcdf", "spectra_to_inference_data", "to_inference_data", "write_netcdf",
+]  # fmt: skip
 
 Array = NDArray[np.float64]
 Variables = Mapping[str, ArrayLike]
@@ -69,6 +71,37 @@ def to_inference_data(
         for key in data.get(name, {}):
             if key in units:
                 tree[name][key].attrs.update(units=units[key].unit, long_name=units[key].latex or key)
+    return tree
+
+
+def spectra_to_inference_data(
+    posterior: Variables, constants: Variables, observed_data: Variables, *, lg_energy: ArrayLike, attrs: Mapping[str, Any] | None = None
+) -> Any:
+    """Draws of binned spectra {name: (n, r)} as one chain, with the bins' centres lg_energy (r,) as coordinate of every array.
+
+    Args: constants, {name: (r,) or (r, r)}: point estimates, covariances, published values; observed_data, {name: (r,)}; attrs, JSON-able.
+    Raises: ShapeError, NonFiniteError (posterior), DataError.
+    """
+    centres = as_real("lg_energy", lg_energy)
+    r = centres.size
+    draws = {k: as_real(f"posterior[{k!r}]", v) for k, v in posterior.items()}
+    if not draws:
+        raise DataError("posterior is empty; expected {name: (n, r)}")
+    fixed = {k: as_real(f"constants[{k!r}]", v) for k, v in constants.items()}
+    seen = {k: as_real(f"observed_data[{k!r}]", v) for k, v in observed_data.items()}
+    if len(draws | fixed | seen) < len(draws) + len(fixed) + len(seen):
+        raise DataError("posterior, constants and observed_data share a name; expected different names, each has its own dimensions")
+    for name, array in (draws | fixed | seen).items():
+        wanted = ((len(array), r),) if name in draws else ((r,),) if name in seen else ((r,), (r, r))
+        if array.shape not in wanted:
+            raise ShapeError(f"{name} has shape {array.shape}; expected {' or '.join(map(str, wanted))}, {r} bins")
+    for name, array in draws.items():
+        require_finite(name, array)
+    axes = ("lg_energy", "lg_energy_other")
+    dims = {k: list(axes[: a.ndim]) for k, a in (fixed | seen).items()} | {k: list(axes[:1]) for k in draws}
+    data = {"posterior": {k: a[None] for k, a in draws.items()}, "observed_data": seen, "constant_data": fixed}
+    tree = _convert(data, coords=dict.fromkeys(axes, centres), dims=dims)
+    tree.attrs[_NOTE] = _to_json(attrs or {})
     return tree
 
 
@@ -161,12 +194,12 @@ def _old(arviz: Any) -> bool:
     return "InferenceData" in vars(arviz)
 
 
-def _convert(data: dict[str, dict[str, Array]]) -> Any:
+def _convert(data: dict[str, dict[str, Array]], **named: Any) -> Any:
     arviz = _import_arviz()
     with warnings.catch_warnings():
         # "more chains than draws" is a guess at a transposed array; shapes were checked above
         warnings.filterwarnings("ignore", message="More chains", category=UserWarning)
-        tree = arviz.from_dict(**data) if _old(arviz) else arviz.from_dict(data)
+        tree = arviz.from_dict(**data, **named) if _old(arviz) else arviz.from_dict(data, **named)
     for name in groups(tree):
         tree[name].attrs.pop("created_at", None)  # the same run gives the same file, whenever it is made
     return tree

@@ -22,6 +22,7 @@ from scipy.special import chdtrc
 from sbi_phys.checks import as_array, require_int, require_number
 from sbi_phys.errors import ConvergenceError, SbiPhysError, SettingError, ShapeError
 from sbi_phys.unfold.flux import LG_E0, bin_integral, broken_power_law, parameter_names
+from sbi_phys.unfold.histograms import counts_of, to_hist
 from sbi_phys.unfold.inputs import check_counts
 from sbi_phys.unfold.response import Response
 from sbi_phys.unfold.smooth_truth import deviance
@@ -74,6 +75,10 @@ class ForwardFold:
         slope = _slope(lambda theta: self.model(x, theta), self.values, self.errors)
         return self.model(x, self.values), np.sqrt(np.einsum("ia,ab,ib->i", slope, self.covariance_parameters, slope))
 
+    def to_hist(self) -> Any:
+        """Corrected counts and variances in the reco bins as a `hist` or `boost-histogram` object.   Raises: SbiPhysError."""
+        return to_hist(self.reco_edges, self.counts, self.covariance)
+
     def summary(self) -> str:
         """Return the result in words."""
         lines = [f"forward folding: chi2 = {self.chi2:.4g} for {self.ndf} degrees of freedom (p = {self.pvalue:.3g})"]
@@ -112,7 +117,7 @@ def forward_fold(
     r"""Fit J(E; theta) to counts through the response by maximum Poisson likelihood, and correct the counts with it.
 
     Args:
-        counts: (r,), measured, >= 0; nothing subtracted.
+        counts: (r,), measured, >= 0; nothing subtracted. Or a histogram (UHI) with the response's edges, not weighted.
         response: Response with truth_edges and reco_edges in lg(E/eV).
         exposure: km2 sr yr, independent of energy; None = the response's own. What depends on energy belongs into the efficiency.
         n_breaks: smooth breaks of the power law, as in `flux.broken_power_law`: theta = (lg_j0, gamma_1 .., lg_e_1 ..).
@@ -127,7 +132,10 @@ def forward_fold(
     Source: arXiv:2008.06486.
     """
     truth_edges, reco_edges, area = _axes(response, exposure)
-    data = check_counts(counts, response.n_reco, reco_edges)
+    values, own = counts_of(counts, response)
+    if own is not None:
+        raise SettingError("counts is a weighted histogram; expected plain counts, for the likelihood of forward_fold is Poisson")
+    data = check_counts(values, response.n_reco, reco_edges)
     model = broken_power_law if flux is None else flux
     labels, theta0 = _start(data, response, area, n_breaks, start, flux is not None, names)
     if theta0.size > data.size:

@@ -9,13 +9,14 @@ finite simulation statistics, and that of the prior. The derivatives are exact a
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.checks import require_int, require_number
 from sbi_phys.errors import DataError, SettingError
+from sbi_phys.unfold.histograms import counts_of, to_hist
 from sbi_phys.unfold.ibu_steps import Iterate, iterations, scaled_prior
 from sbi_phys.unfold.inputs import check_counts, check_covariance, check_nonnegative, check_prior, warn_few
 from sbi_phys.unfold.response import Response, as_response
@@ -87,6 +88,10 @@ class IBU:
         """Number of measured bins; the fit has used up an unknown part of them, so chi2 / ndf below 1 is normal."""
         return int(self.measured.size)
 
+    def to_hist(self) -> Any:
+        """Counts and variances as a `hist` or `boost-histogram` object.   Raises: SettingError (no edges), SbiPhysError."""
+        return to_hist(self.truth_edges, self.counts, self.covariance)
+
     def summary(self) -> str:
         """Return the result in words."""
         pieces = (("data", self.covariance_data), ("response", self.covariance_response), ("prior", self.covariance_prior))
@@ -131,7 +136,7 @@ def ibu(
     r"""Unfold counts by k steps of Bayes' theorem, n'_mu = (n_mu / eps_mu) sum_j P[j, mu] N_j / f_j(n), with full covariance.
 
     Args:
-        counts: (r,), measured, >= 0; nothing subtracted.
+        counts: (r,), measured, >= 0; nothing subtracted. Or a histogram (UHI) with the response's edges; weighted: its variances.
         response: Response, or matrix (r, t) = P(reco | truth) whose column sums are the efficiency.
         n_iterations: a number, or "coverage" or "bias": the first iteration that meets `rule` on toys (steep spectra need tens).
         prior: (t,) > 0, shape where the iteration starts, any scale. None: the response's own `truth` spectrum, else flat.
@@ -150,9 +155,11 @@ def ibu(
     Read: prior_remaining and tilt_remaining tell which bins the data have not reached; use the full covariance, not its diagonal alone.
     """
     resp = _with_background(as_response(response), background)
-    data = check_counts(counts, resp.n_reco, resp.reco_edges)
+    values, own = counts_of(counts, resp)
+    data = check_counts(values, resp.n_reco, resp.reco_edges)
     warn_few(data, resp.n_truth)
-    given = None if counts_covariance is None else check_covariance("counts_covariance", counts_covariance, resp.n_reco)
+    spread = own if counts_covariance is None else counts_covariance
+    given = None if spread is None else check_covariance("counts_covariance", spread, resp.n_reco)
     start, origin = _prior(prior, resp)
     strength = 0.0 if smoothing is None else require_number("smoothing", smoothing, low=0, high=1)
     v_prior = None if prior_covariance is None else check_covariance("prior_covariance", prior_covariance, resp.n_truth)

@@ -14,7 +14,7 @@ Source: Hocker & Kartvelishvili 1996, hep-ph/9509307 (SVD); Schmitt 2012, arXiv:
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +22,7 @@ from scipy.linalg import eigh
 
 from sbi_phys.checks import require_choice, require_int, require_number
 from sbi_phys.errors import DataError, SettingError
+from sbi_phys.unfold.histograms import counts_of, to_hist
 from sbi_phys.unfold.ibu_steps import scaled_prior
 from sbi_phys.unfold.inputs import check_counts, check_covariance, check_nonnegative, check_prior, warn_few
 from sbi_phys.unfold.response import Response, as_response
@@ -89,6 +90,10 @@ class Tikhonov:
         """Standard errors (t,), square roots of the diagonal of the covariance."""
         return np.asarray(np.sqrt(np.diag(self.covariance)))
 
+    def to_hist(self) -> Any:
+        """Counts and variances as a `hist` or `boost-histogram` object.   Raises: SettingError (no edges), SbiPhysError."""
+        return to_hist(self.truth_edges, self.counts, self.covariance)
+
     def summary(self) -> str:
         """Return the result in words."""
         how = "given" if self.scan is None else f"by {self.scan.method}"
@@ -141,7 +146,7 @@ def tikhonov(
     r"""Unfold by least squares with a curvature penalty, min chi2(n) + tau^2 |L (n / p)|^2.
 
     Args:
-        counts: (r,), measured, >= 0; nothing subtracted.
+        counts: (r,), measured, >= 0; nothing subtracted. Or a histogram (UHI) with the response's edges; weighted: its variances.
         response: Response, or matrix (r, t) = P(reco | truth); r >= t.
         strength: tau, for a penalty on n over the scaled prior; None = chosen on a scan by `method`.
         prior: (t,) > 0, any scale: the shape whose ratio is to be smooth. None: the response's `truth` spectrum, else flat.
@@ -161,9 +166,11 @@ def tikhonov(
         raise SettingError(
             f"response is {resp.n_reco} x {resp.n_truth}; expected n_reco >= n_truth >= 3, or least squares has no one answer"
         )
-    data = check_counts(counts, resp.n_reco, resp.reco_edges)
+    values, own = counts_of(counts, resp)
+    data = check_counts(values, resp.n_reco, resp.reco_edges)
     warn_few(data, resp.n_truth)
-    given = None if counts_covariance is None else check_covariance("counts_covariance", counts_covariance, resp.n_reco)
+    spread = own if counts_covariance is None else counts_covariance
+    given = None if spread is None else check_covariance("counts_covariance", spread, resp.n_reco)
     if prior is not None:
         shape = check_prior(prior, resp.n_truth, resp.truth_edges)
     else:

@@ -1,0 +1,211 @@
+"""Speed of simulation stores: writing beside bare h5py, opening 10,000 shards, verifying beside a plain read, compression.
+
+    python benchmarks/store_speed.py [--rows 400000] [--shards 10000] [--folder DIR] [--out benchmarks/results/store_speed.json]
+
+Both sides of every ratio are measured in turns in the same run, and the best of all turns counts: on a machine that does
+other things as well, that is what the code needs. "CPU" is processor time of this process, system calls included. Prints
+each number with what is asked of it, writes JSON and exits with 1 if one is missed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from sbi_phys.layout import Layout
+from sbi_phys.priors import BoxPrior, Parameter
+from sbi_phys.rng import rng_for
+from sbi_phys.shards import Header, ShardData, shard_name, write_shard
+from sbi_phys.storage.check import check_store
+from sbi_phys.storage.info import store_info
+from sbi_phys.store import Manifest, Store, write_manifest
+
+Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
+PRIOR = BoxPrior([Parameter("a", -3, 3), Parameter("b", -3, 3)])
+COLUMNS = 20
+
+
+def header(rows: int, layout: Layout | None = None, dtype: str = "float32") -> Header:
+    observables = [{"name": "x", "size": COLUMNS, "unit": "", "latex": "", "kind": "real", "edges": [], "edges_unit": ""}]
+    simulator = {"class": "benchmarks.store_speed:Nothing", "settings": {}}
+    return Header(simulator, PRIOR.to_dict(), observables, 0, rows, dtype, "prior", (layout or Layout()).plain())
+
+
+def shard(rows: int, seed: int = 0) -> ShardData:
+    rng = rng_for(seed, "rows")
+    x = rng.standard_normal((rows, COLUMNS), dtype=np.float32)
+    return ShardData(PRIOR.sample(rows, rng), x, np.zeros(rows, dtype=np.uint8), {})
+
+
+def bare(path: Path, data: ShardData, sync: bool) -> None:
+    """The same arrays by h5py alone."""
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        for name in ("theta", "x", "status"):
+            file.create_dataset(name, data=getattr(data, name))
+    if sync:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def turns(n: int, *jobs: Callable[[], Any]) -> list[tuple[float, float]]:
+    """Best wall and CPU seconds of each job, taken in turns."""
+    best = [(np.inf, np.inf)] * len(jobs)
+    for _ in range(n):
+        for i, job in enumerate(jobs):
+            wall, cpu = time.perf_counter(), time.process_time()
+            job()
+            best[i] = min(best[i][0], time.perf_counter() - wall), min(best[i][1], time.process_time() - cpu)
+    return best
+
+
+def writing(folder: Path, total: int) -> Numbers:
+    """Rows a second of write_shard, synced and not, beside bare h5py writing the same arrays to as many files."""
+    numbers: Numbers = {}
+    for rows in (4096, 65536):
+        count, data, head = max(1, total // rows), shard(rows), header(rows)
+
+        def write(ours: bool, synced: bool, count: int = count, data: ShardData = data, head: Header = head) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            sync = os.fsync
+            os.fsync = sync if synced else lambda handle: None  # type: ignore[assignment]
+            try:
+                for i in range(count):
+                    path = folder / shard_name(i)
+                    write_shard(path, head, i, data) if ours else bare(path, data, synced)
+            finally:
+                os.fsync = sync
+
+        found = turns(3, *(lambda a=a, b=b: write(a, b) for a in (True, False) for b in (True, False)))  # type: ignore[misc]
+        (ours, ours_cpu), (ours_free, free_cpu), (h5py_s, _), (h5py_free, h5py_cpu) = found
+        n, name = count * rows, f"shards of {rows}"
+        asked = rows > 4096
+        numbers[f"{name}: rows/s"] = (n / ours, ">=" if asked else "", 2e6 if asked else None)
+        numbers[f"{name}: rows/s a CPU second"] = (n / ours_cpu, "", None)
+        numbers[f"{name}: times bare h5py, both synced"] = (ours / h5py_s, "<=", 2.0)
+        numbers[f"{name}: times bare h5py, neither synced"] = (ours_free / h5py_free, "<=" if asked else "", 2.0 if asked else None)
+        numbers[f"{name}: times bare h5py, neither synced, CPU"] = (free_cpu / h5py_cpu, "", None)
+        numbers[f"{name}: ms a shard for fsync"] = (1e3 * (ours - ours_free) / count, "", None)
+    return numbers
+
+
+def opening(folder: Path, n_shards: int) -> Numbers:
+    """Seconds until rows, gaps and failures of a store of many shards are known, at first and with its index."""
+    head, data = header(8), shard(8)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_shard(folder / shard_name(0), head, 0, data)
+    for i in range(1, n_shards):
+        shutil.copyfile(folder / shard_name(0), folder / shard_name(i))
+    write_manifest(folder, Manifest(head, 8 * n_shards))
+
+    def look() -> None:
+        store = Store(folder)
+        assert (store.n_ok, store.complete) == (8 * n_shards, True)
+
+    start = time.perf_counter()
+    look()
+    first = time.perf_counter() - start
+    (wall, _), (info, _) = turns(3, look, lambda: store_info(folder))
+    name = f"{n_shards} shards"
+    return {
+        f"{name}: open and count, s": (wall, "<=", 1.0),
+        f"{name}: store info, s": (info, "", None),
+        f"{name}: the very first count, s": (first, "", None),
+    }
+
+
+def verifying(folder: Path, total: int) -> Numbers:
+    """MB/s of check_store beside reading the same files whole, from the page cache."""
+    rows = 65536
+    count = max(1, total // rows)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for i in range(count):
+        write_shard(folder / shard_name(i), header(rows), i, shard(rows, seed=i))
+    write_manifest(folder, Manifest(header(rows), count * rows))
+    size = sum(p.stat().st_size for p in folder.glob("shard-*"))
+
+    def check() -> None:
+        assert check_store(folder).ok
+
+    def plain() -> None:
+        for path in folder.glob("shard-*"):
+            path.read_bytes()
+
+    (wall, cpu), (read, _) = turns(3, check, plain)
+    return {
+        "verify, MB/s": (size / wall / 1e6, ">=", 500.0),
+        "verify, MB a CPU second": (size / cpu / 1e6, "", None),
+        "plain read of the same files from memory, MB/s": (size / read / 1e6, "", None),
+    }
+
+
+def compressing(folder: Path) -> Numbers:
+    """Bytes a row and rows/s written and read, for noise and for counts, by layout."""
+    numbers: Numbers = {}
+    rows = 65536
+    kinds = {"noise": shard(rows), "counts": shard(rows)}
+    kinds["counts"] = replace(kinds["counts"], x=rng_for(1, "counts").poisson(3.0, (rows, COLUMNS)).astype(np.float32))
+    layouts = {"none": Layout(), "float16": Layout(dtypes={"x": "float16"})}
+    layouts |= {name: Layout(compression=name) for name in ("lzf", "gzip:1", "gzip:4", "gzip:9")}
+    for kind, data in kinds.items():
+        for name, layout in layouts.items():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            head = header(rows, layout)
+            path = folder / shard_name(0)
+            write_manifest(folder, Manifest(head, rows))
+            (wrote, _), (read, _) = turns(2, lambda p=path, h=head, d=data: write_shard(p, h, 0, d), lambda: Store(folder).read())  # type: ignore[misc]
+            numbers[f"{kind}, {name}: bytes/row"] = (path.stat().st_size / rows, "", None)
+            numbers[f"{kind}, {name}: rows/s written"] = (rows / wrote, "", None)
+            numbers[f"{kind}, {name}: rows/s read"] = (rows / read, "", None)
+    return numbers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=400_000)
+    parser.add_argument("--shards", type=int, default=10_000)
+    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "store_speed.json")
+    args = parser.parse_args()
+    root = Path(tempfile.mkdtemp(dir=args.folder))
+    try:
+        numbers = (
+            writing(root / "w", args.rows) | verifying(root / "v", args.rows) | compressing(root / "c") | opening(root / "o", args.shards)
+        )
+    finally:
+        shutil.rmtree(root)
+    report(numbers, args.out)
+
+
+def report(numbers: Numbers, out: Path) -> None:
+    """Print, write JSON, and leave with status 1 if something was missed."""
+    rows = []
+    for name, (value, sign, bound) in numbers.items():
+        met = bound is None or bool(value <= bound if sign == "<=" else value >= bound)
+        rows.append({"name": name, "value": float(value), "asked": None if bound is None else f"{sign} {bound:g}", "met": met})
+        print(f"{name:<60} {value:<12.4g}" + ("" if bound is None else f" {sign} {bound:g}  {'met' if met else 'MISSED'}"), flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_suffix(".tmp")
+    aside.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, out)
+    sys.exit(not all(row["met"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+r"""Is a learned ratio r(x) = p_num(x) / p_ref(x) right? Checks that need events of both samples.
+
+- **mean_ratio**: E_ref[r] = 1 and E_num[1/r] = 1 hold for the exact ratio and nearly no other. r is heavy-tailed where the samples lie
+  apart, so p-values are of the mean with its skewness transformed away (Hall 1992), and the number of events that carry the mean is
+  told. Third, with d = r / (1 + r), E_num[d] + E_ref[d] = 1 (the balance of arXiv:2208.13624), whose terms lie in (0, 1): it never has
+  heavy tails.
+- **reliability**: among events for which the classifier says p, the share p is from the numerator; exact binomial bands.
+- **reweighting_auc**: the reference weighted with r must look like the numerator. A second classifier (gradient-boosted trees) that sees
+  x itself is trained on one half of the events to tell them apart; on the other half its area under the ROC curve is 0.5 with a
+  variance that follows from the ranks (DeLong, with weights). This alone sees an r that is a calibrated function of too little of x.
+
+All events must be held out: neither trained on nor used in a recalibration (`ratios_repair`). The numerator of a likelihood-to-evidence
+ratio at one theta are events of p(x | theta), the reference events of p(x); over all theta, joint and marginal pairs (theta, x).
+
+Source: Cranmer, Pavez & Louppe 2015, arXiv:1506.02169; Hermans et al. 2021, arXiv:2110.06581; Hall 1992, J. R. Stat. Soc. B 54, 221;
+DeLong et al. 1988, Biometrics 44, 837.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, ndtr
+from scipy.stats import binom, skew
+
+from sbi_phys.calibration.inputs import ALPHA, combine
+from sbi_phys.checks import as_array, as_real, require_int
+from sbi_phys.errors import DataError, NonFiniteError, ShapeError
+from sbi_phys.rng import rng_for, seed_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["MeanRatio", "RatioCheck", "Reliability", "ReweightingAUC", "check_ratio", "mean_ratio", "reliability", "reweighting_auc"]
+
+Array = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+MIN_EVENTS = 20
+REFERENCE, NUMERATOR, BALANCE = "E_ref[r]", "E_num[1/r]", "E_num[d] + E_ref[d]"
+FEW = 50  # effective events below which a mean of r says little
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeanRatio:
+    """Means that are 1 for the exact ratio, for m values of theta (m = 1 for one ratio). All without unit.
+
+    names (m,). mean {quantity: (m,)} with error {quantity: (m,)}, standard errors, for 'E_ref[r]', 'E_num[1/r]' and
+    'E_num[d] + E_ref[d]', d = r / (1 + r). n_effective (m, 2), (sum r)^2 / sum r^2 of the reference, and of 1/r of the numerator.
+    each {quantity: (m,)}, p-values; pvalues, the smallest of each quantity times m; pvalue, of all.
+    """
+
+    names: tuple[str, ...]
+    mean: dict[str, Array]
+    error: dict[str, Array]
+    n_effective: Array
+    each: dict[str, Array]
+    pvalues: dict[str, float]
+    pvalue: float
+    n_numerator: int
+    n_reference: int
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        words = "no deviation found" if self.pvalue > ALPHA else "the means are NOT 1"
+        lines = [f"Mean ratio, {self.n_numerator} numerator and {self.n_reference} reference events: {words} (p = {self.pvalue:.3g})"]
+        pad = max(map(len, self.names))
+        for i, name in enumerate(self.names):
+            parts = [f"{q} = {self.mean[q][i]:.4f} +- {self.error[q][i]:.4f}" for q in self.mean]
+            few = f"  (only {self.n_effective[i].min():.0f} events carry a mean)" if self.n_effective[i].min() < FEW else ""
+            lines.append(f"  {name:<{pad}}  " + "  ".join(parts) + few)
+        return "\n".join(lines)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the three means with their errors around 1, one place per theta."""
+        from sbi_phys.calibration import plots_ratios
+
+        return plots_ratios.mean_ratio(self, ax)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reliability:
+    """Reliability curve of a classifier: b bins of about equally many events.
+
+    predicted (b,), mean of p in the bin; observed (b,), share of numerator events; band (b, 2), of the share, all bins together 95 %,
+    exact binomial. count (b,), events. error, mean |observed - predicted| over events. each (b,), p-values; pvalue, the smallest times b.
+    """
+
+    predicted: Array
+    observed: Array
+    band: Array
+    count: Counts
+    error: float
+    each: Array
+    pvalue: float
+
+    @property
+    def verdict(self) -> str:
+        """'calibrated', 'overconfident' (outputs too far from one half), 'underconfident' or 'biased'."""
+        if self.pvalue > ALPHA:
+            return "calibrated"
+        outwards = self.count * (self.observed - self.predicted) * np.sign(self.predicted - 0.5)
+        if abs(outwards.sum()) < 0.5 * np.abs(outwards).sum():
+            return "biased"
+        return "overconfident" if outwards.sum() < 0 else "underconfident"
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        worst = int(np.argmin(self.each))
+        return (
+            f"Reliability, {self.count.sum()} events in {self.count.size} bins: {self.verdict} (p = {self.pvalue:.3g}); mean deviation"
+            f" {self.error:.4f}, worst bin {self.observed[worst]:.3f} where {self.predicted[worst]:.3f} is said"
+        )
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the observed share against the predicted one.   Read: flatter than the diagonal = overconfident."""
+        from sbi_phys.calibration import plots_ratios
+
+        return plots_ratios.reliability(self, ax)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReweightingAUC:
+    """How well a second classifier tells the reweighted reference from the numerator; `float(result)` is the area.
+
+    auc with error, 0.5 = alike. before with before_error, without weights. pvalue, one-sided, of auc <= 0.5.
+    n_numerator, n_reference, test events; n_effective, (sum r)^2 / sum r^2 of the reference's.
+    """
+
+    auc: float
+    error: float
+    before: float
+    before_error: float
+    pvalue: float
+    n_numerator: int
+    n_reference: int
+    n_effective: float
+
+    def __float__(self) -> float:
+        return self.auc
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        words = "no difference found" if self.pvalue > ALPHA else "different"
+        few = f"; only {self.n_effective:.0f} reference events carry the weight" if self.n_effective < FEW else ""
+        return (
+            f"Reweighting AUC {self.auc:.4f} +- {self.error:.4f} (p = {self.pvalue:.3g}), {self.before:.4f} without weights, "
+            f"{self.n_numerator} numerator and {self.n_reference} reference events: {words}{few}"
+        )
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the areas with and without weights, with errors, and 0.5."""
+        from sbi_phys.calibration import plots_ratios
+
+        return plots_ratios.reweighting_auc(self, ax)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RatioCheck:
+    """All checks of one ratio. pvalue: the smallest of theirs, times three."""
+
+    mean: MeanRatio
+    reliability: Reliability
+    auc: ReweightingAUC
+    pvalue: float
+
+    def summary(self) -> str:
+        """Return the results in words, one check after the other."""
+        return "\n".join([self.mean.summary(), self.reliability.summary(), self.auc.summary()])
+
+    def plot(self) -> "Figure":
+        """Draw the checks side by side."""
+        from sbi_phys.calibration import plots_ratios
+
+        return plots_ratios.check(self)
+
+
+def mean_ratio(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, *, names: Sequence[str] | None = None) -> MeanRatio:
+    r"""Test E_ref[r] = 1, E_num[1/r] = 1 and E_num[d] + E_ref[d] = 1, d = r / (1 + r).
+
+    Args:
+        log_r_numerator: (n1,) or, for m values of theta, (m, n1), log r of events drawn from the numerator, nats.
+        log_r_reference: (n0,) or (m, n0), of events drawn from the reference; -inf where the numerator is impossible.
+        names: m names, e.g. of the theta.
+
+    Returns: MeanRatio.   Raises: ShapeError, NonFiniteError, DataError (fewer than 20 events).
+    Source: arXiv:1506.02169, 2208.13624; p-values: Hall 1992.
+    Read: E_ref[r] > 1 says that r is too large somewhere. Means carried by few events (`n_effective`) say little: trust the third then.
+    """
+    one, zero = log_ratios("log_r_numerator", log_r_numerator), log_ratios("log_r_reference", log_r_reference, low=True)
+    if len(one) != len(zero):
+        raise ShapeError(f"log_r_numerator has {len(one)} rows, log_r_reference {len(zero)}; expected one row for each theta in both")
+    plain = tuple(f"theta {i}" for i in range(len(one))) if names is None and len(one) > 1 else tuple(names or ("r",))
+    if len(plain) != len(one):
+        raise ShapeError(f"names has {len(plain)} entries; expected {len(one)}, one for each theta")
+    found: dict[str, Array] = {
+        REFERENCE: np.array([_mean(_exp(row)) for row in zero]),
+        NUMERATOR: np.array([_mean(_exp(-row)) for row in one]),
+        BALANCE: np.array([_balance(expit(a), expit(b)) for a, b in zip(one, zero, strict=True)]),
+    }
+    each = {q: values[:, 2] for q, values in found.items()}
+    pvalues = {q: float(min(1.0, p.size * p.min())) for q, p in each.items()}
+    return MeanRatio(
+        names=plain,
+        mean={q: values[:, 0] for q, values in found.items()},
+        error={q: values[:, 1] for q, values in found.items()},
+        n_effective=np.array([[_effective(_exp(b)), _effective(_exp(-a))] for a, b in zip(one, zero, strict=True)]),
+        each=each,
+        pvalues=pvalues,
+        pvalue=combine(pvalues),
+        n_numerator=one.shape[1],
+        n_reference=zero.shape[1],
+    )
+
+
+def reliability(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, n_bins: int = 20) -> Reliability:
+    r"""Reliability curve of p(x) = n1 r / (n1 r + n0), the probability that an event of the pooled sample is from the numerator.
+
+    Args:
+        log_r_numerator: (n1,), log r of held-out numerator events, nats.
+        log_r_reference: (n0,), of held-out reference events; -inf allowed.
+        n_bins: bins of equally many events (fewer where p takes few values).
+
+    Returns: Reliability.   Raises: ShapeError, NonFiniteError, DataError, SettingError.
+    Source: arXiv:1506.02169; bands: binomial, Bonferroni over bins.
+    Read: observed nearer to one half than predicted = overconfident. A right curve says that r is right for what the network has seen of
+    x, not that it has seen everything: that is what `reweighting_auc` is for.
+    """
+    one, zero = single_ratio("log_r_numerator", log_r_numerator), single_ratio("log_r_reference", log_r_reference, low=True)
+    n_bins = require_int("n_bins", n_bins, low=2)
+    label = np.repeat([1.0, 0.0], [one.size, zero.size])
+    p = expit(np.concatenate([one, zero]) + np.log(one.size / zero.size))
+    edges = np.unique(np.quantile(p, np.linspace(0, 1, n_bins + 1)[1:-1]))
+    cell = np.searchsorted(edges, p, side="right")
+    used, cell = np.unique(cell, return_inverse=True)
+    count = np.bincount(cell)
+    predicted, hits = np.bincount(cell, p) / count, np.bincount(cell, label)
+    clipped = np.clip(predicted, 1e-15, 1 - 1e-15)
+    # the sum of unequal Bernoulli variables is narrower than the binomial of their mean: the test is on the safe side
+    tails = np.minimum(binom.cdf(hits, count, clipped), binom.sf(hits - 1, count, clipped))
+    each = np.minimum(1.0, 2 * tails)
+    share = ALPHA / (2 * used.size)
+    band = np.stack([binom.ppf(share, count, clipped), binom.isf(share, count, clipped)], axis=1) / count[:, None]
+    observed = hits / count
+    return Reliability(
+        predicted=predicted,
+        observed=observed,
+        band=band,
+        count=count.astype(np.int64),
+        error=float((count * np.abs(observed - predicted)).sum() / count.sum()),
+        each=each,
+        pvalue=float(min(1.0, each.size * each.min())),
+    )
+
+
+def reweighting_auc(x_numerator: ArrayLike, x_reference: ArrayLike, log_r_reference: ArrayLike, seed: int = 0) -> ReweightingAUC:
+    r"""Area under the ROC curve of a classifier of numerator events against reference events with weights r(x).
+
+    Args:
+        x_numerator: (n1, k), held-out numerator events (with theta among the columns, if r depends on it).
+        x_reference: (n0, k), held-out reference events.
+        log_r_reference: (n0,), log r of these, nats; -inf is weight 0. Only the weights' ratios matter.
+        seed: of the halves and the trees.
+
+    Returns: ReweightingAUC.   Raises: ShapeError, NonFiniteError, DataError (fewer than 20 events, no weight).
+    Source: arXiv:1506.02169, section 3; variance: DeLong et al. 1988 with weights.
+    Read: 0.5 = the reweighted reference is the numerator as far as trees can see; p small = it is not.
+    """
+    one, zero = (as_array(name, x, (None, None)) for name, x in (("x_numerator", x_numerator), ("x_reference", x_reference)))
+    if one.shape[1] != zero.shape[1] or one.shape[1] == 0:
+        raise ShapeError(f"x_numerator has shape {one.shape}, x_reference {zero.shape}; expected the same number of columns, at least one")
+    log_w = single_ratio("log_r_reference", log_r_reference, low=True)
+    if log_w.size != len(zero):
+        raise ShapeError(f"log_r_reference has {log_w.size} values; expected {len(zero)}, one for each row of x_reference")
+    if len(one) < MIN_EVENTS or np.isneginf(log_w).all():
+        raise DataError(
+            f"x_numerator has {len(one)} events, {np.isfinite(log_w).sum()} of the reference have weight; expected {MIN_EVENTS}"
+        )
+    w = np.exp(log_w - log_w.max())
+    rng = rng_for(seed, "reweighting halves")
+    halves = [rng.permutation(n) for n in (len(one), len(zero))]
+    train, test = [h[: len(h) // 2] for h in halves], [h[len(h) // 2 :] for h in halves]
+    areas = []
+    for name, weight in (("weighted", w), ("plain", np.ones_like(w))):
+        if not weight[train[1]].sum() > 0 or not weight[test[1]].sum() > 0:
+            raise DataError("the weight lies on so few reference events that one half has none; expected more reference events")
+        predict = _trees(one[train[0]], zero[train[1]], weight[train[1]], seed_for(seed, "trees", name) % 2**32)
+        areas.append(_weighted_auc(predict(one[test[0]]), predict(zero[test[1]]), weight[test[1]]))
+    (auc, error), (before, before_error) = areas
+    return ReweightingAUC(
+        auc=auc,
+        error=error,
+        before=before,
+        before_error=before_error,
+        pvalue=float(ndtr(-(auc - 0.5) / error)) if error > 0 else float(auc <= 0.5),
+        n_numerator=len(test[0]),
+        n_reference=len(test[1]),
+        n_effective=_effective(w[test[1]]),
+    )
+
+
+def check_ratio(
+    log_r_numerator: ArrayLike, log_r_reference: ArrayLike, x_numerator: ArrayLike, x_reference: ArrayLike, *, seed: int = 0
+) -> RatioCheck:
+    """All checks of one ratio: the arguments of `mean_ratio`, `reliability` and `reweighting_auc`.
+
+    Args: log_r_numerator (n1,), log_r_reference (n0,), nats; x_numerator (n1, k), x_reference (n0, k), the same events; seed.
+    Raises: ShapeError, NonFiniteError, DataError.
+    """
+    mean, curve = mean_ratio(log_r_numerator, log_r_reference), reliability(log_r_numerator, log_r_reference)
+    auc = reweighting_auc(x_numerator, x_reference, log_r_reference, seed)
+    return RatioCheck(mean=mean, reliability=curve, auc=auc, pvalue=min(1.0, 3 * min(mean.pvalue, curve.pvalue, auc.pvalue)))
+
+
+def log_ratios(name: str, value: ArrayLike, *, low: bool = False) -> Array:
+    """Log ratios as (m, n), finite but for -inf where `low`."""
+    array = as_real(name, value)
+    array = array[None] if array.ndim == 1 else array
+    if array.ndim != 2 or array.shape[0] == 0:
+        raise ShapeError(f"{name} has shape {np.shape(value)}; expected (n,) or (m, n), one row for each theta")
+    if array.shape[1] < MIN_EVENTS:
+        raise DataError(f"{name} has {array.shape[1]} events; expected at least {MIN_EVENTS}")
+    bad = ~np.isfinite(array) & ~(low & np.isneginf(array))
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise NonFiniteError(f"{name} is {array[where]} at {where}, {bad.sum()} in all; expected finite values{' or -inf' if low else ''}")
+    return array
+
+
+def single_ratio(name: str, value: ArrayLike, *, low: bool = False) -> Array:
+    if np.ndim(value) != 1:
+        raise ShapeError(f"{name} has shape {np.shape(value)}; expected (n,), one ratio at a time")
+    return log_ratios(name, value, low=low)[0]
+
+
+def _exp(log_r: Array) -> Array:
+    """e^log_r, cut where its cube would overflow: so large a term fails every check as it is."""
+    return np.exp(np.minimum(log_r, 200.0))
+
+
+def _mean(values: Array) -> tuple[float, float, float]:
+    """Mean, standard error and two-sided p-value of mean 1, by Hall's transformation of the studentised mean."""
+    n, mean, sd = values.size, float(values.mean()), float(values.std(ddof=1))
+    if sd <= 1e-12 * abs(mean):
+        return mean, 0.0, float(abs(mean - 1) < 1e-9)
+    u, g = (mean - 1) / sd, float(skew(values))
+    z = np.sqrt(n) * (u + g * u**2 / 3 + g**2 * u**3 / 27 + g / (6 * n))
+    return mean, sd / np.sqrt(n), float(2 * ndtr(-abs(z)))
+
+
+def _balance(d_numerator: Array, d_reference: Array) -> tuple[float, float, float]:
+    mean = float(d_numerator.mean() + d_reference.mean())
+    error = float(np.sqrt(d_numerator.var(ddof=1) / d_numerator.size + d_reference.var(ddof=1) / d_reference.size))
+    return mean, error, float(2 * ndtr(-abs(mean - 1) / error)) if error > 1e-12 else float(abs(mean - 1) < 1e-9)
+
+
+def _effective(weights: Array) -> float:
+    return float(weights.sum() ** 2 / (weights**2).sum()) if weights.any() else 0.0
+
+
+def _trees(one: Array, zero: Array, weight: Array, seed: int) -> Callable[[Array], Array]:
+    """Probability of the numerator as learned by boosted trees, a function of rows."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    model = HistGradientBoostingClassifier(max_iter=60, max_leaf_nodes=15, early_stopping=False, random_state=seed)
+    weights = np.concatenate([np.full(len(one), 1.0), weight * (len(one) / weight.sum())])
+    with threadpool_limits(1):
+        model.fit(np.concatenate([one, zero]), np.repeat([1, 0], [len(one), len(zero)]), sample_weight=weights)
+    return lambda rows: np.asarray(model.predict_proba(rows)[:, 1])
+
+
+def _weighted_auc(one: Array, zero: Array, weight: Array) -> tuple[float, float]:
+    """Area under the ROC curve of scores (ties count one half), reference events weighted, and its standard error."""
+    order = np.argsort(zero)
+    ranked, total = zero[order], np.concatenate([[0.0], np.cumsum(weight[order])])
+    below, upto = (np.searchsorted(ranked, one, side=side) for side in ("left", "right"))
+    above_zero = (total[below] + total[upto]) / (2 * total[-1])  # of each numerator event: weight of the reference below it
+    ordered = np.sort(one)
+    above_one = 1 - (np.searchsorted(ordered, zero, side="left") + np.searchsorted(ordered, zero, side="right")) / (2 * one.size)
+    auc = float(above_zero.mean())
+    variance = above_zero.var(ddof=1) / one.size + float((weight**2 * (above_one - auc) ** 2).sum()) / total[-1] ** 2
+    return auc, float(np.sqrt(variance))

@@ -1,0 +1,267 @@
+r"""Bayes factors of any data set from one training: a classifier that tells simulations of the models apart.
+
+Draw theta ~ p(theta | M_k) and x ~ p(x | theta, M_k), equally often from each model. The classifier's optimum is
+
+    f_k(x) - f_j(x) = log p(x | M_k) / p(x | M_j),     p(x | M) = int p(x | theta, M) p(theta | M) dtheta,
+
+the log of the Bayes factor: the parameters are integrated over by the simulation itself, and no likelihood is needed. With probabilities
+P(M_k) before the data, P(M_k | x) is proportional to p(x | M_k) P(M_k); they are not part of the training and may be changed after it.
+
+What was learned is tested on fresh simulations: among those of which it says p, is the share p from that model (`probabilities`)?
+
+Source: Radev et al. 2021, arXiv:2004.10629; Cranmer, Pavez & Louppe 2015, arXiv:1506.02169. Network: `network`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import log_softmax
+from torch import Tensor, nn
+
+from sbi_phys.checks import as_real, require_finite, require_int
+from sbi_phys.comparison.models import prior_probabilities, require_names
+from sbi_phys.comparison.network import ModelNet, finish, model_loss
+from sbi_phys.comparison.probabilities import ProbabilityCalibration, check_probabilities
+from sbi_phys.dataset import XScaler, count_columns, split_rows
+from sbi_phys.device import resolve_device
+from sbi_phys.errors import DataError, SettingError, ShapeError, SimulatorMismatchError
+from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.sets import take_scaling
+from sbi_phys.priors import Observable
+from sbi_phys.progress import Progress, or_none
+from sbi_phys.protocol import Simulator, check_output, check_simulator
+from sbi_phys.rng import rng_for, seed_for
+from sbi_phys.train import TrainConfig, fit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["ModelComparison", "model_comparison"]
+
+Array = NDArray[np.float64]
+MIN_SIMULATIONS = 100
+_ROWS = 16384
+_SIMULATE = 10_000
+
+
+class ModelComparison:
+    """Trained comparison of K models: Bayes factors and probabilities of any data set. Made by `model_comparison`.
+
+    names (K,). prior (K,), probabilities before the data. calibration: of the probabilities on fresh simulations, in the shares that
+    were simulated, or None. observation and probability (K,): of the data set that was handed in, or None.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], prior: Array, nets: list[ModelNet], scaler: XScaler, device: torch.device, n_train: int
+    ) -> None:
+        self.names, self.prior, self.n_train = names, prior, n_train
+        self.calibration: ProbabilityCalibration | None = None
+        self.observation: Array | None = None
+        self.probability: Array | None = None
+        self._nets, self._scaler, self._device = nets, scaler, device
+
+    def log_evidence_ratios(self, x: ArrayLike) -> Array:
+        """log p(x | M_k) up to one constant for each x: (K,) for one data set, (b, K) for a batch; nats, their mean over k is zero.
+
+        Raises: ShapeError, NonFiniteError, DataError.
+        """
+        array, single = self._scaler.check("x", x)
+        scores = self._scores(array)
+        return scores[0] if single else scores
+
+    def log_bayes_factor(self, x: ArrayLike, model: str, against: str) -> Any:
+        """log p(x | model) - log p(x | against), nats: a number for one data set, (b,) for a batch.   Raises: SettingError too."""
+        i, j = require_names(model, self.names), require_names(against, self.names)
+        scores = self.log_evidence_ratios(x)
+        out = scores[..., i] - scores[..., j]
+        return float(out) if out.ndim == 0 else out
+
+    def probabilities(self, x: ArrayLike, prior: Mapping[str, float] | None = None) -> Array:
+        """P(M_k | x): (K,) for one data set, (b, K) for a batch.
+
+        Args: prior: other probabilities before the data than those of the training call.   Raises: as `log_evidence_ratios`.
+        """
+        before = self.prior if prior is None else prior_probabilities(self.names, prior)
+        return np.asarray(np.exp(log_softmax(self.log_evidence_ratios(x) + np.log(before), axis=-1)))
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        lines = [f"Comparison of {', '.join(self.names)}, trained on {self.n_train} simulations"]
+        if self.probability is not None:
+            shown = "  ".join(f"{n}: {p:.4f}" for n, p in zip(self.names, self.probability, strict=True))
+            lines.append(f"  probabilities of the observation  {shown}")
+        if self.calibration is not None:
+            lines.append(f"  {self.calibration.summary()}")
+        return "\n".join(lines)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the reliability of the probabilities.   Raises: SettingError without a calibration."""
+        if self.calibration is None:
+            raise SettingError("n_check was 0: there is no calibration; expected model_comparison(..., n_check=2000)")
+        return self.calibration.plot(ax)
+
+    @torch.inference_mode()
+    def _scores(self, x: Array) -> Array:
+        parts = []
+        for start in range(0, len(x), _ROWS):
+            inputs = self._scaler.apply(x[start : start + _ROWS]).to(self._device)
+            parts.append(torch.stack([net(inputs).double() for net in self._nets]).mean(dim=0))
+        scores = torch.cat(parts) if parts else torch.zeros(0, len(self.names), dtype=torch.float64)
+        return np.asarray((scores - scores.mean(dim=1, keepdim=True)).cpu().numpy())
+
+
+def model_comparison(
+    models: Mapping[str, Simulator | ArrayLike],
+    observation: ArrayLike | None = None,
+    *,
+    n: int = 20_000,
+    seed: int = 0,
+    prior: Mapping[str, float] | None = None,
+    n_ensemble: int = 2,
+    embedding: EmbeddingConfig | nn.Module | None = None,
+    x_transform: str = "auto",
+    n_check: int = 2000,
+    config: TrainConfig | None = None,
+    device: str | torch.device = "auto",
+    progress: Progress | None = None,
+) -> ModelComparison:
+    r"""Learn the Bayes factors between models from simulations.
+
+    Args: models: {name: simulator}, or {name: x (n, k)} where the simulations are there, drawn with theta from each model's prior;
+    all with the same observables. observation: one data set whose probabilities to give at once. n: simulations a model.
+    prior: probabilities of the models before the data, any positive numbers; default equal. n_ensemble: networks, whose scores are
+    averaged. embedding: as of an NPE; `nets.sets` has those of event sets. x_transform: as of an NPE.
+    n_check: simulations a model to test the calibration on, 0 for none; of arrays, that many of their last rows are kept for it.
+    seed: of simulations, weights and order.
+
+    Returns: ModelComparison: `log_bayes_factor(x, model, against)`, `probabilities(x)`, `calibration`, `summary()`, `plot()`.
+    Raises: SettingError, SimulatorMismatchError (other observables), ShapeError, NonFiniteError, DataError, TrainingError.
+    Source: Radev et al. 2021, arXiv:2004.10629.
+    Read: log Bayes factor 1 is hardly worth a mention, 5 decisive, as far as the priors of the parameters are; calibration.pvalue < 0.05:
+    do not trust the probabilities.
+    """
+    names = _checked_names(models)
+    before = prior_probabilities(names, prior)
+    n, n_check = require_int("n", n, low=MIN_SIMULATIONS), require_int("n_check", n_check, low=0)
+    observables = _observables(names, models)
+    samples = [_draw(name, models[name], n + n_check, seed, progress) for name in names]
+    train = [s[: len(s) - n_check] for s in samples]
+    _check_samples(names, train)
+    x, label = np.concatenate(train), np.repeat(np.arange(len(names)), [len(s) for s in train])
+    nets, scaler, chosen = _train(
+        x,
+        label,
+        len(names),
+        embedding,
+        x_transform,
+        observables,
+        require_int("n_ensemble", n_ensemble, low=1),
+        config,
+        device,
+        seed,
+        progress,
+    )
+    out = ModelComparison(names, before, nets, scaler, chosen, len(x))
+    if n_check:
+        fresh = np.concatenate([s[len(s) - n_check :] for s in samples])
+        equal = dict.fromkeys(names, 1.0)
+        out.calibration = check_probabilities(
+            out.probabilities(fresh, equal), np.repeat(np.arange(len(names)), n_check), names, seed=seed_for(seed, "check")
+        )
+    if observation is not None:
+        array, single = scaler.check("observation", observation)
+        if not single and len(array) != 1:
+            raise ShapeError(f"observation has {len(array)} data sets; expected one; use .probabilities(x) for many")
+        out.observation, out.probability = array[0], out.probabilities(array)[0]
+    return out
+
+
+def _checked_names(models: Mapping[str, Any]) -> tuple[str, ...]:
+    if not isinstance(models, Mapping):
+        raise SettingError(f"models is a {type(models).__name__}; expected {{name: simulator}}")
+    if len(models) < 2:
+        raise SettingError(f"models has {len(models)} entries; expected at least two to compare")
+    if not all(isinstance(name, str) and name for name in models):
+        raise SettingError(f"models has the names {list(models)}; expected text")
+    return tuple(models)
+
+
+def _draw(name: str, model: Any, n: int, seed: int, progress: Progress | None) -> NDArray[np.floating]:
+    """Simulations (n, ...) of one model, finite."""
+    if not hasattr(model, "simulate"):
+        x = model if isinstance(model, np.ndarray) and model.dtype == np.float32 else as_real(f"simulations of {name}", model)
+        x = x[:, None] if x.ndim == 1 else x
+        require_finite(f"simulations of {name}", x)
+        return np.asarray(x)
+    check_simulator(model)
+    parts = []
+    with or_none(progress).task(f"simulate {name}", total=n) as task:
+        for start in range(0, n, _SIMULATE):
+            size = min(_SIMULATE, n - start)
+            theta = model.prior.sample(size, rng_for(seed, "theta", name, start))
+            parts.append(check_output(model, model.simulate(theta, rng_for(seed, "x", name, start)), size).astype(np.float32))
+            task.advance(size)
+    x = np.concatenate(parts)
+    require_finite(f"simulations of {name}", x)
+    return x
+
+
+def _check_samples(names: tuple[str, ...], samples: list[NDArray[np.floating]]) -> None:
+    for name, x in zip(names, samples, strict=True):
+        if x.ndim < 2 or x.shape[1:] != samples[0].shape[1:]:
+            raise ShapeError(f"simulations of {name} have shape {x.shape}; expected (n, {', '.join(map(str, samples[0].shape[1:]))})")
+        if len(x) < MIN_SIMULATIONS:
+            raise DataError(f"{name} has {len(x)} simulations to train on; expected at least {MIN_SIMULATIONS} beside those of n_check")
+
+
+def _observables(names: tuple[str, ...], models: Mapping[str, Any]) -> tuple[Observable, ...] | None:
+    found = [(name, tuple(models[name].observables)) for name in names if hasattr(models[name], "simulate")]
+    for name, observables in found:
+        if [(o.size, o.kind) for o in observables] != [(o.size, o.kind) for o in found[0][1]]:
+            got, expected = ({o.name: (o.size, o.kind) for o in seen} for seen in (observables, found[0][1]))
+            raise SimulatorMismatchError(f"{name} has observables {got}; expected those of {found[0][0]}, {expected}")
+    return found[0][1] if len(found) == len(names) else None
+
+
+def _train(
+    x: NDArray[np.floating], label: NDArray[np.int64], n_models: int, embedding: EmbeddingConfig | nn.Module | None, x_transform: str,
+    observables: tuple[Observable, ...] | None, n_ensemble: int, config: TrainConfig | None, device: str | torch.device, seed: int,
+    progress: Progress | None,
+) -> tuple[list[ModelNet], XScaler, torch.device]:  # fmt: skip
+    place = resolve_device(device)
+    config = config or _config(len(x))
+    scaler = XScaler.fit(x, count_columns(x, x_transform, observables))
+    share = np.bincount(label, minlength=n_models) / len(label)
+    rows = (
+        scaler.apply(x).to(place),
+        torch.from_numpy(label).to(place),
+        torch.from_numpy((1 / (n_models * share))[label]).float().to(place),
+    )
+    shape = EmbeddingConfig(hidden=64, n_blocks=1, n_features=32) if embedding is None else embedding
+    nets = []
+    with or_none(progress).task("train", total=n_ensemble * config.for_rows(len(x))[1]) as task:
+        for m in range(n_ensemble):
+            net = ModelNet(n_models, scaler.shape, shape, seed=seed_for(seed, "member", m)).to(place)
+            take_scaling(net, scaler)
+            _fit_member(net, rows, config, seed_for(seed, "member", m), task)
+            nets.append(net)
+    return nets, scaler, place
+
+
+def _fit_member(net: ModelNet, rows: tuple[Tensor, ...], config: TrainConfig, seed: int, task: Any) -> None:
+    train, valid = (torch.from_numpy(r).to(rows[0].device) for r in split_rows(len(rows[0]), config.validation_fraction, seed))
+    train_rows, valid_rows = ([t[chosen] for t in rows] for chosen in (train, valid))
+    for record in fit(model_loss, net, train_rows, valid_rows, config, seed=seed):
+        task.advance(1, text=f"loss {record.train:.4f} validation {record.valid:.4f}{' *' if record.best else ''}")
+    finish(net, train_rows, valid_rows)
+
+
+def _config(n: int) -> TrainConfig:
+    """About 3000 steps in batches that grow with the number of rows."""
+    batch = int(np.clip(2 ** round(math.log2(n / 60)), 64, 1024))
+    epochs = int(np.clip(round(3000 * batch / n), 8, 60))
+    return TrainConfig(batch_size=batch, max_epochs=epochs, patience=epochs, learning_rate=4e-3)

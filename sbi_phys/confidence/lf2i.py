@@ -1,0 +1,138 @@
+r"""Likelihood-free frequentist sets: a construction whose critical values are learned, {theta: q(D; theta) <= C_level(theta)}.
+
+    theta_i ~ any prior, D_i ~ p(D | theta_i), q_i = q(D_i; theta_i)     one sample, as large as can be had
+    sets = lf2i(theta, q, statistic, level=0.9)                          quantile regression of q on theta
+    inside_j = sets.contains(D_j, theta_j)                               a second sample
+    coverage_map(theta_j, inside_j, 0.9)                                 does it cover, everywhere?
+
+One simulation per theta is enough: the regression borrows from its neighbours what a Neyman construction spends toys on.
+
+Source: Dalmasso et al. 2021, arXiv:2107.03920; Masserano et al. 2023, arXiv:2205.15680.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sbi_phys.calibration.inputs import check_names
+from sbi_phys.checks import as_array, require_int
+from sbi_phys.confidence.critical_values import CriticalValues, PValues, learn_critical_values, learn_pvalues
+from sbi_phys.confidence.inputs import Bounds, as_points, check_bounds, check_levels, check_statistic, nearest_level, require_within
+from sbi_phys.confidence.sets import Construction, Profile, Statistic
+from sbi_phys.errors import SettingError
+from sbi_phys.priors import Parameter
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["LF2I", "lf2i"]
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+PROJECTION = 8  # points per nuisance over which a set without a profile is projected
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LF2I(Construction):
+    """Confidence sets with learned critical values; `critical_models`, one CriticalValues per level, and `pvalues`."""
+
+    critical_models: tuple[CriticalValues, ...]
+    pvalues: PValues | None
+
+    def critical(self, theta: ArrayLike, level: float | None = None) -> Array:
+        """Critical values C (m,) at theta (m, d).   Raises: SupportError beyond the sample's box, SettingError, ShapeError."""
+        points = as_points("theta", theta, self.dim, self.names)
+        return self.critical_models[nearest_level(level, self.levels)].at(points)
+
+    def _tail(self, q: Array, theta: Array) -> Array:
+        if self.pvalues is None:
+            raise SettingError("p-values were not learned; expected lf2i(..., pvalues=True)")
+        return self.pvalues.at(q, theta)
+
+    def _nuisances(self) -> Array:
+        axes = [np.linspace(a, b, PROJECTION) for a, b in zip(self.low[self.interest :], self.high[self.interest :], strict=True)]
+        return np.stack([m.ravel() for m in np.meshgrid(*axes, indexing="ij")], axis=-1)
+
+    def contains_each(self, data: Any, theta: ArrayLike, level: float | None = None) -> Mask:
+        """Whether each data set's set holds its own theta, rows (n, d): what `coverage_map` asks for; all parameters of interest.
+
+        Draw these theta from a box a little smaller than the first sample's: what lies beyond that is refused.
+        Raises: SupportError, ShapeError, NonFiniteError.
+        """
+        if self.profile is not None:
+            raise SettingError("with profiled nuisances each theta needs its own call; expected contains(data, psi), psi by psi")
+        points = as_points("theta", theta, self.dim, self.names)
+        q = check_statistic(self.statistic(data, points), points.shape[0], "row by row")
+        require_within("theta", points, self.low, self.high, self.names)
+        return q <= self.critical(points, level)
+
+    def summary(self) -> str:
+        """Return in words which regressions were taken."""
+        return "\n".join([f"learned confidence sets in {', '.join(self.names)}", *(f"  {m.summary()}" for m in self.critical_models)])
+
+    def plot(self, ax: "Axes | None" = None, *, level: float | None = None) -> "Axes":
+        """Draw the critical values along the first parameter, the others at the middle and at both ends, over Wilks' value."""
+        from sbi_phys.confidence import plots_confidence
+
+        return plots_confidence.learned_critical_values(self, ax, nearest_level(level, self.levels))
+
+
+def lf2i(
+    theta: ArrayLike,
+    q: ArrayLike,
+    statistic: Statistic,
+    level: float | Sequence[float] = 0.9,
+    *,
+    names: Sequence[str | Parameter] | None = None,
+    interest: int | None = None,
+    profile: Profile | None = None,
+    bounds: Bounds | None = None,
+    model: str = "auto",
+    pvalues: bool = False,
+    seed: int = 0,
+) -> LF2I:
+    r"""Confidence sets {theta: q(D; theta) <= C_level(theta)} with critical values learned from (theta_i, q_i).
+
+    Args:
+        theta: (n, d), filling the space where sets are wanted, parameters of interest first.
+        q: (n,), q(D_i; theta_i) of simulations.
+        statistic: (data of n sets, theta (d,)) -> (n,), the same as q was made with; large where theta is bad.
+        level: confidence level, or several (one regression each).
+        names: d names or Parameters.
+        interest: number of leading parameters that are wanted; the others are nuisances. None = all.
+        profile: as in `neyman`; without one, nuisances are projected over 8 values each.
+        bounds: physical bounds (low or None, high or None) per parameter.
+        model: as in `learn_critical_values`.
+        pvalues: learn p-values too.
+        seed: of folds and trees.
+
+    Returns: LF2I.
+    Raises: as `learn_critical_values`; SettingError.   Source: arXiv:2107.03920.
+    """
+    levels = check_levels(level)
+    array = np.asarray(theta)
+    dim = 1 if array.ndim <= 1 else int(array.shape[1])
+    plain, labels = check_names(names, dim)
+    wanted = dim if interest is None else require_int("interest", interest, low=1, high=dim)
+    if profile is not None and wanted == dim:
+        raise SettingError(f"profile is given but all {dim} parameters are of interest; expected interest < {dim}")
+    q = as_array("q", q, (None,))
+    models = tuple(learn_critical_values(theta, q, a, names=plain, bounds=bounds, model=model, seed=seed) for a in levels)
+    return LF2I(
+        names=plain,
+        labels=labels,
+        interest=wanted,
+        levels=levels,
+        low=models[0].low,
+        high=models[0].high,
+        bounds=check_bounds(bounds, models[0].low, models[0].high),
+        statistic=statistic,
+        profile=profile,
+        method="learned critical values",
+        critical_models=models,
+        pvalues=learn_pvalues(theta, q, names=plain, bounds=bounds, seed=seed) if pvalues else None,
+    )

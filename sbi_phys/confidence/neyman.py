@@ -1,0 +1,238 @@
+r"""Neyman construction with exact toys: critical values of any test statistic on a grid of parameters.
+
+At each point theta_i of a product grid, n toys D ~ p(D | theta_i) give n values q(D; theta_i). The critical value is their order statistic
+
+    C_level(theta_i) = q_(k),   k = ceil(level (n + 1)),
+
+so that P(q_new <= C) >= level exactly for a further data set, whatever the distribution of q and however few the toys: no more than
+1 / (n + 1) is given away. Between grid points C is interpolated linearly, and p-values with the same weights; beyond the grid there is
+no answer, only an error. The error of C is half the distance of the order statistics one binomial sd, sqrt(n level (1 - level)), to
+each side. With a likelihood ratio as statistic this is the construction of Feldman and Cousins.
+
+Toys follow from (seed, index of the grid point): the same numbers for any number of workers, in any order.
+
+Source: Neyman 1937; Feldman & Cousins 1998, arXiv:physics/9711021; order statistics: Vovk et al. 2005, split conformal sets.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sbi_phys.calibration.inputs import check_names
+from sbi_phys.checks import require_int
+from sbi_phys.confidence.inputs import (
+    Bounds,
+    as_points,
+    check_axes,
+    check_bounds,
+    check_levels,
+    check_statistic,
+    frozen,
+    nearest_level,
+    point_words,
+    require_within,
+)
+from sbi_phys.confidence.sets import Construction, Profile, Statistic
+from sbi_phys.errors import SettingError
+from sbi_phys.priors import Parameter
+from sbi_phys.progress import Progress, or_none
+from sbi_phys.rng import rng_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Neyman", "neyman"]
+
+Array = NDArray[np.float64]
+Simulator = Callable[[Array, int, np.random.Generator], Any]
+Grid = ArrayLike | Sequence[ArrayLike] | Mapping[str, ArrayLike]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Neyman(Construction):
+    r"""Critical values of a test statistic on a product grid, and the confidence sets that follow.
+
+    axes, d arrays. toys (g1, .., gd, n), values of the statistic at each grid point, rising. critical_values (levels, g1, .., gd)
+    and critical_errors, the same shape: Monte Carlo errors.
+    """
+
+    axes: tuple[Array, ...]
+    toys: Array
+    critical_values: Array
+    critical_errors: Array
+
+    @property
+    def n_toys(self) -> int:
+        """Toys per grid point."""
+        return int(self.toys.shape[-1])
+
+    def critical(self, theta: ArrayLike, level: float | None = None) -> Array:
+        """Critical values C (m,) at theta (m, d), linear between grid points.
+
+        Raises: SupportError beyond the grid (nothing is extrapolated), SettingError for a level that was not asked for, ShapeError.
+        """
+        points = as_points("theta", theta, self.dim, self.names)
+        require_within("theta", points, self.low, self.high, self.names)
+        table = self.critical_values[nearest_level(level, self.levels)]
+        out = np.zeros(points.shape[0])
+        for weight, corner in self._corners(points):
+            out += weight * table[corner]
+        return out
+
+    def _corners(self, points: Array) -> list[tuple[Array, tuple[NDArray[np.int64], ...]]]:
+        """(weight (m,), index of a corner for each point) of the 2^d corners of the cells that hold the points."""
+        below, share = [], []
+        for axis, value in zip(self.axes, points.T, strict=True):
+            i = np.clip(np.searchsorted(axis, value, side="right") - 1, 0, axis.size - 2)
+            below.append(i)
+            share.append(np.clip((value - axis[i]) / (axis[i + 1] - axis[i]), 0, 1))
+        corners = []
+        for step in product((0, 1), repeat=self.dim):
+            weight = np.prod([s if up else 1 - s for up, s in zip(step, share, strict=True)], axis=0)
+            corners.append((np.asarray(weight), tuple(i + up for i, up in zip(below, step, strict=True))))
+        return corners
+
+    def _tail(self, q: Array, theta: Array) -> Array:
+        out = np.zeros(q.size)
+        for weight, corner in self._corners(theta):
+            flat = np.ravel_multi_index(corner, self.toys.shape[:-1])
+            rows = self.toys.reshape(-1, self.n_toys)
+            for node in np.unique(flat[weight > 0]):
+                here = (flat == node) & (weight > 0)
+                above = self.n_toys - np.searchsorted(rows[node], q[here], side="left")
+                out[here] += weight[here] * (1 + above) / (1 + self.n_toys)
+        return out
+
+    def _nuisances(self) -> Array:
+        return np.array(list(product(*self.axes[self.interest :])))
+
+    def _scan_axis(self, i: int, points: int) -> Array:
+        # the grid's own points too: there C has its kinks
+        return np.unique(np.concatenate([np.linspace(self.low[i], self.high[i], points), self.axes[i]]))
+
+    def summary(self) -> str:
+        """Return the result in words: grid, toys, range of the critical values with their largest error."""
+        size = " x ".join(str(a.size) for a in self.axes)
+        lines = [f"Neyman construction in {', '.join(self.names)}: {size} grid points x {self.n_toys} toys"]
+        for i, level in enumerate(self.levels):
+            c, e = self.critical_values[i], self.critical_errors[i]
+            lines.append(f"  {100 * level:.4g} %: critical values {c.min():.3g} to {c.max():.3g}, errors up to {e.max():.2g}")
+        return "\n".join(lines)
+
+    def plot(self, ax: "Axes | None" = None, *, level: float | None = None) -> "Axes":
+        """Draw critical values with errors along the first parameter, one line per value of the second, over Wilks' value."""
+        from sbi_phys.confidence import plots_confidence
+
+        return plots_confidence.critical_values(self, ax, nearest_level(level, self.levels))
+
+
+def neyman(
+    simulator: Simulator,
+    statistic: Statistic,
+    grid: Grid,
+    level: float | Sequence[float] = 0.9,
+    *,
+    n_toys: int = 2000,
+    names: Sequence[str | Parameter] | None = None,
+    interest: int | None = None,
+    profile: Profile | None = None,
+    bounds: Bounds | None = None,
+    seed: int = 0,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> Neyman:
+    r"""Critical values C_level(theta) of a test statistic by toys at each grid point; sets {theta: q(D; theta) <= C_level(theta)}.
+
+    Args:
+        simulator: (theta (d,), n, rng) -> n data sets, as one array or whatever the statistic takes.
+        statistic: (data of n sets, theta (d,)) -> (n,), large where theta is bad; `LRT` gives Feldman and Cousins. With a `profile` it
+            is called with psi (interest,) alone. If it has a method `prepare(data)`, that is called once per batch of data.
+        grid: rising values of the parameter; or one array per parameter, or {name: array}: their product is simulated.
+        level: confidence level, or several.
+        n_toys: data sets at each grid point; C is good to about sqrt(level / (1 - level) / n_toys) of its tail probability.
+        names: d names or Parameters, where the grid has none.
+        interest: number of leading parameters that are wanted; the others are nuisances. None = all.
+        profile: (data of n sets, psi (interest,)) -> nuisances (n, d - interest) that fit best; None projects over the grid.
+        bounds: physical bounds (low or None, high or None) per parameter; a set may end there, but at no other end of the grid.
+        seed: of the toys; they follow from (seed, index of the grid point).
+        executor: any concurrent.futures.Executor; simulator and statistic then have to be picklable for processes.
+        progress: shows grid points done.
+
+    Returns: Neyman.
+    Raises: ShapeError, NonFiniteError (NaN in the statistic), DataError, SettingError (too few toys for the level, bad names).
+    Source: arXiv:physics/9711021.
+    """
+    axes, names = check_axes(grid, names)
+    plain, labels = check_names(names, len(axes))
+    levels = check_levels(level)
+    n_toys = require_int("n_toys", n_toys, low=2)
+    if max(levels) * (n_toys + 1) > n_toys + 1e-9:
+        need = int(np.ceil(max(levels) / (1 - max(levels)) - 1e-9))
+        raise SettingError(f"n_toys is {n_toys}; expected {need} or more for a level of {max(levels):g} (100 times that to be precise)")
+    wanted = len(axes) if interest is None else require_int("interest", interest, low=1, high=len(axes))
+    if profile is not None and wanted == len(axes):
+        raise SettingError(f"profile is given but all {len(axes)} parameters are of interest; expected interest < {len(axes)}")
+    low, high = np.array([a[0] for a in axes]), np.array([a[-1] for a in axes])
+    edges = check_bounds(bounds, low, high)
+    work = partial(_toys, simulator, statistic, n_toys, wanted if profile is not None else len(axes), seed, plain)
+    nodes = list(enumerate(product(*axes)))
+    rows = []
+    with or_none(progress).task("toys", total=len(nodes)) as task:
+        for row in map(work, nodes) if executor is None else executor.map(work, nodes):
+            rows.append(row)
+            task.advance()
+    toys = np.array(rows).reshape(*(a.size for a in axes), n_toys)
+    values, errors = _quantiles(toys, levels)
+    return Neyman(
+        names=plain,
+        labels=labels,
+        interest=wanted,
+        levels=levels,
+        low=frozen(low),
+        high=frozen(high),
+        bounds=edges,
+        statistic=statistic,
+        profile=profile,
+        method="Neyman construction",
+        axes=axes,
+        toys=frozen(toys),
+        critical_values=frozen(values),
+        critical_errors=frozen(errors),
+    )
+
+
+def _toys(
+    simulator: Simulator,
+    statistic: Statistic,
+    n_toys: int,
+    seen: int,
+    seed: int,
+    names: tuple[str, ...],
+    node: tuple[int, tuple[float, ...]],
+) -> Array:
+    """Sorted values (n,) of the statistic at one grid point."""
+    index, values = node
+    theta = np.array(values)
+    data = simulator(theta, n_toys, rng_for(seed, "neyman", index))
+    prepare = getattr(statistic, "prepare", None)
+    found = statistic(data if prepare is None else prepare(data), theta[:seen])
+    return np.sort(check_statistic(found, n_toys, f"of the toys at {point_words(names, theta)}"))
+
+
+def _quantiles(toys: Array, levels: tuple[float, ...]) -> tuple[Array, Array]:
+    n = toys.shape[-1]
+    values, errors = [], []
+    for level in levels:
+        # the small amount keeps ceil from rising where level (n + 1) is whole but for rounding
+        k = int(np.ceil(level * (n + 1) - 1e-9))
+        spread = np.sqrt(n * level * (1 - level))
+        below, above = max(int(np.floor(k - spread)), 1), min(int(np.ceil(k + spread)), n)
+        values.append(toys[..., k - 1])
+        errors.append((toys[..., above - 1] - toys[..., below - 1]) / 2)
+    return np.array(values), np.array(errors)

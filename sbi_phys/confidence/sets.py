@@ -1,0 +1,271 @@
+r"""Confidence sets from a test statistic and its critical values: {theta: q(D; theta) <= C_level(theta)}.
+
+q is large where theta is a bad description of the data D (-2 ln of a likelihood ratio, or WALDO). The set holds the true theta with
+probability `level` if C is the level-quantile of q(D; theta) for D ~ p(D | theta), at every theta. How C is found is the business of
+`neyman` (toys on a grid) and `critical_values` (quantile regression); what follows from it is here and the same for both.
+
+Parameters come as (psi, nu): first those of interest, then nuisances. With nuisances there are two ways to a set in psi:
+
+- a `profile` nu(D; psi), the nuisances that fit D best: {psi: q(D; psi) <= C(psi, nu(D; psi))}; right as far as C varies little with nu.
+- none: the projection {psi: q(D; psi, nu) <= C(psi, nu) for some nu of the grid}; it covers always, and more than the level.
+
+Source: Feldman & Cousins 1998, arXiv:physics/9711021; Dalmasso et al. 2021, arXiv:2107.03920.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sbi_phys.checks import as_array, require_choice, require_int
+from sbi_phys.confidence.inputs import check_statistic, nearest_level, point_words, require_within
+from sbi_phys.errors import SettingError, ShapeError, SupportError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Construction", "Interval", "Region", "Statistic"]
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Statistic = Callable[[Any, Array], ArrayLike]
+Profile = Callable[[Any, Array], ArrayLike]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Interval:
+    """Intervals for one parameter and n data sets: low (n,), high (n,), +-inf where a side was left open, NaN where the set is empty."""
+
+    name: str
+    level: float
+    low: Array
+    high: Array
+    method: str
+
+    @property
+    def empty(self) -> Mask:
+        """Whether no value is in the set, (n,): all of the grid is excluded."""
+        return np.isnan(self.low)
+
+    def covers(self, value: float) -> Mask:
+        """Whether the interval holds `value`, (n,); an empty one does not."""
+        return (self.low <= value) & (value <= self.high)
+
+    def summary(self) -> str:
+        """Return the result in words: each interval for up to ten data sets, else the median of the ends."""
+        head = f"{100 * self.level:.4g} % intervals for {self.name} ({self.method})"
+        if self.low.size <= 10:
+            return "\n".join([head, *(f"  [{a:.4g}, {b:.4g}]" for a, b in zip(self.low, self.high, strict=True))])
+        ends = f"median [{np.nanmedian(self.low):.4g}, {np.nanmedian(self.high):.4g}]"
+        return f"{head}: {self.low.size} data sets, {ends}, {int(self.empty.sum())} empty"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Region:
+    """Joint set of two parameters on a grid: margin (n, m1, m2) = q - C, <= 0 inside; axes (m1,), (m2,)."""
+
+    names: tuple[str, str]
+    level: float
+    axes: tuple[Array, Array]
+    margin: Array
+
+    @property
+    def inside(self) -> Mask:
+        """Whether each point is in the set, (n, m1, m2)."""
+        return self.margin <= 0
+
+    def plot(self, ax: "Axes | None" = None, *, data_set: int = 0) -> "Axes":
+        """Draw the set of one data set as a filled contour."""
+        from sbi_phys.confidence import plots_confidence
+
+        return plots_confidence.region(self, ax, data_set)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Construction(ABC):
+    """What all constructions share: names (d,), the first `interest` of them wanted; the simulated box low..high; physical bounds."""
+
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    interest: int
+    levels: tuple[float, ...]
+    low: Array
+    high: Array
+    bounds: tuple[tuple[float | None, float | None], ...]
+    statistic: Statistic
+    profile: Profile | None
+    method: str
+
+    @property
+    def dim(self) -> int:
+        """Number of parameters, nuisances included."""
+        return len(self.names)
+
+    @abstractmethod
+    def critical(self, theta: ArrayLike, level: float | None = None) -> Array:
+        """Critical values C_level (m,) at theta (m, d).   Raises: SupportError beyond the simulated box, SettingError (level)."""
+
+    @abstractmethod
+    def _tail(self, q: Array, theta: Array) -> Array:
+        """P(Q >= q | theta) for rows q (n,), theta (n, d)."""
+
+    @abstractmethod
+    def _nuisances(self) -> Array:
+        """Points (k, d - interest) over which a set without a profile is projected."""
+
+    def contains(self, data: Any, theta: ArrayLike, level: float | None = None) -> Mask:
+        """Whether the set of each of n data sets holds theta, (n,).
+
+        Args: data: n data sets, as the statistic takes them. theta: (interest,), or all parameters (d,), then nuisances are as given.
+        Raises: SupportError (theta, or the profiled nuisances, beyond what was simulated), SettingError, NonFiniteError.
+        """
+        point = self._point(theta)
+        return self._margin(self._prepare(data), point, nearest_level(level, self.levels)) <= 0
+
+    def pvalue(self, data: Any, theta: ArrayLike) -> Array:
+        """p-value of theta for each of n data sets, (n,): P(Q >= q(D; theta) | theta); the largest over nuisances without a profile.
+
+        Raises: SupportError, NonFiniteError.   Read: 1 - p is the lowest level whose set leaves theta out.
+        """
+        point, prepared = self._point(theta), self._prepare(data)
+        best: Array | None = None
+        for full, q in self._tests(prepared, point):
+            p = self._tail(q, full)
+            best = p if best is None else np.maximum(best, p)
+        assert best is not None
+        return best
+
+    def interval(self, data: Any, level: float | None = None, *, points: int = 200, on_edge: str = "raise") -> Interval:
+        """Interval (hull of the set) for the one parameter of interest.
+
+        Args: data: n data sets. level: one that the critical values were made for. points: values of the parameter that are tried; ends
+            are interpolated linearly between them. on_edge: 'raise' if a set reaches an end of the grid that is no physical bound, or
+            'open': that end becomes infinite, as nothing is known beyond.
+        Returns: Interval, low (n,) and high (n,).
+        Raises: SupportError, SettingError (two parameters of interest: see `region`), NonFiniteError.
+        """
+        require_choice("on_edge", on_edge, ("raise", "open"))
+        if self.interest != 1:
+            raise SettingError(f"there are {self.interest} parameters of interest, {self.names[: self.interest]}; expected 1, see region()")
+        chosen = nearest_level(level, self.levels)
+        axis = self._scan_axis(0, require_int("points", points, low=3))
+        prepared = self._prepare(data)
+        margin = np.stack([self._margin(prepared, np.array([v]), chosen) for v in axis], axis=-1)
+        low, high = _hull(axis, margin)
+        low, high = self._open_edges(margin, low, high, on_edge)
+        return Interval(name=self.names[0], level=self.levels[chosen], low=low, high=high, method=self.method)
+
+    def region(self, data: Any, level: float | None = None, *, points: int = 40) -> Region:
+        """Joint set of the two parameters of interest on a grid of points x points.   Raises: SettingError, SupportError."""
+        if self.interest != 2:
+            raise SettingError(f"there are {self.interest} parameters of interest; expected 2 for a region, see interval()")
+        chosen = nearest_level(level, self.levels)
+        axes = tuple(self._scan_axis(i, require_int("points", points, low=3)) for i in (0, 1))
+        prepared = self._prepare(data)
+        margin = [[self._margin(prepared, np.array([a, b]), chosen) for b in axes[1]] for a in axes[0]]
+        together = np.moveaxis(np.array(margin), -1, 0)
+        return Region(names=(self.names[0], self.names[1]), level=self.levels[chosen], axes=(axes[0], axes[1]), margin=together)
+
+    def _scan_axis(self, i: int, points: int) -> Array:
+        return np.linspace(self.low[i], self.high[i], points)
+
+    def _prepare(self, data: Any) -> Any:
+        data = np.asarray(data) if isinstance(data, list | tuple) else data
+        prepare = getattr(self.statistic, "prepare", None)
+        # what does not depend on theta (the maximum of the likelihood, posterior moments) is found once for all theta
+        return _Prepared(data, data if prepare is None else prepare(data))
+
+    def _point(self, theta: ArrayLike) -> Array:
+        point = np.atleast_1d(np.asarray(theta, dtype=np.float64))
+        if point.shape not in ((self.interest,), (self.dim,)):
+            raise ShapeError(f"theta has shape {point.shape}; expected ({self.interest},) = {self.names[: self.interest]}"
+                             + (f", or ({self.dim},) with nuisances" if self.dim > self.interest else ""))  # fmt: skip
+        return point
+
+    def _tests(self, data: "_Prepared", point: Array) -> "list[tuple[Array, Array]]":
+        """[(full theta (n, d), q (n,))] of all tests that theta = point has to pass one of."""
+        k = self.interest
+        wanted: list[tuple[Array, Array | None]]
+        if self.dim == k:
+            wanted = [(point, None)]
+        elif self.profile is not None:
+            nu = point[k:] if point.size == self.dim else None
+            wanted = [(point[:k], nu)]
+        else:
+            nuisances = point[None, k:] if point.size == self.dim else self._nuisances()
+            wanted = [(np.append(point[:k], v), None) for v in nuisances]
+        tests = []
+        for seen, nu in wanted:
+            q = check_statistic(self.statistic(data.reduced, seen), None, f"at {point_words(self.names, seen)}")
+            if seen.size == self.dim:
+                full = np.broadcast_to(seen, (q.size, self.dim))
+            else:
+                full = np.concatenate([np.broadcast_to(seen, (q.size, k)), self._profiled(data.raw, seen, nu, q.size)], axis=1)
+            require_within("theta", full, self.low, self.high, self.names)
+            tests.append((full, q))
+        return tests
+
+    def _profiled(self, data: Any, psi: Array, nu: Array | None, n: int) -> Array:
+        if nu is not None:
+            return np.broadcast_to(nu, (n, nu.size))
+        assert self.profile is not None
+        found = np.asarray(self.profile(data, psi), dtype=np.float64)
+        if found.ndim == 1 and self.dim - self.interest == 1:
+            found = found[:, None]
+        return as_array("the profiled nuisances", found, (n, self.dim - self.interest))
+
+    def _margin(self, data: "_Prepared", point: Array, chosen: int) -> Array:
+        """q - C (n,), <= 0 inside the set; the smallest over nuisances without a profile."""
+        found: Array | None = None
+        for full, q in self._tests(data, point):
+            same = bool((full == full[0]).all())
+            margin = q - self.critical(full[:1] if same else full, self.levels[chosen])
+            found = margin if found is None else np.minimum(found, margin)
+        assert found is not None
+        return found
+
+    def _open_edges(self, margin: Array, low: Array, high: Array, on_edge: str) -> tuple[Array, Array]:
+        kind = getattr(self.statistic, "kind", "two-sided")
+        for column, side, infinite, ends in ((0, 0, -np.inf, low), (-1, 1, np.inf, high)):
+            edge = (self.low, self.high)[side][0]
+            physical = self.bounds[0][side]
+            touched = margin[:, column] <= 0
+            if kind == ("upper", "lower")[side]:  # all values on this side belong to the set: the statistic looks at the other
+                ends[touched] = infinite if physical is None else physical
+                continue
+            if (physical is not None and abs(edge - physical) <= 1e-9 * max(1.0, abs(edge))) or not touched.any():
+                continue
+            if on_edge == "raise":
+                raise SupportError(
+                    f"the set of {int(touched.sum())} of {touched.size} data sets reaches the end of the simulated grid at "
+                    f"{self.names[0]} = {edge:g}; critical values are not extrapolated: expected a wider grid, a physical bound there "
+                    "(bounds=), or on_edge='open'"
+                )
+            ends[touched] = infinite
+        return low, high
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prepared:
+    """Data as they came, and as the statistic wants them."""
+
+    raw: Any
+    reduced: Any
+
+
+def _hull(axis: Array, margin: Array) -> tuple[Array, Array]:
+    """Ends (n,) of {axis: margin (n, m) <= 0}, linear between the points; NaN where the set is empty."""
+    inside = margin <= 0
+    rows = np.arange(margin.shape[0])
+    first, last = inside.argmax(axis=1), axis.size - 1 - inside[:, ::-1].argmax(axis=1)
+    ends = []
+    for at, beyond in ((first, np.maximum(first - 1, 0)), (last, np.minimum(last + 1, axis.size - 1))):
+        here, there = margin[rows, at], margin[rows, beyond]
+        # there is > 0 >= here, or the same point; an infinite margin leaves the end at the last point inside
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where(at == beyond, 0.0, -here / (there - here))
+        ends.append(np.where(inside.any(axis=1), axis[at] + np.nan_to_num(share) * (axis[beyond] - axis[at]), np.nan))
+    return ends[0], ends[1]

@@ -1,0 +1,65 @@
+"""What the model files of all estimators share: identity, prior, settings; and which class reads which file."""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sbi_phys.errors import ModelFileError
+from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.priors import Observable, prior_from_dict
+from sbi_phys.train import TrainConfig
+
+__all__ = ["FILE", "maker", "shared_content", "shared_settings"]
+
+FILE = ("estimator", 1)
+# what a file calls its estimator -> the module of the class
+_MODULES = {
+    "NPE": "sbi_phys.estimators.npe",
+    "NLE": "sbi_phys.estimators.nle",
+    "NRE": "sbi_phys.estimators.nre",
+}
+
+
+def maker(name: str) -> Callable[..., Any]:
+    """Return the function (path, content, embedding, device) -> model of an estimator's files.   Raises: KeyError for another name."""
+    function: Callable[..., Any] = getattr(importlib.import_module(_MODULES[name]), name)._from_content
+    return function
+
+
+def shared_content(model: Any) -> dict[str, Any]:
+    """Plain values of the attributes that every estimator has."""
+    from sbi_phys import __version__
+
+    return {
+        "estimator": type(model).__name__, "version": __version__, "seed": model.seed, "n_ensemble": model.n_ensemble,
+        "prior": json.dumps(model.prior.to_dict()), "simulator": json.dumps(model.simulator),
+        "observables": None if model.observables is None else json.dumps([asdict(o) for o in model.observables]),
+        "config": asdict(model.config), "x_transform": model.x_transform,
+        "embedding": type(model.embedding).__qualname__ if isinstance(model.embedding, nn.Module) else asdict(model.embedding),
+        "history": model.history,
+    }  # fmt: skip
+
+
+def shared_settings(path: Path, content: dict[str, Any], embedding: nn.Module | None) -> dict[str, Any]:
+    """Inverse: keyword arguments of the class.   Raises: ModelFileError if the embedding's module is missing, or is one too many."""
+    stored = content["embedding"]
+    if isinstance(stored, str) and embedding is None:
+        raise ModelFileError(f"{path} was trained with an embedding of class {stored}; expected load(path, embedding={stored}(...))")
+    if not isinstance(stored, str) and embedding is not None:
+        raise ModelFileError(f"{path} was trained with the default embedding; expected load(path) without an embedding")
+    observables = content["observables"]
+    return {
+        "prior": prior_from_dict(json.loads(content["prior"])),
+        "seed": content["seed"],
+        "embedding": embedding if embedding is not None else EmbeddingConfig(**stored),
+        "n_ensemble": content["n_ensemble"],
+        "x_transform": content["x_transform"],
+        "observables": None if observables is None else [Observable(**o) for o in json.loads(observables)],
+        "simulator": json.loads(content["simulator"]),
+        "config": TrainConfig(**content["config"]),
+    }

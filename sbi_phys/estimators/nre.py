@@ -1,0 +1,338 @@
+r"""Neural ratio estimation: log r(x | theta) = log p(x | theta) - log p(x), from a classifier of pairs.
+
+Joint pairs (theta, x) ~ p(theta) p(x | theta) are told apart from marginal pairs ~ p(theta) p(x). The log odds of the best classifier
+are log r, for every x and theta at once (losses and their sources: `ratio_losses`; the network: `nets.classifier`). Then
+
+    p(theta | x) = p(theta) r(x | theta),      p(theta | {x_e}) proportional to p(theta) prod_e r(x_e | theta)
+
+for one observation and for a set of independent events. r is a likelihood up to a factor that theta does not change, so that it serves
+for likelihood ratios and confidence sets just as well; E_{x ~ p(x)}[r(x | theta)] = 1 for every theta is what it can be checked by
+(`calibration.ratios`).
+
+Marginal pairs cost nothing: the theta of the next rows of a batch, whose order is random and follows from the seed. x is embedded once
+per row whatever the number of contrasts.
+
+Source: Hermans, Begy & Louppe 2019, arXiv:1903.04057; Miller et al. 2022, arXiv:2210.06170; Delaunoy et al. 2022, arXiv:2208.13624.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from sbi_phys.checkpoint import write_file
+from sbi_phys.checks import as_matrix, require_choice, require_int
+from sbi_phys.dataset import XScaler
+from sbi_phys.device import resolve_device
+from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.estimators.from_density import PosteriorDraws, sample_posterior
+from sbi_phys.estimators.model_file import FILE, shared_content, shared_settings
+from sbi_phys.estimators.ratio_losses import LOSSES, PairLoss
+from sbi_phys.estimators.sources import Rows, Settings, from_arrays, from_stores, stores_of
+from sbi_phys.nets.classifier import ClassifierConfig, PairClassifier, Parts
+from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.priors import Observable, Prior
+from sbi_phys.progress import Progress, or_none
+from sbi_phys.rng import seed_for
+from sbi_phys.samplers.importance import Proposal
+from sbi_phys.store import Store
+from sbi_phys.train import TrainConfig, fit
+
+__all__ = ["NRE"]
+
+Array = NDArray[np.float64]
+
+_PAIRS = {"cpu": 8192, "cuda": 262144}  # pairs at a time: bounded memory, and on a CPU what is at work stays in the cache
+_X_ROWS = 8192
+
+
+class NRE:
+    """Amortised likelihood-to-evidence ratio r(x | theta).
+
+    Args:
+        prior: over theta; the network sees theta in its whitening map.
+        seed: of weights, split, order and draws.
+        loss: 'carl' (the same as 'nre-a'), 'nre-c' or 'bnre', see `ratio_losses`.
+        network: of the part that sees pairs. embedding: of x: None (residual perceptron), an EmbeddingConfig, or any
+            nn.Module (n, *x_shape) -> (n, k).
+        n_ensemble: networks, trained with different seeds and splits; the ratio is the mean of theirs.
+        device: 'auto' takes CUDA where there is one.
+        x_transform: 'auto', 'counts' (Anscombe's root) or 'real'; 'auto' asks `observables`, else looks at the values.
+        observables: the simulator's blocks of columns, if any.
+        simulator: identity of the simulator, kept in the model file; taken from the store when fitted from one.
+        config: of the training loop. contrast: marginal pairs per joint pair; None takes the loss's own number.
+    Raises: SettingError.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        seed: int = 0,
+        *,
+        loss: str = "carl",
+        network: ClassifierConfig | None = None,
+        embedding: EmbeddingConfig | nn.Module | None = None,
+        n_ensemble: int = 1,
+        device: str | torch.device = "auto",
+        x_transform: str = "auto",
+        observables: Sequence[Observable] | None = None,
+        simulator: dict[str, Any] | None = None,
+        config: TrainConfig | None = None,
+        contrast: int | None = None,
+    ) -> None:
+        if not isinstance(prior, Prior):
+            raise SettingError(f"prior is a {type(prior).__name__}; expected a prior, e.g. BoxPrior([Parameter(...)])")
+        if network is not None and not isinstance(network, ClassifierConfig):
+            raise SettingError(f"network is a {type(network).__name__}; expected None or ClassifierConfig(...)")
+        self.prior = prior
+        self.seed = require_int("seed", seed, low=0)
+        self.loss = require_choice("loss", loss, LOSSES)
+        self.network = network or ClassifierConfig(hidden=0, rank=64)
+        self.embedding = EmbeddingConfig() if embedding is None else embedding
+        self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
+        self.device = resolve_device(device)
+        self.x_transform = x_transform
+        self.observables = tuple(observables) if observables is not None else None
+        self.simulator = simulator
+        self.config = config or TrainConfig()
+        self.contrast = LOSSES[loss][1] if contrast is None else require_int("contrast", contrast, low=1)
+        self.history: list[list[dict[str, Any]]] = []
+        self._scaler: XScaler | None = None
+        self._nets: list[PairClassifier] = []
+
+    def fit(
+        self,
+        theta: ArrayLike | Tensor | Store | str | Path | Sequence[Store | str | Path],
+        x: ArrayLike | Tensor | None = None,
+        *,
+        memory: int | None = None,
+        checkpoint: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Train on simulations: theta (n, d) in the prior's support and x (n, ...), or a store, its path, or several.
+
+        Args: memory: bytes that the rows of stores may take: more are streamed from disk; default half of the machine's memory.
+        checkpoint: path prefix; an interrupted training goes on from there.
+        The theta must be draws of the prior: the ratio is to the mean of p(x | theta) over the theta that are given.
+        Raises: ShapeError, NonFiniteError, SupportError, DataError (empty, too few), TrainingError, StoreError, SettingError.
+        """
+        progress = or_none(progress)
+        nets, history = [], []
+        with self._rows(theta, x, memory, progress) as rows:
+            for k in range(self.n_ensemble):
+                net, records = self._fit_member(k, rows, checkpoint, progress)
+                nets.append(net)
+                history.append(records)
+        self._scaler, self._nets, self.history = rows.scaler, nets, history
+        return self
+
+    def _rows(self, theta: Any, x: Any, memory: int | None, progress: Progress) -> Rows:
+        stores = stores_of(theta, self.prior)
+        if stores is None:
+            if theta is None or x is None:
+                raise DataError(f"{'theta' if theta is None else 'x'} is missing; expected fit(theta, x) or fit(store)")
+            return from_arrays(theta, x, self._settings())
+        if x is not None:
+            raise DataError("x was given beside a store; expected fit(store) or fit(theta, x)")
+        self.simulator = self.simulator or stores[0].identity
+        self.observables = self.observables or stores[0].observables
+        return from_stores(stores, self._settings(), memory, progress)
+
+    def _settings(self) -> Settings:
+        return Settings(self.prior, self.seed, self.config, self.device, self.x_transform, self.observables)
+
+    def _fit_member(
+        self, k: int, rows: Rows, checkpoint: str | Path | None, progress: Progress
+    ) -> tuple[PairClassifier, list[dict[str, Any]]]:
+        batches, _ = rows.member(k)
+        net = self._new_net(k, rows.scaler.shape)
+        path = None if checkpoint is None else Path(f"{checkpoint}.{k}")
+        label = "train" if self.n_ensemble == 1 else f"train {k + 1}/{self.n_ensemble}"
+        loss, records = _RowLoss(LOSSES[self.loss][0], self.contrast), []
+        with progress.task(label, rows.config.for_rows(batches.n)[1]) as task:
+            for record in fit(loss, net, batches, None, rows.config, seed=seed_for(self.seed, "member", k), checkpoint=path):
+                records.append(asdict(record))
+                task.advance(1, text=f"loss {record.train:.3f} validation {record.valid:.3f}{' *' if record.best else ''}")
+        return net, records
+
+    def _new_net(self, k: int, x_shape: tuple[int, ...]) -> PairClassifier:
+        seed = seed_for(self.seed, "member", k)
+        return PairClassifier(self.prior.free_dim, x_shape, self.network, self.embedding, seed=seed, gaussian=True).to(self.device)
+
+    def log_ratio(self, x: ArrayLike | Tensor, theta: ArrayLike | Tensor, *, event_set: bool = False) -> Array:
+        """Log r(x | theta) = log p(x | theta) - log p(x), nats -> (m,).
+
+        Args: theta (m, d), prior units. x: one observation (k,) for all theta, or m paired ones (m, k); with event_set=True the
+        (n_events, k) events of one data set, whose log ratios are added up for every theta.
+        Raises: SupportError (a theta outside the prior, where nothing was learned), ShapeError, NonFiniteError, DataError.
+        """
+        array = as_matrix("theta", theta, self.prior.dim, self.prior.names)
+        return self._density(x, event_set, len(array)).log_ratio(self._whitened(array))
+
+    def _whitened(self, theta: Array) -> Tensor:
+        return torch.from_numpy(self.prior.to_unbounded(theta).astype(np.float32)).to(self.device)
+
+    def _density(self, x: ArrayLike | Tensor, event_set: bool, n_theta: int | None = None) -> "_Density":
+        """The ratio as a function of theta, x embedded; n_theta None: x must be one observation or one set."""
+        if self._scaler is None:
+            raise SettingError("this NRE is not trained; expected .fit(theta, x) or sp.load(path) first")
+        array, _ = self._scaler.check("x", x)
+        if not isinstance(event_set, bool):
+            raise SettingError(f"event_set is {event_set!r}; expected True or False")
+        if len(array) == 0:
+            raise DataError(f"x has shape {array.shape}, no {'events' if event_set else 'observations'}; expected at least one")
+        if not event_set and len(array) != 1 and len(array) != n_theta:
+            paired = "" if n_theta is None else f", or {n_theta}, as many as theta"
+            raise ShapeError(f"x holds {len(array)} observations; expected one{paired}; event_set=True takes x as one set of events")
+        inputs = self._scaler.apply(array).to(self.device)
+        with torch.no_grad():
+            parts = [_joined([net.x_parts(part) for part in inputs.split(_X_ROWS)]) for net in self._nets]
+        return _Density(self._nets, parts, event_set)
+
+    def sample(
+        self,
+        x_obs: ArrayLike | Tensor,
+        n: int,
+        seed: int = 0,
+        *,
+        event_set: bool = False,
+        method: str = "auto",
+        proposal: Proposal | None = None,
+        progress: Progress | None = None,
+    ) -> Array:
+        """Draw theta (n, d) from p(theta | x) for one observation x_obs (k,) or one set of events (n_events, k), prior units.
+
+        Args and Raises: as `posterior`, whose diagnostics are left out here (a sampler that fails raises all the same).
+        """
+        return self.posterior(x_obs, n, seed, event_set=event_set, method=method, proposal=proposal, progress=progress).theta
+
+    def posterior(
+        self,
+        x_obs: ArrayLike | Tensor,
+        n: int,
+        seed: int = 0,
+        *,
+        event_set: bool = False,
+        method: str = "auto",
+        proposal: Proposal | None = None,
+        progress: Progress | None = None,
+    ) -> PosteriorDraws:
+        """Draws of p(theta | x) proportional to p(theta) r(x | theta), with the sampler's diagnostics.
+
+        Args: method: 'auto', 'importance', 'emcee', 'hmc' or 'grid'. proposal: over u, e.g. `NPE.proposal(x)`; both as in
+        `from_density.sample_posterior`.   Raises: ConvergenceError, ShapeError, NonFiniteError, DataError, SettingError.
+        """
+        density = self._density(x_obs, event_set)
+
+        def log_likelihood(theta: Array) -> Array:
+            return density.log_ratio(self._whitened(theta))
+
+        def gradient(u: Array) -> tuple[Array, Array]:
+            return density.with_gradient(torch.from_numpy(u.astype(np.float32)).to(self.device))
+
+        return sample_posterior(
+            log_likelihood, self.prior, n, seed=seed, method=method, proposal=proposal, gradient=gradient, progress=progress
+        )
+
+    def log_ratio_pairs(self, theta: ArrayLike | Tensor, x: ArrayLike | Tensor) -> tuple[Array, Array]:
+        """Log r of held-out joint pairs, theta (n, d) and x (n, ...), and of marginal pairs made by moving theta one row on -> (n,) twice.
+
+        They are the numerator and the reference of `calibration.ratios`; the rows must be in no particular order.
+        """
+        array = as_matrix("theta", theta, self.prior.dim, self.prior.names)
+        return self.log_ratio(x, array), self.log_ratio(x, np.roll(array, -1, axis=0))
+
+    def save(self, path: str | Path) -> None:
+        """Write the model: weights, scaling, prior, settings and history; no code is stored.   Raises: ModelFileError."""
+        if self._scaler is None:
+            raise SettingError("this NRE is not trained; expected .fit(theta, x) first")
+        content = shared_content(self) | {
+            "loss": self.loss,
+            "contrast": self.contrast,
+            "network": asdict(self.network),
+            "scaler": self._scaler.to_dict(),
+            "weights": [{k: v.cpu() for k, v in net.state_dict().items()} for net in self._nets],
+        }
+        write_file(path, *FILE, content)
+
+    @classmethod
+    def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> "NRE":
+        own = {"loss": content["loss"], "contrast": content["contrast"], "network": ClassifierConfig(**content["network"])}
+        nre = cls(**shared_settings(path, content, embedding), **own, device=device)
+        nre._scaler = XScaler.from_dict(content["scaler"])
+        nre.history = content["history"]
+        nre._nets = [nre._new_net(k, nre._scaler.shape) for k in range(nre.n_ensemble)]
+        for net, weights in zip(nre._nets, content["weights"], strict=True):
+            net.load_state_dict(weights)
+            net.eval()
+        return nre
+
+
+class _RowLoss:
+    """loss(net, u, x) for the training loop, one value per row: the classifier's, and minus log N(u; mu(x), S(x)) of the Gaussian term."""
+
+    def __init__(self, function: PairLoss, n_contrasts: int) -> None:
+        self.function, self.n_contrasts = function, n_contrasts
+
+    def __call__(self, net: nn.Module, u: Tensor, x: Tensor) -> Tensor:
+        assert isinstance(net, PairClassifier)
+        joint, contrast, gaussian = net.with_contrasts(x, u, self.n_contrasts)
+        return self.function(joint, contrast) - gaussian
+
+
+class _Density:
+    """Log ratio of embedded x as a function of u: the mean of the members' ratios."""
+
+    def __init__(self, nets: Sequence[PairClassifier], parts: Sequence[Parts], event_set: bool) -> None:
+        self._nets, self._parts, self._event_set = nets, parts, event_set
+        self._n = len(parts[0][0])
+
+    @torch.inference_mode()
+    def log_ratio(self, u: Tensor) -> Array:
+        """u (m, d') -> (m,)."""
+        out = torch.zeros(len(u), dtype=torch.float64)
+        self._each_chunk(u, lambda rows, value: out[rows].add_(value.cpu()))
+        return out.numpy()
+
+    def with_gradient(self, u: Tensor) -> tuple[Array, Array]:
+        """u (m, d') -> log ratio (m,) and its gradient in u (m, d')."""
+        u = u.requires_grad_()
+        out, gradient = torch.zeros(len(u), dtype=torch.float64), torch.zeros(u.shape, dtype=torch.float64)
+
+        def add(rows: slice, value: Tensor) -> None:
+            out[rows] += value.detach().cpu()
+            gradient[rows] += torch.autograd.grad(value.sum(), u)[0][rows].double().cpu()
+
+        self._each_chunk(u, add)
+        return out.numpy(), gradient.numpy()
+
+    def _each_chunk(self, u: Tensor, add: Callable[[slice, Tensor], Any]) -> None:
+        """Call add(rows, log ratio) for chunks of pairs; events of a set come in several chunks, to be added up."""
+        most = _PAIRS.get(u.device.type, _PAIRS["cpu"])
+        n_events = min(self._n, most) if self._event_set else 1
+        step = max(1, most // n_events)
+        for start in range(0, len(u), step):
+            rows = slice(start, min(start + step, len(u)))
+            for first in range(0, self._n if self._event_set else 1, n_events):
+                value = self._pairs(u[rows], rows, slice(first, first + n_events))
+                add(rows, value.sum(dim=1) if self._event_set else value)
+
+    def _pairs(self, u: Tensor, rows: slice, events: slice) -> Tensor:
+        """Log ratio of theta rows and events, (m,) or (m, e), double."""
+        logs = []
+        for net, (trunk, products, context) in zip(self._nets, self._parts, strict=True):
+            theta = net.theta_parts(u)
+            chosen = events if self._event_set else slice(None) if self._n == 1 else rows
+            x = trunk[chosen], products[chosen], context[chosen]
+            logs.append((net.table(x, theta) if self._event_set else net.log_odds(x, theta)).double())
+        return logs[0] if len(logs) == 1 else torch.logsumexp(torch.stack(logs), dim=0) - math.log(len(logs))
+
+
+def _joined(parts: Sequence[Parts]) -> Parts:
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])

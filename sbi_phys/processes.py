@@ -1,0 +1,73 @@
+"""Processes that simulate: how a simulator gets there, how many threads it has there, and when they end."""
+
+import functools
+import os
+import pickle
+import signal
+import sys
+import threading
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sbi_phys.errors import SettingError
+from sbi_phys.protocol import Simulator, class_path
+
+__all__ = ["limit_threads", "limit_threads_for_good", "pickle_simulator", "start_worker", "unpickle_simulator"]
+
+
+def limit_threads() -> AbstractContextManager[Any]:
+    """One BLAS and OpenMP thread: as many as there are workers would fight over the cores, and sums would round differently."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    return threadpool_limits(limits=1)
+
+
+def start_worker() -> None:
+    """Prepare a worker process of our own pool: leave Ctrl-C to the parent, one thread, and end when the parent is gone."""
+    import multiprocessing
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    limit_threads_for_good()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        # a parent that is killed can not stop its pool: without this its workers would wait for work for ever
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+@functools.cache
+def limit_threads_for_good() -> AbstractContextManager[Any]:
+    """Set the limit for the rest of this process's life."""
+    return limit_threads()  # never left
+
+
+def pickle_simulator(simulator: Simulator) -> bytes:
+    """Pickle the simulator once, to be unpickled once a worker.   Raises: SettingError where that can not work."""
+    module = type(simulator).__module__
+    advice = "expected a class at the top of a module that workers can import, or workers=1"
+    if module == "__main__" and not getattr(sys.modules["__main__"], "__file__", None):
+        raise SettingError(
+            f"the simulator {class_path(simulator)} is defined in a notebook or at a prompt, which workers can not import; {advice}"
+        )
+    try:
+        return pickle.dumps(simulator, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as err:
+        raise SettingError(
+            f"the simulator {class_path(simulator)} can not be sent to worker processes: {type(err).__name__}: {err}; {advice}"
+        ) from err
+
+
+@functools.lru_cache(maxsize=2)
+def unpickle_simulator(data: bytes) -> Simulator:
+    """Rebuild the simulator once a worker, not once a shard."""
+    try:
+        return pickle.loads(data)  # bytes that the calling process made a moment ago, never a file
+    except Exception as err:
+        raise SettingError(
+            f"the simulator can not be rebuilt in a worker process: {type(err).__name__}: {err}; "
+            "expected a class at the top of a module that workers can import, or workers=1"
+        ) from err

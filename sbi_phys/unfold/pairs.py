@@ -1,0 +1,201 @@
+"""Pairs (truth, reco) from a simulation store: whole, or filled into a response shard by shard.
+
+A store's columns have names: those of its parameters (theta) and those of its observables (blocks of x). Which of them are the truth of
+an event and which its reconstruction is said here; either may be a parameter or an observable.
+
+Rows whose simulation failed are events all the same. What they are has to be said, because leaving them out changes the efficiency:
+"missed" counts rows whose x is not finite as events without reconstruction, "drop" leaves all failed rows out.
+"""
+
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sbi_phys.checks import require_choice, require_finite
+from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.progress import Progress, or_none
+from sbi_phys.store import Store
+from sbi_phys.unfold.inputs import bin_name, check_edges, check_mask, check_nonnegative
+from sbi_phys.unfold.response import Response
+
+__all__ = ["Pairs", "read_pairs", "response_from_store"]
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Names = str | Sequence[str]
+
+FAILED = ("error", "missed", "drop")
+_NOT_FINITE = 1  # status of a row whose x is not finite
+
+
+class Pairs(NamedTuple):
+    """truth (n, d), reco (n, k), in the store's units; weights (n,); reco_pass (n,): where False, reco means nothing (0)."""
+
+    truth: Array
+    reco: Array
+    weights: Array
+    reco_pass: Mask
+
+
+def read_pairs(
+    store: Store | str | PathLike[str],
+    truth: Names,
+    reco: Names,
+    *,
+    weights: str | None = None,
+    reco_pass: str | None = None,
+    failed: str = "error",
+) -> Pairs:
+    """Read the pairs of a store into memory.
+
+    Args: store: a Store or its folder. truth, reco: name or names of parameters or observables; a block of columns stays one. weights,
+        reco_pass: names of single columns (>= 0; 0 or 1), None = 1 everywhere. failed: what rows are whose simulation failed, "error",
+        "missed" or "drop" (see the module).
+    Returns: Pairs: `FlowUnfolder().fit(p.truth, p.reco, weights=p.weights, reco_pass=p.reco_pass)`.
+    Raises: SettingError (a name that the store has not: lists those it has), DataError (failed rows, negative weights), NonFiniteError,
+        StoreError.
+    """
+    parts = list(_parts(store, truth, reco, weights, reco_pass, failed))
+    if not parts:
+        raise DataError("the store has no rows that are left; expected at least one")
+    return Pairs(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def response_from_store(
+    store: Store | str | PathLike[str],
+    truth: str,
+    reco: str,
+    truth_edges: ArrayLike,
+    reco_edges: ArrayLike,
+    *,
+    weights: str | None = None,
+    reco_pass: str | None = None,
+    failed: str = "error",
+    background: ArrayLike | None = None,
+    exposure: float | None = None,
+    progress: Progress | None = None,
+) -> Response:
+    """Fill a response from a store of any size: one shard is in memory at a time. The result is that of `Response.from_pairs`.
+
+    Args: names as in `read_pairs`, of one truth and one reco column. truth_edges, reco_edges in their units. background (n_reco,), counts.
+        exposure, km2 sr yr.
+    Returns: Response with n_simulated, truth and fakes.
+    Raises: as `read_pairs`; ShapeError (more than one column), DataError (no overlap, empty bins: named).
+    """
+    source = store if isinstance(store, Store) else Store(store)
+    edges_t, edges_r = check_edges("truth_edges", truth_edges), check_edges("reco_edges", reco_edges)
+    sums = _Sums(edges_t, edges_r)
+    with or_none(progress).task("response", source.n_rows) as task:
+        for part in _parts(source, truth, reco, weights, reco_pass, failed):
+            for name, block in (("truth", part.truth), ("reco", part.reco)):
+                if block.shape[1] != 1:
+                    raise ShapeError(f"{name} has {block.shape[1]} columns; expected 1 for a matrix, use read_pairs and an unbinned method")
+            sums.add(part)
+            task.advance(len(part.truth))
+    return sums.response(background, exposure)
+
+
+class _Sums:
+    """The histograms that a response is made of."""
+
+    def __init__(self, truth_edges: Array, reco_edges: Array) -> None:
+        self.edges_t, self.edges_r = truth_edges, reco_edges
+        n_t, n_r = truth_edges.size - 1, reco_edges.size - 1
+        self.joint, self.total, self.squares = np.zeros((n_r, n_t)), np.zeros(n_t), np.zeros(n_t)
+        self.seen, self.fake = np.zeros(n_r), np.zeros(n_r)
+        self.n = self.n_truth = self.n_reco = 0
+
+    def add(self, part: Pairs) -> None:
+        """Add the events of one shard."""
+        t, r, w = part.truth[:, 0], part.reco[:, 0], part.weights
+        in_truth = (t >= self.edges_t[0]) & (t <= self.edges_t[-1])
+        in_reco = part.reco_pass & (r >= self.edges_r[0]) & (r <= self.edges_r[-1])
+        both, fake = in_truth & in_reco, in_reco & ~in_truth
+        self.joint += np.histogram2d(r[both], t[both], bins=[self.edges_r, self.edges_t], weights=w[both])[0]
+        self.total += np.histogram(t[in_truth], self.edges_t, weights=w[in_truth])[0]
+        self.squares += np.histogram(t[in_truth], self.edges_t, weights=w[in_truth] ** 2)[0]
+        self.seen += np.histogram(r[in_reco], self.edges_r, weights=w[in_reco])[0]
+        self.fake += np.histogram(r[fake], self.edges_r, weights=w[fake])[0]
+        self.n, self.n_truth, self.n_reco = self.n + len(t), self.n_truth + int(in_truth.sum()), self.n_reco + int(in_reco.sum())
+
+    def response(self, background: ArrayLike | None, exposure: float | None) -> Response:
+        """The response of all that was added.   Raises: DataError."""
+        if self.joint.sum() <= 0:
+            got = f"{self.n_truth} events lie within truth_edges, {self.n_reco} within reco_edges, none in both"
+            raise DataError(f"no overlap: of {self.n} events {got}; expected some, check units (E or lg E?) and edges")
+        if (self.total <= 0).any():
+            place = bin_name("truth", int(np.flatnonzero(self.total <= 0)[0]), self.edges_t)
+            raise DataError(f"no simulated events in {place}, an empty column; expected some, simulate more, widen or drop the bin")
+        return Response(
+            self.joint / self.total,
+            self.edges_t,
+            self.edges_r,
+            n_simulated=self.total**2 / self.squares,
+            truth=self.total,
+            fakes=np.divide(self.fake, self.seen, out=np.zeros_like(self.seen), where=self.seen > 0),
+            background=np.zeros(self.seen.size) if background is None else np.asarray(background, dtype=np.float64),
+            exposure=exposure,
+        )
+
+
+def _parts(
+    store: Store | str | PathLike[str], truth: Names, reco: Names, weights: str | None, reco_pass: str | None, failed: str
+) -> Iterator[Pairs]:
+    """Pairs of one shard after the other."""
+    source = store if isinstance(store, Store) else Store(store)
+    require_choice("failed", failed, FAILED)
+    columns = _columns(source)
+    pick_t, pick_r = _pick("truth", truth, columns), _pick("reco", reco, columns)
+    single = {
+        name: _pick(name, column, columns, 1) for name, column in (("weights", weights), ("reco_pass", reco_pass)) if column is not None
+    }
+    first = 0
+    for theta, x, status in source.shards():
+        table = np.hstack([theta, x.astype(np.float64)])
+        lost = status != 0
+        if lost.any() and failed == "error":
+            raise DataError(
+                f"{source.path} has {source.n_failed} failed rows, first row {first + int(np.argmax(lost))}; expected none, or"
+                " failed='missed' (rows whose x is not finite are events without reconstruction) or failed='drop'"
+            )
+        keep = ~lost | (status == _NOT_FINITE) if failed == "missed" else ~lost
+        first += len(table)
+        if keep.any():
+            yield _part(table[keep], ~lost[keep], pick_t, pick_r, single)
+
+
+def _part(table: Array, found: Mask, pick_t: NDArray[np.intp], pick_r: NDArray[np.intp], single: dict[str, NDArray[np.intp]]) -> Pairs:
+    n = len(table)
+    passed = found.copy()
+    if "reco_pass" in single:
+        mask = table[:, single["reco_pass"][0]]
+        passed &= check_mask("reco_pass", np.where(found, mask, 0.0), n)
+    w = np.ones(n) if "weights" not in single else check_nonnegative("weights", table[:, single["weights"][0]], (n,))
+    truth = table[:, pick_t]
+    require_finite("truth", truth)
+    return Pairs(truth, np.where(passed[:, None], table[:, pick_r], 0.0), w, passed)
+
+
+def _columns(store: Store) -> dict[str, NDArray[np.intp]]:
+    """Name -> its columns in [theta, x]; an observable of a parameter's name is found as "x.name"."""
+    columns = {p.name: np.array([i], dtype=np.intp) for i, p in enumerate(store.parameters)}
+    start = len(columns)
+    for o in store.observables:
+        columns["x." + o.name if o.name in columns else o.name] = np.arange(start, start + o.size, dtype=np.intp)
+        start += o.size
+    return columns
+
+
+def _pick(what: str, names: Names, columns: dict[str, NDArray[np.intp]], size: int | None = None) -> NDArray[np.intp]:
+    wanted = [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in wanted if name not in columns]
+    if unknown or not wanted:
+        got = f"names {unknown[0]!r}, which the store has not" if unknown else "is empty"
+        raise SettingError(f"{what} {got}; expected some of {', '.join(columns)}")
+    picked = np.concatenate([columns[name] for name in wanted])
+    if size is not None and picked.size != size:
+        raise ShapeError(f"{what} names {picked.size} columns; expected {size}")
+    return picked

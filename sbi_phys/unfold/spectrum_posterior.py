@@ -1,0 +1,254 @@
+r"""Posterior density of a truth spectrum in z = log n, with its gradient, its modes and Gaussian approximations.
+
+    log p(z | N, sigma) = sum_j [N_j log f_j - f_j] - 1/2 (z - z0)^T Q(sigma) (z - z0) + const,   f = A e^z + b,   A = P / (1 - phi)
+    Q(sigma) = D^T D / sigma^2 + l l^T / s_l^2 + k k^T / s_k^2
+
+D x is the second difference of x = z - z0, l.x its mean and k.x its slope over half of the range. On bins of equal width in lg E a power
+law is a straight line in z, so D sees only what is no power law, whatever the index of the reference z0 is. With bins of unequal width
+h the differences are those of sum (x'')^2 h, in units of the mean width.
+
+sigma has a half-Cauchy prior of scale s, cut to s exp(-7) .. s exp(5): a curvature of 1e-4 of the scale is none.
+A flat prior in n is a factor exp(sum z) instead of Q. With a covariance V of the counts -1/2 (N - f)^T V^-1 (N - f) takes the place of
+the Poisson terms.
+
+    gradient  n * A^T (N / f - 1) - Q x        Fisher matrix  diag(n) A^T diag(1 / f) A diag(n)
+
+Source: Choudalakis 2012, arXiv:1201.4612 (fully Bayesian unfolding); Gelman 2006, Bayesian Anal. 1, 515 (half-Cauchy).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_solve
+
+from sbi_phys.errors import ConvergenceError
+from sbi_phys.unfold.response import Response
+
+__all__ = ["Laplace", "LogPosterior", "SpectrumPrior", "curvature_matrix", "level_and_tilt"]
+
+Array = NDArray[np.float64]
+
+SIGMA_RANGE = (-7.0, 5.0)  # of log(sigma / scale)
+_LOG_LIMIT = 300.0  # of |log n|: a diverging trajectory overflows beyond, and is refused anyway
+_STEPS, _DECREMENT = 500, 1e-9
+
+
+def _positions(edges: Array | None, n: int) -> Array:
+    """Bin centres (n,) in units of the mean spacing."""
+    if edges is None or n < 2:
+        return np.arange(n, dtype=np.float64)
+    centre = (edges[1:] + edges[:-1]) / 2
+    return np.asarray(centre / (centre[-1] - centre[0]) * (n - 1))
+
+
+def curvature_matrix(edges: Array | None, n: int) -> Array:
+    """Second differences D (n - 2, n), exact zeros for a straight line over the bin centres; (1, -2, 1) for equal bins."""
+    if n < 3:
+        return np.zeros((0, n))
+    h = np.diff(_positions(edges, n))
+    out = np.zeros((n - 2, n))
+    i = np.arange(n - 2)
+    middle = (h[1:] + h[:-1]) / 2
+    # divided difference times the root of the width that it stands for
+    out[i, i], out[i, i + 2] = 1 / (h[:-1] * np.sqrt(middle)), 1 / (h[1:] * np.sqrt(middle))
+    out[i, i + 1] = -out[i, i] - out[i, i + 2]
+    return out
+
+
+def level_and_tilt(edges: Array | None, n: int) -> tuple[Array, Array]:
+    """Row vectors l, k (n,): l.x is the mean of x, k.x its least-squares slope per half of the range; k = 0 for one bin."""
+    u = _positions(edges, n)
+    u = u - u.mean()
+    if n < 2:
+        return np.full(n, 1.0 / n), np.zeros(n)
+    u = 2 * u / (u[-1] - u[0])
+    return np.full(n, 1.0 / n), u / (u @ u)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpectrumPrior:
+    """Prior of z = log n.
+
+    reference (t,), counts > 0: exp(z0). curvature D (m, t). free (t, t), precision of level and tilt. flat: uniform in n instead of all
+    that. log_sigma: fixed, or None = half-Cauchy of scale `hyper_scale`.
+    """
+
+    reference: Array
+    curvature: Array
+    free: Array
+    flat: bool
+    log_sigma: float | None
+    hyper_scale: float
+
+    @classmethod
+    def build(
+        cls,
+        reference: Array,
+        edges: Array | None,
+        *,
+        flat: bool = False,
+        smoothness: float | None = None,
+        hyper_scale: float = 0.1,
+        level_sd: float = 10.0,
+        tilt_sd: float = 10.0,
+    ) -> "SpectrumPrior":
+        """Prior from its settings; smoothness = 1 / sigma."""
+        n = reference.size
+        level, tilt = level_and_tilt(edges, n)
+        free = np.outer(level, level) / level_sd**2 + np.outer(tilt, tilt) / tilt_sd**2
+        curvature = curvature_matrix(edges, n)
+        fixed = None if smoothness is None else -math.log(smoothness)
+        if flat or n < 3:
+            fixed = 0.0  # no curvature to be smooth in
+        return cls(
+            reference=reference, curvature=0 * curvature if flat else curvature, free=0 * free if flat else free,
+            flat=flat, log_sigma=fixed, hyper_scale=hyper_scale,
+        )  # fmt: skip
+
+    @property
+    def hierarchical(self) -> bool:
+        """Whether sigma is one of the unknowns."""
+        return self.log_sigma is None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Lowest and highest log sigma."""
+        if self.log_sigma is not None:
+            return self.log_sigma, self.log_sigma
+        middle = math.log(self.hyper_scale)
+        return middle + SIGMA_RANGE[0], middle + SIGMA_RANGE[1]
+
+    def precision(self, log_sigma: float) -> Array:
+        """Q(sigma) (t, t)."""
+        return np.asarray(self.free + self.curvature.T @ self.curvature * math.exp(-2 * log_sigma))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Laplace:
+    """Gaussian approximation at one sigma: mode z (t,), factor L (t, t) with covariance L L^T, precision (t, t), log evidence."""
+
+    log_sigma: float
+    mode: Array
+    factor: Array
+    precision: Array
+    log_evidence: float
+
+
+class LogPosterior:
+    """Log density of z (c, t) and log sigma (c,), all c at once.
+
+    Args: counts (r,). response. prior. weight (r, r), inverse covariance of the counts; None = Poisson.
+    """
+
+    def __init__(self, counts: Array, response: Response, prior: SpectrumPrior, weight: Array | None = None) -> None:
+        self.counts, self.prior, self.weight = counts, prior, weight
+        self.matrix = np.asarray(response.matrix / (1 - response.fakes)[:, None])
+        self.background = response.background
+        self.centre = np.log(prior.reference)
+        self._safe = np.where(counts > 0, counts, 1.0)
+
+    @property
+    def dim(self) -> int:
+        """Number of truth bins."""
+        return self.centre.size
+
+    def likelihood(self, z: Array) -> tuple[Array, Array]:
+        """Log likelihood (c,) relative to a perfect fit, and its gradient (c, t)."""
+        n = np.exp(np.clip(z, -_LOG_LIMIT, _LOG_LIMIT))
+        f = n @ self.matrix.T + self.background
+        if self.weight is not None:
+            residual = self.counts - f
+            pulled = residual @ self.weight
+            return -0.5 * (residual * pulled).sum(axis=-1), n * (pulled @ self.matrix)
+        # N log(f / N) + N - f = N (log(1 + d) - d) with d = f / N - 1: the same without the rounding of N log N
+        apart = (f - self.counts) / self._safe
+        value = np.where(self.counts > 0, self.counts * (np.log1p(np.where(self.counts > 0, apart, 0.0)) - apart), -f).sum(axis=-1)
+        return value, n * ((self.counts / f - 1) @ self.matrix)
+
+    def roughness(self, z: Array) -> Array:
+        """|D x|^2 (c,)."""
+        return np.asarray((((z - self.centre) @ self.prior.curvature.T) ** 2).sum(axis=-1))
+
+    def given_sigma(self, z: Array, log_sigma: Array) -> tuple[Array, Array]:
+        """log p(z | N, sigma) (c,) up to what depends on sigma alone, and its gradient in z (c, t)."""
+        value, slope = self.likelihood(z)
+        if self.prior.flat:
+            return value + z.sum(axis=-1), slope + 1.0
+        x = z - self.centre
+        bent = x @ self.prior.curvature.T
+        weight = np.exp(-2 * np.asarray(log_sigma))[..., None]
+        pull = x @ self.prior.free + (bent * weight) @ self.prior.curvature
+        return value - 0.5 * (x * pull).sum(axis=-1), slope - pull
+
+    def log_hyper(self, log_sigma: Array) -> Array:
+        """Log prior density of log sigma, and of D x what depends on sigma alone; 0 for a fixed one; -inf outside of the range."""
+        if not self.prior.hierarchical:
+            return np.zeros(np.shape(log_sigma))
+        low, high = self.prior.range
+        ratio = np.asarray(log_sigma) - math.log(self.prior.hyper_scale)
+        value = ratio - np.logaddexp(0, 2 * ratio) - self.prior.curvature.shape[0] * np.asarray(log_sigma)
+        return np.asarray(np.where((log_sigma >= low) & (log_sigma <= high), value, -np.inf))
+
+    def joint(self, z: Array, log_sigma: Array) -> Array:
+        """log p(z, log sigma | N) (c,), unnormalised."""
+        return np.asarray(self.given_sigma(z, log_sigma)[0] + self.log_hyper(log_sigma))
+
+    def information(self, z: Array, log_sigma: float, *, expected: bool) -> Array:
+        """Minus the second derivatives (t, t) at z (t,): those of the data, or their expectation, which is positive."""
+        n = np.exp(z)
+        q = np.eye(z.size) if self.prior.flat else self.prior.precision(log_sigma)
+        scaled = self.matrix * n
+        if self.weight is not None:
+            fisher, slope = scaled.T @ self.weight @ scaled, (self.counts - n @ self.matrix.T - self.background) @ self.weight @ self.matrix
+        else:
+            f = self.matrix @ n + self.background
+            curved = 1 / f if expected else self.counts / f**2
+            fisher, slope = scaled.T @ (scaled * curved[:, None]), (self.counts / f - 1) @ self.matrix
+        if expected:
+            return np.asarray(fisher + q)
+        return np.asarray(fisher - np.diag(n * slope) + (0 * q if self.prior.flat else q))
+
+    def laplace(self, log_sigma: float, start: Array) -> Laplace:
+        """Mode at one sigma, from `start` (t,), and the curvature there.   Raises: ConvergenceError."""
+        mode = self._mode(log_sigma, start)
+        precision, lower = self._curvature(mode, log_sigma)
+        factor = np.linalg.inv(lower).T
+        at = self.joint(mode, np.asarray(log_sigma))
+        evidence = float(at) - float(np.log(np.diag(lower)).sum())
+        return Laplace(log_sigma=log_sigma, mode=mode, factor=np.asarray(factor), precision=precision, log_evidence=evidence)
+
+    def _curvature(self, z: Array, log_sigma: float) -> tuple[Array, Array]:
+        """Information and its Cholesky factor: the observed one where it is positive (Newton's steps), else the expected one (scoring)."""
+        for expected in (False, True):
+            matrix = self.information(z, log_sigma, expected=expected)
+            try:
+                return matrix, np.asarray(np.linalg.cholesky(matrix))
+            except np.linalg.LinAlgError:
+                continue
+        raise ConvergenceError(f"bayesian_unfold: the curvature at {z.tolist()} is not positive; expected counts that determine all bins")
+
+    def _mode(self, log_sigma: float, start: Array) -> Array:
+        z, sigma = start.copy(), np.asarray(log_sigma)
+        value, gradient = self.given_sigma(z, sigma)
+        for _ in range(_STEPS):
+            step = cho_solve((self._curvature(z, log_sigma)[1], True), gradient)
+            if float(gradient @ step) < _DECREMENT * (1 + abs(float(value))):
+                return z
+            size = min(1.0, 3.0 / float(np.abs(step).max()))  # more than e^3 at once leaves where the quadratic form holds
+            while size > 1e-10:
+                trial = z + size * step
+                reached, slope = self.given_sigma(trial, sigma)
+                if reached >= value:
+                    break
+                size /= 2
+            else:
+                if float(gradient @ step) < 1e-4:  # rounding: the step is a hundredth of an error
+                    return z
+                break
+            z, value, gradient = trial, reached, slope
+        raise ConvergenceError(
+            f"bayesian_unfold: the mode at sigma = {math.exp(log_sigma):.3g} was not found in {_STEPS} Newton steps, gradient up to"
+            f" {np.abs(gradient).max():.3g}; expected counts that the response can describe"
+        )
