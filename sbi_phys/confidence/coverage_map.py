@@ -147,16 +147,8 @@ def coverage_map(
     Source: arXiv:2107.03920, section 3.3.
     Read: p < 0.05 = the sets do not cover as stated, `worst` says where; a large p-value means that n did not suffice to find it.
     """
-    array = as_real("theta", theta)
-    points = as_points("theta", array, 1 if array.ndim <= 1 else array.shape[1])
-    held = as_real("inside", inside)
-    if held.ndim != 1:
-        raise ShapeError(f"inside has shape {held.shape}; expected (n,)")
-    n, dim = require_same_rows(theta=points, inside=held), points.shape[1]
-    if not np.isin(held, (0, 1)).all():
-        raise DataError("inside has values other than 0 and 1; expected whether each set holds its theta")
-    if n < MIN_ROWS:
-        raise DataError(f"theta has {n} rows; expected {MIN_ROWS} or more simulations for a map of coverage")
+    points, held = _sample(theta, inside)
+    n, dim = points.shape
     level = check_level(level)
     plain, labels = check_names(names, dim)
     low, high = points.min(axis=0), points.max(axis=0)
@@ -184,6 +176,20 @@ def coverage_map(
         pvalues=pvalues,
         pvalue=min(1.0, 2 * min(pvalues.values())),
     )
+
+
+def _sample(theta: ArrayLike, inside: ArrayLike) -> tuple[Array, Array]:
+    array = as_real("theta", theta)
+    points = as_points("theta", array, 1 if array.ndim <= 1 else array.shape[1])
+    held = as_real("inside", inside)
+    if held.ndim != 1:
+        raise ShapeError(f"inside has shape {held.shape}; expected (n,)")
+    n = require_same_rows(theta=points, inside=held)
+    if not np.isin(held, (0, 1)).all():
+        raise DataError("inside has values other than 0 and 1; expected whether each set holds its theta")
+    if n < MIN_ROWS:
+        raise DataError(f"theta has {n} rows; expected {MIN_ROWS} or more simulations for a map of coverage")
+    return points, held
 
 
 def _basis(theta: Array, low: Array, high: Array, degree: int) -> Array:

@@ -51,6 +51,7 @@ __all__ = ["Neyman", "neyman"]
 
 Array = NDArray[np.float64]
 Simulator = Callable[[Array, int, np.random.Generator], Any]
+Node = tuple[int, tuple[float, ...]]
 Grid = ArrayLike | Sequence[ArrayLike] | Mapping[str, ArrayLike]
 
 
@@ -160,35 +161,21 @@ def neyman(
         interest: number of leading parameters that are wanted; the others are nuisances. None = all.
         profile: (data of n sets, psi (interest,)) -> nuisances (n, d - interest) that fit best; None projects over the grid.
         bounds: physical bounds (low or None, high or None) per parameter; a set may end there, but at no other end of the grid.
-        seed: of the toys; they follow from (seed, index of the grid point).
-        executor: any concurrent.futures.Executor; simulator and statistic then have to be picklable for processes.
+        seed: of the toys.
+        executor: any concurrent.futures.Executor; for processes, simulator and statistic have to be picklable.
         progress: shows grid points done.
 
-    Returns: Neyman.
+    Returns: Neyman.   Source: arXiv:physics/9711021.
     Raises: ShapeError, NonFiniteError (NaN in the statistic), DataError, SettingError (too few toys for the level, bad names).
-    Source: arXiv:physics/9711021.
     """
-    axes, names = check_axes(grid, names)
-    plain, labels = check_names(names, len(axes))
-    levels = check_levels(level)
-    n_toys = require_int("n_toys", n_toys, low=2)
-    if max(levels) * (n_toys + 1) > n_toys + 1e-9:
-        need = int(np.ceil(max(levels) / (1 - max(levels)) - 1e-9))
-        raise SettingError(f"n_toys is {n_toys}; expected {need} or more for a level of {max(levels):g} (100 times that to be precise)")
-    wanted = len(axes) if interest is None else require_int("interest", interest, low=1, high=len(axes))
-    if profile is not None and wanted == len(axes):
-        raise SettingError(f"profile is given but all {len(axes)} parameters are of interest; expected interest < {len(axes)}")
-    low, high = np.array([a[0] for a in axes]), np.array([a[-1] for a in axes])
+    axes, given = check_axes(grid, names)
+    plain, labels = check_names(given, len(axes))
+    levels, wanted = _settings(level, n_toys, len(axes), interest, profile)
+    low, high = np.array([(a[0], a[-1]) for a in axes]).T
     edges = check_bounds(bounds, low, high)
     work = partial(_toys, simulator, statistic, n_toys, wanted if profile is not None else len(axes), seed, plain)
-    nodes = list(enumerate(product(*axes)))
-    rows = []
-    with or_none(progress).task("toys", total=len(nodes)) as task:
-        for row in map(work, nodes) if executor is None else executor.map(work, nodes):
-            rows.append(row)
-            task.advance()
-    toys = np.array(rows).reshape(*(a.size for a in axes), n_toys)
-    values, errors = _quantiles(toys, levels)
+    toys = _run(work, axes, executor, progress)
+    found = _quantiles(toys, levels)
     return Neyman(
         names=plain,
         labels=labels,
@@ -202,9 +189,34 @@ def neyman(
         method="Neyman construction",
         axes=axes,
         toys=frozen(toys),
-        critical_values=frozen(values),
-        critical_errors=frozen(errors),
+        critical_values=frozen(found[0]),
+        critical_errors=frozen(found[1]),
     )
+
+
+def _settings(
+    level: float | Sequence[float], n_toys: int, dim: int, interest: int | None, profile: Profile | None
+) -> tuple[tuple[float, ...], int]:
+    """Return (levels, number of parameters of interest), checked together with the number of toys."""
+    levels = check_levels(level)
+    require_int("n_toys", n_toys, low=2)
+    if max(levels) * (n_toys + 1) > n_toys + 1e-9:
+        need = int(np.ceil(max(levels) / (1 - max(levels)) - 1e-9))
+        raise SettingError(f"n_toys is {n_toys}; expected {need} or more for a level of {max(levels):g} (100 times that to be precise)")
+    wanted = dim if interest is None else require_int("interest", interest, low=1, high=dim)
+    if profile is not None and wanted == dim:
+        raise SettingError(f"profile is given but all {dim} parameters are of interest; expected interest < {dim}")
+    return levels, wanted
+
+
+def _run(work: Callable[[Node], Array], axes: tuple[Array, ...], executor: Executor | None, progress: Progress | None) -> Array:
+    """Values of the statistic (g1, .., gd, n) on the product of the axes."""
+    nodes, rows = list(enumerate(product(*axes))), []
+    with or_none(progress).task("toys", total=len(nodes)) as task:
+        for row in map(work, nodes) if executor is None else executor.map(work, nodes):
+            rows.append(row)
+            task.advance()
+    return np.array(rows).reshape(*(a.size for a in axes), -1)
 
 
 def _toys(
@@ -214,7 +226,7 @@ def _toys(
     seen: int,
     seed: int,
     names: tuple[str, ...],
-    node: tuple[int, tuple[float, ...]],
+    node: Node,
 ) -> Array:
     """Sorted values (n,) of the statistic at one grid point."""
     index, values = node

@@ -159,11 +159,7 @@ def fit(
     if precision is not None:
         require_number("precision", precision, low=0, high=0.1, open_low=True)
     cost = Cost(log_likelihood, plain, constraints or {}, strategy=strategy, precision=precision)
-    step = np.array([0.3 * cost.constraints[n][1] if n in cost.constraints else 0.05 * max(abs(v), 1.0)
-                     for n, v in zip(plain, theta0, strict=True)])  # fmt: skip
-    room = np.diff(table, axis=1)[:, 0]
-    step = np.where(np.isfinite(room), np.minimum(step, 0.1 * room), step)
-    best = minimise(cost, theta0, step, table, np.zeros(theta0.size, dtype=bool), "the fit")
+    best = minimise(cost, theta0, _steps(cost, theta0, table), table, np.zeros(theta0.size, dtype=bool), "the fit")
     best.hesse()
     if best.covariance is None or not best.accurate or not np.isfinite(np.array(best.errors)).all():
         raise ConvergenceError("the curvature at the minimum is not positive; expected parameters that the data can tell apart")
@@ -184,6 +180,12 @@ def fit(
         n_calls=cost.calls,
         cost=cost,
     )
+
+
+def _steps(cost: Cost, start: Array, limits: Array) -> Array:
+    own = {name: 0.3 * sd for name, (_, sd) in cost.constraints.items()}
+    step = np.array([own.get(n, 0.05 * max(abs(v), 1.0)) for n, v in zip(cost.names, start, strict=True)])
+    return np.minimum(step, 0.1 * np.diff(limits, axis=1)[:, 0])
 
 
 def _limits(limits: Limits | None, names: Any, plain: tuple[str, ...], start: Array) -> Array:

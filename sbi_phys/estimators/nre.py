@@ -10,7 +10,8 @@ for likelihood ratios and confidence sets just as well; E_{x ~ p(x)}[r(x | theta
 (`calibration.ratios`).
 
 Marginal pairs cost nothing: the theta of the next rows of a batch, whose order is random and follows from the seed. x is embedded once
-per row whatever the number of contrasts.
+per row whatever the number of contrasts. Where a posterior is much narrower than the prior, hardly a contrast falls near it; therefore
+the log ratio of a Gaussian posterior, learned by maximum likelihood, is part of f from the start, and the classifier corrects it.
 
 Source: Hermans, Begy & Louppe 2019, arXiv:1903.04057; Miller et al. 2022, arXiv:2210.06170; Delaunoy et al. 2022, arXiv:2208.13624.
 """
@@ -59,8 +60,8 @@ class NRE:
         prior: over theta; the network sees theta in its whitening map.
         seed: of weights, split, order and draws.
         loss: 'carl' (the same as 'nre-a'), 'nre-c' or 'bnre', see `ratio_losses`.
-        network: of the part that sees pairs. embedding: of x: None (residual perceptron), an EmbeddingConfig, or any
-            nn.Module (n, *x_shape) -> (n, k).
+        network: of the part that sees pairs; None takes 64 products without a trunk.
+        embedding: of x: None (residual perceptron), an EmbeddingConfig, or any nn.Module (n, *x_shape) -> (n, k).
         n_ensemble: networks, trained with different seeds and splits; the ratio is the mean of theirs.
         device: 'auto' takes CUDA where there is one.
         x_transform: 'auto', 'counts' (Anscombe's root) or 'real'; 'auto' asks `observables`, else looks at the values.
