@@ -15,12 +15,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sbi_phys import calibration as calibration
+    from sbi_phys import confidence as confidence
     from sbi_phys import samplers as samplers
     from sbi_phys import unfold as unfold
     from sbi_phys.calibrate import calibrate as calibrate
+    from sbi_phys.comparison import model_comparison as model_comparison
     from sbi_phys.errors import SbiPhysError as SbiPhysError
+    from sbi_phys.estimators.event_sets import ExtendedLikelihood as ExtendedLikelihood
+    from sbi_phys.estimators.nle import NLE as NLE
     from sbi_phys.estimators.npe import NPE as NPE
     from sbi_phys.estimators.npe import load as load
+    from sbi_phys.estimators.nre import NRE as NRE
     from sbi_phys.estimators.sequential import truncated_rounds as truncated_rounds
     from sbi_phys.nets.embed import EmbeddingConfig as EmbeddingConfig
     from sbi_phys.nets.flow import FlowConfig as FlowConfig
@@ -43,9 +48,12 @@ _PUBLIC = {
     "BoxPrior": "priors",
     "DirichletPrior": "priors",
     "EmbeddingConfig": "nets.embed",
+    "ExtendedLikelihood": "estimators.event_sets",
     "FlowConfig": "nets.flow",
     "LogUniformPrior": "priors",
+    "NLE": "estimators.nle",
     "NPE": "estimators.npe",
+    "NRE": "estimators.nre",
     "NormalPrior": "priors",
     "Observable": "priors",
     "Parameter": "priors",
@@ -58,7 +66,9 @@ _PUBLIC = {
     "TrainConfig": "train",
     "calibrate": "calibrate",
     "calibration": "",
+    "confidence": "",
     "load": "estimators.npe",
+    "model_comparison": "comparison",
     "samplers": "",
     "simulate": "simulate",
     "truncated_rounds": "estimators.sequential",

@@ -5,6 +5,7 @@ in places       local_coverage · pit_regression
 at one x        lc2st (train_lc2st for many) · posterior_sbc
 the data        misspecification · predictive_pvalue · predictive_checks · prior_predictive_check
 two samples     c2st · mmd · sliced_wasserstein · marginal_ks
+ratios          mean_ratio · reliability · reweighting_auc · check_ratio · recalibrate_ratio
 repair          conformal_regions · recalibrate_ranks · temper · mix_draws
 """
 
@@ -19,6 +20,17 @@ from sbi_phys.calibration.posterior_sbc import PosteriorSBC, augmented_draws, po
 from sbi_phys.calibration.predictive import PredictivePValue, predictive_pvalue
 from sbi_phys.calibration.predictive_checks import PredictiveChecks, PriorPredictive, predictive_checks, prior_predictive_check
 from sbi_phys.calibration.pulls import Pulls, pulls
+from sbi_phys.calibration.ratios import (
+    MeanRatio,
+    RatioCheck,
+    Reliability,
+    ReweightingAUC,
+    check_ratio,
+    mean_ratio,
+    reliability,
+    reweighting_auc,
+)
+from sbi_phys.calibration.ratios_repair import RatioCalibration, recalibrate_ratio
 from sbi_phys.calibration.repair import ConformalRegions, conformal_regions, hpd_content
 from sbi_phys.calibration.repair_ranks import RankRecalibration, recalibrate_ranks
 from sbi_phys.calibration.repair_width import Tempering, mix_draws, temper
@@ -26,10 +38,11 @@ from sbi_phys.calibration.sbc import SBC, sbc
 from sbi_phys.calibration.tarp import TARP, tarp
 
 __all__ = [
-    "C2ST", "LC2ST", "MMD", "SBC", "TARP", "ConformalRegions", "Coverage", "LC2STModel", "LocalCoverage", "MarginalKS", "Misspecification",
-    "PITRegression", "PosteriorSBC", "PredictiveChecks", "PredictivePValue", "PriorPredictive", "Pulls", "RankRecalibration",
-    "SlicedWasserstein", "Tempering", "augmented_draws", "c2st", "conformal_regions", "coverage", "hpd_content", "lc2st",
-    "local_coverage", "marginal_ks", "misspecification", "mix_draws", "mmd", "pit_regression", "posterior_sbc", "predictive_checks",
-    "predictive_pvalue", "prior_predictive_check", "pulls", "recalibrate_ranks", "sbc", "sliced_wasserstein", "tarp", "temper",
-    "train_lc2st",
+    "C2ST", "LC2ST", "MMD", "SBC", "TARP", "ConformalRegions", "Coverage", "LC2STModel", "LocalCoverage", "MarginalKS", "MeanRatio",
+    "Misspecification", "PITRegression", "PosteriorSBC", "PredictiveChecks", "PredictivePValue", "PriorPredictive", "Pulls",
+    "RankRecalibration", "RatioCalibration", "RatioCheck", "Reliability", "ReweightingAUC", "SlicedWasserstein", "Tempering",
+    "augmented_draws", "c2st", "check_ratio", "conformal_regions", "coverage", "hpd_content", "lc2st", "local_coverage", "marginal_ks",
+    "mean_ratio", "misspecification", "mix_draws", "mmd", "pit_regression", "posterior_sbc", "predictive_checks", "predictive_pvalue",
+    "prior_predictive_check", "pulls", "recalibrate_ranks", "recalibrate_ratio", "reliability", "reweighting_auc", "sbc",
+    "sliced_wasserstein", "tarp", "temper", "train_lc2st",
 ]  # fmt: skip

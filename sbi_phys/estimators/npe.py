@@ -37,6 +37,7 @@ from sbi_phys.estimators.posterior_net import FlowProposal, PosteriorNet, encode
 from sbi_phys.estimators.sources import Rows, Settings, from_arrays, from_simulator, from_stores, stores_of
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
+from sbi_phys.nets.sets import take_scaling
 from sbi_phys.priors import Observable, Prior, prior_from_dict, standard_normal_log_prob
 from sbi_phys.progress import NoProgress, Progress
 from sbi_phys.protocol import Simulator, simulator_identity
@@ -160,6 +161,7 @@ class NPE:
         seed = seed_for(self.seed, "member", k)
         batches, start = rows.member(k)
         net = self._new_net(k, rows.scaler.shape)
+        take_scaling(net.embedding, rows.scaler)
         net.start_at(start)
         path = None if checkpoint is None else Path(f"{checkpoint}.{k}")
         label = "train" if self.n_ensemble == 1 else f"train {k + 1}/{self.n_ensemble}"

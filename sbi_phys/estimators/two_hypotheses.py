@@ -284,7 +284,7 @@ def _parameters(name: str, value: ArrayLike, n: int) -> Array:
 def _default_config(n: int) -> TrainConfig:
     """About eighty steps an epoch, until batches would be too large."""
     batch = int(np.clip(2 ** round(math.log2(n / 80)), 32, 1024))
-    return TrainConfig(batch_size=min(batch, max(1, n // 2)), max_epochs=30, patience=30)
+    return TrainConfig(batch_size=min(batch, max(1, n // 2)), max_epochs=12, patience=12)
 
 
 def cross_entropy(net: nn.Module, x: Tensor, u0: Tensor, u1: Tensor, w1: Tensor, w0: Tensor) -> Tensor:
