@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sbi_phys import clusters
 from sbi_phys.clusters import ClusterFile, cluster_executor
 from sbi_phys.errors import SettingError
 from sbi_phys.simulate import simulate
@@ -58,6 +59,7 @@ def test_the_bytes_are_those_of_one_worker(tmp_path, scheduler):
     assert digests(tmp_path / "dask") == digests(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_rows_that_hang_are_flagged_on_a_cluster_too(tmp_path, scheduler):
     simulator = Poison("hangs")
     with cluster_executor(scheduler=scheduler) as (executor, workers):
@@ -67,7 +69,8 @@ def test_rows_that_hang_are_flagged_on_a_cluster_too(tmp_path, scheduler):
     assert digests(tmp_path / "dask") == digests(tmp_path / "one")
 
 
-def test_a_scheduler_that_is_not_there_is_named():
+def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(clusters, "_PATIENCE_S", 6.0)
     with (
         pytest.raises(SettingError, match=r"scheduler 'tcp://127.0.0.1:9' can not be reached"),
         cluster_executor(scheduler="tcp://127.0.0.1:9"),

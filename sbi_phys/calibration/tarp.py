@@ -8,7 +8,7 @@ f itself is tested for uniformity, exactly (`bands`): two grids of credibility a
 20 % too small.
 
 **References depend on x by default.** If they are drawn independently of x, a posterior that equals the prior passes: theta* and the
-prior's draws are then alike for r. Here r(x) = m(x) + c s(x) e + s g(x)/2: m is a ridge regression of theta on x, s its prediction error,
+prior's draws are then alike for r. Here r(x) = m(x) + c s(x) e + s g(x)/2: m is a ridge regression of theta on x and |x - <x>|, s its prediction error,
 s(x) a second regression, of |theta - m(x)| on x, e a random direction, the same for all rows (so that a bias does not cancel between
 references on its two sides), and g a bounded random nonlinear function of x. If q were the prior, theta* would lie nearer to m(x) than
 its draws; and where x moves the spread alone, as with two modes at +-a(x), a whole share of the truths lies next to r(x).
@@ -190,9 +190,10 @@ def _given(references: ArrayLike, truth: Array) -> Array:
 def _from_x(x: Array, truth: Array, rng: np.random.Generator) -> Array:
     """References (n, d) in standardised units, each from its x and from rows before it in a random order."""
     n, dim = truth.shape
-    features = standardised(x)
+    plain = standardised(x)
+    features = np.hstack([plain, standardised(np.abs(plain))])
     direction = rng.standard_normal(dim)
-    step, wobble = OFFSET * direction / np.linalg.norm(direction), WOBBLE * random_features(features, dim, rng)
+    step, wobble = OFFSET * direction / np.linalg.norm(direction), WOBBLE * random_features(plain, dim, rng)
     order = rng.permutation(n)
     points = np.empty((n, dim))
     first = min(FIRST_BLOCK, n)

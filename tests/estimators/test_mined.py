@@ -56,6 +56,7 @@ def test_the_joint_quantities_average_to_those_of_x() -> None:
         assert score[chosen].mean() == pytest.approx(centre / 5, abs=4 * error_t)
 
 
+@pytest.mark.slow
 def test_gold_beats_labels() -> None:
     """As many events, same network: soft labels cut the error, scores do not spoil it."""
     train = gold(6000, 0)
