@@ -74,15 +74,10 @@ def simulate(
             Shards whose worker died twice are always tried so before the call gives up.
         progress: default none.
 
-    Returns:
-        The store, complete.
-
-    Raises:
-        SettingError: a setting out of range, or a simulator that can not be sent to workers.
-        SimulatorMismatchError: the simulator breaks the protocol, or its parameters are not the prior's.
-        ShapeError, NonFiniteError, SupportError: theta of another shape, not finite, or outside the prior.
-        DataError: all rows of a shard fail, or float32 can not hold x.
-        StoreError: the folder belongs to other settings, is locked, can not be written, or a worker died twice.
+    Returns: the store, complete.
+    Raises: SettingError (out of range, or a simulator that can not be sent to workers), SimulatorMismatchError (it breaks the protocol, or
+        has other parameters than the prior), ShapeError, NonFiniteError, SupportError (theta), DataError (all rows of a shard fail, or
+        float32 can not hold x), StoreError (a folder of other settings, locked or read-only, or workers that die whatever they get).
     """
     check_simulator(simulator)
     prior = _check_prior(simulator, prior)

@@ -331,6 +331,7 @@ def log_ratios(name: str, value: ArrayLike, *, low: bool = False) -> Array:
 
 
 def single_ratio(name: str, value: ArrayLike, *, low: bool = False) -> Array:
+    """One log ratio an event, (n,), checked as in `log_ratios`.   Raises: ShapeError, NonFiniteError, DataError."""
     if np.ndim(value) != 1:
         raise ShapeError(f"{name} has shape {np.shape(value)}; expected (n,), one ratio at a time")
     return log_ratios(name, value, low=low)[0]
