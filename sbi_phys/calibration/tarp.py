@@ -10,8 +10,8 @@ f itself is tested for uniformity, exactly (`bands`): two grids of credibility a
 **References depend on x by default.** If they are drawn independently of x, a posterior that equals the prior passes: theta* and the
 prior's draws are then alike for r. Here r(x) = m(x) + c s(x) e + s g(x)/2: m is a ridge regression of theta on x and |x - <x>|, s its
 prediction error, s(x) a second regression, of |theta - m(x)| on the same, e a random direction, the same for all rows (so that a bias does
-not cancel between references on its two sides), and g a bounded random nonlinear function of x. If q were the prior, theta* would lie nearer
-to m(x) than its draws; and where x moves the spread alone, as with two modes at +-a(x), a whole share of the truths lies next to r(x).
+not cancel between references on its two sides), and g a bounded random nonlinear function of x. If q were the prior, theta* would lie
+nearer to m(x) than its draws; and where x moves the spread alone, as with two modes at +-a(x), half of the truths lie next to r(x).
 
 Nothing of this may know theta*_i, or the null is broken. So row i's regression is fitted to rows that come before it in a seeded random
 order (in blocks that double), never to itself or to later ones: given all that was used before, f_i is uniform, and therefore the f are
