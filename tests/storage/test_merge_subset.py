@@ -137,6 +137,7 @@ def test_a_subset_by_parameter_ranges(made, tmp_path):
     store = made[0]
     theta = store.read(valid_only=False)[0]
     inside = (theta[:, 0] >= -0.5) & (theta[:, 0] <= 1) & (theta[:, 1] >= 0)
+    assert 0 < inside.sum() < len(theta)
     part = store.subset(tmp_path / "s", where={"t0": (-0.5, 1), "t1": (0, 99)})
     same(everything(part), [v[inside] for v in everything(store)])
     both = store.subset(tmp_path / "both", rows=np.arange(50), where={"t0": (-0.5, 1), "t1": (0, 99)})
