@@ -1,12 +1,14 @@
 r"""Summary networks: an observation x (n, ...) -> features h (n, k)."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbi_phys.checks import require_int
+from sbi_phys.nets.silu import silu_layer
 
 __all__ = ["EmbeddingConfig", "ResidualMLP"]
 
@@ -53,6 +55,6 @@ class ResidualMLP(nn.Module):
         x = torch.flatten(x, start_dim=1)
         hidden: Tensor = self.first(x)
         for up, down in zip(self.up, self.down, strict=True):
-            hidden = hidden + down(F.silu(up(F.silu(hidden))))
+            hidden = hidden + down(silu_layer(F.silu(hidden), cast(Tensor, up.weight), cast(Tensor, up.bias)))
         out: Tensor = self.last(F.silu(hidden)) + self.straight(x)
         return out

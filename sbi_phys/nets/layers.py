@@ -13,6 +13,7 @@ from nflows.transforms.base import Transform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sbi_phys.nets.silu import silu_layer
 from sbi_phys.nets.spline import n_spline_parameters, rational_quadratic_spline
 
 __all__ = ["AffineCoupling", "Coupling", "GaussianLayer", "MaskedAutoregressive", "SplineCoupling"]
@@ -87,8 +88,8 @@ class MaskedAutoregressive(Transform):
 
     def _scale_shift(self, u: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         hidden_share, direct = context.split([self.first.out_features, self.last.out_features], dim=-1)
-        hidden = F.silu(hidden_share + F.linear(u, self.first.weight * cast(Tensor, self._first_mask)))
-        hidden = hidden + F.silu(F.linear(hidden, self.second.weight * cast(Tensor, self._second_mask), self.second.bias))
+        hidden = silu_layer(u, self.first.weight * cast(Tensor, self._first_mask), hidden_share)
+        hidden = silu_layer(hidden, self.second.weight * cast(Tensor, self._second_mask), self.second.bias, skip=True)
         shift, raw = (direct + F.linear(hidden, self.last.weight * cast(Tensor, self._last_mask))).chunk(2, dim=-1)
         return _COUPLING_SCALE * torch.tanh(raw / _COUPLING_SCALE), shift
 
@@ -129,8 +130,8 @@ class Coupling(Transform):
         nn.init.zeros_(self.last.bias)
 
     def _parameters_of(self, kept: Tensor, context: Tensor) -> Tensor:
-        hidden = F.silu(context if self.first is None else torch.addmm(context, kept, self.first.weight.t()))
-        hidden = hidden + F.silu(self.second(hidden))
+        hidden = F.silu(context) if self.first is None else silu_layer(kept, self.first.weight, context)
+        hidden = silu_layer(hidden, self.second.weight, self.second.bias, skip=True)
         return cast(Tensor, self.last(hidden)).view(kept.shape[0], -1, self.n_parameters)
 
     def _apply_map(self, inputs: Tensor, context: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:

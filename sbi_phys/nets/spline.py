@@ -10,8 +10,9 @@ and the tails are chosen by `where`. There is no boolean indexing, hence no host
 shape, on any device. Source: Durkan+ 2019, arXiv:1906.04032; Gregory & Delbourgo 1982.
 
 A training step of a small flow is bound by the number of operations, not by their size. So the forward map has its
-gradient written out by hand (`_Spline`). Where a derivative is to be differentiated again (`create_graph=True`), the
-gradient is that of `spline_map`, the same map for autograd to record.
+gradient written out by hand (`_Spline`), and float32 on a CPU goes through a kernel in C where a compiler is at hand
+(`native`). Where a derivative is to be differentiated again (`create_graph=True`), the gradient is that of `spline_map`,
+the same map for autograd to record.
 """
 
 import math
@@ -20,6 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from sbi_phys.nets import native
+from sbi_phys.nets.spline_op import spline_operator
 
 __all__ = ["n_spline_parameters", "rational_quadratic_spline", "spline_map"]
 
@@ -41,10 +45,25 @@ def rational_quadratic_spline(x: Tensor, parameters: Tensor, *, bound: float, in
     Args: x (..., d). parameters (..., d, 3K - 1), unconstrained; zeros give the identity. bound B > 0.
     Returns: y (..., d) and log|dy/dx| (..., d) (of the inverse map when `inverse`).
     """
-    if inverse or not (torch.is_grad_enabled() and (x.requires_grad or parameters.requires_grad)):
+    if torch.compiler.is_compiling() and not inverse and _fits(x, parameters):
+        return spline_operator(x, parameters, _constants(bound))
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or parameters.requires_grad)
+    fast = _fits(x, parameters)
+    if not differentiated and fast:
+        return native.spline_map(x, parameters, _constants(bound), inverse=inverse)
+    if inverse or not differentiated:
         return spline_map(x, parameters, bound=bound, inverse=inverse)
-    y, log_slope = _Spline.apply(x, parameters, bound)
+    y, log_slope = (_NativeSpline if fast else _Spline).apply(x, parameters, bound)
     return y, log_slope
+
+
+def _fits(x: Tensor, parameters: Tensor) -> bool:
+    width = parameters.shape[-1]
+    return width < 3 * native.MAX_BINS and parameters.numel() == width * x.numel() and native.usable(x, parameters)
+
+
+def _constants(bound: float) -> tuple[float, ...]:
+    return bound, MIN_WIDTH, MIN_DERIVATIVE, _DERIVATIVE_OFFSET
 
 
 def spline_map(x: Tensor, parameters: Tensor, *, bound: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -150,10 +169,7 @@ class _Spline(torch.autograd.Function):
         """Chain rule through N, D, E to (xi, s, d0, d1), from there to the bin's knots, from there to the parameters."""
         x, parameters, outside, xi, cross, denominator, e, ratio, w, h, d0, d1, slope, curve, *bins = ctx.saved_tensors
         if torch.is_grad_enabled():
-            outputs = spline_map(x, parameters, bound=ctx.bound)
-            needed = [t for t in (x, parameters) if t.requires_grad]
-            found = iter(torch.autograd.grad(outputs, needed, (grad_y, grad_log), create_graph=True))
-            return next(found) if x.requires_grad else None, next(found) if parameters.requires_grad else None, None
+            return _recorded_gradient(x, parameters, grad_y, grad_log, ctx.bound)
         g_y, g_log = grad_y.masked_fill(outside, 0.0), grad_log.masked_fill(outside, 0.0)
         twice = g_log + g_log
         g_rise = g_y * h  # of N/D
@@ -171,6 +187,35 @@ class _Spline(torch.autograd.Function):
         g_left = torch.stack([-g_x, g_y], dim=-1)
         grad = _to_parameters(ctx.bound, g_left, g_size, torch.stack([at_d0, at_d1], dim=-1), *bins)
         return torch.where(outside, grad_y, g_x), grad, None
+
+
+class _NativeSpline(torch.autograd.Function):
+    """`spline_map`, forward, and its gradient, both by the kernel: it keeps nothing but its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameters: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+        """Map x."""
+        ctx.bound = bound
+        ctx.save_for_backward(x, parameters)
+        return native.spline_map(x, parameters, _constants(bound), inverse=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Locate the bin again, which costs less than to have kept it."""
+        x, parameters = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _recorded_gradient(x, parameters, grad_y, grad_log, ctx.bound)
+        return *native.spline_gradient(x, parameters, grad_y, grad_log, _constants(ctx.bound)), None
+
+
+def _recorded_gradient(
+    x: Tensor, parameters: Tensor, grad_y: Tensor, grad_log: Tensor, bound: float
+) -> tuple[Tensor | None, Tensor | None, None]:
+    """Gradient that autograd can differentiate again."""
+    outputs = spline_map(x, parameters, bound=bound)
+    needed = [t for t in (x, parameters) if t.requires_grad]
+    found = iter(torch.autograd.grad(outputs, needed, (grad_y, grad_log), create_graph=True))
+    return next(found) if x.requires_grad else None, next(found) if parameters.requires_grad else None, None
 
 
 def _to_parameters(
