@@ -73,7 +73,8 @@ def _tensors(node: Any, *, below_weights: bool) -> Any:
 def train(*, data: str, key: str, network: dict[str, Any], batch: int, epochs: int, seed: int, n: int) -> dict[str, Any]:
     """Train on the first n pairs; batch 0 and epochs 0 are the package's own choice."""
     toy, simulator = _toy(data), SourceSpectrum(composition="fixed")
-    npe = _npe(simulator.prior, network, seed=seed, observables=simulator.observables, config=_config(batch=batch, epochs=epochs))
+    config = _config(batch=batch, epochs=epochs, compiled=network.get("compiled", False))
+    npe = _npe(simulator.prior, network, seed=seed, observables=simulator.observables, config=config)
     begin = time.perf_counter()
     npe.fit(toy["theta"][:n], toy["x"][:n])
     wall = time.perf_counter() - begin

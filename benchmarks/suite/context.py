@@ -29,6 +29,7 @@ BACKENDS = {"BayesFlow on torch": "torch", "BayesFlow on JAX": "jax"}
 NETWORKS: dict[str, Network] = {
     "equal": {"kind": "spline", "layers": 5, "width": 50, "bins": 10},
     "weights": {"kind": "spline", "layers": 5, "width": 97, "bins": 10},
+    "compiled": {"kind": "spline", "layers": 5, "width": 50, "bins": 10, "compiled": True},
     "pairs": {"kind": "spline", "layers": 3, "width": 50, "bins": 10},
     "maf": {"kind": "maf", "layers": 5, "width": 50, "bins": 10},
     "affine": {"kind": "affine", "layers": 12, "width": 128, "bins": 10},

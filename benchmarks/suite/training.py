@@ -92,12 +92,13 @@ def _pairs(ours: int, sbi: int, flow: str, flow_batch: int, *, quick: bool) -> l
     if flow:
         out += [
             Pair("spline, batch 512", (OURS, "equal", 512), (JAX, "pairs", 512)),
+            Pair("spline, batch 512, both compiled", (OURS, "compiled", 512), (JAX, "pairs", 512)),
             Pair("spline, batch 512", (OURS, "equal", 512), (TORCH, "pairs", 512)),
             Pair(f"spline, BayesFlow at its best batch ({flow_batch})", (OURS, "equal", 0), (flow, "pairs", flow_batch)),
             Pair("affine, batch 512", (OURS, "affine", 512), (TORCH, "default", 512)),
             Pair("each tool as it comes", (OURS, "default", 0), (TORCH, "default", 0), note="BayesFlow's default is affine, batch 32"),
         ]
-    return [pair for pair in out if not quick or (pair.peer[0] != JAX and pair.peer != (TORCH, "default", 0))]
+    return [pair for pair in out if not quick or (pair.peer[0] != JAX and pair.ours[1] != "compiled" and pair.peer != (TORCH, "default", 0))]
 
 
 def _rates(context: Context, pairs: list[Pair]) -> list[Row]:
