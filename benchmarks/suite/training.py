@@ -98,7 +98,7 @@ def _pairs(ours: int, sbi: int, flow: str, flow_batch: int, *, quick: bool) -> l
             Pair("affine, batch 512", (OURS, "affine", 512), (TORCH, "default", 512)),
             Pair("each tool as it comes", (OURS, "default", 0), (TORCH, "default", 0), note="BayesFlow's default is affine, batch 32"),
         ]
-    return [pair for pair in out if not quick or (pair.peer[0] != JAX and pair.ours[1] != "compiled" and pair.peer != (TORCH, "default", 0))]
+    return [pair for pair in out if not quick or (pair.peer[0] != JAX and pair.peer != (TORCH, "default", 0))]
 
 
 def _rates(context: Context, pairs: list[Pair]) -> list[Row]:
