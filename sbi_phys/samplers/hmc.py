@@ -124,10 +124,15 @@ def run_hmc(
         verdict = _produce(chains, n_samples, max_steps - n_burn, most, task)
     if not verdict.good and raise_on_failure:
         raise ConvergenceError(f"HMC did not converge: {verdict.text}; expected convergence within max_steps = {max_steps}")
+    return _result(chains, verdict, n_burn, n_samples, rng_for(seed, "hmc draws"))
+
+
+def _result(chains: "_Chains", verdict: "_Verdict", n_burn: int, n_samples: int, rng: np.random.Generator) -> HMCResult:
+    """Thin the chains to n_samples draws in random order."""
     history, values = chains.history(), chains.values()
     thin = max(1, history.shape[1] // math.ceil(n_samples / history.shape[0]))
-    samples, log_prob = history[:, thin - 1 :: thin].reshape(-1, at.shape[1]), values[:, thin - 1 :: thin].reshape(-1)
-    order = rng_for(seed, "hmc draws").permutation(samples.shape[0])[:n_samples]
+    samples, log_prob = history[:, thin - 1 :: thin].reshape(-1, history.shape[-1]), values[:, thin - 1 :: thin].reshape(-1)
+    order = rng.permutation(samples.shape[0])[:n_samples]
     return HMCResult(
         samples=samples[order],
         log_prob=log_prob[order],
