@@ -12,6 +12,8 @@ Truth reaches below the first measured bin: a steep spectrum pours events from t
 The resolution is published; form and constants of efficiency and bias are quoted from memory of the paper, unchecked against its text.
 What speaks for them: with the published flux they give all published corrections to 1 % and the three lowest to 0.5 %, which either
 without the other misses by 5 %, and a fit with them gives back the published spectral indices. Upward fluctuations trigger: b > 0.
+What hangs on them is measured by changing them (`variations`): p0 by 0.02 in lgE, the width 0.373 by 10 %, b by 20 %, each of which moves
+the first correction by 0.7 to 1.4 %, so that it would miss the published one by more than these two differ now.
 
 Source: Phys. Rev. D 102, 062005 (2020), arXiv:2008.06486.
 """
@@ -37,11 +39,14 @@ _ZENITHS = 24  # points in cos^2, from 1/4 to 1: averages to 1e-4
 _POINTS = 6  # in each true bin
 
 
-def trigger_efficiency(lg_energy: ArrayLike, cos_zenith: ArrayLike) -> Array:
-    """Probability that a shower of true lg(E/eV) and cos(zenith) is recorded; shapes broadcast.   Source: see the module."""
+def trigger_efficiency(lg_energy: ArrayLike, cos_zenith: ArrayLike, later: float = 0.0, wider: float = 1.0) -> Array:
+    """Probability that a shower of true lg(E/eV) and cos(zenith) is recorded; shapes broadcast.   Source: see the module.
+
+    Args: later: added to p0. wider: factor of the width.
+    """
     c2 = np.asarray(cos_zenith, dtype=np.float64) ** 2
-    middle = 18.63 - 3.18 * c2 + 4.38 * c2**2 - 1.87 * c2**3
-    return np.asarray(0.5 * (1 + erf((np.asarray(lg_energy) - middle) / 0.373)), dtype=np.float64)
+    middle = later + 18.63 - 3.18 * c2 + 4.38 * c2**2 - 1.87 * c2**3
+    return np.asarray(0.5 * (1 + erf((np.asarray(lg_energy) - middle) / (0.373 * wider))), dtype=np.float64)
 
 
 def trigger_bias(lg_energy: ArrayLike, cos_zenith: ArrayLike) -> Array:
@@ -53,12 +58,14 @@ def trigger_bias(lg_energy: ArrayLike, cos_zenith: ArrayLike) -> Array:
 class Auger2020:
     """Auger's vertical spectrum above 10^18.4 eV, 215 030 events, to be unfolded.
 
-    Args: detector: "full" or "resolution" (see the module). lg_below, lg_above: decades of true energy beyond the measured bins.
+    Args: detector: "full" or "resolution" (see the module). lg_below, lg_above: decades of true energy beyond the measured bins. later,
+    wider: of the trigger's efficiency (`trigger_efficiency`); bias: factor of the energy's bias; all three with "full" alone.
     Raises: SimulatorSettingError, TableError.
 
     counts (18,), events. reco_edges (19,) and truth_edges (m,), lg(E/eV), the first among the second. exposure, km2 sr yr.
     start: lg J0, indices and lg breaks of the published flux, where a fit may begin. published: flux and its errors, 1/(km2 sr yr eV),
     and correction = unfolded / raw, (18,) each. target: lgE from, to, and relative tolerance that our corrections are held against.
+    variations: settings with one constant of the detector changed.
     """
 
     name = "auger"
@@ -74,7 +81,15 @@ class Auger2020:
         "against its text; that they give the published corrections, and neither alone does, is their test."
     )
 
-    def __init__(self, detector: str = "full", lg_below: float = 0.4, lg_above: float = 0.2) -> None:
+    def __init__(
+        self,
+        detector: str = "full",
+        lg_below: float = 0.4,
+        lg_above: float = 0.2,
+        later: float = 0.0,
+        wider: float = 1.0,
+        bias: float = 1.0,
+    ) -> None:
         self.detector = require_choice("detector", detector, DETECTORS)
         below = require_number("lg_below", lg_below, 0.1, 1.0)
         above = require_number("lg_above", lg_above, 0.1, 1.0)
@@ -82,6 +97,11 @@ class Auger2020:
             if abs(value - round(value, 1)) > 1e-9:
                 raise SimulatorSettingError(f"{name} is {value}; expected a multiple of 0.1, the width of a bin")
         self.settings: dict[str, Any] = {"detector": self.detector, "lg_below": below, "lg_above": above}
+        self.trigger = (require_number("later", later, -0.3, 0.3), require_number("wider", wider, 0.3, 3.0))
+        self.bias = require_number("bias", bias, -1.0, 3.0)
+        changed = (*self.trigger, self.bias) != (0.0, 1.0, 1.0)
+        if changed and self.detector == "resolution":
+            raise SimulatorSettingError("later, wider or bias is given with detector 'resolution'; expected 'full', which has them")
         data = load_auger()
         self.counts = data.spectrum_counts
         self.reco_edges = data.spectrum_edges
@@ -95,7 +115,15 @@ class Auger2020:
             "correction": data.unfolding_correction,
         }
         # another description of the detector, whose corrections are worth a look beside ours
-        self.alternatives = {} if detector == "resolution" else {"with the resolution alone": {**self.settings, "detector": "resolution"}}
+        nominal = detector == "full" and not changed
+        self.alternatives = {"with the resolution alone": {**self.settings, "detector": "resolution"}} if nominal else {}
+        # and the same description with constants changed by what they may be wrong, for a systematic error
+        changes = {
+            "the efficiency rises 0.02 later in lgE": {"later": 0.02},
+            "it rises over a range wider by 10 %": {"wider": 1.1},
+            "the bias is larger by 20 %": {"bias": 1.2},
+        }
+        self.variations = {words: {**self.settings, **change} for words, change in changes.items()} if nominal else {}
 
     def response(self, truth_edges: ArrayLike) -> Array:
         """P(measured bin | true bin), (18, n), for true bins with edges (n + 1,) in lg(E/eV), flat in lgE within each.
@@ -110,8 +138,8 @@ class Auger2020:
         energy, measured = 10.0 ** (lg - 18), 10.0 ** (self.reco_edges - 18)
         sigma = AUGER_SD.resolution(energy) * energy
         cos = np.sqrt(0.25 + 0.75 * (np.arange(_ZENITHS) + 0.5) / _ZENITHS)[:, None]
-        mean = energy * (1 + trigger_bias(lg, cos))
+        mean = energy * (1 + self.bias * trigger_bias(lg, cos))
         pull = (mean[..., None] - measured) / sigma[:, None]
-        above = (trigger_efficiency(lg, cos)[..., None] * ndtr(pull)).mean(axis=0)
+        above = (trigger_efficiency(lg, cos, *self.trigger)[..., None] * ndtr(pull)).mean(axis=0)
         above = above.reshape(edges.size - 1, _POINTS, -1).mean(axis=1)
         return np.asarray((above[:, :-1] - above[:, 1:]).T)

@@ -20,6 +20,7 @@ from sbi_phys.report.arviz import attributes, group, read_netcdf
 from sbi_phys.rng import rng_for
 from sbi_phys.unfold.problem import load_measurement
 from tests.report.browser import check_report, missing_browser
+from tests.unfold.sketches import sketch
 from tests.unfold.toy_problem import LG_J0, TRUTH, true_counts
 
 TOY = "tests.unfold.toy_problem:Toy"
@@ -27,6 +28,7 @@ SMALL = UnfoldSettings(
     n_toys=60, validate_toys=20, n_simulated=4000, omnifold_iterations=2, omnifold_replicas=2, flow_replicas=2, bayes_samples=400
 )
 BINNED = ("folding", "ibu", "tikhonov")
+DRAWING = tuple(f"sbi_phys.pipeline.{name}" for name in ("unfold", "unfold_page", "unfold_proof"))
 
 
 def run(*words):
@@ -40,7 +42,9 @@ def toy():
 
 @pytest.fixture(scope="module")
 def done(toy, tmp_path_factory):
-    return unfold_spectrum(toy, tmp_path_factory.mktemp("unfold") / "run", SMALL, BINNED)
+    with pytest.MonkeyPatch.context() as patch:
+        sketch(patch, DRAWING[2])  # those of the toys are looked at where they are made
+        return unfold_spectrum(toy, tmp_path_factory.mktemp("unfold") / "run", SMALL, BINNED)
 
 
 def test_every_file_is_there_and_nothing_is_left_half_written(done):
@@ -60,6 +64,13 @@ def test_the_truth_is_found_within_its_errors(done, name):
     assert np.abs(pull).max() < 4 and np.sqrt(np.mean(pull**2)) < 1.6
     assert (np.abs(found.counts - truth) < 0.5 * truth).all()
     assert found.record["chi2"] < 30
+
+
+def test_constants_of_the_detector_are_a_systematic_error_on_the_page(done):
+    moved = done.found["folding"].arrays["variations"]
+    np.testing.assert_allclose(moved, np.full((1, 10), 1 / 0.9 - 1), rtol=1e-3)
+    page = done.path("report.html").read_text()
+    assert "move the unfolded flux by 11.1 % in the first bin" in page and "nine of ten are seen" in page
 
 
 def test_the_table_holds_every_method_bin_by_bin(done):
@@ -100,7 +111,8 @@ def test_the_page_is_whole(done):
     assert found.problems == [] and found.sections == 6 and found.images >= 8
 
 
-def test_a_second_run_repeats_nothing_and_other_settings_are_refused(done, toy):
+def test_a_second_run_repeats_nothing_and_other_settings_are_refused(done, toy, monkeypatch):
+    sketch(monkeypatch, *DRAWING)
     stamps = {p: p.stat().st_mtime_ns for p in done.path("methods").iterdir()}
     before = done.path("spectrum.csv").read_text()
     again = unfold_spectrum(toy, done.folder, SMALL, ("ibu",))
@@ -222,7 +234,8 @@ def test_a_mistake_is_one_line_and_status_1(tmp_path, words, complaint):
     assert not (tmp_path / "run").exists()  # found before any work
 
 
-def test_the_command_on_a_file_of_counts(tmp_path, toy):
+def test_the_command_on_a_file_of_counts(tmp_path, toy, monkeypatch):
+    sketch(monkeypatch, *DRAWING)
     lines = ["lg_e_low,lg_e_high,counts"]
     lines += [f"{a},{b},{n:.0f}" for a, b, n in zip(toy.reco_edges[:-1], toy.reco_edges[1:], toy.counts, strict=True)]
     path = tmp_path / "counts.csv"

@@ -40,7 +40,7 @@ def starting_values(m: Measurement, n_breaks: int) -> tuple[int, Array | None]:
 
 
 def folding(task: Task) -> Answer:
-    """Forward folding of broken power laws, and the corrections of other descriptions of the detector."""
+    """Forward folding of broken power laws, the corrections of other descriptions of the detector, and what its constants are worth."""
     m = task.measurement
     n, start = starting_values(m, task.settings.n_breaks)
     found = forward_fold(m.counts, m.fine, n_breaks=n, start=start)
@@ -57,6 +57,10 @@ def folding(task: Task) -> Answer:
         arrays[f"correction_alternative_{i}"] = forward_fold(other.counts, other.fine, n_breaks=n, start=start).correction
         if other.start is not None and n == other.n_breaks:
             arrays[f"correction_at_start_alternative_{i}"] = _corrections(other, other.start)
+    if m.variations:
+        varied = [forward_fold(other.counts, other.fine, n_breaks=n, start=found.values if n else None) for other in m.variations.values()]
+        # relative change of the unfolded counts (variations, r)
+        arrays["variations"] = np.stack([other.counts / found.counts - 1 for other in varied])
     return Answer(
         counts=found.counts,
         covariance=found.covariance,
@@ -79,7 +83,7 @@ def bayes_iterations(task: Task) -> Answer:
     m, response = task.measurement, task.within
     rule = StoppingRule(n_toys=task.settings.n_toys, coverage=task.settings.coverage)
     prior = task.start[m.inner]
-    found = ibu(m.counts, response, "coverage", prior, rule=rule, seed=task.seed("ibu"))
+    found = ibu(m.counts, response, "coverage", prior, rule=rule, errors="expected", seed=task.seed("ibu"))
     other = ibu(m.counts, response, found.n_iterations, response.truth)
     below = np.where(m.fine_edges[:-1] < m.reco_edges[0] - 1e-9, m.fine_edges[:-1] - m.reco_edges[0], 0.0)
     steeper = m.within(task.spectrum * 10.0 ** (-_INDEX_BELOW * below))

@@ -177,6 +177,7 @@ def _corrections(run: UnfoldRun) -> list[Block]:
     out: list[Block] = [
         _draw(run, figure, "corrections", caption, "correction factors against energy and their distance from published ones")
     ]
+    out += _constants(run)
     away = deviations(run)
     if given is None or m.target is None or not away:
         return out
@@ -187,6 +188,24 @@ def _corrections(run: UnfoldRun) -> list[Block]:
     )
     out += _explained(run, given, others, tolerance)
     return out
+
+
+def _constants(run: UnfoldRun) -> list[Block]:
+    """What the constants of the detector are worth: they are changed one by one, and forward folding is repeated."""
+    m, moved = run.measurement, run.found["folding"].arrays.get("variations")
+    if moved is None:
+        return []
+    total = np.sqrt((moved**2).sum(axis=0))
+    rows = [(words, *(f"{_signed(100 * v, 2)} %" for v in row[:4])) for words, row in zip(m.variations, moved, strict=True)]
+    rows.append(("all, in quadrature", *(f"{100 * v:.2f} %" for v in total[:4])))
+    return [
+        Text(
+            f"**The detector's constants.** Changed by what they may be wrong, they move the unfolded flux by {100 * total[0]:.1f} % in "
+            f"the first bin and by {100 * total[4:].max(initial=0):.2f} % at most from the fifth on: a systematic error that is in none "
+            "of the errors on this page."
+        ),
+        Table(("If", *(f"lgE {x:.2f}" for x in m.centres[:4])), tuple(rows), "Change of the flux of forward folding in the first bins"),
+    ]
 
 
 def _explained(run: UnfoldRun, given: Array, others: dict[str, Array], tolerance: float) -> list[Block]:

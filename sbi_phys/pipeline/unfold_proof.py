@@ -72,7 +72,7 @@ def _ibu(found: "Found", prior: Array) -> Unfold:
     relative = found.arrays["covariance_prior"] / np.outer(found.counts, found.counts)
 
     def unfold(counts: Array, response: Response) -> _Result:
-        answer = ibu(counts, response, k, prior)
+        answer = ibu(counts, response, k, prior, errors="expected")
         return _Result(answer.counts, answer.covariance + relative * np.outer(answer.counts, answer.counts))
 
     return unfold

@@ -31,16 +31,15 @@ TITLES = {
 class UnfoldSettings:
     """Settings of `sbi-phys unfold`.   Raises: SettingError.
 
-    Args: seed. n_toys: of the stopping rule of iterative Bayes, per prior. coverage: that it asks of the worst bin; errors of sqrt(N) reach
-    no more than 0.6 where six events are expected, however long one iterates. n_breaks: of the fitted flux, -1 = the problem's own.
-    n_simulated: events of the learned methods. omnifold_iterations, flow_iterations. omnifold_replicas, flow_replicas: of the data, for
-    their covariance. bayes_samples: spectra drawn. bayes_smoothness: 1/sigma of the curvature of log n, 0 = learned from the data.
-    validate_toys: toys on which the binned methods are tested, 0 = none.
+    Args: seed. n_toys: of the stopping rule of iterative Bayes, per prior. coverage: that it asks of the worst bin. n_breaks: of the
+    fitted flux, -1 = the problem's own. n_simulated: events of the learned methods. omnifold_iterations, flow_iterations.
+    omnifold_replicas, flow_replicas: of the data, for their covariance. bayes_samples: spectra drawn. bayes_smoothness: 1/sigma of the
+    curvature of log n, 0 = learned from the data. validate_toys: toys on which the binned methods are tested, 0 = none.
     """
 
     seed: int = 0
     n_toys: int = 300
-    coverage: float = 0.55
+    coverage: float = 0.60
     n_breaks: int = -1
     n_simulated: int = 16_384
     omnifold_iterations: int = 4

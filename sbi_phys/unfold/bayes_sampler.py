@@ -5,6 +5,8 @@ Each step of each chain leaves p(z, log sigma | N) invariant, whatever the appro
 1. z given sigma by Hamiltonian Monte Carlo, in coordinates that the Laplace approximation at the nearest sigma of a grid makes round.
 2. sigma given z by Gibbs: with nu auxiliary, the half-Cauchy prior is sigma^2 | nu ~ IG(1/2, 1/nu), nu ~ IG(1/2, 1/s^2), hence
    nu | sigma ~ IG(1, 1/s^2 + 1/sigma^2),   sigma^2 | nu, z ~ IG((m + 1)/2, 1/nu + |D x|^2 / 2); a draw outside of the range is refused.
+   Student's t of k degrees is a Gaussian with l_i ~ IG(k/2, k/2) as factor of sigma^2; drawn first, as l_i | sigma, z ~ IG((k + 1)/2,
+   (k + (D x)_i^2 / sigma^2) / 2), they divide the squares in |D x|^2.
 3. Both at once, from the mixture over the grid of multivariate t around the modes, weighted by the Laplace evidence: Metropolis with
    independent proposals, which crosses between rough and smooth solutions where steps 1 and 2 would have to crawl.
 
@@ -159,7 +161,11 @@ class _Kernel:
         rng, prior = self.rng, self.posterior.prior
         m, c = prior.curvature.shape[0], len(state.z)
         nu = (1 / prior.hyper_scale**2 + np.exp(-2 * state.log_sigma)) / rng.standard_gamma(1.0, c)
-        variance = (1 / nu + self.posterior.roughness(state.z) / 2) / rng.standard_gamma((m + 1) / 2, c)
+        squared = self.posterior.bent(state.z) ** 2
+        if not math.isinf(prior.dof):
+            scaled = squared * np.exp(-2 * state.log_sigma)[:, None]
+            squared = squared * rng.standard_gamma((prior.dof + 1) / 2, (c, m)) * 2 / (prior.dof + scaled)
+        variance = (1 / nu + squared.sum(axis=1) / 2) / rng.standard_gamma((m + 1) / 2, c)
         drawn = 0.5 * np.log(variance)
         low, high = prior.range
         state.log_sigma = np.where((drawn >= low) & (drawn <= high), drawn, state.log_sigma)

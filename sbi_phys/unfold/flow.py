@@ -10,6 +10,10 @@ Acceptance: the network is trained on reconstructed events, and data are reconst
 rho compares reconstructed with reconstructed, so the efficiency cancels in it: as weights of all simulated truths it gives the
 spectrum before the detector.
 
+Background, absolute, given as events with weights that add up to the counts expected: a classifier of it against the data learns
+b(r) / p_data(r), and each data event counts with the probability that it is signal, 1 - b/p_data, kept within 0 and 1 and scaled so that
+they add up to the counts less the background. All draws of an event carry its weight, `data_weights`; nothing is negative.
+
 Truth and reco enter in units of the simulation's mean and standard deviation. Take logarithms of what is steep, and pass per-event
 quantities (zenith, number of stations ...) as further columns of reco.
 
@@ -76,7 +80,8 @@ class FlowUnfolder:
     Raises: SettingError.
 
     After `fit`: history, one record per iteration; weights (n,), of all simulated truths: `np.histogram(truth, weights=unfolder.weights)`
-    is the spectrum unfolded with the last network, in counts, corrected for efficiency (the nominal weights without data).
+    is the spectrum unfolded with the last network, in counts, corrected for efficiency (the nominal weights without data); data_weights
+    (m,), of the data events: as given, times their probability to be signal.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class FlowUnfolder:
         self.config = config
         self.history: tuple[UnfoldIteration, ...] = ()
         self.weights: Array = np.empty(0)
+        self.data_weights: Array = np.empty(0)
         self._nets: list[PosteriorNet] = []
         self._truth_scale: tuple[Array, Array] = (np.empty(0), np.empty(0))
         self._reco_scale: tuple[Array, Array] = (np.empty(0), np.empty(0))
@@ -111,13 +117,16 @@ class FlowUnfolder:
         reco_pass: ArrayLike | None = None,
         weights: ArrayLike | None = None,
         data_weights: ArrayLike | None = None,
+        background: ArrayLike | None = None,
+        background_weights: ArrayLike | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Train on simulated pairs; with data, n_iterations times, reweighting the simulation to the unfolded data in between.
 
         Args: truth (n, d), reco (n, k). data (m, k); more than one iteration needs them. reco_pass (n,): reconstructed; where False, reco
-        may be NaN. weights (n,), data_weights (m,): >= 0.
-        Raises: ShapeError, NonFiniteError, DataError (too few events, negative weights, no overlap), SettingError, TrainingError.
+        may be NaN. weights (n,), data_weights (m,): >= 0. background (b, k), background_weights (b,): expected counts among the data.
+        Raises: ShapeError, NonFiniteError, DataError (too few events, negative weights, no overlap, more background than data),
+        SettingError, TrainingError.
         Read: one iteration leaves the simulation's prior in; compare `history` means until they stop moving.
         """
         n_iterations = require_int("n_iterations", n_iterations, low=1)
@@ -134,6 +143,7 @@ class FlowUnfolder:
         t, r, w = u_all[keep], r_all[keep], own[keep] / own[keep].mean()
         self._truth_scale, self._reco_scale = _scale(t), _scale(r)
         measured, counts = self._check_data(data, data_weights, r)
+        counts = self.data_weights = self._signal(measured, counts, background, background_weights)
         self._nets = [self._new_net(m, t.shape[1], r.shape[1]) for m in range(self.n_ensemble)]
         self.weights = np.ones(len(u_all))
         with or_none(progress).task("unfold", n_iterations * self.n_ensemble) as task:
@@ -152,6 +162,25 @@ class FlowUnfolder:
             raise DataError(f"data has {len(measured)} events; expected at least {MIN_EVENTS}")
         check_overlap(measured, reco)
         return measured, as_weights("data_weights", data_weights, len(measured), "data")
+
+    def _signal(self, data: Array, counts: Array, background: ArrayLike | None, weights: ArrayLike | None) -> Array:
+        """Weights (m,) of the data without the background."""
+        if background is None:
+            if weights is not None:
+                raise DataError("background_weights was given without background; expected both or neither")
+            return counts
+        extra = as_columns("background", background)
+        expected = as_weights("background_weights", weights, len(extra), "background")
+        if len(data) == 0 or extra.shape[1] != data.shape[1]:
+            got = f"{extra.shape[1]} columns and data {data.shape[1]}" if len(data) else f"{len(extra)} rows and there are no data"
+            raise ShapeError(f"background has {got}; expected the same quantities for both")
+        if expected.sum() >= counts.sum():
+            raise DataError(f"background adds up to {expected.sum():g} and data to {counts.sum():g}; expected less background than data")
+        ratio = RatioEstimator(data.shape[1], seed=seed_for(self.seed, "background"), n_ensemble=self.n_ensemble, device=self.device)
+        zeros = np.zeros(len(data)), np.zeros(len(extra))
+        ratio.fit(np.concatenate([data, extra]), np.concatenate([zeros[0], expected]), np.concatenate([counts, zeros[1]]))
+        signal = counts * np.clip(1 - np.exp(ratio.log_ratio(data)), 0.0, 1.0)
+        return np.asarray(signal * ((counts.sum() - expected.sum()) / signal.sum()))
 
     def _new_net(self, m: int, dim: int, n_reco: int) -> PosteriorNet:
         return PosteriorNet(dim, (n_reco,), self.flow, self.embedding, seed=seed_for(self.seed, "member", m)).to(self.device)

@@ -5,6 +5,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.checks import require_int
+from sbi_phys.errors import DataError
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.progress import Progress, or_none
@@ -29,6 +30,8 @@ def bootstrap_flow(
     reco_pass: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     data_weights: ArrayLike | None = None,
+    background: ArrayLike | None = None,
+    background_weights: ArrayLike | None = None,
     n_ensemble: int = 1,
     seed: int = 0,
     flow: str | FlowConfig = "spline",
@@ -47,21 +50,37 @@ def bootstrap_flow(
     own = as_weights("weights", weights, len(as_columns("truth", truth)), "truth")
     counts = as_weights("data_weights", data_weights, len(as_columns("data", data)), "data")
 
-    def unfolded(simulated: Array, measured: Array, member: int) -> Array:
+    extra = None if background is None else as_columns("background", background)
+    expected = None if extra is None else as_weights("background_weights", background_weights, len(extra), "background")
+    if extra is None and background_weights is not None:
+        raise DataError("background_weights was given without background; expected both or neither")
+
+    def unfolded(simulated: Array, measured: Array, below: Array | None, member: int) -> Array:
         unfolder = FlowUnfolder(member, flow=flow, embedding=embedding, n_ensemble=n_ensemble, device=device, config=config)
-        unfolder.fit(truth, reco, data, n_iterations, reco_pass=reco_pass, weights=simulated, data_weights=measured)
+        unfolder.fit(
+            truth,
+            reco,
+            data,
+            n_iterations,
+            reco_pass=reco_pass,
+            weights=simulated,
+            data_weights=measured,
+            background=extra,
+            background_weights=below,
+        )
         return unfolder.weights
 
     parts: dict[str, list[Array]] = {source: [] for source in SOURCES}
     with or_none(progress).task("bootstrap flow", 3 * n_boot + 1) as task:
-        nominal = unfolded(own, counts, seed)
+        nominal = unfolded(own, counts, expected, seed)
         task.advance()
         for source in SOURCES:
             for b in range(n_boot):
                 rng = rng_for(seed, "bootstrap flow", source, b)
                 simulated = own * rng.poisson(1.0, len(own)) if source == "simulation" else own
                 measured = counts * rng.poisson(1.0, len(counts)) if source == "data" else counts
-                parts[source].append(unfolded(simulated, measured, seed_for(seed, "bootstrap flow", source, b)))
+                below = expected * rng.poisson(1.0, len(expected)) if expected is not None and source == "simulation" else expected
+                parts[source].append(unfolded(simulated, measured, below, seed_for(seed, "bootstrap flow", source, b)))
                 task.advance(1, text=source)
     stacked = {source: np.stack(replicas) for source, replicas in parts.items()}
     return WeightReplicas(weights=nominal, truth_pass=np.ones(len(own), dtype=np.bool_), **stacked)

@@ -244,10 +244,10 @@ class ForwardUnfolder:
         r"""Maximise sum_e log sum_i omega_i eps_i q(r_e | t_i) - sum_i omega_i eps_i over counts omega_i >= 0 at truth points t_i.
 
         Args: data (m, k). support: truth points (s, d), or how many: equally spaced (one truth) or quasi-random over the simulated range.
-            n_iterations of expectation maximisation; None: until an iteration gains less than 1e-3 in log likelihood, at most 5000.
+            n_iterations of expectation maximisation; None: as many as make events left out likeliest (five folds), at most 1000.
             smoothing: width of a Gaussian kernel between iterations, in standard deviations of the simulated truth; None = 0.
             data_weights (m,). n_boot: replicas of the data for the errors, each unfolded with the same number of iterations.
-        Returns: UnfoldedTruth; its weights are in counts, corrected for efficiency.
+        Returns: UnfoldedTruth; its weights are in counts, corrected for efficiency; 0 where that is below 1/sqrt(events) of its largest.
         Raises: SettingError, ShapeError, NonFiniteError, DataError (no overlap, points outside of the simulated truths).
         Read: without smoothing the likeliest spectrum is a row of spikes: take means, widths and wide bins from it, or use
             `response` with `bayesian_unfold`. Its errors hold the data's statistics, not the training's.

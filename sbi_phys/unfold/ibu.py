@@ -5,6 +5,10 @@ r"""Iterative Bayesian unfolding (D'Agostini), with the exact covariance from da
 It is expectation maximisation for the Poisson likelihood, stopped early: the number of iterations is its only regularisation, and what
 has not converged is still the prior. Hence three covariances: V = J V_N J^T of the data, (dn/dP) V_P (dn/dP)^T of a response with
 finite simulation statistics, and that of the prior. The derivatives are exact at any iteration (`ibu_steps`).
+
+Where few events are expected the counts are a poor guide to their own errors: a bin that fluctuated down quotes a small one, an empty
+bin none. With errors="expected" V and J of the data are taken at a smooth expectation instead, e = f(`smooth_truth`(N)): V = J(e) diag(e)
+J(e)^T. The answer stays the same. Counts that a smooth truth does not describe have e from a late iterate, nearly the counts again.
 """
 
 import itertools
@@ -14,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import require_int, require_number
+from sbi_phys.checks import require_choice, require_int, require_number
 from sbi_phys.errors import DataError, SettingError
 from sbi_phys.unfold.histograms import counts_of, to_hist
 from sbi_phys.unfold.ibu_steps import Iterate, iterations, scaled_prior
 from sbi_phys.unfold.inputs import check_counts, check_covariance, check_nonnegative, check_prior, warn_few
 from sbi_phys.unfold.response import Response, as_response
-from sbi_phys.unfold.smooth_truth import deviance
+from sbi_phys.unfold.smooth_truth import deviance, smooth_truth
 from sbi_phys.unfold.stopping import Stopping, StoppingRule, choose
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ class IBU:
     prior_remaining (t,) = sum_nu |dn_mu/dn0_nu| n0_nu / n_mu: 0 = no prior left, 1 to 2 = structure from bin to bin is the prior's
     (the worst pattern of signs counts; for a smooth change see `tilt_remaining`). refolded (r,), expected counts. chi2 and ndf = r:
     refolded against measured, Poisson deviance, or with the covariance of the counts if one was given. stopping, scan of the rule or None.
+    expected (r,), the smooth counts that covariance_data was taken at, None = the measured ones. jacobian is that at the measured ones.
     """
 
     counts: Array
@@ -62,6 +67,7 @@ class IBU:
     truth_edges: Array | None
     reco_edges: Array | None
     stopping: Stopping | None
+    expected: Array | None = None
 
     @property
     def errors(self) -> Array:
@@ -102,7 +108,7 @@ class IBU:
             f"iterative Bayes, {self.n_iterations} iterations from prior '{self.prior_origin}': {self.counts.sum():.6g} events in"
             f" {self.counts.size} truth bins from {self.measured.sum():.6g} in {self.measured.size}",
             f"  refolded chi2 = {self.chi2:.4g} for {self.ndf} bins",
-            f"  median relative error: {sizes}",
+            f"  median relative error: {sizes}" + ("" if self.expected is None else " (data: at the smooth expectation)"),
             f"  prior remaining, worst bin: bin to bin {self.prior_remaining.max():.3g}, of a tilt {self.tilt_remaining.max():.3g}",
         ]
         if self.stopping is not None:
@@ -131,6 +137,7 @@ def ibu(
     smoothing: float | None = None,
     prior_covariance: ArrayLike | None = None,
     rule: StoppingRule | None = None,
+    errors: str = "observed",
     seed: int = 0,
 ) -> IBU:
     r"""Unfold counts by k steps of Bayes' theorem, n'_mu = (n_mu / eps_mu) sum_j P[j, mu] N_j / f_j(n), with full covariance.
@@ -140,12 +147,15 @@ def ibu(
         response: Response, or matrix (r, t) = P(reco | truth) whose column sums are the efficiency.
         n_iterations: a number, or "coverage" or "bias": the first iteration that meets `rule` on toys (steep spectra need tens).
         prior: (t,) > 0, shape where the iteration starts, any scale. None: the response's own `truth` spectrum, else flat.
-        counts_covariance: (r, r) of the counts; None = Poisson, diag(counts): an empty bin has no error then, merge it with others.
+        counts_covariance: (r, r) of the counts; None = Poisson, diag(counts): an empty bin has no error then, merge it with others
+            or ask for errors="expected".
         background: (r,), expected counts that are no signal; None = the response's own.
         smoothing: 0 to 1, weight of the (1/4, 1/2, 1/4) kernel on n / prior between iterations; None = 0.
         prior_covariance: (t, t) of the prior as given, passed on to the result. None: with a number of iterations nothing; with a rule
             the bias that its toys found and half of the difference between its two tilted priors, each fully correlated.
         rule: what "coverage" and "bias" ask for; StoppingRule() by default.
+        errors: "observed", of the data at the counts themselves; "expected", at the smooth expectation (see the module), for bins with
+            few events. A rule tests the errors that are quoted.
         seed: of the toys; the answer for a number of iterations has nothing random in it.
 
     Returns: IBU.
@@ -163,9 +173,10 @@ def ibu(
     start, origin = _prior(prior, resp)
     strength = 0.0 if smoothing is None else require_number("smoothing", smoothing, low=0, high=1)
     v_prior = None if prior_covariance is None else check_covariance("prior_covariance", prior_covariance, resp.n_truth)
+    at_expectation = require_choice("errors", errors, ("observed", "expected")) == "expected"
     stopping = None
     if isinstance(n_iterations, str):
-        stopping = choose(n_iterations, rule or StoppingRule(), data, resp, start, given, strength, seed)
+        stopping = choose(n_iterations, rule or StoppingRule(), data, resp, start, given, strength, seed, at_expectation)
         n = stopping.chosen
     elif rule is not None:
         raise SettingError(f"rule is given, but n_iterations is {n_iterations!r}; expected 'coverage' or 'bias' for a rule to act on")
@@ -175,7 +186,9 @@ def ibu(
     history = [scaled_prior(data, start, resp)]
     for step in steps:
         history.append(step.counts)
-    return _result(step, history, data, resp, start, origin, given, v_prior, stopping)
+    smooth = resp.fold(smooth_truth(data, resp, start)) if at_expectation else None
+    by_data = step.by_data if smooth is None else next(itertools.islice(iterations(smooth, resp, start, strength), n - 1, n)).by_data
+    return _result(step, history, data, resp, start, origin, given, v_prior, stopping, smooth, by_data)
 
 
 def _with_background(response: Response, background: ArrayLike | None) -> Response:
@@ -205,9 +218,11 @@ def _result(
     given: Array | None,
     v_prior: Array | None,
     stopping: Stopping | None,
+    smooth: Array | None,
+    by_data: Array,
 ) -> IBU:
-    n, jacobian = step.counts, step.by_data
-    v_data = (jacobian * data) @ jacobian.T if given is None else jacobian @ given @ jacobian.T
+    n = step.counts
+    v_data = (by_data * (data if smooth is None else smooth)) @ by_data.T if given is None else by_data @ given @ by_data.T
     v_response = response.propagate(step.by_response) if step.by_response is not None else np.zeros((n.size, n.size))
     if v_prior is not None:
         from_prior = step.by_prior @ v_prior @ step.by_prior.T
@@ -223,7 +238,7 @@ def _result(
         covariance_data=v_data,
         covariance_response=v_response,
         covariance_prior=from_prior,
-        jacobian=jacobian,
+        jacobian=step.by_data,
         prior_jacobian=step.by_prior,
         response_jacobian=step.by_response,
         history=np.array(history),
@@ -237,6 +252,7 @@ def _result(
         truth_edges=response.truth_edges,
         reco_edges=response.reco_edges,
         stopping=stopping,
+        expected=smooth,
     )
 
 

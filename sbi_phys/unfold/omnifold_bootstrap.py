@@ -18,7 +18,7 @@ from sbi_phys.progress import Progress, or_none
 from sbi_phys.rng import rng_for, seed_for
 from sbi_phys.train import TrainConfig
 from sbi_phys.unfold.omnifold import OmniFold, check_settings, unfold_events
-from sbi_phys.unfold.omnifold_inputs import Events, check_events, warn_holes
+from sbi_phys.unfold.omnifold_inputs import Events, check_events
 from sbi_phys.unfold.replicas import SOURCES, WeightReplicas
 
 __all__ = ["bootstrap_omnifold", "write_weights"]
@@ -39,6 +39,7 @@ def bootstrap_omnifold(
     weights: ArrayLike | None = None,
     background: ArrayLike | None = None,
     background_weights: ArrayLike | None = None,
+    fit_fakes: bool = False,
     n_ensemble: int = 1,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -53,19 +54,8 @@ def bootstrap_omnifold(
     Read: `.histogram(truth[:, 0], edges)` gives unfolded counts with covariances from data, simulation and training apart.
     """
     n_boot, seed = require_int("n_boot", n_boot, low=2), require_int("seed", seed, low=0)
-    events = check_events(
-        truth,
-        reco,
-        data,
-        reco_pass=reco_pass,
-        truth_pass=truth_pass,
-        weights=weights,
-        data_weights=data_weights,
-        background=background,
-        background_weights=background_weights,
-    )
-    settings = check_settings(n_iterations, n_ensemble, device, config, network)
-    warn_holes(events)
+    events = check_events(truth, reco, data, reco_pass, truth_pass, data_weights, weights, background, background_weights)
+    settings = check_settings(n_iterations, n_ensemble, device, config, network, fit_fakes)
     total = 2 * settings.n_iterations * settings.n_ensemble * (3 * n_boot + 1)
     with or_none(progress).task("bootstrap omnifold", total) as task:
         result = unfold_events(events, settings, seed=seed, task=task, warn=True)

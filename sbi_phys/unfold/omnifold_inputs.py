@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from sbi_phys.checks import as_array, as_real, require_finite
 from sbi_phys.errors import DataError, ShapeError
 
-__all__ = ["Events", "as_columns", "as_mask", "as_weights", "check_events", "check_overlap", "warn_holes"]
+__all__ = ["Events", "as_columns", "as_mask", "as_weights", "check_events", "check_overlap"]
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -87,17 +87,17 @@ def check_events(
     truth: ArrayLike,
     reco: ArrayLike,
     data: ArrayLike,
-    *,
     reco_pass: ArrayLike | None,
     truth_pass: ArrayLike | None,
-    weights: ArrayLike | None,
     data_weights: ArrayLike | None,
+    weights: ArrayLike | None,
     background: ArrayLike | None,
     background_weights: ArrayLike | None,
 ) -> Events:
-    """Check everything that is passed to OmniFold; the shapes are those of `Events`.
+    """Check everything that is passed to OmniFold; order and shapes are those of `omnifold` and of `Events`.
 
     Raises: ShapeError, NonFiniteError, DataError (too few events, negative weights, efficiency 0, more background than data, no overlap).
+    Warns, with the place: data outside the simulation, stretches of the truth without efficiency.
     """
     rows = {name: np.shape(as_real(name, a))[:1] for name, a in (("truth", truth), ("reco", reco))}
     if rows["truth"] != rows["reco"] or rows["truth"] == ():
@@ -122,7 +122,7 @@ def check_events(
         raise DataError(f"background adds up to {expected.sum():g} and data to {counts.sum():g}; expected less background than data")
     check_overlap(measured, np.concatenate([simulated[seen], extra]))
     scale = float((counts.sum() - expected.sum()) / own[seen].sum())
-    return Events(
+    events = Events(
         truth=as_columns("truth", truth, true),
         reco=simulated,
         reco_pass=seen,
@@ -134,6 +134,8 @@ def check_events(
         background=extra,
         background_weights=expected,
     )
+    _warn_holes(events)
+    return events
 
 
 def _require_events(seen: Mask, true: Mask, weights: Array) -> None:
@@ -172,7 +174,7 @@ def check_overlap(data: Array, reco: Array) -> None:
             )
 
 
-def warn_holes(events: Events) -> None:
+def _warn_holes(events: Events) -> None:
     """Warn where a stretch of a truth column, a twentieth of the events, has none that is reconstructed: weights are extrapolated."""
     true, seen = events.truth[events.truth_pass], events.reco_pass[events.truth_pass]
     for j in range(true.shape[1]):
@@ -189,5 +191,5 @@ def warn_holes(events: Events) -> None:
                 f"the efficiency is 0 in truth column {j} within {where}: {total[empty].sum()} events, none reconstructed; "
                 "their weights are extrapolated from the neighbourhood",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )

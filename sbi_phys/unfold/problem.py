@@ -50,6 +50,7 @@ class Measurement:
     matrix(edges (n + 1,)) -> (r, n): P(measured bin | true bin) for fine bins. exposure, km2 sr yr. start, n_breaks: of a fit's flux,
     None without. published: 'flux', 'flux_error_low', 'flux_error_high', 'correction', (r,) each, those there are. target: lg(E) from,
     to, tolerance, or None. alternatives: name -> measurement with another detector, for its corrections alone; note: words on them.
+    variations: words -> measurement with a constant of the detector changed by what it may be wrong.
 
     Raises: ShapeError, NonFiniteError, DataError, SettingError.
     """
@@ -69,6 +70,7 @@ class Measurement:
     target: tuple[float, float, float] | None = None
     alternatives: Mapping[str, "Measurement"] = field(default_factory=dict)
     note: str = ""
+    variations: Mapping[str, "Measurement"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         reco = check_edges("reco_edges", self.reco_edges)
@@ -170,7 +172,8 @@ def load_measurement(spec: str, settings: Mapping[str, Any] | None = None) -> Me
     """Build the problem of that name, or of 'package.module:Class', with settings.
 
     A class needs counts, reco_edges, truth_edges and response(edges) -> (r, n); exposure, title, source, unit, start, n_breaks, published,
-    target, alternatives and note are optional.   Raises: SettingError (unknown name, module, class or setting), DataError, ShapeError.
+    target, alternatives, variations and note are optional.
+    Raises: SettingError (unknown name, module, class or setting), DataError, ShapeError.
     """
     path = NAMED.get(spec, spec)
     module_name, colon, class_name = path.partition(":")
@@ -190,7 +193,10 @@ def load_measurement(spec: str, settings: Mapping[str, Any] | None = None) -> Me
     for name in ("counts", "reco_edges", "truth_edges", "response"):
         if not hasattr(problem, name):
             raise SettingError(f"{path} has no {name!r}; expected counts, reco_edges, truth_edges and response(truth_edges)")
-    others = {name: load_measurement(spec, other) for name, other in getattr(problem, "alternatives", {}).items()}
+    others, varied = (
+        {name: load_measurement(spec, other) for name, other in getattr(problem, kind_of, {}).items()}
+        for kind_of in ("alternatives", "variations")
+    )
     start = getattr(problem, "start", None)
     return Measurement(
         name=str(getattr(problem, "name", class_name)),
@@ -207,6 +213,7 @@ def load_measurement(spec: str, settings: Mapping[str, Any] | None = None) -> Me
         published=dict(getattr(problem, "published", {})),
         target=getattr(problem, "target", None),
         alternatives=others,
+        variations=varied,
         note=str(getattr(problem, "note", "")),
     )
 

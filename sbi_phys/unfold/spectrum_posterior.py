@@ -8,12 +8,19 @@ law is a straight line in z, so D sees only what is no power law, whatever the i
 h the differences are those of sum (x'')^2 h, in units of the mean width.
 
 sigma has a half-Cauchy prior of scale s, cut to s exp(-7) .. s exp(5): a curvature of 1e-4 of the scale is none.
+With `dof` nu the second differences are Student's t instead of Gaussian, for spectra that are straight but for a few sharp breaks:
+
+    -(nu + 1)/2 sum_i log(1 + (D x)_i^2 / (nu sigma^2))   takes the place of   -1/2 |D x|^2 / sigma^2
+
+in Q then stands, as weight of row i, (nu + 1) / (nu sigma^2 + (D x)_i^2): positive, and its steps never lower the density (as in scoring).
+
 A flat prior in n is a factor exp(sum z) instead of Q. With a covariance V of the counts -1/2 (N - f)^T V^-1 (N - f) takes the place of
 the Poisson terms.
 
     gradient  n * A^T (N / f - 1) - Q x        Fisher matrix  diag(n) A^T diag(1 / f) A diag(n)
 
-Source: Choudalakis 2012, arXiv:1201.4612 (fully Bayesian unfolding); Gelman 2006, Bayesian Anal. 1, 515 (half-Cauchy).
+Source: Choudalakis 2012, arXiv:1201.4612 (fully Bayesian unfolding); Faulkner & Minin 2018, arXiv:1512.06505 (heavy-tailed increments);
+Gelman 2006, Bayesian Anal. 1, 515 (half-Cauchy).
 """
 
 import math
@@ -72,7 +79,7 @@ class SpectrumPrior:
     """Prior of z = log n.
 
     reference (t,), counts > 0: exp(z0). curvature D (m, t). free (t, t), precision of level and tilt. flat: uniform in n instead of all
-    that. log_sigma: fixed, or None = half-Cauchy of scale `hyper_scale`.
+    that. log_sigma: fixed, or None = half-Cauchy of scale `hyper_scale`. dof: of Student's t, infinite = Gaussian.
     """
 
     reference: Array
@@ -81,6 +88,7 @@ class SpectrumPrior:
     flat: bool
     log_sigma: float | None
     hyper_scale: float
+    dof: float = math.inf
 
     @classmethod
     def build(
@@ -93,6 +101,7 @@ class SpectrumPrior:
         hyper_scale: float = 0.1,
         level_sd: float = 10.0,
         tilt_sd: float = 10.0,
+        dof: float = math.inf,
     ) -> "SpectrumPrior":
         """Prior from its settings; smoothness = 1 / sigma."""
         n = reference.size
@@ -104,7 +113,7 @@ class SpectrumPrior:
             fixed = 0.0  # no curvature to be smooth in
         return cls(
             reference=reference, curvature=0 * curvature if flat else curvature, free=0 * free if flat else free,
-            flat=flat, log_sigma=fixed, hyper_scale=hyper_scale,
+            flat=flat, log_sigma=fixed, hyper_scale=hyper_scale, dof=dof,
         )  # fmt: skip
 
     @property
@@ -120,9 +129,24 @@ class SpectrumPrior:
         middle = math.log(self.hyper_scale)
         return middle + SIGMA_RANGE[0], middle + SIGMA_RANGE[1]
 
-    def precision(self, log_sigma: float) -> Array:
-        """Q(sigma) (t, t)."""
-        return np.asarray(self.free + self.curvature.T @ self.curvature * math.exp(-2 * log_sigma))
+    def weights(self, bent: Array, log_sigma: Array) -> Array:
+        """Of the squared second differences (..., m) in Q: 1 / sigma^2, less for large ones with Student's t."""
+        inverse = np.exp(-2 * np.asarray(log_sigma))[..., None]
+        if math.isinf(self.dof):
+            return np.asarray(np.broadcast_to(inverse, bent.shape))
+        return np.asarray((self.dof + 1) * inverse / (self.dof + bent**2 * inverse))
+
+    def log_curvature(self, bent: Array, log_sigma: Array) -> Array:
+        """Log density of the second differences (..., m) -> (...), without what depends on sigma alone."""
+        squared = bent**2 * np.exp(-2 * np.asarray(log_sigma))[..., None]
+        if math.isinf(self.dof):
+            return np.asarray(-0.5 * squared.sum(axis=-1))
+        return np.asarray(-0.5 * (self.dof + 1) * np.log1p(squared / self.dof).sum(axis=-1))
+
+    def precision(self, log_sigma: float, bent: Array | None = None) -> Array:
+        """Q(sigma) (t, t), for second differences (m,); they matter to Student's t alone, None = 0."""
+        weight = self.weights(np.zeros(len(self.curvature)) if bent is None else bent, np.asarray(log_sigma))
+        return np.asarray(self.free + (self.curvature.T * weight) @ self.curvature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,9 +191,9 @@ class LogPosterior:
         value = np.where(self.counts > 0, self.counts * (np.log1p(np.where(self.counts > 0, apart, 0.0)) - apart), -f).sum(axis=-1)
         return value, n * ((self.counts / f - 1) @ self.matrix)
 
-    def roughness(self, z: Array) -> Array:
-        """|D x|^2 (c,)."""
-        return np.asarray((((z - self.centre) @ self.prior.curvature.T) ** 2).sum(axis=-1))
+    def bent(self, z: Array) -> Array:
+        """Second differences D x (c, m)."""
+        return np.asarray((z - self.centre) @ self.prior.curvature.T)
 
     def given_sigma(self, z: Array, log_sigma: Array) -> tuple[Array, Array]:
         """log p(z | N, sigma) (c,) up to what depends on sigma alone, and its gradient in z (c, t)."""
@@ -177,10 +201,9 @@ class LogPosterior:
         if self.prior.flat:
             return value + z.sum(axis=-1), slope + 1.0
         x = z - self.centre
-        bent = x @ self.prior.curvature.T
-        weight = np.exp(-2 * np.asarray(log_sigma))[..., None]
-        pull = x @ self.prior.free + (bent * weight) @ self.prior.curvature
-        return value - 0.5 * (x * pull).sum(axis=-1), slope - pull
+        bent, free = self.bent(z), x @ self.prior.free
+        pull = free + (bent * self.prior.weights(bent, log_sigma)) @ self.prior.curvature
+        return value - 0.5 * (x * free).sum(axis=-1) + self.prior.log_curvature(bent, log_sigma), slope - pull
 
     def log_hyper(self, log_sigma: Array) -> Array:
         """Log prior density of log sigma, and of D x what depends on sigma alone; 0 for a fixed one; -inf outside of the range."""
@@ -198,7 +221,7 @@ class LogPosterior:
     def information(self, z: Array, log_sigma: float, *, expected: bool) -> Array:
         """Minus the second derivatives (t, t) at z (t,): those of the data, or their expectation, which is positive."""
         n = np.exp(z)
-        q = np.eye(z.size) if self.prior.flat else self.prior.precision(log_sigma)
+        q = np.eye(z.size) if self.prior.flat else self.prior.precision(log_sigma, self.bent(z))
         scaled = self.matrix * n
         if self.weight is not None:
             fisher, slope = scaled.T @ self.weight @ scaled, (self.counts - n @ self.matrix.T - self.background) @ self.weight @ self.matrix

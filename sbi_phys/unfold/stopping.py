@@ -87,11 +87,20 @@ class Stopping:
 
 
 def choose(
-    kind: str, rule: StoppingRule, counts: Array, response: Response, prior: Array, covariance: Array | None, smoothing: float, seed: int
+    kind: str,
+    rule: StoppingRule,
+    counts: Array,
+    response: Response,
+    prior: Array,
+    covariance: Array | None,
+    smoothing: float,
+    seed: int,
+    at_expectation: bool = False,
 ) -> Stopping:
     """Scan the iterations on toys and stop at the first that meets the rule, or at the last with a warning.
 
     Args: kind "coverage" (coverage and bias) or "bias" (bias alone). covariance (n_reco, n_reco) of the counts, None = Poisson.
+        at_expectation: every toy quotes the errors of the expectation, not of its own counts.
     """
     require_choice("n_iterations", kind, ("coverage", "bias"))
     truth = smooth_truth(counts, response, prior)
@@ -100,7 +109,7 @@ def choose(
     toys = _toys(expected, covariance, rule.n_toys, rng)
     ramp = np.linspace(-0.5, 0.5, response.n_truth)
     priors = [prior] + ([truth * rule.tilt**ramp, truth * rule.tilt**-ramp] if rule.tilt > 1 else [])
-    runs = [_Run(toys, expected, response, p, covariance, smoothing, truth) for p in priors]
+    runs = [_Run(toys, expected, response, p, covariance, smoothing, truth, at_expectation) for p in priors]
     rows: list[tuple[int, Array, Array]] = []
     met = False
     for k in range(1, rule.max_iterations + 1):
@@ -154,7 +163,9 @@ class _Run:
         covariance: Array | None,
         smoothing: float,
         truth: Array,
+        at_expectation: bool,
     ) -> None:
+        self.at_expectation = at_expectation
         self.toys, self.expected, self.response, self.prior, self.covariance, self.truth = (
             toys,
             expected,
@@ -181,7 +192,8 @@ class _Run:
         # each toy would quote J diag(N) J^T; J of the expectation is near enough and 300 times cheaper
         j, moved = self.jacobian, self.toys - self.expected
         if self.covariance is None:
-            variance, exact = self.toys @ (j**2).T, self.expected @ (j**2).T
+            exact = self.expected @ (j**2).T
+            variance = exact if self.at_expectation else self.toys @ (j**2).T
         else:
             variance = exact = np.einsum("ti,ij,tj->t", j, self.covariance, j)
         pull = (self.current - self.truth) / np.sqrt(np.maximum(variance, 1e-300))

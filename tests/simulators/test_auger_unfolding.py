@@ -65,11 +65,35 @@ def test_efficiency_and_bias_together_give_the_published_corrections_and_neither
     monkeypatch.setattr(module, "trigger_bias", lambda lg, cos: 0 * (np.asarray(lg) + cos))
     assert np.abs(corrections(Auger2020()) / published - 1)[low].max() > 0.04
     monkeypatch.undo()
-    monkeypatch.setattr(module, "trigger_efficiency", lambda lg, cos: 1 + 0 * (np.asarray(lg) + cos))
+    monkeypatch.setattr(module, "trigger_efficiency", lambda lg, cos, *_: 1 + 0 * (np.asarray(lg) + cos))
     assert np.abs(corrections(Auger2020()) / published - 1)[low].max() > 0.04
 
 
-@pytest.mark.parametrize("settings", [{"detector": "none"}, {"lg_below": 0.05}, {"lg_above": 0.33}, {"lg_below": True}])
+def test_variations_change_one_constant_each_and_by_more_than_the_published_corrections_allow():
+    a = Auger2020()
+    own, published = corrections(a)[0], a.published["correction"][0]
+    for settings in a.variations.values():
+        other = Auger2020(**settings)
+        assert other.variations == {} and other.alternatives == {}
+        moved = abs(corrections(other)[0] / own - 1)
+        assert abs(own / published - 1) < moved < 0.02
+    assert Auger2020("resolution").variations == {}
+    assert trigger_efficiency(18.3, 0.8, 0.05) == pytest.approx(trigger_efficiency(18.25, 0.8))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"later": 0.5},
+        {"wider": 0},
+        {"bias": np.nan},
+        {"bias": 1.2, "detector": "resolution"},
+        {"detector": "none"},
+        {"lg_below": 0.05},
+        {"lg_above": 0.33},
+        {"lg_below": True},
+    ],
+)
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(SimulatorSettingError, match=next(iter(settings))):
         Auger2020(**settings)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,15 +37,16 @@ def turn_on(t: Array) -> Array:
     return 1 / (1 + np.exp(-(t + 0.2) / 0.3))
 
 
-def exact(
+def density(
     n_iterations: int,
     efficiency: Callable[[Array], Array] = full,
     *,
     fakes: float = 0.0,
     background: float = 0.0,
     missed: str = "mean",
-) -> tuple[float, float, float, float]:
-    """Mean, sd and total of the unfolded truth (data: 1) and the fakes' weight over the nominal one, from densities.
+    fit_fakes: bool = False,
+) -> tuple[Array, Array, float]:
+    """Points (g,), unfolded events at them (g,; all data: 1) and the fakes' weight over the nominal one, from densities.
 
     missed: 'mean' is the method; 'one' gives missed events the nominal weight, as some codes do.
     """
@@ -61,10 +63,22 @@ def exact(
         ratio = data / (scale * (sim * nu * eff) @ kernel + scale * c * fake + extra + 1e-300)
         pulled = nu * (kernel @ ratio) / kernel.sum(axis=1)
         nu = pulled if missed == "mean" else eff * pulled + (1 - eff)
-        c *= float((fake * ratio).sum() / fake.sum()) if fakes else 1.0
-    w = scale * sim * nu
+        c *= float((fake * ratio).sum() / fake.sum()) if fakes and fit_fakes else 1.0
+    return t, scale * sim * nu, scale * c
+
+
+def exact(n_iterations: int, efficiency: Callable[[Array], Array] = full, **settings: Any) -> tuple[float, float, float, float]:
+    """Mean, sd and total of the unfolded truth (data: 1) and the fakes' weight over the nominal one; settings of `density`."""
+    t, w, scale = density(n_iterations, efficiency, **settings)
     mean = float((w * t).sum() / w.sum())
-    return mean, float(np.sqrt((w * (t - mean) ** 2).sum() / w.sum())), float(w.sum()), scale * c
+    return mean, float(np.sqrt((w * (t - mean) ** 2).sum() / w.sum())), float(w.sum()), scale
+
+
+def exact_counts(edges: Array, n_iterations: int, efficiency: Callable[[Array], Array] = full, **settings: Any) -> Array:
+    """Unfolded events in bins (q + 1,), all data: 1; settings of `density`."""
+    t, w, _ = density(n_iterations, efficiency, **settings)
+    # events up to the middle between two points
+    return np.asarray(np.diff(np.interp(edges, (t[1:] + t[:-1]) / 2, np.cumsum(w)[:-1])))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import gamma, kstest, multivariate_normal
+from scipy.stats import t as student
 
 from sbi_phys.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.rng import rng_for
@@ -92,14 +93,15 @@ def test_two_bins_against_a_grid(method):
     assert found.correlation[0, 1] < -0.2  # migration ties the bins
 
 
-def test_hierarchical_posterior_of_three_bins_by_quadrature():
+@pytest.mark.parametrize("dof", [np.inf, 2.0])
+def test_hierarchical_posterior_of_three_bins_by_quadrature(dof):
     """sigma and three spectra's logs, on a grid: mean and sd of log n and of log sigma."""
     counts = np.array([30.0, 9.0, 6.0])
     response = Response(np.array([[0.8, 0.2, 0.0], [0.1, 0.6, 0.2], [0.0, 0.1, 0.7]]))
-    reference, settings = np.array([40.0, 20.0, 10.0]), {"level_sd": 0.7, "tilt_sd": 0.6, "hyper_scale": 0.5}
+    reference, settings = np.array([40.0, 20.0, 10.0]), {"level_sd": 0.7, "tilt_sd": 0.6, "hyper_scale": 0.5, "dof": dof}
     found = bayesian_unfold(counts, response, reference=reference, n_samples=4000, seed=5, **settings)
     posterior = LogPosterior(counts, response, SpectrumPrior.build(reference, None, **settings))
-    side = [np.linspace(m - 4 * s, m + 4 * s, 33) for m, s in zip(np.log(found.samples).mean(0), np.log(found.samples).std(0), strict=True)]
+    side = [np.linspace(m - 7 * s, m + 5 * s, 33) for m, s in zip(np.log(found.samples).mean(0), np.log(found.samples).std(0), strict=True)]
     z = np.stack([g.ravel() for g in np.meshgrid(*side, indexing="ij")], axis=1)
     sigma = np.linspace(*posterior.prior.range, 48)
     weight, moments = np.zeros(48), np.zeros((48, 3))
@@ -150,7 +152,22 @@ def test_counts_covariance_gives_the_gaussian_posterior():
 # --- density, gradient, sampler -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"flat": True}, {"smoothness": 7.0}])
+def test_heavy_tails_are_those_of_students_t():
+    """Ratio of prior densities at two spectra; and the weights are those of the best Gaussian that touches the t from below."""
+    log_sigma, bent = np.array([-0.7]), np.array([[0.3, -2.0, 0.05], [0.0, 0.0, 0.0]])
+    prior = model(dof=3.0).prior
+    value = prior.log_curvature(bent, log_sigma)
+    exact = student(3.0, scale=np.exp(-0.7)).logpdf(bent).sum(axis=1)
+    assert value[0] - value[1] == pytest.approx(exact[0] - exact[1])
+    near = model(dof=1e7).prior
+    np.testing.assert_allclose(near.log_curvature(bent, log_sigma), model().prior.log_curvature(bent, log_sigma), rtol=1e-5)
+    np.testing.assert_allclose(near.precision(-0.7, bent[0]), model().prior.precision(-0.7), rtol=1e-5, atol=1e-9)
+    other = np.array([[0.9, -1.0, 0.4]])
+    bound = value[:1] - 0.5 * (prior.weights(bent, log_sigma)[:1] * (other**2 - bent[:1] ** 2)).sum(axis=1)
+    assert prior.log_curvature(other, log_sigma)[0] > bound[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"flat": True}, {"smoothness": 7.0}, {"dof": 2.0}])
 def test_gradient_and_information_against_differences(settings):
     posterior = model(**settings)
     z, log_sigma = np.log(np.array([250.0, 240.0, 90.0, 330.0, 180.0])), -1.3
@@ -160,6 +177,9 @@ def test_gradient_and_information_against_differences(settings):
     down, slope_down = posterior.given_sigma(z - step, np.full(5, log_sigma))
     np.testing.assert_allclose((up - down) / 2e-5, gradient, rtol=1e-6, atol=1e-6 * np.abs(gradient).max())
     curved = -(slope_up - slope_down) / 2e-5
+    if "dof" in settings:  # there a positive matrix below minus the curvature takes its place
+        assert np.linalg.eigvalsh(posterior.information(z, log_sigma, expected=True)).min() > 0
+        return
     np.testing.assert_allclose(posterior.information(z, log_sigma, expected=False), curved, rtol=1e-5, atol=1e-6 * np.abs(curved).max())
     assert np.isfinite(value)
 
@@ -331,6 +351,7 @@ def test_ranks_of_truths_from_the_prior_are_uniform():
         ({"method": "nuts"}, SettingError, "method is 'nuts'; expected one of hmc, emcee"),
         ({"smoothness": 0.0}, SettingError, "smoothness is 0.0; expected a finite number > 0"),
         ({"smoothness": 5.0, "prior": "flat"}, SettingError, "smoothness is 5, but prior is 'flat'"),
+        ({"dof": 0.5}, SettingError, "dof is 0.5"),
         ({"hyper_scale": -1.0}, SettingError, "hyper_scale is -1.0"),
         ({"reference": [1, 2, 0, 4, 5]}, DataError, "prior is 0 at truth bin 2"),
         ({"n_samples": 10}, SettingError, "n_samples is 10; expected a finite number >= 100"),

@@ -127,9 +127,34 @@ def test_weights_change_the_prior() -> None:
     assert posterior(np.array([0.0]), 4, 4)[0][0] < mean[0] - 0.5
 
 
+def test_background_is_taken_off_by_weights_of_the_data() -> None:
+    """A fifth of the data is background at reco 3 +- 1: the weights are the exact signal probability, and the moments those without it."""
+    (truth, reco), (_, signal) = pairs(6000, 4, 4, 7), pairs(4000, 5, 3.8, 8)
+    rng = rng_for(9, "background")
+    data, extra = np.concatenate([signal, 3 + rng.standard_normal(1000)]), 3 + rng.standard_normal(3000)
+    quick = TrainConfig(max_epochs=4, batch_size=256)
+    with_it, without = (
+        FlowUnfolder(0, device="cpu", flow=SMALL, config=quick).fit(truth, reco, data, background=b, background_weights=w)
+        for b, w in ((extra, np.full(3000, 1 / 3)), (None, None))
+    )
+    clean = FlowUnfolder(0, device="cpu", flow=SMALL, config=quick).fit(truth, reco, signal)
+    weights = with_it.data_weights
+    assert weights.sum() == pytest.approx(4000) and (weights >= 0).all() and (weights <= 1.1).all()
+    density = 0.8 * norm.pdf(data, 5 + BIAS, np.hypot(3.8, SMEAR))
+    exact = density / (density + 0.2 * norm.pdf(data, 3, 1))
+    assert np.abs(weights - exact).mean() < 0.05
+    assert with_it.history[0].mean[0] == pytest.approx(clean.history[0].mean[0], abs=0.15)
+    assert without.history[0].mean[0] > clean.history[0].mean[0] + 0.4  # the test sees what it is for
+    assert with_it.weights.sum() == pytest.approx(4000, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
+        ({"background_weights": np.ones(3)}, DataError, "without background"),
+        ({"background": np.zeros(5)}, ShapeError, "background has 5 rows and there are no data"),
+        ({"data": np.zeros(300), "background": np.zeros((5, 2))}, ShapeError, "background has 2 columns and data 1"),
+        ({"data": np.zeros(300), "background": np.zeros(400)}, DataError, "background adds up to 400 and data to 300"),
         ({"n_iterations": 2}, DataError, "data is None"),
         ({"n_iterations": 0}, SettingError, "n_iterations is 0"),
         ({"reco": np.zeros(3)}, ShapeError, "truth has 300 rows and reco 3"),
@@ -187,11 +212,11 @@ def test_full_size_icinn() -> None:
 def test_bootstrap_keeps_its_sources_apart() -> None:
     truth, reco = pairs(500, 4, 4, 1)
     data = pairs(400, 5, 3.8, 2)[1]
-    replicas = bootstrap_flow(truth, reco, data, n_boot=4, device="cpu", config=QUICK, flow=SMALL)
+    replicas = bootstrap_flow(truth, reco, data, n_boot=3, device="cpu", config=QUICK, flow=SMALL)
     found = replicas.covariance(lambda w: [w.sum(), np.average(truth, weights=w)])
-    assert replicas.n_boot == 4 and replicas.data.shape == replicas.training.shape == (4, 500)
+    assert replicas.n_boot == 3 and replicas.data.shape == replicas.training.shape == (3, 500)
     assert found.values[0] == pytest.approx(400, rel=1e-3)
-    # totals follow the data alone: their spread is sqrt(400), known to 40 % from four replicas
+    # totals follow the data alone: their spread is sqrt(400), known to 50 % from three replicas
     assert 8 < np.sqrt(found.data[0, 0]) < 45
     assert np.sqrt(found.simulation[0, 0]) < 1 and np.sqrt(found.training[0, 0]) < 1
     assert (replicas.simulation == 0).mean() == pytest.approx(np.exp(-1), abs=0.05)

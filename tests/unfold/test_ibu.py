@@ -221,9 +221,45 @@ def test_the_rule_takes_a_covariance_and_smoothing():
     np.testing.assert_allclose(found.covariance_data, poisson.covariance_data)
 
 
+def test_errors_at_the_expectation_are_those_of_the_counts_where_these_are_smooth():
+    response, truth = steep_toy.response(), steep_toy.power_law(2.7)
+    counts = response.fold(truth)
+    own, smooth = (ibu(counts, response, 5, steep_toy.power_law(3.0), errors=errors) for errors in ("observed", "expected"))
+    np.testing.assert_array_equal(own.counts, smooth.counts)
+    np.testing.assert_allclose(smooth.expected, counts, rtol=1e-4)
+    np.testing.assert_allclose(smooth.covariance, own.covariance, rtol=1e-3, atol=1e-3 * own.covariance.max() / 1e4)
+    assert own.expected is None and "at the smooth expectation" in smooth.summary() and "expectation" not in own.summary()
+
+
+def test_errors_at_the_expectation_cover_where_few_events_are_expected():
+    """Three events in the last bin, twenty iterations: the counts' own errors are near 0 where it has fluctuated down."""
+    response, truth, prior = steep_toy.response(), steep_toy.power_law(2.7, 20_000), steep_toy.power_law(3.0)
+    expected = response.fold(truth)
+    assert expected[-1] < 4
+    pulls: dict[str, list[np.ndarray]] = {"observed": [], "expected": []}
+    for i in range(60):
+        counts = rng_for(8, "few", i).poisson(expected)
+        for errors, rows in pulls.items():
+            found = ibu(counts, response, 20, prior, errors=errors)
+            rows.append((found.counts - truth) / found.errors)
+    own, smooth = (np.array(rows) for rows in pulls.values())
+    assert np.abs(smooth.mean(axis=0)[-4:]).max() < 0.5 and np.abs(own.mean(axis=0)[-4:]).max() > 2
+    within = (np.abs(smooth) < 2).mean(axis=0)[-4:]
+    assert within.min() >= 0.88 and (np.abs(own) < 2).mean(axis=0)[-4:].min() < within.min()
+    assert steep_toy.coverage(smooth).min() >= 0.5
+
+
+def test_the_rule_tests_the_errors_that_are_quoted():
+    response, prior = steep_toy.response(), steep_toy.power_law(3.0)
+    counts = rng_for(0, "few").poisson(response.fold(steep_toy.power_law(2.7, 8000)))
+    own, smooth = (ibu(counts, response, "coverage", prior, rule=StoppingRule(n_toys=100), errors=e) for e in ("observed", "expected"))
+    assert own.stopping.met and smooth.stopping.met and smooth.n_iterations <= own.n_iterations / 2
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
+        ({"errors": "exact"}, SettingError, "errors is 'exact'"),
         ({"counts": COUNTS[:5]}, ShapeError, r"counts has shape \(5,\); expected \(6,\)"),
         ({"counts": -COUNTS}, DataError, "counts is -120 at reco bin 0"),
         ({"counts": COUNTS * np.nan}, NonFiniteError, "counts"),

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.rng import rng_for
@@ -117,11 +118,11 @@ def test_plain_toy(plain: OmniFold) -> None:
 
 @pytest.mark.parametrize("efficiency", [oracle.flat, oracle.turn_on])
 def test_missed_events(efficiency) -> None:
-    events = oracle.toy(12_000, 5, efficiency)
+    events = oracle.toy(8000, 5, efficiency)
     result = run(events, 3, seed=2)
     mean, sd, total, _ = oracle.exact(3, efficiency)
     assert oracle.moments(result.truth[:, 0], result.weights) == pytest.approx((mean, sd), abs=0.04)
-    assert result.weights.sum() / 12_000 == pytest.approx(total, abs=0.05)
+    assert result.weights.sum() / 8000 == pytest.approx(total, abs=0.05)
 
 
 def test_the_tolerance_tells_the_biased_treatment_of_missed_events() -> None:
@@ -132,24 +133,33 @@ def test_the_tolerance_tells_the_biased_treatment_of_missed_events() -> None:
     assert oracle.exact(200, oracle.flat)[:2] == pytest.approx((0.2, 0.8), abs=0.002)
 
 
-def test_fakes_follow_the_data_in_number() -> None:
-    events = oracle.toy(10_000, 7, fakes=0.1)
-    result = run(events, 2, seed=3)
-    mean, sd, total, fake_scale = oracle.exact(2, fakes=0.1)
+@pytest.mark.parametrize("fitted", [False, True])
+def test_fakes(fitted: bool) -> None:
+    events = oracle.toy(8000, 7, fakes=0.1)
+    result = run(events, 2, seed=3, fit_fakes=fitted)
+    mean, sd, total, fake_scale = oracle.exact(2, fakes=0.1, fit_fakes=fitted)
     assert oracle.moments(result.truth[:, 0], result.weights) == pytest.approx((mean, sd), abs=0.04)
-    assert result.weights.sum() / 10_000 == pytest.approx(total, abs=0.03)
+    assert result.weights.sum() / 8000 == pytest.approx(total, abs=0.03)
     assert (result.weights[~events.truth_pass] == 0).all()
     scale = result.nominal[0] * result.factors[~events.truth_pass]
-    assert np.ptp(scale) == 0 and scale[0] == pytest.approx(fake_scale, rel=0.1)
+    assert np.ptp(scale) == 0 and scale[0] == pytest.approx(fake_scale, rel=0.1 if fitted else 1e-6)
+
+
+def test_fitted_fakes_are_lost_for_good_and_kept_ones_are_not() -> None:
+    edges = np.linspace(-1.4, 1.8, 6)
+    true = np.diff(norm.cdf(edges, oracle.MEAN, oracle.SD))
+    found = {f: oracle.exact_counts(edges, 50, fakes=0.1, background=0.1, fit_fakes=f) / true for f in (False, True)}
+    assert np.abs(found[False] - 1).max() < 0.002 and (found[True] > 1.009).all()
+    assert oracle.exact(50, fakes=0.1, background=0.1, fit_fakes=True)[3] < 0.85
 
 
 def test_background_is_taken_off() -> None:
-    events = oracle.toy(10_000, 8, background=0.1)
+    events = oracle.toy(7000, 8, background=0.1)
     half = np.full(len(events.background), 0.5)
     with_it = run(events, 2, seed=3, background=events.background, background_weights=half)
     mean, sd, total, _ = oracle.exact(2, background=0.1)
     assert oracle.moments(with_it.truth[:, 0], with_it.weights) == pytest.approx((mean, sd), abs=0.04)
-    assert with_it.weights.sum() / 10_000 == pytest.approx(total, abs=0.03)
+    assert with_it.weights.sum() / 7000 == pytest.approx(total, abs=0.03)
     without = run(events, 1, seed=3)
     assert oracle.moments(without.truth[:, 0], without.weights)[0] > mean + 0.045
 
@@ -258,6 +268,7 @@ def spoilt(n: int, row: int, value: float) -> np.ndarray:
         ({"background_weights": np.ones(3)}, DataError, "without background"),
         ({"n_iterations": 0}, SettingError, "n_iterations is 0"),
         ({"n_ensemble": 0}, SettingError, "n_ensemble is 0"),
+        ({"fit_fakes": 1}, SettingError, "fit_fakes is 1; expected True or False"),
         ({"seed": -1}, SettingError, "seed is -1"),
         ({"config": {"max_epochs": 3}}, SettingError, "config is a dict"),
         ({"device": "tpu0"}, SettingError, "device"),
@@ -407,10 +418,10 @@ def test_full_size_plain() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("efficiency", [oracle.flat, oracle.turn_on])
 def test_full_size_missed_events(efficiency) -> None:
-    """With the turn-on the tolerance is about one statistical sd: a few data events at an efficiency near 0 move mean and sd.
+    """With the turn-on the tolerance is less than one statistical sd: a few data events at an efficiency near 0 move mean and sd.
 
-    Binned iterations with the exact response scatter by 0.023 and 0.028 over toys of this size (the classifiers' smoothness
-    makes it less), so another seed of the toy may well fall outside.
+    Iterations with the exact response scatter by 0.021 in both over toys of this size, so another seed may well fall outside; the
+    classifiers scatter more (`benchmarks/unfolding_proof.py --only turn-on` has five seeds of both).
     """
     begin = time.perf_counter()
     result = run(oracle.toy(100_000, 12, efficiency), 10)

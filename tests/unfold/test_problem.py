@@ -41,7 +41,7 @@ def test_auger_is_known_by_name():
     m = load_measurement("auger")
     assert m.counts.sum() == 215030 and m.counts.size == 18
     assert m.truth_edges[0] < m.reco_edges[0] and m.truth_edges[-1] > m.reco_edges[-1]
-    assert set(m.alternatives) == {"with the resolution alone"}
+    assert set(m.alternatives) == {"with the resolution alone"} and len(m.variations) == 3
     assert load_measurement("auger", {"detector": "resolution"}).alternatives == {}
 
 

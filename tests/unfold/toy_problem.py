@@ -19,9 +19,12 @@ class Toy:
     reco_edges, truth_edges = EDGES, TRUTH
     target = (18.5, 19.2, 0.02)
 
-    def __init__(self, seed: int = 0, noise: bool = True):
+    def __init__(self, seed: int = 0, noise: bool = True, seen: float = 1.0):
         fine = np.linspace(17.9, 19.8, 381)
+        self.seen = 1.0
         expected = self.response(fine) @ true_counts(fine)
+        self.seen = seen  # what the analyst believes
+        self.variations = {"nine of ten are seen": {"seed": seed, "noise": noise, "seen": 0.9}} if seen == 1 else {}
         self.counts = np.random.default_rng(seed).poisson(expected) if noise else np.rint(expected)
         self.published = {"flux": self.truth / (EXPOSURE * np.diff(10.0**EDGES)), "correction": self.truth / expected}
 
@@ -31,19 +34,21 @@ class Toy:
 
     def response(self, edges):
         middle = (edges[1:] + edges[:-1]) / 2
-        return np.diff(ndtr((EDGES[:, None] - middle) / SIGMA), axis=0)
+        return self.seen * np.diff(ndtr((EDGES[:, None] - middle) / SIGMA), axis=0)
 
 
 class Negative(Toy):
     def __init__(self):
         super().__init__()
         self.counts = self.counts - 10 * self.counts[-1]
+        self.variations = {}
 
 
 class Fractions(Toy):
     def __init__(self):
         super().__init__()
         self.counts = self.counts + 0.5
+        self.variations = {}
 
 
 class Elsewhere(Toy):
