@@ -3,8 +3,9 @@
     python benchmarks/store_speed.py [--rows 400000] [--shards 10000] [--folder DIR] [--out benchmarks/results/store_speed.json]
 
 Both sides of every ratio are measured in turns in the same run, and the best of all turns counts: on a machine that does
-other things as well, that is what the code needs. "CPU" is processor time of this process, system calls included. Prints
-each number with what is asked of it, writes JSON and exits with 1 if one is missed.
+other things as well, that is what the code needs. "CPU" is processor time of this process, system calls included. Checksums
+are zlib's, or isal's where that is installed (the same numbers, faster). Prints each number with what is asked of it, writes
+JSON and exits with 1 if one is missed.
 """
 
 import argparse
@@ -25,9 +26,10 @@ import numpy as np
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from sbi_phys.layout import Layout
-from sbi_phys.priors import BoxPrior, Parameter
+from sbi_phys.priors import BoxPrior, Observable, Parameter
 from sbi_phys.rng import rng_for
 from sbi_phys.shards import Header, ShardData, shard_name, write_shard
+from sbi_phys.simulate import simulate
 from sbi_phys.storage.check import check_store
 from sbi_phys.storage.info import store_info
 from sbi_phys.store import Manifest, Store, write_manifest
@@ -35,6 +37,20 @@ from sbi_phys.store import Manifest, Store, write_manifest
 Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
 PRIOR = BoxPrior([Parameter("a", -3, 3), Parameter("b", -3, 3)])
 COLUMNS = 20
+
+
+class Nothing:
+    """A simulator that costs nothing."""
+
+    prior, parameters, settings = PRIOR, PRIOR.parameters, dict[str, Any]()
+    observables = (Observable("x", COLUMNS),)
+
+    def __init__(self) -> None:
+        self._x = np.ones((65536, COLUMNS), dtype=np.float32)
+
+    def simulate(self, theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Rows of ones."""
+        return self._x[: len(theta)]
 
 
 def header(rows: int, layout: Layout | None = None, dtype: str = "float32") -> Header:
@@ -89,7 +105,7 @@ def writing(folder: Path, total: int) -> Numbers:
             finally:
                 os.fsync = sync
 
-        found = turns(3, *(lambda a=a, b=b: write(a, b) for a in (True, False) for b in (True, False)))  # type: ignore[misc]
+        found = turns(3, *(lambda a=a, b=b: write(a, b) for a in (True, False) for b in (True, False)))
         (ours, ours_cpu), (ours_free, free_cpu), (h5py_s, _), (h5py_free, h5py_cpu) = found
         n, name = count * rows, f"shards of {rows}"
         asked = rows > 4096
@@ -99,6 +115,22 @@ def writing(folder: Path, total: int) -> Numbers:
         numbers[f"{name}: times bare h5py, neither synced"] = (ours_free / h5py_free, "<=" if asked else "", 2.0 if asked else None)
         numbers[f"{name}: times bare h5py, neither synced, CPU"] = (free_cpu / h5py_cpu, "", None)
         numbers[f"{name}: ms a shard for fsync"] = (1e3 * (ours - ours_free) / count, "", None)
+    return numbers
+
+
+def campaign(folder: Path, total: int) -> Numbers:
+    """Rows a second of a whole `simulate` call with a simulator that costs nothing: theta drawn, x checked, all of it written."""
+    numbers: Numbers = {}
+    for rows in (4096, 65536):
+        n = max(1, total // rows) * rows
+
+        def go(rows: int = rows, n: int = n) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            simulate(Nothing(), n, folder, workers=1, shard_size=rows)
+
+        ((wall, cpu),) = turns(3, go)
+        numbers[f"simulate, no-op, shards of {rows}: rows/s"] = (n / wall, ">=" if rows > 4096 else "", 2e6 if rows > 4096 else None)
+        numbers[f"simulate, no-op, shards of {rows}: rows/s a CPU second"] = (n / cpu, "", None)
     return numbers
 
 
@@ -124,34 +156,43 @@ def opening(folder: Path, n_shards: int) -> Numbers:
     return {
         f"{name}: open and count, s": (wall, "<=", 1.0),
         f"{name}: store info, s": (info, "", None),
-        f"{name}: the very first count, s": (first, "", None),
+        f"{name}: the very first count, without an index, s": (first, "<=", 1.0),
     }
 
 
 def verifying(folder: Path, total: int) -> Numbers:
-    """MB/s of check_store beside reading the same files whole, from the page cache."""
-    rows = 65536
-    count = max(1, total // rows)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for i in range(count):
-        write_shard(folder / shard_name(i), header(rows), i, shard(rows, seed=i))
-    write_manifest(folder, Manifest(header(rows), count * rows))
-    size = sum(p.stat().st_size for p in folder.glob("shard-*"))
+    """MB/s of check_store beside reading the same files whole: from the page cache, and from the disk with the cache given up."""
+    numbers: Numbers = {}
+    for rows in (4096, 65536):
+        count, name = max(1, total // rows), f"verify, shards of {rows}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for i in range(count):
+            write_shard(folder / shard_name(i), header(rows), i, shard(rows, seed=i))
+        write_manifest(folder, Manifest(header(rows), count * rows))
+        size = sum(p.stat().st_size for p in folder.glob("shard-*"))
 
-    def check() -> None:
-        assert check_store(folder).ok
+        def check() -> None:
+            assert check_store(folder).ok
 
-    def plain() -> None:
-        for path in folder.glob("shard-*"):
-            path.read_bytes()
+        def plain() -> None:
+            for path in folder.glob("shard-*"):
+                path.read_bytes()
 
-    (wall, cpu), (read, _) = turns(3, check, plain)
-    return {
-        "verify, MB/s": (size / wall / 1e6, ">=", 500.0),
-        "verify, MB a CPU second": (size / cpu / 1e6, "", None),
-        "plain read of the same files from memory, MB/s": (size / read / 1e6, "", None),
-    }
+        def forget() -> None:
+            for path in folder.glob("shard-*"):
+                handle = os.open(path, os.O_RDONLY)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(handle)
+
+        (wall, cpu), (read, _) = turns(3, check, plain)
+        _, (cold, _), _, (cold_read, _) = turns(6, forget, check, forget, plain)
+        numbers[f"{name}: MB/s"] = (size / wall / 1e6, ">=", 500.0)
+        numbers[f"{name}: MB a CPU second"] = (size / cpu / 1e6, "", None)
+        numbers[f"{name}: plain read of the same files from memory, MB/s"] = (size / read / 1e6, "", None)
+        numbers[f"{name}: from the disk, MB/s"] = (size / cold / 1e6, "", None)
+        numbers[f"{name}: from the disk, times a plain read"] = (cold / cold_read, "<=", 1.5)
+    return numbers
 
 
 def compressing(folder: Path) -> Numbers:
@@ -163,6 +204,7 @@ def compressing(folder: Path) -> Numbers:
     layouts = {"none": Layout(), "float16": Layout(dtypes={"x": "float16"})}
     layouts |= {name: Layout(compression=name) for name in ("lzf", "gzip:1", "gzip:4", "gzip:9")}
     for kind, data in kinds.items():
+        plain: tuple[float, float] | None = None
         for name, layout in layouts.items():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -173,6 +215,9 @@ def compressing(folder: Path) -> Numbers:
             numbers[f"{kind}, {name}: bytes/row"] = (path.stat().st_size / rows, "", None)
             numbers[f"{kind}, {name}: rows/s written"] = (rows / wrote, "", None)
             numbers[f"{kind}, {name}: rows/s read"] = (rows / read, "", None)
+            plain = plain or (wrote, read)
+            numbers[f"{kind}, {name}: times the time to write of none"] = (wrote / plain[0], "", None)
+            numbers[f"{kind}, {name}: times the time to read of none"] = (read / plain[1], "", None)
     return numbers
 
 
@@ -186,7 +231,11 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         numbers = (
-            writing(root / "w", args.rows) | verifying(root / "v", args.rows) | compressing(root / "c") | opening(root / "o", args.shards)
+            writing(root / "w", args.rows)
+            | campaign(root / "s", args.rows)
+            | verifying(root / "v", args.rows)
+            | compressing(root / "c")
+            | opening(root / "o", args.shards)
         )
     finally:
         shutil.rmtree(root)

@@ -5,11 +5,14 @@ sbi-phys store verify runs/spectra              reads everything; status 1 if an
 sbi-phys store repair runs/spectra              moves broken files aside, for simulate to make them again
 sbi-phys store merge runs/a runs/b --out runs/ab
 sbi-phys store upgrade runs/old
+
+Here too: `sbi-phys simulate --shards 0:64`, one of many array jobs that write the same folder at once.
 """
 
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,10 +20,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sbi_phys.errors import RunFolderError, SettingError
+
 if TYPE_CHECKING:
+    from sbi_phys.config import Config
+    from sbi_phys.pipeline import Run
     from sbi_phys.storage.info import Info
 
-__all__ = ["register"]
+__all__ = ["array_job", "register"]
 
 Guard = Callable[[bool], AbstractContextManager[None]]
 
@@ -32,6 +39,61 @@ Watch = Annotated[bool, typer.Option("--watch", help="Again and again, until the
 Interval = Annotated[float, typer.Option("--interval", min=0.05, help="Seconds between looks.")]
 Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def array_job(config: "Config", out: Path, shards: str, until: str) -> None:
+    """Write some shards of a run's store, beside other jobs that write others; print what was written and what is missing.
+
+    The store is the one that `simulate` makes for these settings; what comes after takes it up once nothing is missing.
+    Raises: SettingError with another command, or for a wrong range; RunFolderError; StoreError.
+    """
+    from sbi_phys.progress import RichProgress
+    from sbi_phys.simulate import simulate
+    from sbi_phys.storage.check import ranges_text
+    from sbi_phys.storage.plan import shard_range
+    from sbi_phys.store import Store
+
+    where = config.run
+    if until != "simulate" or where.scheduler or where.cluster:
+        raise SettingError(f"--shards {shards} was given to {until}; expected it with simulate, and neither --scheduler nor --cluster")
+    run = _join_run(config, out)
+    settings, folder = config.simulate, run.path("simulations")
+    before = set(Store(folder).missing) if (folder / "store.json").exists() else None
+    store = simulate(
+        run.simulator,
+        settings.n,
+        folder,
+        seed=run.seed("simulate"),
+        workers=where.workers or None,
+        shard_size=min(settings.shard_size, settings.n),
+        dtype=settings.dtype,
+        layout=settings.layout(),
+        shards=shards,
+        progress=RichProgress(),
+    )
+    mine, missing = shard_range(shards, store.n_shards), store.missing
+    made = [i for i in mine if before is None or i in before]
+    typer.echo(f"shards {mine.start}:{mine.stop} are there: {len(made)} of {len(mine)} written by this job")
+    left = f"missing of all {store.n_shards}: {ranges_text(missing)}" if missing else f"all {store.n_shards} shards are there"
+    typer.echo(f"{left}; store {folder}")
+
+
+def _join_run(config: "Config", out: Path) -> "Run":
+    """The run folder, begun by this job or by another that started with it.   Raises: RunFolderError."""
+    from sbi_phys.pipeline import Run
+
+    for left in reversed(range(40)):
+        begun = (out / "config.toml").exists()
+        try:
+            run = Run(out, config)
+            run.begin()
+            return run
+        except RunFolderError:
+            # another job has made the folder, and writes config.toml into it just now
+            if begun or not left or not (out / "stages").is_dir():
+                raise
+            time.sleep(0.05)
+    raise AssertionError("the last try returns or raises")
 
 
 def register(app: typer.Typer, guard: Guard) -> None:
@@ -62,6 +124,13 @@ def register(app: typer.Typer, guard: Guard) -> None:
             typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else found.text())
             if not found.ok:
                 raise typer.Exit(1)
+
+    _register_changes(store, guard)
+    app.add_typer(store, name="store")
+
+
+def _register_changes(store: typer.Typer, guard: Guard) -> None:
+    """Add the commands that write."""
 
     @store.command()
     def repair(folder: Folder, debug: Debug = False) -> None:
@@ -94,8 +163,6 @@ def register(app: typer.Typer, guard: Guard) -> None:
             from sbi_phys.storage.upgrade import upgrade_store
 
             typer.echo(f"{upgrade_store(folder, progress=RichProgress())} shards upgraded")
-
-    app.add_typer(store, name="store")
 
 
 def _show(state: "Info", as_json: bool) -> None:

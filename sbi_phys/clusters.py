@@ -3,7 +3,8 @@ r"""Clusters as executors: a running Dask scheduler, or workers that dask-jobque
     with cluster_executor(scheduler="tcp://head:8786") as (executor, n_workers):
         sp.simulate(simulator, 10**7, "/shared/spectra", executor=executor, workers=n_workers)
 
-The workers write the shards themselves: they must see the store's folder under the same path, and import the simulator's module.
+The workers import the simulator's module. Those that see the store's folder, under the same path, write the shards themselves; others send
+them back. Workers that come later (jobs of a batch system start one by one) get work as they come.
 
 A cluster file is TOML: `kind`, the number of `jobs`, and the settings of dask-jobqueue's class of that kind.
 

@@ -5,6 +5,7 @@
     [simulate] n shard_size                  [reference] exact MCMC
     [estimator] ensemble, scaling            [calibrate] held-out simulations
     [flow] [embedding] [train]               [check]     posterior predictive
+                                             [methods]   learned likelihood and ratio beside the posterior
 
 The tables [flow], [embedding] and [train] *are* the dataclasses that the networks and the training loop take.
 """
@@ -23,23 +24,17 @@ import tomli_w
 
 from sbi_phys.checks import require_choice, require_int, require_known, require_number
 from sbi_phys.errors import SettingError
+from sbi_phys.estimators.from_density import METHODS as SAMPLERS
+from sbi_phys.estimators.ratio_losses import LOSSES
+from sbi_phys.layout import Layout
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.train import TrainConfig
 
 __all__ = [
-    "CalibrateSettings",
-    "CheckSettings",
-    "Config",
-    "EstimatorSettings",
-    "InferSettings",
-    "ReferenceSettings",
-    "RoundsSettings",
-    "RunSettings",
-    "SimulateSettings",
-    "SimulatorSettings",
-    "parse_override",
-]
+    "CalibrateSettings", "CheckSettings", "Config", "EstimatorSettings", "InferSettings", "MethodsSettings", "ReferenceSettings",
+    "RoundsSettings", "RunSettings", "SimulateSettings", "SimulatorSettings", "parse_override",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,16 +84,26 @@ class SimulatorSettings:
 class SimulateSettings:
     """The simulations to learn from.
 
-    Args: n: number of prior draws. shard_size: rows per file, the unit of resuming and seeding.   Raises: SettingError.
+    Args: n: number of prior draws. shard_size: rows per file, the unit of resuming and seeding. dtype: of x on disk. dtypes: of single
+    observables, by name. compression: '', 'gzip:1' to 'gzip:9' or 'lzf'.   Raises: SettingError.
     """
 
     n: int = 20_000
     shard_size: int = 5_000
+    dtype: str = "float32"
+    dtypes: dict[str, str] = field(default_factory=dict)
+    compression: str = ""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require_int("simulate.n", self.n, low=1)
         require_int("simulate.shard_size", self.shard_size, low=1)
+        require_choice("simulate.dtype", self.dtype, ("float32", "float64"))
+        self.layout()
+
+    def layout(self) -> Layout:
+        """How the rows lie in their files."""
+        return Layout(compression=self.compression, dtypes=self.dtypes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,6 +215,29 @@ class CheckSettings:
         require_int("check.n", self.n, low=10)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodsSettings:
+    """Learned likelihood (`--method nle`) and ratio (`--method nre`), their draws, and how they are compared.
+
+    Args: nle_layers: couplings behind the conditional Gaussian; not given, none where all data are counts, else 3. nre_loss: 'carl',
+    'nre-c' or 'bnre'. sampler: 'auto', 'importance', 'emcee', 'hmc' or 'grid'. n_pairs: most held-out pairs at which ratios are held
+    against exact ones.   Raises: SettingError.
+    """
+
+    nle_layers: int | None = None
+    nre_loss: str = "carl"
+    sampler: str = "auto"
+    n_pairs: int = 100
+
+    def __post_init__(self) -> None:
+        """Check names and ranges."""
+        if self.nle_layers is not None:
+            require_int("methods.nle_layers", self.nle_layers, low=0)
+        require_choice("methods.nre_loss", self.nre_loss, LOSSES)
+        require_choice("methods.sampler", self.sampler, SAMPLERS)
+        require_int("methods.n_pairs", self.n_pairs, low=0)
+
+
 # What a run is cut down to by --quick: the same stages on less of everything. A smaller setting stays as it is.
 _QUICK = {
     "simulate.n": 40_000,
@@ -225,6 +253,7 @@ _QUICK = {
     "calibrate.n": 100,
     "calibrate.n_draws": 200,
     "check.n": 200,
+    "methods.n_pairs": 50,
 }
 # Settings that change where or how fast a run is made, and not what it means: they may differ when a run is taken up again.
 _FREE = ("run.device", "run.workers", "run.scheduler", "run.cluster")
@@ -249,6 +278,7 @@ class Config:
     reference: ReferenceSettings = field(default_factory=ReferenceSettings)
     calibrate: CalibrateSettings = field(default_factory=CalibrateSettings)
     check: CheckSettings = field(default_factory=CheckSettings)
+    methods: MethodsSettings = field(default_factory=MethodsSettings)
 
     @classmethod
     def from_dict(cls, tables: Mapping[str, Any]) -> Self:

@@ -1,41 +1,57 @@
 r"""Dispatching shards: in this process, in a pool of our own, or over any `concurrent.futures.Executor`.
 
-Never more shards are in flight than twice the workers, whatever the campaign's length. A pool whose worker died (killed, out of memory,
-crashed) is replaced and its shards are made again; those that were in work at two deaths are made with the simulator in a process of its
-own (`sandbox`), where the row that kills it is found by halving and flagged.
+Never more shards are in flight than twice the workers, whatever the campaign's length, and as many more as a Dask cluster grows. A worker
+that died (killed, out of memory, crashed) is replaced and its shards are made again. After two deaths the simulator is taken to be
+the cause, and gets a process of its own beside every worker (`sandbox`), where the row that kills it is found and flagged.
+
+Workers of an executor that do not see the store's folder send their shards back, and they are written here: the same bytes. So this
+process holds at most as many files as are in flight.
 """
 
 import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sbi_phys.errors import SettingError, StoreError
-from sbi_phys.processes import limit_threads, pickle_simulator, start_worker
+from sbi_phys.processes import limit_threads, pickle_simulator, start_pool_worker
 from sbi_phys.progress import Progress, Task
 from sbi_phys.protocol import Simulator
-from sbi_phys.shards import sync_folder
-from sbi_phys.store import Manifest
-from sbi_phys.workers import ShardResult, ShardTask, run_shard
+from sbi_phys.shards import shard_name, sync_folder, write_aside
+from sbi_phys.store import MANIFEST, Manifest, list_shards
+from sbi_phys.workers import ShardResult, ShardTask, name_disk, run_shard
 
 __all__ = ["Campaign", "complete"]
 
 # Work that would take less than this is done in the calling process: starting a pool takes about a second.
 _TINY_S = 3.0
-# Deaths of a worker in a row that bring no shard home: after two of them the shards in work are isolated, and get one more chance.
+# Deaths after which the simulator gets a process of its own for the rest of the call: a worker takes a second or more to replace, such a
+# process milliseconds.
 _DEATHS = 2
+# Deaths in a row, beside one a worker, that may bring no shard home: before the first one (nothing works) and later (somebody kills).
+_IN_VAIN, _IN_VAIN_LATER = 2, 10
+_LARGE = 2**16  # bytes of a simulator that is sent to Dask's workers apart from the shards
+_LOOK_S = 2.0  # how often a Dask cluster is asked how many workers it has
 
 
 @dataclass
 class Campaign:
-    """One call at work: what is left to do, and what has been done."""
+    """One call at work: what is left to do, and what has been done.
+
+    send_back: whether workers send shards back instead of writing them; None: those do that do not see the folder. shards: all that the
+    call is about, made already or not, of an array job; None: all of the store.
+    """
 
     folder: Path
     manifest: Manifest
@@ -48,23 +64,46 @@ class Campaign:
     payload: bytes | None = field(default=None, repr=False)
     timeout: float | None = None
     isolate: bool = False
-    at_work: set[int] = field(default_factory=set)
-    suspects: set[int] = field(default_factory=set)
+    send_back: bool | None = None
+    shards: range | None = None
+    token: str = ""
 
     def shard(self, index: int) -> ShardTask:
         """What a worker needs to make a shard."""
         rows = self.manifest.rows(index)
         first = index * self.manifest.header.shard_size
         theta = None if self.given is None else self.given[first : first + rows]
-        isolate = self.isolate or index in self.suspects
-        if isolate and self.payload is None:
+        if self.isolate and self.payload is None:
             self.payload = pickle_simulator(self.simulator)
         simulator: Simulator | bytes = self.simulator if self.payload is None else self.payload
         only = self.manifest.n_shards == 1
-        return ShardTask(str(self.folder.resolve()), index, rows, self.manifest.header, simulator, theta, only, isolate, self.timeout)
+        return ShardTask(
+            str(self.folder.resolve()),
+            index,
+            rows,
+            self.manifest.header,
+            simulator,
+            theta,
+            only,
+            self.isolate,
+            self.timeout,
+            token=self.token,
+            send_back=bool(self.send_back),
+        )
 
     def finished(self, result: ShardResult) -> None:
-        """Count a shard that has been made."""
+        """Count a shard that has been made, and write it if it was sent back.   Raises: StoreError."""
+        data = result.file
+        if data is not None:
+
+            def fill(sink: Any) -> None:
+                sink.write(data)
+
+            path = self.folder / shard_name(result.index)
+            try:
+                write_aside(path, fill)
+            except StoreError as err:
+                raise name_disk(err, path) from err.__cause__
         self.n_done += 1
         self.n_failed += result.n_failed
         if self.task is not None:
@@ -72,11 +111,12 @@ class Campaign:
 
 
 def complete(run: Campaign, workers: int | None, executor: Executor | None, progress: Progress) -> None:
-    """Make the missing shards, with a display."""
-    manifest = run.manifest
-    with progress.task("simulate", manifest.n) as task, limit_threads():
+    """Make the missing shards, with a display of those that this call is about."""
+    rows = run.manifest.rows
+    total = run.manifest.n if run.shards is None else sum(map(rows, run.shards))
+    with progress.task("simulate", total) as task, limit_threads():
         run.task = task
-        task.update(manifest.n - sum(manifest.rows(i) for i in run.todo))
+        task.update(total - sum(map(rows, run.todo)))
         _work(run, workers, executor)
     sync_folder(run.folder)
 
@@ -87,7 +127,8 @@ def _work(run: Campaign, workers: int | None, executor: Executor | None) -> None
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if executor is not None:
-        _callers_executor(run, executor, 2 * (workers or int(getattr(executor, "_max_workers", 0) or 0) or cores))
+        with _token(run):
+            _callers_executor(run, executor, _InFlight(executor, workers or int(getattr(executor, "_max_workers", 0) or 0) or cores))
     elif workers == 1 or (workers is None and _is_tiny(run, cores)):
         while run.todo:
             run.finished(run_shard(run.shard(run.todo.popleft())))
@@ -96,7 +137,42 @@ def _work(run: Campaign, workers: int | None, executor: Executor | None) -> None
         _own_pool(run, min(workers or cores, len(run.todo)))
 
 
-def _callers_executor(run: Campaign, executor: Executor, in_flight: int) -> None:
+@contextmanager
+def _token(run: Campaign) -> Iterator[None]:
+    """A file of a random name in the folder while the workers work: who finds it sees the folder itself."""
+    if run.send_back is not None:
+        yield
+        return
+    # a name that is cleared away as unfinished if this process is killed
+    token = run.folder / f".{MANIFEST}.{uuid4().int}.tmp"
+    try:
+        token.touch()
+    except OSError as err:
+        raise StoreError(f"{token} can not be made: {err.strerror}; expected a folder that may be written") from err
+    run.token = token.name
+    try:
+        yield
+    finally:
+        token.unlink(missing_ok=True)
+
+
+class _InFlight:
+    """How many shards may be in flight: twice the workers, of a Dask cluster those that it has by now, since jobs start one by one."""
+
+    def __init__(self, executor: Executor | None, workers: int) -> None:
+        self._client = getattr(executor, "_client", None)  # of Dask's executor
+        self._workers, self._next = workers, 0.0
+
+    def __call__(self) -> int:
+        if self._client is not None and time.monotonic() >= self._next:
+            # a scheduler that is away for a moment is no reason to stop: the shards in flight will tell
+            with suppress(Exception):
+                self._workers = max(self._workers, sum(self._client.nthreads().values()))
+            self._next = time.monotonic() + _LOOK_S
+        return 2 * self._workers
+
+
+def _callers_executor(run: Campaign, executor: Executor, in_flight: Callable[[], int]) -> None:
     """Work over an executor that is not ours: a pool that broke is not ours to replace, but a scheduler's workers come back."""
     if not isinstance(executor, ThreadPoolExecutor):
         try:
@@ -106,14 +182,30 @@ def _callers_executor(run: Campaign, executor: Executor, in_flight: int) -> None
             if isinstance(executor, ProcessPoolExecutor):
                 raise
             # Dask's pickler also sends what is defined in a notebook
+    submit = _submit(run, executor)
     while run.todo:
-        before = run.n_done
+        before, isolated = run.n_done, run.isolate
         try:
-            _drain(run, executor.submit, in_flight, wait_on_error=True)
+            _drain(run, submit, in_flight, wait_on_error=True)
         except BrokenExecutor as err:
-            if not isinstance(err, WorkerLostError) or (run.n_done == before and run.at_work <= run.suspects):
+            if not isinstance(err, WorkerLostError) or (isolated and run.n_done == before):
                 raise _died(run, err) from err
-            run.suspects |= run.at_work
+            run.isolate = True
+        except CancelledError as err:
+            raise StoreError(
+                f"the scheduler gave up the shards of {run.folder}, or was lost itself; {_counts(run)}. Expected a scheduler that runs "
+                "until the call ends"
+            ) from err
+
+
+def _submit(run: Campaign, executor: Executor) -> Callable[..., Future[ShardResult]]:
+    """How a shard is submitted: a simulator with large tables goes once to Dask's workers, who pass it on, not with every shard."""
+    client = getattr(executor, "_client", None)
+    if client is None or run.payload is None or len(run.payload) < _LARGE:
+        return executor.submit
+    # made by a task, not scattered: a copy that is lost with its workers is made again
+    shared = client.submit(bytes, run.payload, pure=False)
+    return lambda function, task: executor.submit(function, replace(task, simulator=b""), shared)
 
 
 class WorkerLostError(BrokenExecutor):
@@ -136,47 +228,90 @@ def _is_tiny(run: Campaign, cores: int) -> bool:
     return cores == 1 or len(run.todo) < 2 or (time.perf_counter() - start) * len(run.todo) < _TINY_S
 
 
-def _own_pool(run: Campaign, workers: int) -> None:
-    """Work in a process pool; one whose worker died is replaced, and shards that were in work at two deaths are isolated."""
-    in_vain, at_death = 0, set[int]()
-    while run.todo:
-        before = run.n_done
+class _Member:
+    """One worker process of ours. A pool of one: a pool of several is broken as a whole when one of them dies."""
+
+    def __init__(self) -> None:
+        self.given = 0
+        self.pool = self._new()
+
+    def replace(self) -> None:
+        """Start anew after a death."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.given, self.pool = 0, self._new()
+
+    def kill(self) -> None:
+        """End the process now."""
+        for process in list((getattr(self.pool, "_processes", None) or {}).values()):
+            process.kill()
+
+    def _new(self) -> ProcessPoolExecutor:
         # spawn: a fork copies the locks of torch's and BLAS's threads without the threads that would release them
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker)
-        try:
-            _drain(run, pool.submit, 2 * workers)
-        except BrokenExecutor as err:
-            in_vain = 0 if run.n_done > before else in_vain + 1
-            if in_vain > _DEATHS:
-                raise _died(run, err) from err
-            run.suspects |= at_death & run.at_work
-            at_death |= run.at_work
-        except BaseException:
-            # Ctrl-C or an error: what is half done is made again by the next call, so nobody has to wait for it
-            for process in list((getattr(pool, "_processes", None) or {}).values()):
-                process.kill()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, mp_context=spawn, initializer=start_pool_worker, initargs=(os.getpid(),))
 
 
-def _drain(run: Campaign, submit: Callable[..., Future[ShardResult]], in_flight: int, *, wait_on_error: bool = False) -> None:
-    """Submit what is to do, never more than `in_flight` at once. A BrokenExecutor puts the shards it took with it last in line."""
-    pending: dict[Future[ShardResult], int] = {}
+def _own_pool(run: Campaign, workers: int) -> None:
+    """Work in processes of our own; one that dies is replaced, and costs the two shards that it had."""
+    members = [_Member() for _ in range(workers)]
+    pending: dict[Future[ShardResult], tuple[int, _Member, ProcessPoolExecutor]] = {}
+    done: SimpleQueue[Future[ShardResult]] = SimpleQueue()
+    deaths = in_vain = came_home = 0
     try:
         while run.todo or pending:
-            while run.todo and len(pending) < in_flight:
-                pending[submit(run_shard, run.shard(run.todo[0]))] = run.todo[0]
-                run.todo.popleft()
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                run.finished(_result(future))
-                del pending[future]
+            while run.todo and (member := min(members, key=lambda m: m.given)).given < 2:
+                # a worker that died while it had nothing to do is found now
+                with suppress(BrokenExecutor):
+                    future = member.pool.submit(run_shard, run.shard(run.todo[0]))
+                    pending[future] = run.todo.popleft(), member, member.pool
+                    member.given += 1
+                    future.add_done_callback(done.put)
+                    continue
+                member.replace()
+            future = done.get()
+            index, member, pool = pending.pop(future)
+            try:
+                result = future.result()
+            except BrokenExecutor as err:
+                run.todo.append(index)
+                if member.pool is pool:  # the first of its shards to say so
+                    deaths, in_vain = deaths + 1, in_vain + 1
+                    if in_vain > workers + (_IN_VAIN_LATER if came_home else _IN_VAIN):
+                        raise _died(run, err) from err
+                    run.isolate |= deaths >= _DEATHS
+                    member.replace()
+                continue
+            in_vain, came_home, member.given = 0, came_home + 1, member.given - (member.pool is pool)
+            run.finished(result)
+    except BaseException:
+        # Ctrl-C or an error: what is half done is made again by the next call, so nobody has to wait for it
+        for member in members:
+            member.kill()
+        raise
+    finally:
+        for member in members:
+            member.pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _drain(run: Campaign, submit: Callable[..., Future[ShardResult]], in_flight: Callable[[], int], *, wait_on_error: bool = False) -> None:
+    """Submit what is to do, never more than `in_flight` at once. A BrokenExecutor puts the shards it took with it last in line."""
+    pending: dict[Future[ShardResult], int] = {}
+    # each future brings itself: to look through all of them for the one that is done would take longer the more workers there are
+    done: SimpleQueue[Future[ShardResult]] = SimpleQueue()
+    try:
+        while run.todo or pending:
+            limit = in_flight()
+            while run.todo and len(pending) < limit:
+                future = submit(run_shard, run.shard(run.todo[0]))
+                pending[future] = run.todo.popleft()
+                future.add_done_callback(done.put)
+            future = done.get()
+            run.finished(_result(future))
+            del pending[future]
     except BrokenExecutor:
-        run.at_work = set()
         for future in wait(pending).done:
             if future.cancelled() or future.exception() is not None:
                 run.todo.append(pending[future])
-                run.at_work.add(pending[future])
             else:
                 run.finished(future.result())
         raise
@@ -189,10 +324,15 @@ def _drain(run: Campaign, submit: Callable[..., Future[ShardResult]], in_flight:
         raise
 
 
+def _counts(run: Campaign) -> str:
+    there = len(list_shards(run.folder))
+    return f"{there} of {run.manifest.n_shards} shards are finished; the same call continues after them"
+
+
 def _died(run: Campaign, err: BaseException) -> StoreError:
     missing = ", ".join(str(i) for i in sorted(run.todo)[:8])
     return StoreError(
-        f"a worker process died while shards {missing} of {run.folder} were made ({err}). {run.manifest.n_shards - len(run.todo)} of "
-        f"{run.manifest.n_shards} shards are finished; the same call continues after them. Causes: out of memory (fewer workers, a smaller "
-        'shard_size), a crash in compiled code (try workers=1), a script without `if __name__ == "__main__":`'
+        f"a worker process died while shards {missing} of {run.folder} were made ({err}). {_counts(run)}. "
+        "Causes: out of memory (fewer workers, a smaller shard_size), a crash in compiled code (isolate=True), "
+        'a script without `if __name__ == "__main__":`'
     )

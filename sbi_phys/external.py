@@ -4,7 +4,8 @@ r"""Simulators that are Python functions or command line programs, one event at 
     CommandSimulator(["corsika", "--energy", "{energy}", "--seed", "{seed}"], prior, [Observable("signal", 64)], timeout=600)
 
 Both fit the `Simulator` protocol. Every event has a generator, or a seed, of its own, and an event that fails is flagged with the reason
-while the others stand: nothing is simulated twice. A program that hangs is killed with all that it has started.
+while the others stand: nothing is simulated twice. A program that hangs is killed with all that it has started; a function that crashes its
+process, or hangs, costs its event alone in a `sandbox` (simulate(..., isolate=True) or timeout=).
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from sbi_phys.checks import require_int, require_number
 from sbi_phys.errors import DataError, SettingError
 from sbi_phys.priors import Observable, Parameter, Prior, prior_from_dict
+from sbi_phys.processes import event_reason
 from sbi_phys.protocol import RowsFailedError, observables_from_dicts, observables_to_dicts
 
 __all__ = ["CommandSimulator", "FunctionSimulator"]
@@ -99,10 +101,11 @@ class FunctionSimulator(_Described):
 
     def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
         """Events x (n, k) at theta (n, d), one call each.   Raises: RowsFailedError."""
-        names = [p.name for p in self.parameters]
-        return _one_by_one(
-            theta, rng, self.n_columns, lambda row, own: self.event(self._function(dict(zip(names, map(float, row), strict=True)), own))
-        )
+        return _one_by_one(theta, rng, self.n_columns, self.one_event)
+
+    def one_event(self, theta: Array, rng: np.random.Generator) -> Array:
+        """One event x (k,) at theta (d,).   Raises: DataError (another number of numbers), and what the function raises."""
+        return self.event(self._function({p.name: float(v) for p, v in zip(self.parameters, theta, strict=True)}, rng))
 
 
 class CommandSimulator(_Described):
@@ -150,10 +153,11 @@ class CommandSimulator(_Described):
 
     def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
         """Events x (n, k) at theta (n, d), one run of the program each.   Raises: RowsFailedError."""
-        return _one_by_one(theta, rng, self.n_columns, self._event)
+        return _one_by_one(theta, rng, self.n_columns, self.one_event)
 
-    def _event(self, row: Array, rng: np.random.Generator) -> Array:
-        values: dict[str, Any] = {p.name: float(v) for p, v in zip(self.parameters, row, strict=True)}
+    def one_event(self, theta: Array, rng: np.random.Generator) -> Array:
+        """One event x (k,) at theta (d,).   Raises: TimeoutError, DataError, RuntimeError with the program's status and last words."""
+        values: dict[str, Any] = {p.name: float(v) for p, v in zip(self.parameters, theta, strict=True)}
         values["seed"] = int(rng.integers(2**31))
         for attempt in range(self.retries + 1):
             with tempfile.TemporaryDirectory(prefix="sbi_phys_event_") as folder:
@@ -215,8 +219,10 @@ def _one_by_one(theta: Array, rng: np.random.Generator, n_columns: int, event: A
     for i, (row, own) in enumerate(zip(theta, rng.spawn(len(theta)), strict=True)):
         try:
             x[i] = event(row, own)
-        except Exception as err:
-            reasons[i] = f"{type(err).__name__.lstrip('_')}: {err}"
+        except MemoryError:
+            raise  # says something about the machine, nothing about the event
+        except (Exception, SystemExit) as err:
+            reasons[i] = event_reason(err)
     if reasons:
         raise RowsFailedError(x, reasons)
     return x

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Self
 
 import h5py
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from sbi_phys.checks import require_choice, require_int, require_known
 from sbi_phys.errors import DataError, SettingError, ShapeError
 
-__all__ = ["DTYPES", "Layout", "Ragged", "add_dataset", "add_virtual_x", "columns_of", "split_x"]
+__all__ = ["DTYPES", "Layout", "Ragged", "add_dataset", "add_virtual_x", "columns_of", "hdf5_type", "split_x"]
 
 DTYPES = ("float16", "float32", "float64")
 _CHUNK_BYTES = 2**18
@@ -143,15 +144,18 @@ def columns_of(observables: Sequence[Mapping[str, Any]]) -> dict[str, slice]:
 def split_x(layout: Layout, observables: Sequence[Mapping[str, Any]], x: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """Datasets that x (n, k) is stored in: 'x' alone, or 'x_0', 'x_1', ... where observables have dtypes of their own.
 
-    Raises: DataError where a finite number does not fit into the narrower dtype.
+    Raises: DataError where a finite number does not fit into the narrower dtype, or a whole count would change.
     """
     if not layout.dtypes:
         return {"x": x}
     out = {}
+    counts = {str(o["name"]) for o in observables if o.get("kind") == "counts"}
     for i, (name, block) in enumerate(columns_of(observables).items()):
         with np.errstate(over="ignore"):
             part = np.ascontiguousarray(x[:, block], dtype=np.dtype(layout.dtypes.get(name, x.dtype.name)).newbyteorder("<"))
         lost = ~np.isfinite(part) & np.isfinite(x[:, block])
+        if name in counts and part.dtype.itemsize < x.dtype.itemsize:
+            lost |= np.isfinite(part) & (part != x[:, block]) & (x[:, block] == np.rint(x[:, block]))
         if lost.any():
             row, column = (int(v) for v in np.argwhere(lost)[0])
             raise DataError(
@@ -161,26 +165,40 @@ def split_x(layout: Layout, observables: Sequence[Mapping[str, Any]], x: NDArray
     return out
 
 
-def add_dataset(file: h5py.File, name: str, array: NDArray[Any], layout: Layout) -> None:
-    """Create one dataset: contiguous, or in chunks of whole rows where the layout compresses."""
-    if not (layout.compression or layout.chunk_rows) or array.nbytes < _SMALL:
-        file.create_dataset(name, data=array, track_times=False)
-        return
-    row_bytes = array.nbytes // array.shape[0]
-    rows = min(layout.chunk_rows or max(1, _CHUNK_BYTES // row_bytes), array.shape[0])
-    method, _, level = layout.compression.partition(":")
-    file.create_dataset(
-        name,
-        data=array,
-        chunks=(rows, *array.shape[1:]),
-        compression=method or None,
-        compression_opts=int(level) if level else None,
-        shuffle=bool(method) and array.dtype.itemsize > 1,
-        track_times=False,
-    )
+@lru_cache(maxsize=256)
+def hdf5_type(dtype: str) -> h5py.h5t.TypeID:
+    """HDF5's description of the dtype `np.dtype.str`: kept, as making one takes as long as writing an attribute."""
+    return h5py.h5t.py_create(np.dtype(dtype), logical=True)
 
 
-def add_virtual_x(file: h5py.File, blocks: Mapping[str, NDArray[Any]], dtype: Any) -> None:
+def add_dataset(file: h5py.h5f.FileID, name: str, array: NDArray[Any], layout: Layout) -> int | None:
+    """Create one dataset: contiguous, or in chunks of whole rows where the layout compresses.
+
+    Returns: the byte of the file at which its values begin, None where they are not one run of bytes.
+    """
+    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plan.set_obj_track_times(False)
+    plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    chunked = bool(layout.compression or layout.chunk_rows) and array.nbytes >= _SMALL
+    if chunked:
+        row_bytes = array.nbytes // array.shape[0]
+        rows = min(layout.chunk_rows or max(1, _CHUNK_BYTES // row_bytes), array.shape[0])
+        plan.set_chunk((rows, *array.shape[1:]))
+        method, _, level = layout.compression.partition(":")
+        if method and array.dtype.itemsize > 1:
+            plan.set_shuffle()
+        if method == "gzip":
+            plan.set_deflate(int(level or 4))
+        elif method == "lzf":
+            plan.set_filter(h5py.h5z.FILTER_LZF, h5py.h5z.FLAG_OPTIONAL)
+    made = h5py.h5d.create(file, name.encode(), hdf5_type(array.dtype.str), h5py.h5s.create_simple(array.shape), plan)
+    if not array.size:
+        return None
+    made.write(h5py.h5s.ALL, h5py.h5s.ALL, array)
+    return None if chunked else made.get_offset()
+
+
+def add_virtual_x(file: h5py.h5f.FileID, blocks: Mapping[str, NDArray[Any]], dtype: Any) -> None:
     """Create `x` as a virtual dataset (n, k) over the blocks of columns in the same file."""
     rows, columns = next(iter(blocks.values())).shape[0], sum(b.shape[1] for b in blocks.values())
     plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -191,4 +209,4 @@ def add_virtual_x(file: h5py.File, blocks: Mapping[str, NDArray[Any]], dtype: An
         place.select_hyperslab((0, start), block.shape)
         plan.set_virtual(place, b".", name.encode(), h5py.h5s.create_simple(block.shape))
         start += block.shape[1]
-    h5py.h5d.create(file.id, b"x", h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple((rows, columns)), plan)
+    h5py.h5d.create(file, b"x", hdf5_type(np.dtype(dtype).str), h5py.h5s.create_simple((rows, columns)), plan)

@@ -12,7 +12,18 @@ from typing import Any
 from sbi_phys.errors import SettingError
 from sbi_phys.protocol import Simulator, class_path
 
-__all__ = ["limit_threads", "limit_threads_for_good", "pickle_simulator", "start_worker", "unpickle_simulator"]
+__all__ = [
+    "die_with_parent",
+    "event_reason",
+    "limit_threads",
+    "limit_threads_for_good",
+    "pickle_simulator",
+    "start_pool_worker",
+    "start_worker",
+    "unpickle_simulator",
+]
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def limit_threads() -> AbstractContextManager[Any]:
@@ -37,6 +48,29 @@ def start_worker() -> None:
 def _end_with(parent: Any) -> None:
     parent.join()
     os._exit(1)
+
+
+def start_pool_worker(parent: int) -> None:
+    """Prepare a worker of a campaign's own pool: ready as by `start_worker`, tied to process `parent` as by `die_with_parent`."""
+    start_worker()
+    die_with_parent(parent)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends, which must be one of process `parent` (Linux)."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    # a thread that waits for the parent gets no turn while a simulator computes without giving Python's lock back
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # gone before the kernel was asked
+        os._exit(1)
+
+
+def event_reason(err: BaseException) -> str:
+    """Why an event failed, as the files say it."""
+    return f"{type(err).__name__.lstrip('_')}: {err}"
 
 
 @functools.cache

@@ -8,17 +8,19 @@ r"""One shard of a simulation store: an HDF5 file of rows (theta, x, status), an
     reason      (m,) bytes       why, UTF-8
 
 Everything else is an attribute, text in fixed-length UTF-8 so that no byte lies outside HDF5's own metadata checksums.
-Every dataset has a checksum among them, and `checksum` covers them all. Nothing in a file depends on the machine, the time
-or the worker that made it: equal settings and equal code give equal bytes. A file is written aside, synced and renamed:
-under its final name it is complete or it is not there. Files of schema 1, with one checksum over everything, are read too.
+Every dataset has a checksum among them, and `checksum` covers them all; a label before the HDF5 content (sbi_phys.encoding)
+covers every byte of the file. Nothing in a file depends on the machine, the time or the worker that made it: equal settings
+and equal code give equal bytes. A file is written aside, synced and renamed: under its final name it is complete or it is not
+there. Files of schema 1, with one checksum over everything, and files without a label are read too.
 """
 
-import io
+import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,27 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from sbi_phys.encoding import array_checksum, attribute, header_checksum, legacy_checksum, plain, set_attributes
+from sbi_phys.encoding import (
+    MOST_RANGES,
+    Label,
+    Sink,
+    array_checksum,
+    array_seed,
+    attribute,
+    block_size,
+    check_label,
+    difference,
+    header_checksum,
+    legacy_checksum,
+    plain,
+    read_attributes,
+    reason_kind,
+    set_attributes,
+    sync_folder,
+    text_checksum,
+    to_json,
+    write_aside,
+)
 from sbi_phys.errors import StoreError
 from sbi_phys.layout import Layout, Ragged, add_dataset, add_virtual_x, split_x
 from sbi_phys.provenance import git_commit, package_version
@@ -92,12 +114,16 @@ class Header:
                 raise StoreError(f"{where} has no field {name!r}; expected a {FORMAT}, schema {SCHEMA}")
         return cls(**{name: values[name] for name in cls.__slots__ if name in values})
 
+    def digest(self) -> str:
+        """Short digest of all fields, by which a label names the header of its store."""
+        return hashlib.sha256(to_json(self.plain()).encode()).hexdigest()[:32]
+
     def require_equal(self, got: "Header", where: str) -> None:
         """Raise StoreError naming the first field in which the file `where` differs from what is expected."""
         for name in self.__slots__:
             mine, theirs = getattr(self, name), getattr(got, name)
             if mine != theirs:
-                mine_text, theirs_text = _difference(mine, theirs)
+                mine_text, theirs_text = difference(mine, theirs)
                 raise StoreError(f"{where} was made with another {name}: got {theirs_text}, expected {mine_text}")
 
     @property
@@ -132,43 +158,47 @@ def write_shard(path: Path, header: Header, index: int, data: ShardData) -> None
     layout = Layout.from_plain(header.layout)
     arrays, virtual = _stored(header, layout, data)
     attributes = _attributes(header, index, arrays)
+    kinds = Counter(reason_kind(data.reasons[int(row)]) for row in arrays["failed_row"])
+    n_ranges = len(arrays) if len(arrays) <= MOST_RANGES else 0
+    block, shown = block_size(n_ranges, kinds)
+    sums: dict[str, str] = dict(zip(arrays, plain(attributes["checksums"]), strict=True))
+    label = Label(header.digest(), index, data.status.size, arrays["failed_row"].size, shown, _content(sums), block, 0, (), 0)
 
-    def fill(sink: "_Sink") -> None:
-        # one fixed format version; no times, no paths: equal content gives equal bytes
-        with h5py.File(sink, "w", libver=("v110", "v110")) as file:
-            for name, array in arrays.items():
-                add_dataset(file, name, array, layout)
-            if virtual:
-                add_virtual_x(file, {name: array for name, array in arrays.items() if name.startswith("x_")}, np.dtype(header.dtype))
-            set_attributes(file, attributes)
+    def fill(sink: Sink) -> None:
+        places = _write_content(sink, block, arrays, layout, attributes, header.dtype if virtual else "")
+        if sink.failure is None:
+            ranges = [(at, arrays[name].nbytes, array_seed(arrays[name]), int(sums[name][6:], 16)) for name, at in places.items()]
+            whole = replace(label, ranges=sorted(ranges) if n_ranges else ()).with_rest(sink)
+            sink.seek(0)
+            sink.write(whole.encode())
 
     write_aside(path, fill)
 
 
-def write_aside(path: Path, fill: Callable[["_Sink"], None]) -> None:
-    """Write a file under a temporary name in the same folder, sync it, and rename it to `path`.
+def _write_content(
+    sink: Sink, block: int, arrays: dict[str, NDArray[Any]], layout: Layout, attributes: dict[str, Any], virtual: str
+) -> dict[str, int]:
+    """Write the HDF5 content behind the label's block; return where the values of each dataset begin that are one run of bytes.
 
-    Raises: StoreError where the disk is full or the folder can not be written; the temporary file is removed.
+    Through HDF5's own calls: h5py's take as long for a small shard as the data do.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    create, access = h5py.h5p.create(h5py.h5p.FILE_CREATE), h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    create.set_userblock(block)
+    create.set_obj_track_times(False)
+    create.set_attr_phase_change(64, 32)  # attributes beside each other in the root's header: a heap takes twice as long
+    # one fixed format version; no times, no paths: equal content gives equal bytes
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, sink)
+    file = h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, create, access)
     try:
-        with _Sink(temporary, "w+") as sink:
-            try:
-                fill(sink)
-            except Exception:
-                if sink.failure is None:
-                    raise
-            if sink.failure is not None:
-                raise sink.failure
-            os.fsync(sink.fileno())
-        # the folder itself is not synced here: a rename that a power cut undoes leaves a shard to be made again
-        os.replace(temporary, path)
-    except OSError as err:
-        raise StoreError(
-            f"{path} could not be written: {err.strerror or err}; shards that are finished are intact, the same call continues after them"
-        ) from err
+        places = {name: add_dataset(file, name, array, layout) for name, array in arrays.items()}
+        if virtual:
+            add_virtual_x(file, {name: array for name, array in arrays.items() if name.startswith("x_")}, np.dtype(virtual))
+        set_attributes(file, attributes)
     finally:
-        temporary.unlink(missing_ok=True)
+        file.close()
+    return {name: at for name, at in places.items() if at is not None}
 
 
 @contextmanager
@@ -195,7 +225,11 @@ def open_shard(path: Path) -> Iterator[h5py.File]:
 
 def read_facts(file: h5py.File, path: Path) -> tuple[Header, dict[str, Any]]:
     """Return the header of an open shard and its own facts: shard, rows, n_failed, package_version, checksum."""
-    values = {name: plain(value) for name, value in file.attrs.items()}
+    return _facts(read_attributes(file), path)
+
+
+def _facts(attributes: dict[str, Any], path: Path) -> tuple[Header, dict[str, Any]]:
+    values = {name: plain(value) for name, value in attributes.items()}
     for name in ("simulator", "prior", "observables", "layout", "origin"):
         if isinstance(values.get(name), str):
             values[name] = json.loads(values[name])
@@ -205,7 +239,10 @@ def read_facts(file: h5py.File, path: Path) -> tuple[Header, dict[str, Any]]:
 
 def read_arrays(file: h5py.File, path: Path) -> ShardData:
     """Return the rows of an open shard.   Raises: StoreError if shapes do not fit together."""
-    header, facts = read_facts(file, path)
+    return _arrays(file, path, *read_facts(file, path))
+
+
+def _arrays(file: h5py.File, path: Path, header: Header, facts: dict[str, Any]) -> ShardData:
     rows, failed = int(facts["rows"]), int(facts["n_failed"])
     expected = {
         "theta": (rows, len(header.parameters)),
@@ -226,17 +263,34 @@ def read_arrays(file: h5py.File, path: Path) -> ShardData:
     return ShardData(file["theta"][:], file["x"][:], file["status"][:], reasons, sets)
 
 
-def verify_shard(path: Path, header: Header, index: int, rows: int) -> dict[str, str]:
-    """Read a shard whole, compare header, shapes and checksums with what is expected; return the datasets' checksums (schema 2).
+def verify_shard(path: Path, header: Header, index: int, rows: int) -> str:
+    """Read a shard whole, compare header, place and checksums with what is expected; return the checksum of theta and x ('': schema 1).
 
+    A label that fits every byte is proof enough; where it does not, the HDF5 content is read to name what is wrong.
     Raises: StoreError.
     """
+    try:
+        label, whole = check_label(path)
+    except FileNotFoundError:
+        label, whole = None, False
+    except OSError as err:
+        raise StoreError(f"{path} can not be read: {err.strerror or err}; {_REMAKE}") from err
+    if label is not None and whole and (label.header, label.shard, label.rows) == (header.digest(), index, rows):
+        return label.content
+    content, block = _verify_content(path, header, index, rows)
+    if block and not whole:
+        raise StoreError(f"{path} is damaged: its bytes are not those that the label at its beginning was made for. {_REMAKE}")
+    return content
+
+
+def _verify_content(path: Path, header: Header, index: int, rows: int) -> tuple[str, int]:
+    """Compare the HDF5 content of a shard with what is expected and with its own checksums; return that of theta and x, and the block."""
     with open_shard(path) as file:
-        got, facts = read_facts(file, path)
+        attributes = read_attributes(file)
+        got, facts = _facts(attributes, path)
         header.require_equal(got, str(path))
         require_place(facts, index, rows, path)
-        data = read_arrays(file, path)
-        attributes = dict(file.attrs.items())
+        data = _arrays(file, path, got, facts)
         # what was just read is not read again; the rest is small, or stands beside x in a layout of its own
         sums: dict[str, str] = {}
         ready = {"theta": data.theta, "x": data.x, "status": data.status}
@@ -251,46 +305,19 @@ def verify_shard(path: Path, header: Header, index: int, rows: int) -> dict[str,
             checksum = header_checksum(attributes)
         if checksum != facts["checksum"]:
             raise StoreError(f"{path} is damaged: its content has checksum {checksum}, its header says {facts['checksum']}. {_REMAKE}")
-    return sums
+        return _content(sums), int(file.userblock_size)
+
+
+def _content(sums: dict[str, str]) -> str:
+    """One checksum over those of theta and x; '' if there are none."""
+    rows = [value for name, value in sums.items() if name == "theta" or name.startswith("x")]
+    return text_checksum(" ".join(rows)) if rows else ""
 
 
 def require_place(facts: dict[str, Any], index: int, rows: int, path: Path) -> None:
     """Raise StoreError if a shard is not number `index` with `rows` rows."""
     if facts["shard"] != index or facts["rows"] != rows:
         raise StoreError(f"{path} holds shard {facts['shard']} with {facts['rows']} rows; expected shard {index} with {rows} rows")
-
-
-class _Sink(io.FileIO):
-    """A file that remembers its first write error and swallows the rest.
-
-    HDF5 can not close a file whose writes fail (it keeps the handle and complains again when the interpreter ends), so
-    the error is kept from it and raised by `write_aside` once HDF5 has let go.
-    """
-
-    failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if self.failure is None:
-            try:
-                sent = 0
-                while sent < len(view):
-                    sent += self._send(view[sent:])
-            except OSError as err:
-                self.failure = err
-        return len(view)
-
-    def _send(self, view: memoryview) -> int:
-        return super().write(view) or 0
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _stored(header: Header, layout: Layout, data: ShardData) -> tuple[dict[str, NDArray[Any]], bool]:
@@ -315,26 +342,33 @@ def _stored(header: Header, layout: Layout, data: ShardData) -> tuple[dict[str, 
 
 
 def _attributes(header: Header, index: int, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    parameters = header.parameters
-    values: dict[str, Any] = {
-        "format": FORMAT,
-        "schema": SCHEMA,
-        "package_version": package_version(),
-        "git": git_commit(),
+    shared, words = _shared(to_json(header.plain()))
+    own = {
         "shard": index,
         "rows": arrays["theta"].shape[0],
         "n_failed": arrays["failed_row"].shape[0],
-        **header.plain(),
-        "parameter_names": [p["name"] for p in parameters],
-        "parameter_units": [p["unit"] for p in parameters],
-        "parameter_latex": [p["latex"] for p in parameters],
         "datasets": list(arrays),
         "checksums": [f"crc32:{array_checksum(array):08x}" for array in arrays.values()],
-        "complete": True,
     }
-    encoded = {name: attribute(value) for name, value in values.items()}
-    encoded["checksum"] = attribute(header_checksum(encoded))
-    return encoded
+    # what `header_checksum` makes of them all, without writing the same text for every shard
+    text = "{" + ",".join(sorted([*words, *_words(own)])) + "}"
+    return shared | {name: attribute(value) for name, value in own.items()} | {"checksum": attribute(text_checksum(text))}
+
+
+@lru_cache(maxsize=8)
+def _shared(header: str) -> tuple[dict[str, Any], list[str]]:
+    """Attributes that all shards of a store share, encoded and as words of JSON, from the header as JSON."""
+    values = json.loads(header)
+    parameters = _parameters(values["prior"])
+    facts = {"format": FORMAT, "schema": SCHEMA, "package_version": package_version(), "git": git_commit(), "complete": True}
+    facts |= {f"parameter_{what}s": [p[what] for p in parameters] for what in ("name", "unit")}
+    facts["parameter_latex"] = [p["latex"] for p in parameters]
+    encoded = {name: attribute(value) for name, value in (facts | values).items()}
+    return encoded, _words({name: plain(value) for name, value in encoded.items()})
+
+
+def _words(values: dict[str, Any]) -> list[str]:
+    return [f"{to_json(name)}:{to_json(value)}" for name, value in values.items()]
 
 
 def _shorten(text: str) -> bytes:
@@ -360,19 +394,3 @@ def _require_ours(attributes: Any, path: Path) -> None:
         raise StoreError(f"{path} has schema {schema}; expected {READABLE[0]} to {SCHEMA}: {advice}")
     if not attributes.get("complete", 0):
         raise StoreError(f"{path} is not marked complete; delete it and run the same simulate call again")
-
-
-def _difference(mine: Any, theirs: Any) -> tuple[str, str]:
-    """Two values as short text: of dicts, only the first entry that differs."""
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        for key in [*mine, *(k for k in theirs if k not in mine)]:
-            if mine.get(key) != theirs.get(key):
-                inner = _difference(mine.get(key), theirs.get(key))
-                return f"{key} = {inner[0]}", f"{key} = {inner[1]}"
-    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
-        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-            if a != b:
-                inner = _difference(a, b)
-                return f"[{i}] {inner[0]}", f"[{i}] {inner[1]}"
-    short = [text if len(text) <= 200 else text[:200] + " ..." for text in map(repr, (mine, theirs))]
-    return short[0], short[1]

@@ -3,6 +3,7 @@
     store.json            the manifest: what all shards share, and how many rows were asked for
     shard-00000.h5 ...    rows i * shard_size to (i + 1) * shard_size (sbi_phys.shards has the schema)
     .lock                 held by the process that writes; the system drops it when that process dies
+    .shards-0-64.lock     held by an array job that writes these shards alone (sbi_phys.storage.locks)
     .index.json           a cache of counts, made where there are many shards; may be deleted
 
 The folder follows from (simulator, prior, seed, shard_size, dtype, n) alone: it is the same for any number of workers, after

@@ -3,12 +3,21 @@
 The shard is the unit of work, of retry and of seeding. Its theta come from the generator (seed, "theta", shard), its x from
 (seed, "x", shard); rows a to b that are simulated again after a failure come from (seed, "x", shard, a, b). So the bytes of a
 shard follow from the settings alone, whichever worker makes it, and when.
+
+A worker that sees the store's folder writes the shard there. One that does not makes the same file in a temporary place and sends its
+bytes back. It sees the folder if it finds there the file of a random name that the campaign has put there: a path alone may
+be another machine's own.
 """
 
+import errno
 import os
 import re
+import shutil
+import tempfile
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +32,14 @@ from sbi_phys.rng import rng_for
 from sbi_phys.sandbox import Sandbox
 from sbi_phys.shards import NON_FINITE, OK, RAISED, Header, ShardData, shard_name, write_shard
 
-__all__ = ["ShardResult", "ShardTask", "close_sandboxes", "make_rows", "run_shard"]
+__all__ = ["ShardResult", "ShardTask", "close_sandboxes", "make_rows", "name_disk", "run_shard"]
 
 # A shard in which at least this many rows fail, all of them, is a broken simulator and is not written.
 BROKEN_ROWS = 16
+# Parts that a batch which failed is divided into. Two would be the fewest calls; with more, fewer rows are simulated twice, and fewer
+# processes die: with one bad row in a hundred, half as much time as with halves.
+_PARTS = 16
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}\b")
 
 
@@ -36,7 +49,8 @@ class ShardTask:
 
     Fields: simulator, the object, or its pickle as bytes where a process pool would choke on it; theta (rows, d) if given;
     only, whether the store has no other shard; isolate, whether the simulator runs in a process of its own, as it always does
-    with a timeout (seconds of a row); parent, the process that asked.
+    with a timeout (seconds of a row); parent, the process that asked; token, name of a file in the folder, which a worker that
+    does not find it there does not share; send_back, whether the worker sends the file's bytes back without looking.
     """
 
     folder: str
@@ -49,23 +63,28 @@ class ShardTask:
     isolate: bool = False
     timeout: float | None = None
     parent: tuple[str, int] = field(default_factory=lambda: (os.uname().nodename, os.getpid()))
+    token: str = ""
+    send_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """What a worker sends back: the shard's number, its rows and how many of them failed. The data stay on disk."""
+    """What a worker sends back: the shard's number, its rows, how many of them failed, and the file's bytes if it could not write it."""
 
     index: int
     rows: int
     n_failed: int
+    file: bytes | None = field(default=None, repr=False)
 
 
-def run_shard(task: ShardTask) -> ShardResult:
-    """Make one shard and write it.
+def run_shard(task: ShardTask, apart: bytes | None = None) -> ShardResult:
+    """Make one shard and write it, or return it where the folder is not to be seen.   apart: the simulator, if it came by itself.
 
     Raises: StoreError (cannot write), SimulatorMismatchError (wrong output), DataError (all rows fail, or float32 is too
     narrow), SettingError (the simulator can not be unpickled here).
     """
+    if apart is not None:
+        task = replace(task, simulator=apart)
     if task.parent != (os.uname().nodename, os.getpid()):
         limit_threads_for_good()
     simulator = unpickle_simulator(task.simulator) if isinstance(task.simulator, bytes) else task.simulator
@@ -81,14 +100,44 @@ def run_shard(task: ShardTask) -> ShardResult:
         raise DataError(
             f"all {failed} rows of shard {task.index} failed in {class_path(simulator)}: {first}; expected at least one good row"
         )
-    write_shard(Path(task.folder) / shard_name(task.index), header, task.index, data)
+    if task.send_back or (task.token and not os.path.exists(os.path.join(task.folder, task.token))):
+        return ShardResult(task.index, task.rows, failed, _as_file(header, task.index, data))
+    path = Path(task.folder) / shard_name(task.index)
+    try:
+        write_shard(path, header, task.index, data)
+    except StoreError as err:
+        raise name_disk(err, path) from err.__cause__
     return ShardResult(task.index, task.rows, failed)
+
+
+def _as_file(header: Header, index: int, data: ShardData) -> bytes:
+    """The bytes of the file that `write_shard` makes."""
+    with tempfile.TemporaryDirectory(prefix="sbi_phys_shard_") as folder:
+        path = Path(folder) / shard_name(index)
+        try:
+            write_shard(path, header, index, data)
+        except StoreError as err:
+            raise name_disk(err, path) from err.__cause__
+        return path.read_bytes()
+
+
+def name_disk(err: StoreError, path: Path) -> StoreError:
+    """The same error, with the disk's name and its room where that is what was missing."""
+    cause = err.__cause__
+    if not isinstance(cause, OSError) or cause.errno not in _FULL:
+        return err
+    mount = path.parent.resolve()
+    while not os.path.ismount(mount):
+        mount = mount.parent
+    usage = shutil.disk_usage(mount)
+    what = f"the disk mounted at {mount} is full" if cause.errno == errno.ENOSPC else f"the quota on the disk mounted at {mount} is used up"
+    return StoreError(f"{what}, {usage.free / 1e6:.1f} of {usage.total / 1e6:.1f} MB free: {err}")
 
 
 def make_rows(
     simulator: Simulator, theta: NDArray[np.float64], header: Header, *key: int | str, call: Callable[..., Any] | None = None
 ) -> ShardData:
-    """Simulate theta (n, d) -> rows with their status; a call that raises is halved until the rows at fault are alone.
+    """Simulate theta (n, d) -> rows with their status; a call that raises is divided until the rows at fault are alone.
 
     A simulator that knows which of its rows failed raises RowsFailedError with the others: nothing is simulated twice then.
 
@@ -118,8 +167,9 @@ def make_rows(
             if stop - start == 1:
                 reasons[start] = _reason(err)
             else:
-                middle = (start + stop) // 2
-                todo += [(middle, stop), (start, middle)]
+                n_parts = min(_PARTS, stop - start)
+                edges = [start + (stop - start) * i // n_parts for i in range(n_parts + 1)]
+                todo += reversed(list(pairwise(edges)))
             continue
         good = _as_stored(simulator, check_output(simulator, got, stop - start), header.dtype)
         status[start:stop] = OK
@@ -141,22 +191,24 @@ def make_rows(
     return ShardData(theta, x, status, dict(sorted(reasons.items())))
 
 
-_SANDBOXES: dict[tuple[bytes, float | None], Sandbox] = {}
+_SANDBOXES: dict[int, tuple[bytes, float | None, Sandbox]] = {}
 
 
 def _sandbox(simulator: bytes, timeout: float | None) -> Sandbox:
-    """Return the sandbox of this process, kept from shard to shard: starting one takes about a second."""
-    key = (simulator, timeout)
-    if key not in _SANDBOXES:
-        close_sandboxes()
-        _SANDBOXES[key] = Sandbox(simulator, timeout)
-    return _SANDBOXES[key]
+    """Return the sandbox of this thread, kept from shard to shard: starting one takes about a second. It answers one call at a time."""
+    thread = threading.get_ident()
+    known = _SANDBOXES.get(thread)
+    if known is None or known[:2] != (simulator, timeout):
+        if known is not None:
+            known[2].close()
+        known = _SANDBOXES[thread] = simulator, timeout, Sandbox(simulator, timeout)
+    return known[2]
 
 
 def close_sandboxes() -> None:
-    """End the sandbox of this process, if it has one."""
+    """End the sandboxes of this process, if it has some."""
     while _SANDBOXES:
-        _SANDBOXES.popitem()[1].close()
+        _SANDBOXES.popitem()[1][2].close()
 
 
 def _as_stored(simulator: Simulator, x: NDArray[Any], dtype: str) -> NDArray[np.floating]:

@@ -1,13 +1,15 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from sbi_phys import clusters
+from sbi_phys import clusters, dispatch
 from sbi_phys.clusters import ClusterFile, cluster_executor
 from sbi_phys.errors import SettingError
 from sbi_phys.simulate import simulate
@@ -32,7 +34,10 @@ def scheduler(tmp_path_factory):
         ],
     ]
     with open(folder / "log", "wb") as log:
-        started = [subprocess.Popen([sys.executable, "-m", *c], cwd=folder, env=env, stdout=log, stderr=log) for c in commands]
+        started = [
+            subprocess.Popen([sys.executable, "-m", *c], cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
+            for c in commands
+        ]
         try:
             deadline = time.monotonic() + 60
             while not file.is_file() or not file.read_text().strip():
@@ -40,21 +45,28 @@ def scheduler(tmp_path_factory):
                 time.sleep(0.05)
             yield json.loads(file.read_text())["address"]
         finally:
-            for process in reversed(started):
-                process.terminate()
             for process in started:
-                try:
-                    process.wait(10)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+                # each with the processes it has started; asked politely they take several seconds
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
-def test_the_bytes_are_those_of_one_worker(tmp_path, scheduler):
+@pytest.mark.parametrize("large", [dispatch._LARGE, 0])
+def test_the_bytes_are_those_of_one_worker(tmp_path, scheduler, monkeypatch, large):
+    monkeypatch.setattr(dispatch, "_LARGE", large)  # 0: the simulator goes apart from the shards
     with cluster_executor(scheduler=scheduler) as (executor, workers):
         assert executor is not None
         store = simulate(Flaky(1.8, -1.8), 650, tmp_path / "dask", seed=7, shard_size=50, executor=executor, workers=workers)
     assert store.complete
+    simulate(Flaky(1.8, -1.8), 650, tmp_path / "one", seed=7, shard_size=50, workers=1)
+    assert digests(tmp_path / "dask") == digests(tmp_path / "one")
+
+
+def test_shards_are_sent_back_where_there_is_no_shared_folder(tmp_path, scheduler, monkeypatch):
+    monkeypatch.setattr(dispatch.Campaign, "shard", lambda run, i, shard=dispatch.Campaign.shard: replace(shard(run, i), folder="/nowhere"))
+    with cluster_executor(scheduler=scheduler) as (executor, workers):
+        simulate(Flaky(1.8, -1.8), 650, tmp_path / "dask", seed=7, shard_size=50, executor=executor, workers=workers)
+    monkeypatch.undo()
     simulate(Flaky(1.8, -1.8), 650, tmp_path / "one", seed=7, shard_size=50, workers=1)
     assert digests(tmp_path / "dask") == digests(tmp_path / "one")
 

@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, room):
 
     write_shard(tmp_path / "old.h5", HEADER, 0, rows())
     before = digests(tmp_path)
-    monkeypatch.setattr(shards._Sink, "_send", send)
+    monkeypatch.setattr(shards.Sink, "_send", send)
     for name in ("new.h5", "old.h5"):
         with pytest.raises(StoreError, match=f"{name} could not be written: No space left on device; shards that are finished are intact"):
             write_shard(tmp_path / name, HEADER, 0, rows(seed=1))

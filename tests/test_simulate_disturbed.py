@@ -201,7 +201,7 @@ def test_the_disk_fills_up_half_way(tmp_path, reference, monkeypatch):
         return io.FileIO.write(self, view)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards._Sink, "_send", send)
+        patch.setattr(shards.Sink, "_send", send)
         with pytest.raises(StoreError, match=r"shard-0000\d.h5 could not be written: No space left on device.*the same call continues"):
             simulate(FLAKY, 650, tmp_path, seed=7, shard_size=100, workers=1)
     done = list_shards(tmp_path)

@@ -149,11 +149,11 @@ class Misbehaving(LinearGaussian):
                 raise MemoryError
             case "dies":
                 os._exit(13)
-            case "dies once":  # the first worker that gets here is lost, as if it had been killed
+            case "dies once":  # the first worker that gets here is killed
                 mark = Path(self.settings["folder"]) / "died"
                 if not mark.exists():
                     mark.touch()
-                    os._exit(13)
+                    os.kill(os.getpid(), 9)
                 return x
         raise AssertionError(self.settings["how"])
 
@@ -186,6 +186,62 @@ def one_event(theta: dict[str, float], rng: np.random.Generator) -> list[float]:
     if theta["t0"] > 1.5:
         raise ArithmeticError(f"no shower at {theta['t0']:.3f}")
     return [theta["t0"], theta["t1"], float(rng.standard_normal())]
+
+
+def event_that_exits(theta: dict[str, float], rng: np.random.Generator) -> list[float]:
+    if theta["t0"] > 1.5:
+        os._exit(13)
+    return [*rng.standard_normal(3)]
+
+
+def event_that_segfaults(theta: dict[str, float], rng: np.random.Generator) -> list[float]:
+    if theta["t0"] > 1.5:
+        os.kill(os.getpid(), 11)
+    return [*rng.standard_normal(3)]
+
+
+def event_that_hangs(theta: dict[str, float], rng: np.random.Generator) -> list[float]:
+    if theta["t0"] > 1.5:
+        time.sleep(3600)
+    return [*rng.standard_normal(3)]
+
+
+def event_that_raises(theta: dict[str, float], rng: np.random.Generator) -> list[float]:
+    if theta["t0"] > 1.5:
+        raise ValueError("no shower")
+    return [*rng.standard_normal(3)]
+
+
+class Events(LinearGaussian):
+    """LinearGaussian one event at a time: below t0 = -1.5 it is killed once, from 1.5 on its shape is wrong, above 2.5 it has no memory."""
+
+    def __init__(self, mark: str = "") -> None:
+        super().__init__(dim=2)
+        self.settings = {"mark": mark}
+
+    def one_event(self, theta: Array, rng: np.random.Generator) -> Array:
+        mark = Path(self.settings["mark"])
+        if theta[0] < -1.5 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), 9)
+        if theta[0] > 2.5:
+            raise MemoryError
+        x = super().simulate(theta[None], rng)[0]
+        return x[:1] if theta[0] >= 1.5 else x
+
+    def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
+        return np.stack([self.one_event(row, own) for row, own in zip(theta, rng.spawn(len(theta)), strict=True)])
+
+
+class SlowStart(Poison):
+    """Poison whose rebuilding takes half a second."""
+
+    def __init__(self, how: str = "exits", above: float = 1.5) -> None:
+        super().__init__(how, above)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        time.sleep(0.5)
+        self.__dict__.update(state)
 
 
 class _Tensor:

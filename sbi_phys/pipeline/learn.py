@@ -27,6 +27,8 @@ def simulations(run: Run, folder: str, n: int, *key: int | str) -> Store:
             workers=n_workers or where.workers or None,
             executor=executor,
             shard_size=min(run.config.simulate.shard_size, n),
+            dtype=run.config.simulate.dtype,
+            layout=run.config.simulate.layout(),
             progress=run.progress,
         )
 

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sbi_phys.encoding import MARK, read_ahead
 from sbi_phys.errors import StoreError
 from sbi_phys.progress import Progress, or_none
 from sbi_phys.shards import open_shard, read_facts, shard_name, verify_shard
+from sbi_phys.storage.locks import is_lock_file
 from sbi_phys.storage.manifest import MANIFEST, Manifest, StoreLock, list_shards, read_manifest, remove_litter, write_manifest
 
 __all__ = ["Check", "Finding", "Repair", "check_store", "ranges_text", "repair_store"]
@@ -90,30 +92,30 @@ def check_store(path: str | os.PathLike[str], *, progress: Progress | None = Non
     folder, start = Path(path), time.perf_counter()
     manifest = read_manifest(folder)
     present = list_shards(folder)
-    findings, seen, size = [], dict[tuple[str, ...], int](), 0
+    findings, seen, size = [], dict[str, int](), 0
     with or_none(progress).task("verify", manifest.n_shards) as task:
         for index in sorted({*range(manifest.n_shards), *present}):
             file = folder / shard_name(index)
+            read_ahead(folder / shard_name(index + 1))  # while the processor is busy with this one
             found = _check_shard(file, manifest, index, seen)
             size += file.stat().st_size if file.exists() else 0
             if found is not None:
                 findings.append(found)
             task.advance(1, f"{len(findings)} found" if findings else "")
     bad = sum(f.shard < manifest.n_shards for f in findings)
-    known = {MANIFEST, ".lock", ".index.json", ".cache", BROKEN, *map(shard_name, present)}
-    strays = tuple(sorted(name for name in os.listdir(folder) if name not in known))
+    known = {MANIFEST, ".index.json", ".cache", BROKEN, *map(shard_name, present)}
+    strays = tuple(sorted(name for name in os.listdir(folder) if name not in known and not is_lock_file(name)))
     return Check(tuple(findings), manifest.n_shards, manifest.n_shards - bad, size, time.perf_counter() - start, strays)
 
 
-def _check_shard(path: Path, manifest: Manifest, index: int, seen: dict[tuple[str, ...], int]) -> Finding | None:
+def _check_shard(path: Path, manifest: Manifest, index: int, seen: dict[str, int]) -> Finding | None:
     try:
         if index >= manifest.n_shards:
             raise StoreError(f"{path} lies past the end of the store ({manifest.n} rows, {manifest.n_shards} shards)")
-        sums = verify_shard(path, manifest.header, index, manifest.rows(index))
+        content = verify_shard(path, manifest.header, index, manifest.rows(index))
     except StoreError as err:
         return Finding(_kind(path, str(err)), path.name, index, str(err))
-    key = tuple(sums.get(name, "") for name in sums if name == "theta" or name.startswith("x"))
-    first = seen.setdefault(key, index) if key else index
+    first = seen.setdefault(content, index) if content else index
     if first != index:
         what = f"{path} holds the same rows as {shard_name(first)}; expected every row once"
         return Finding("duplicate", path.name, index, what)
@@ -130,10 +132,12 @@ def _kind(path: Path, what: str) -> str:
 def _is_hdf5(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
-            start = file.read(len(_HDF5))
+            start = file.read(len(MARK))
     except OSError:
         return False
-    return _HDF5.startswith(start)  # an empty file, or one cut within its first bytes, is truncated too
+    return (
+        start[:8] == _HDF5 or _HDF5.startswith(start) or MARK.startswith(start)
+    )  # an empty file, or one cut within its first bytes, is truncated too
 
 
 def repair_store(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Repair:

@@ -7,7 +7,7 @@ Rows are checked as they come: theta must be finite and lie in the prior, a row 
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,14 @@ def import_store(
         path: of the new store.
         prior: of theta, whose parameters are its columns.
         observables: blocks of x; their values may have any rank.
-        columns: name of a parameter, observable or ragged set -> key in the file, or list of keys side by side
-            (dataset paths in HDF5, branches in ROOT); a name that is left out is its own key.
+        columns: name of a parameter, observable or ragged set -> key in the file, or list of keys side by side (dataset
+            paths in HDF5; branches of a TTree, "hits.t" for a field in a collection of an RNTuple); a name left out is its own key.
         tree: of a ROOT file that has several.
         dtype: of x, 'float32' or 'float64'.
         layout: of the store; its `sets` name the ragged sets, which come from jagged branches of ROOT trees.
         shard_size: rows of a shard.
-        name: of the program, for the record.
-        settings: of the program; both stand in `Store.identity`.
+        name: of the program, for the record (`Store.identity`).
+        settings: of the program, likewise.
         drawn: theta are draws from the prior; then the store may be reweighted and trained on as one that simulate made.
         progress: default none.
 
@@ -82,16 +82,24 @@ def import_store(
         layout=layout.plain(),
         origin={"kind": "imported", "files": [file.name for file in files], "columns": mapping},
     )
-    keys = list(dict.fromkeys(key for group in mapping.values() for key in group))
     with StoreWriter(path, header) as writer, or_none(progress).task("import", None) as task:
-        for file in files:
-            first = 0
-            for chunk in read_chunks(file, keys, tree=tree):
-                data = _rows(f"{file}, rows from {first}", prior, header, layout, mapping, chunk)
-                writer.add(data)
-                first += data.status.size
-                task.advance(data.status.size)
+        for data in _pieces(files, prior, header, layout, mapping, tree):
+            writer.add(data)
+            task.advance(data.status.size)
     return Path(path)
+
+
+def _pieces(
+    files: Sequence[Path], prior: Prior, header: Header, layout: Layout, mapping: Mapping[str, list[str]], tree: str | None
+) -> Iterator[ShardData]:
+    """Rows of the files, one after the other."""
+    keys = list(dict.fromkeys(key for group in mapping.values() for key in group))
+    for file in files:
+        first = 0
+        for chunk in read_chunks(file, keys, tree=tree):
+            data = _rows(f"{file}, rows from {first}", prior, header, layout, mapping, chunk)
+            yield data
+            first += data.status.size
 
 
 _DTYPES = ("float32", "float64")

@@ -2,20 +2,21 @@
 
 `.index.json` holds, for each shard, size, time of change and inode of the file that was read and what was found in it. An
 entry counts only while the file has all three: shards are never changed in place but replaced by a rename, which gives
-another inode and time, so an entry that still fits is true. In a copy of the folder none fits, and it is made anew. The
-index is a cache: it is written aside and renamed by whoever counted many shards, needs no lock (the last writer wins, each
-file is whole), and a folder that may not be written does without.
+another inode and time, so an entry that still fits is true. In a copy of the folder none fits, and it is made anew, from
+the labels of the shards (sbi_phys.encoding): a short read each; only files without a label are opened. The index is a
+cache: it is written aside and renamed by whoever counted many shards, needs no lock (the last writer wins, each file is
+whole), and a folder that may not be written does without.
 """
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sbi_phys.encoding import read_label, reason_kind
 from sbi_phys.errors import StoreError
 from sbi_phys.shards import open_shard, shard_name, write_aside
 
@@ -24,7 +25,6 @@ __all__ = ["INDEX", "Index", "reason_kind"]
 INDEX = ".index.json"
 _VERSION = 1
 _MANY = 512  # shards that had to be opened before the index is worth a file
-_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?([eE][-+]?\d+)?")
 
 Entry = tuple[int, int, int, int, dict[str, int]]  # size, mtime_ns, inode, failed rows, how many for which kind of reason
 
@@ -86,11 +86,6 @@ class Index:
         return self._entries
 
 
-def reason_kind(reason: str) -> str:
-    """A reason with its numbers taken out, so that equal failures of different rows count as one kind."""
-    return _NUMBER.sub("#", reason)[:120]
-
-
 def _parse(path: Path) -> dict[int, Entry]:
     """Entries of an index file; none if there is no such file or it is not one of ours."""
     try:
@@ -104,6 +99,9 @@ def _parse(path: Path) -> dict[int, Entry]:
 
 
 def _read(path: Path, stat: os.stat_result) -> Entry:
+    label = read_label(path)
+    if label is not None and label.kinds is not None and label.size == stat.st_size:
+        return stat.st_size, stat.st_mtime_ns, stat.st_ino, label.n_failed, dict(sorted(label.kinds.items()))
     with open_shard(path) as file:
         n_failed = int(file.attrs["n_failed"])
         texts = file["reason"][:].tolist() if n_failed else []

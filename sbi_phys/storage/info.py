@@ -6,7 +6,6 @@ writes stands in the lock file. The lock itself is not touched: trying it could 
 """
 
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from sbi_phys.progress import seconds_text
 from sbi_phys.storage.check import ranges_text
 from sbi_phys.storage.index import Index
+from sbi_phys.storage.locks import writers
 from sbi_phys.storage.manifest import Manifest, list_shards, read_manifest
 
 __all__ = ["Info", "store_info", "watch_store"]
@@ -103,7 +103,7 @@ def store_info(path: str | os.PathLike[str], *, index: Index | None = None, now:
     entries = index.entries(present)
     reasons = index.reasons(present)
     missing = tuple(sorted(set(range(manifest.n_shards)) - set(present)))
-    rows, writer = sum(map(manifest.rows, present)), _writer(folder)
+    rows, writer = sum(map(manifest.rows, present)), writers(folder)
     rate = _rate(manifest, {i: entry[1] / 1e9 for i, entry in entries.items()}, now or time.time()) if writer and missing else None
     header = manifest.header
     return Info(
@@ -142,20 +142,3 @@ def _rate(manifest: Manifest, times: dict[int, float], now: float) -> float | No
     silent = now - last
     elapsed += silent if silent > 3 * typical else 0.0
     return rows / elapsed if elapsed > 0 else None
-
-
-def _writer(folder: Path) -> str:
-    """Who holds the lock, as its file says; '' if nobody, or a process of this machine that is no more."""
-    try:
-        text = (folder / ".lock").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-    words = text.split()
-    if len(words) == 4 and words[3] == socket.gethostname() and words[1].isdigit():
-        try:
-            os.kill(int(words[1]), 0)
-        except ProcessLookupError:
-            return ""
-        except PermissionError:
-            return text
-    return text

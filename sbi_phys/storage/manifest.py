@@ -1,27 +1,25 @@
-"""What is in a store's folder beside the rows: the manifest, the lock, the names of the shards.
+"""What is in a store's folder beside the rows: the manifest, the names of the shards, what killed runs left behind.
 
-`store.json` is written aside and renamed, as shards are. The lock is the system's (flock): a process that dies holds none.
+`store.json` is written aside and renamed, as shards are. The locks are in sbi_phys.storage.locks.
 """
 
-import fcntl
 import json
 import os
 import re
-import socket
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from sbi_phys.errors import StoreError
 from sbi_phys.provenance import git_state, package_version
 from sbi_phys.shards import FORMAT, READABLE, SCHEMA, Header, shard_name, write_aside
+from sbi_phys.storage.locks import LOCK_FILE, StoreLock, is_lock_file
 
 __all__ = ["MANIFEST", "Manifest", "StoreLock", "list_shards", "read_manifest", "remove_litter", "write_manifest"]
 
 MANIFEST = "store.json"
 _SHARD = re.compile(r"^shard-(\d{5,})\.h5$")
-_LITTER = re.compile(r"^\.(shard-\d{5,}\.h5|store\.json|\.index\.json)\.\d+\.tmp$")
+_LITTER = re.compile(r"^\.(shard-(\d{5,})\.h5|store\.json|\.index\.json)\.\d+\.tmp$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,48 +40,23 @@ class Manifest:
         return max(0, min(self.header.shard_size, self.n - index * self.header.shard_size))
 
 
-class StoreLock:
-    """Exclusive right to write into a folder, as a context manager; the system frees it when its holder dies.
-
-    Raises: StoreError naming the holder if another process (or another call in this one) has it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / ".lock"
-        self._handle = -1
-
-    def __enter__(self) -> Self:
-        try:
-            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as err:
-            raise StoreError(f"{self._path} can not be opened for writing: {err.strerror}; expected a folder that may be written") from err
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            holder = os.read(self._handle, 200).decode("utf-8", "replace")
-            os.close(self._handle)
-            raise StoreError(
-                f"{self._path.parent} is being written by another simulate call ({holder or 'unknown process'}); wait for it"
-            ) from err
-        os.ftruncate(self._handle, 0)
-        os.write(self._handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # the file stays: removing it would let a third process lock a new one while a second waits on this
-        os.ftruncate(self._handle, 0)
-        os.close(self._handle)
-
-
 def list_shards(folder: Path) -> list[int]:
     """Return the numbers of the shard files in a folder, in order."""
     return sorted(int(m.group(1)) for name in os.listdir(folder) if (m := _SHARD.match(name)) and shard_name(int(m.group(1))) == name)
 
 
-def remove_litter(folder: Path) -> None:
-    """Remove unfinished files that a killed run left behind; only to be called while the lock is held."""
+def remove_litter(folder: Path, shards: range | None = None) -> None:
+    """Remove unfinished files that a killed run left behind; only to be called by who holds the lock.
+
+    shards: those of an array job, beside which others may be at work: only what is left of these is removed.
+    """
     for name in os.listdir(folder):
-        if _LITTER.match(name):
+        litter = _LITTER.match(name)
+        if shards is None:
+            mine = litter is not None or (is_lock_file(name) and name != LOCK_FILE)
+        else:
+            mine = litter is not None and litter[2] is not None and int(litter[2]) in shards
+        if mine:
             (folder / name).unlink(missing_ok=True)
 
 

@@ -1,6 +1,7 @@
 """Tables of other programs, some rows at a time: numpy, CSV, HDF5, ROOT. Each gives {key: array (rows, ...) or Ragged}."""
 
 import csv
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,14 @@ def _root(path: Path, keys: Sequence[str], tree: str | None, rows: int) -> Itera
         name = trees[0] if tree is None else tree
         if name not in trees:
             raise SettingError(f"{path} has no tree {name!r}; it has {', '.join(trees)}{did_you_mean(name, trees)}")
-        _require(path, keys, list(file[name].keys()))
-        for chunk in file[name].iterate(list(keys), step_size=rows, library="np"):
-            yield {key: _ragged(chunk[key]) if chunk[key].dtype == object else chunk[key] for key in keys}
+        table = file[name]
+        _require(path, keys, list(table.keys()))
+        for start in range(0, table.num_entries, rows):
+            # key by key: fields within a collection of an RNTuple ("hits.t") come out of no other call
+            chunk = {key: table[key].array(entry_start=start, entry_stop=start + rows, library="np") for key in keys}
+            yield {key: _ragged(column) if column.dtype == object else column for key, column in chunk.items()}
 
 
 def _ragged(rows: NDArray[Any]) -> Ragged:
-    return Ragged.of([np.asarray(row).reshape(len(row), -1) for row in rows])
+    # without -1: a row without members has no size to take the number of columns from
+    return Ragged.of([(a := np.asarray(row)).reshape(len(a), math.prod(a.shape[1:])) for row in rows])

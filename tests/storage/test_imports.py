@@ -159,18 +159,31 @@ def test_root_without_uproot_says_what_to_install(tmp_path, monkeypatch):
         import_store(tmp_path / "t.root", tmp_path / "s", prior=PRIOR, observables=OBSERVABLES)
 
 
-def test_a_root_tree_with_jagged_branches(tmp_path):
+@pytest.mark.parametrize("kind", ["TTree", "RNTuple"])
+def test_a_root_file_with_jagged_branches(tmp_path, kind):
     uproot = pytest.importorskip("uproot")
     ak = pytest.importorskip("awkward")
     counts = RNG.integers(0, 4, N)
     times = ak.unflatten(np.arange(counts.sum(), dtype="f4"), counts)
+    values = {"E": LG_E, "zenith": ZENITH, "xmax": XMAX, "s": SIGNAL, "hits": ak.zip({"t": times, "q": 2 * times})}
     with uproot.recreate(tmp_path / "t.root") as file:
-        file["events"] = {"E": LG_E, "zenith": ZENITH, "xmax": XMAX, "s": SIGNAL, "hits": ak.zip({"t": times, "q": 2 * times})}
-        file["other"] = {"a": np.arange(3)}
+        if kind == "TTree":
+            file.mktree("events", {name: getattr(v, "type", None) or (v.dtype, v.shape[1:]) for name, v in values.items()})
+            file.mktree("other", {"a": np.dtype("i8")}).extend({"a": np.arange(3)})
+        else:
+            for name, columns in {"events": values, "other": {"a": np.arange(3)}}.items():
+                file.mkrntuple(name, columns)
+        if kind == "TTree":
+            for start in range(0, N, 7):  # several baskets
+                file["events"].extend({name: v[start : start + 7] for name, v in values.items()})
+    assert uproot.open(tmp_path / "t.root")["events"].num_entries == N
     settings = {"prior": PRIOR, "observables": OBSERVABLES, "layout": Layout(sets={"hits": ("t", "q")})}
-    columns = {"lg_e": "E", "signal": "s", "hits": ["hits_t", "hits_q"]}
+    dot = "_" if kind == "TTree" else "."
+    columns = {"lg_e": "E", "signal": "s", "hits": [f"hits{dot}t", f"hits{dot}q"]}
     store = Store(import_store(tmp_path / "t.root", tmp_path / "s", tree="events", columns=columns, **settings))
-    np.testing.assert_allclose(store.read(valid_only=False)[0][:, 0], LG_E)
+    theta, x = store.read(valid_only=False)
+    np.testing.assert_allclose(theta[:, 0], LG_E)
+    np.testing.assert_allclose(x[:, -3:], SIGNAL, rtol=1e-6)
     hits = store.sets("hits", valid_only=False)
     np.testing.assert_array_equal(np.diff(hits.offsets), counts)
     np.testing.assert_array_equal(hits.values[:, 1], 2 * np.arange(counts.sum()))
@@ -178,3 +191,5 @@ def test_a_root_tree_with_jagged_branches(tmp_path):
         import_store(tmp_path / "t.root", tmp_path / "r", columns=columns, **settings)
     with pytest.raises(SettingError, match="has no tree 'event'; .*did you mean 'events'"):
         import_store(tmp_path / "t.root", tmp_path / "r", tree="event", columns=columns, **settings)
+    with pytest.raises(ShapeError, match="varying length; expected 1 values a row for xmax"):
+        import_store(tmp_path / "t.root", tmp_path / "r", tree="events", columns=columns | {"xmax": f"hits{dot}t"}, **settings)

@@ -1,3 +1,4 @@
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -7,15 +8,17 @@ import numpy as np
 import pytest
 
 from sbi_phys.errors import DataError, SettingError, ShapeError, StoreError
-from sbi_phys.layout import Layout, Ragged
+from sbi_phys.layout import Layout, Ragged, split_x
 from sbi_phys.provenance import git_commit, git_state, package_version
 from sbi_phys.shards import SCHEMA, ShardData, open_shard, read_arrays, shard_name, verify_shard, write_shard
+from sbi_phys.simulate import simulate
 from sbi_phys.storage.check import check_store
 from sbi_phys.storage.upgrade import repack_store, upgrade_store
 from sbi_phys.storage.writer import StoreWriter, take_rows
 from sbi_phys.store import Store
 from tests.shard_helpers import HEADER, digests, rows
 from tests.storage.helpers import OLD, flaky
+from tests.toys import LinearGaussian
 
 OBSERVABLES = [
     {"name": name, "size": size, "unit": "", "latex": "", "kind": "real", "edges": [], "edges_unit": ""}
@@ -223,3 +226,71 @@ def test_files_say_which_code_made_them(tmp_path):
         assert file.attrs["git"].decode() == git_commit()
     assert git_commit() == "" or len(git_commit()) == 40
     assert git_state() in (git_commit(), git_commit() + "+")
+
+
+# ---- simulate with a layout
+
+SQUEEZED = Layout(compression="gzip:1", dtypes={"x": "float16"}, chunk_rows=500)
+
+
+def test_simulate_with_a_layout(tmp_path):
+    toy = LinearGaussian(dim=2, n_columns=3)
+    plain = simulate(toy, 3000, tmp_path / "plain", shard_size=2000, workers=1)
+    store = simulate(toy, 3000, tmp_path / "small", shard_size=2000, workers=1, layout=SQUEEZED)
+    np.testing.assert_array_equal(store.read()[0], plain.read()[0])
+    np.testing.assert_array_equal(store.observable("x"), plain.read()[1].astype("f2"))
+    assert store.read()[1].dtype == np.float32 and store.layout == SQUEEZED
+    with h5py.File(store.path / shard_name(0), locking=False) as file:
+        assert (file["x_0"].dtype, file["x_0"].chunks, file["x_0"].compression) == (np.float16, (500, 3), "gzip")
+    store.verify()
+    # any number of workers, in steps, in array jobs: the same bytes; who says nothing gets the layout that is there
+    simulate(toy, 1500, tmp_path / "steps", shard_size=2000, workers=1, layout=SQUEEZED)
+    simulate(toy, 3000, tmp_path / "steps", workers=1)
+    for part in (1, 0):
+        simulate(toy, 3000, tmp_path / "jobs", shard_size=2000, workers=1, layout=SQUEEZED, shards=part)
+    for name in ("steps", "jobs"):
+        assert {k: v for k, v in digests(tmp_path / name).items() if k[0] != "."} == {
+            k: v for k, v in digests(store.path).items() if k[0] != "."
+        }
+    for layout in (Layout(), Layout(compression="lzf")):
+        with pytest.raises(StoreError, match="made with another layout"):
+            simulate(toy, 3000, store.path, workers=1, layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("layout", "error", "message"),
+    [
+        ({"compression": "gzip"}, SettingError, "layout is {'compression': 'gzip'}; expected a sbi_phys.layout.Layout"),
+        (Layout(dtypes={"y": "float16"}), SettingError, "unknown key 'y'"),
+        (Layout(dtypes={"x": "float64"}), SettingError, "dtype of x is float64; expected none wider than that of the store, float32"),
+        (Layout(shapes={"x": (2, 2)}), ShapeError, "shape of x is"),
+        (Layout(sets={"hits": ("t",)}), SettingError, r"layout has the ragged sets \['hits'\]; expected none"),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_simulator(tmp_path, layout, error, message):
+    with pytest.raises(error, match=message):
+        simulate(LinearGaussian(), 10, tmp_path, workers=1, layout=layout)
+    assert not (tmp_path / "store.json").exists()
+
+
+def test_counts_that_float16_would_change_are_refused():
+    x = np.array([[2048.0, 1.5], [2049.0, 1.3]], dtype=np.float32)
+    kinds = [{"name": "n", "size": 1, "kind": "counts"}, {"name": "r", "size": 1, "kind": "real"}]
+    layout = Layout(dtypes={"n": "float16", "r": "float16"})
+    with pytest.raises(DataError, match=r"n\[0\] of row 1 is 2049, which float16 can not hold"):
+        split_x(layout, kinds, x)
+    assert split_x(layout, kinds, x[:1])["x_0"].tolist() == [[2048.0]]
+    assert split_x(Layout(dtypes={"r": "float16"}), kinds, x)["x_1"].dtype == np.float16  # a real number is rounded
+
+
+def test_a_simulator_that_prints_does_no_harm(tmp_path, capfd):
+    class Loud(LinearGaussian):
+        def simulate(self, theta, rng):
+            print("shower", len(theta))
+            os.write(1, b"from C\n")
+            return super().simulate(theta, rng)
+
+    loud = simulate(Loud(), 30, tmp_path / "loud", shard_size=20, workers=1)
+    assert capfd.readouterr().out.count("shower") >= 2
+    for got, want in zip(loud.read(), simulate(LinearGaussian(), 30, tmp_path / "quiet", shard_size=20, workers=1).read(), strict=True):
+        np.testing.assert_array_equal(got, want)
