@@ -30,6 +30,7 @@ from benchmarks.suite.workers import WorkerError, worker_environment  # noqa: E4
 __all__ = ["TOPICS", "main"]
 
 TOPICS = {
+    "rates": training.run_rates,
     "training": training.run,
     "sampling": sampling.run,
     "sbc": sbc.run,
