@@ -1,6 +1,6 @@
 """Comparison of models against closed forms: amortised Bayes factors, importance-sampled evidence, toys, and the test of calibration.
 
-    python benchmarks/model_comparison.py [--n 50000] [--only gaussian] [--out benchmarks/results/model_comparison.json]
+    python benchmarks/model_comparison.py [--n 200000] [--only gaussian] [--out benchmarks/results/model_comparison.json]
 
 gaussian    two conjugate linear Gaussian models, 4 correlated numbers, 2 parameters: 100 data sets
 poisson     two Poisson models with gamma priors of one mean on the rate, 4 counts each: 100 data sets
@@ -71,6 +71,7 @@ def compared(name: str, got: Array, want: Array) -> Numbers:
 
 def calibration(name: str, result: ModelComparison) -> Numbers:
     check = result.calibration
+    assert check is not None
     print(check.summary(), flush=True)
     return {
         f"{name}: p-value of the calibration, {check.n} data sets": (check.pvalue, ">=", 0.05),
@@ -153,7 +154,7 @@ def toys() -> Numbers:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=50_000, help="simulations a model")
+    parser.add_argument("--n", type=int, default=200_000, help="simulations a model")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/model_comparison.json")
     parser.add_argument("--only", help="one part; the rows of the others stay as the file has them")
     options = parser.parse_args()

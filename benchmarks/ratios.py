@@ -148,7 +148,7 @@ def exact_draws(simulator: SourceSpectrum, x: Array, seed: int) -> Array:
     return prior.from_unbounded(grid_posterior(log_target, [-8, -8], [8, 8]).sample(N_JUDGED, rng_for(seed, "exact")))
 
 
-def source(n: int, n_observations: int, threads: int, seed: int, peer: bool, loss: str) -> Numbers:
+def source(n: int, n_observations: int, threads: int, seed: int, peer: bool, loss: str, peer_epochs: int) -> Numbers:
     """NRE on the source spectrum, against the grid and beside sbi."""
     simulator, theta, x, theta_test, x_test = simulate(n, seed)
     begin = time.perf_counter()
@@ -180,13 +180,15 @@ def source(n: int, n_observations: int, threads: int, seed: int, peer: bool, los
     }
     if peer and PEERS.exists():
         try:
-            numbers |= beside_sbi(simulator, theta, x, x_test, exact, threads, seed)
+            numbers |= beside_sbi(simulator, theta, x, x_test, exact, threads, seed, peer_epochs)
         except WorkerError as err:
             print(f"sbi could not be measured: {err}", flush=True)
     return numbers
 
 
-def beside_sbi(simulator: SourceSpectrum, theta: Array, x: Array, x_test: Array, exact: list[Array], threads: int, seed: int) -> Numbers:
+def beside_sbi(
+    simulator: SourceSpectrum, theta: Array, x: Array, x_test: Array, exact: list[Array], threads: int, seed: int, max_epochs: int
+) -> Numbers:
     """sbi's NRE-C with its defaults on the same simulations, the counts after Anscombe's root and standardised."""
     root, root_test = 2 * np.sqrt(x + 0.375), 2 * np.sqrt(x_test + 0.375)
     mean, scale = root.mean(axis=0), np.maximum(root.std(axis=0), 1.0)
@@ -198,7 +200,7 @@ def beside_sbi(simulator: SourceSpectrum, theta: Array, x: Array, x_test: Array,
         worker = Worker(PEERS, "benchmarks.peers.sbi_nre_worker", threads=threads, log=Path(folder) / "sbi.log")
         try:
             print(f"sbi: {worker.call('info')}", flush=True)
-            trained = worker.call("train", data=str(data), key="nre-c", seed=seed, max_epochs=0)
+            trained = worker.call("train", data=str(data), key="nre-c", seed=seed, max_epochs=max_epochs, timeout=1200.0)
             print(f"sbi: trained in {trained['seconds']:.1f} s, {trained['epochs']} epochs", flush=True)
             for i in range(min(3, len(exact))):
                 question = {"data": str(data), "key": "nre-c", "observation": i, "n_draws": N_DRAWS, "seed": i, "out": str(out)}
@@ -210,6 +212,7 @@ def beside_sbi(simulator: SourceSpectrum, theta: Array, x: Array, x_test: Array,
             worker.close()
     return {
         "sbi NRE-C: training seconds": (float(trained["seconds"]), "", None),
+        "sbi NRE-C: epochs": (float(trained["epochs"]), "", None),
         f"sbi NRE-C: mean C2ST over the first {len(scores)} observations": (float(np.mean(scores)), "", None),
         "sbi NRE-C: shortest time for 1e4 draws, s": (float(np.min(seconds)), "", None),
     }
@@ -223,13 +226,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--peer-epochs", type=int, default=0, help="most epochs of sbi's training; 0: until it stops by itself")
     parser.add_argument("--only", choices=("toy", "source"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/ratios.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     jobs: dict[str, Callable[[], Numbers]] = {
         "toy": lambda: toy(options.seed),
-        "source": lambda: source(options.n, options.observations, options.threads, options.seed, not options.no_peer, options.loss),
+        "source": lambda: source(
+            options.n, options.observations, options.threads, options.seed, not options.no_peer, options.loss, options.peer_epochs
+        ),
     }
     kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {"rows": []}
     rows = {row["name"]: row for row in kept["rows"]}

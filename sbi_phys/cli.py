@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sbi_phys.cli_limits import register as register_limits
+from sbi_phys.cli_store import array_job
 from sbi_phys.cli_store import register as register_store
 from sbi_phys.cli_unfold import register
 from sbi_phys.errors import SbiPhysError, SettingError
@@ -41,7 +43,12 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N")]
 Workers = Annotated[int | None, typer.Option(help="Processes that simulate; 0 is one per core.")]
 Scheduler = Annotated[str | None, typer.Option(help="Dask scheduler whose workers simulate: tcp://host:port.")]
 Cluster = Annotated[str | None, typer.Option(help="TOML file of a batch system (HTCondor, Slurm, ...) whose jobs simulate.")]
+Shards = Annotated[
+    str | None,
+    typer.Option("--shards", metavar="START:STOP", help="With simulate: these alone (0:64; 3/100), beside other jobs on the folder."),
+]
 Strict = Annotated[bool, typer.Option("--strict", help="With calibrate: status 3 if a test fails.")]
+Method = Annotated[str | None, typer.Option(help="With train and infer: npe (default), nle or nre.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -84,18 +91,32 @@ def _stage_command(
     workers: Workers = None,
     scheduler: Scheduler = None,
     cluster: Cluster = None,
+    shards: Shards = None,
     strict: Strict = False,
+    method: Method = None,
     debug: Debug = False,
 ) -> None:
     flags = {"simulator.spec": simulator, "simulate.n": n, "run.seed": seed, "run.device": device, "run.workers": workers}
     flags |= {"run.scheduler": scheduler, "run.cluster": cluster}
     until, _ = _COMMANDS[str(context.info_name)]
     with _plain_errors(debug):
-        _run(config, out, flags, changes, quick, until)
+        until = _by_method(str(context.info_name), until, method)
+        _run(config, out, flags, changes, quick, until, shards)
         if until == "calibrate":
             _judge(out, strict)
         elif strict:
             raise SettingError(f"--strict was given to {until}; expected it with calibrate alone")
+
+
+def _by_method(command: str, until: str, method: str | None) -> str:
+    """The stage that a command runs up to with --method; likelihood and ratio have stages of their own.   Raises: SettingError."""
+    from sbi_phys.checks import require_choice
+
+    if method is None or require_choice("--method", method, ("npe", "nle", "nre")) == "npe":
+        return until
+    if command not in ("train", "infer"):
+        raise SettingError(f"--method {method} was given to {command}; expected it with train or infer")
+    return f"{command}_{method}"
 
 
 def _judge(out: Path, strict: bool) -> None:
@@ -137,7 +158,9 @@ def main() -> None:
     app()
 
 
-def _run(path: Path | None, out: Path, flags: dict[str, Any], changes: list[str] | None, quick: bool, until: str) -> None:
+def _run(
+    path: Path | None, out: Path, flags: dict[str, Any], changes: list[str] | None, quick: bool, until: str, shards: str | None = None
+) -> None:
     # threads that wait should sleep: spinning, they slow a step thirty-fold on a machine that has anything else to do
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # heavy imports only now: --help and a misspelt flag answer at once
@@ -149,10 +172,15 @@ def _run(path: Path | None, out: Path, flags: dict[str, Any], changes: list[str]
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     config = settings(path, out, flags, changes, quick)
+    if shards is not None:
+        array_job(config, out, shards, until)
+        return
     if started_by_torchrun():
         train_together(config, out, until, progress=RichProgress())
         return
-    _say(run_stages(config, out, [until], progress=RichProgress()), until)
+    # a learned likelihood or ratio is compared with whatever else the folder has
+    stages = [until, "methods"] if until in ("infer_nle", "infer_nre") else [until]
+    _say(run_stages(config, out, stages, progress=RichProgress()), until)
 
 
 def settings(path: Path | None, out: Path, flags: dict[str, Any], changes: list[str] | None, quick: bool) -> "Config":
@@ -177,6 +205,10 @@ def settings(path: Path | None, out: Path, flags: dict[str, Any], changes: list[
 
 
 def _say(run: "Run", until: str) -> None:
+    if until in ("infer_nle", "infer_nre"):
+        typer.echo(run.numbers(until)["words"])
+        typer.echo(f"{run.path(f'posterior_{until[-3:]}.nc')} has the draws; sbi-phys report shows them beside the others")
+        return
     if until != "report":
         typer.echo(f"done: {run.folder}")
         return
@@ -208,6 +240,7 @@ def _plain_errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+register_limits(app, _plain_errors)
 register(app, _plain_errors)
 register_store(app, _plain_errors)
 

@@ -253,6 +253,14 @@ class ArrivalDirections:
         out = np.log1p(f * (ratio - 1)) - np.log1p(f * (norm - 1))
         return 2 * np.asarray(out.sum(axis=2))
 
+    def relative_exposure(self, delta0: ArrayLike) -> Array:
+        """Exposure to the blurred sources over that to an isotropic sky, at the lowest rigidity: delta0 (l,) degrees -> (l,).
+
+        A flux fraction f gives the fraction f a / (1 - f + f a) of events, a this number.
+        """
+        delta = np.asarray(delta0, dtype=np.float64)
+        return self._seen_at(self._kappa(delta, np.full_like(delta, self.settings["rigidity_min"]))) / self.mean_exposure
+
     def _one_set(self, events: Array, theta: Array) -> Array:
         """Sum over the events at many theta (n,); each blurring is computed once however many f share it."""
         constant = float(self._isotropic_log_density(events).sum())

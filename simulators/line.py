@@ -29,6 +29,7 @@ __all__ = ["LineSearch"]
 
 Array = NDArray[np.float64]
 _LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)
+_PAIRS = 100_000  # of a theta and an event at a time: what is at work stays in the cache
 
 
 class LineSearch:
@@ -135,8 +136,17 @@ class LineSearch:
         theta = checked_theta(self.prior, theta)
         counts, events = self.layout.unpack(x)
         self._energies(events[:, 0])
-        total = sum_over_sets(lambda e, t: self._pairs(e[:, 0], t[:, 0], t[:, 1]), counts, events, theta)
+        if counts.size == 1 and theta.shape[0] > 1:
+            total = self._one_set(events[:, 0], theta)
+        else:
+            total = sum_over_sets(lambda e, t: self._pairs(e[:, 0], t[:, 0], t[:, 1]), counts, events, theta)
         return total + poisson_log_pmf(counts, self.expected_events(theta)) if self.extended else total
+
+    def _one_set(self, energy: Array, theta: Array) -> Array:
+        """Sum over the events at many theta (n,); what depends on theta alone is computed once per theta."""
+        step = max(1, _PAIRS // max(1, energy.size))
+        parts = [theta[i : i + step, :, None] for i in range(0, theta.shape[0], step)]
+        return np.concatenate([self._pairs(energy, part[:, 0], part[:, 1]).sum(axis=1) for part in parts])
 
     def _pairs(self, energy: Array, f: Array, position: Array) -> Array:
         z = (energy - position) / self.sigma

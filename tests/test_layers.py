@@ -50,6 +50,7 @@ ORDER = [
     "report",
     "config",
     "pipeline",
+    "cli_limits",
     "cli_store",
     "cli_unfold",
     "cli",

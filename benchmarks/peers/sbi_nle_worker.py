@@ -27,14 +27,15 @@ def info() -> dict[str, Any]:
     return {"device": f"{processor_name()}, {torch.get_num_threads()} threads", "versions": {"sbi": version("sbi")}}
 
 
-def train(*, data: str, key: str, seed: int) -> dict[str, Any]:
+def train(*, data: str, key: str, seed: int, max_epochs: int) -> dict[str, Any]:
     """Train on theta and z of the file; returns seconds and epochs."""
     toy = _arrays(data)
     torch.manual_seed(seed)
     inference = NLE(prior=BoxUniform(toy["low"], toy["high"]), show_progress_bars=False)
     begin = time.perf_counter()
     inference.append_simulations(toy["theta"], toy["z"])
-    inference.train()
+    # sbi stops when its count exceeds the limit
+    inference.train(**({"max_num_epochs": max_epochs - 1} if max_epochs else {}))
     POSTERIORS[key] = inference.build_posterior()
     return {"seconds": time.perf_counter() - begin, "epochs": len(inference.summary["validation_loss"])}
 

@@ -14,6 +14,8 @@ Source: Radev et al. 2021, arXiv:2004.10629; Cranmer, Pavez & Louppe 2015, arXiv
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,13 +24,14 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_softmax
 from torch import Tensor, nn
 
+from sbi_phys.checkpoint import read_file, write_file
 from sbi_phys.checks import as_real, require_finite, require_int
 from sbi_phys.comparison.models import prior_probabilities, require_names
 from sbi_phys.comparison.network import ModelNet, finish, model_loss
 from sbi_phys.comparison.probabilities import ProbabilityCalibration, check_probabilities
 from sbi_phys.dataset import XScaler, count_columns, split_rows
 from sbi_phys.device import resolve_device
-from sbi_phys.errors import DataError, SettingError, ShapeError, SimulatorMismatchError
+from sbi_phys.errors import DataError, ModelFileError, SettingError, ShapeError, SimulatorMismatchError
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.sets import take_scaling
 from sbi_phys.priors import Observable
@@ -46,6 +49,7 @@ Array = NDArray[np.float64]
 MIN_SIMULATIONS = 100
 _ROWS = 16384
 _SIMULATE = 10_000
+_FILE = ("model comparison", 1)
 
 
 class ModelComparison:
@@ -55,14 +59,12 @@ class ModelComparison:
     were simulated, or None. observation and probability (K,): of the data set that was handed in, or None.
     """
 
-    def __init__(
-        self, names: tuple[str, ...], prior: Array, nets: list[ModelNet], scaler: XScaler, device: torch.device, n_train: int
-    ) -> None:
+    def __init__(self, names: tuple[str, ...], prior: Array, trained: "_Trained", n_train: int) -> None:
         self.names, self.prior, self.n_train = names, prior, n_train
         self.calibration: ProbabilityCalibration | None = None
         self.observation: Array | None = None
         self.probability: Array | None = None
-        self._nets, self._scaler, self._device = nets, scaler, device
+        self._embedding, self._nets, self._scaler, self._device = trained.embedding, trained.nets, trained.scaler, trained.device
 
     def log_evidence_ratios(self, x: ArrayLike) -> Array:
         """log p(x | M_k) up to one constant for each x: (K,) for one data set, (b, K) for a batch; nats, their mean over k is zero.
@@ -103,6 +105,52 @@ class ModelComparison:
         if self.calibration is None:
             raise SettingError("n_check was 0: there is no calibration; expected model_comparison(..., n_check=2000)")
         return self.calibration.plot(ax)
+
+    def _look_at(self, observation: ArrayLike) -> None:
+        array, single = self._scaler.check("observation", observation)
+        if not single and len(array) != 1:
+            raise ShapeError(f"observation has {len(array)} data sets; expected one; use .probabilities(x) for many")
+        self.observation, self.probability = array[0], self.probabilities(array)[0]
+
+    def save(self, path: str | Path) -> None:
+        """Write networks, scaling, names, probabilities and the calibration; no code is stored.   Raises: ModelFileError."""
+        own = self._embedding
+        calibration = self.calibration
+        content = {
+            "names": list(self.names), "prior": torch.from_numpy(self.prior), "n_train": self.n_train, "scaler": self._scaler.to_dict(),
+            "embedding": type(own).__qualname__ if isinstance(own, nn.Module) else asdict(own),
+            "weights": [{k: v.cpu() for k, v in net.state_dict().items()} for net in self._nets],
+            "calibration": None if calibration is None else calibration.to_dict(),
+        }  # fmt: skip
+        write_file(path, *_FILE, content)
+
+    @classmethod
+    def load(cls, path: str | Path, *, embedding: nn.Module | None = None, device: str | torch.device = "auto") -> "ModelComparison":
+        """Read what `save` wrote.
+
+        Args: embedding: the module, where it was trained with one of the user's own (its weights come from the file).
+        Raises: ModelFileError (missing, truncated, not ours, another network).
+        """
+        content = read_file(path, *_FILE)
+        stored = content["embedding"]
+        if isinstance(stored, str) and embedding is None:
+            raise ModelFileError(f"{path} was trained with an embedding of class {stored}; expected load(path, embedding={stored}(...))")
+        if not isinstance(stored, str) and embedding is not None:
+            raise ModelFileError(f"{path} was trained with the default embedding; expected load(path) without an embedding")
+        place, names = resolve_device(device), tuple(content["names"])
+        scaler = XScaler.from_dict(content["scaler"])
+        shape = EmbeddingConfig(**stored) if embedding is None else embedding
+        nets = [ModelNet(len(names), scaler.shape, shape, seed=0, scaler=scaler) for _ in content["weights"]]
+        try:
+            for net, weights in zip(nets, content["weights"], strict=True):
+                take_scaling(net, scaler)
+                net.load_state_dict(weights)
+        except RuntimeError as err:
+            raise ModelFileError(f"{path} does not fit this embedding: {str(err).splitlines()[0]}") from err
+        trained = _Trained(shape, [net.to(place).eval() for net in nets], scaler, place)
+        out = cls(names, content["prior"].numpy(), trained, content["n_train"])
+        out.calibration = None if content["calibration"] is None else ProbabilityCalibration.from_dict(content["calibration"])
+        return out
 
     @torch.inference_mode()
     def _scores(self, x: Array) -> Array:
@@ -147,36 +195,16 @@ def model_comparison(
     names = _checked_names(models)
     before = prior_probabilities(names, prior)
     n, n_check = require_int("n", n, low=MIN_SIMULATIONS), require_int("n_check", n_check, low=0)
+    settings = _Settings(embedding, x_transform, require_int("n_ensemble", n_ensemble, low=1), config, device, seed)
     observables = _observables(names, models)
     samples = [_draw(name, models[name], n + n_check, seed, progress) for name in names]
     train = [s[: len(s) - n_check] for s in samples]
     _check_samples(names, train)
-    x, label = np.concatenate(train), np.repeat(np.arange(len(names)), [len(s) for s in train])
-    nets, scaler, chosen = _train(
-        x,
-        label,
-        len(names),
-        embedding,
-        x_transform,
-        observables,
-        require_int("n_ensemble", n_ensemble, low=1),
-        config,
-        device,
-        seed,
-        progress,
-    )
-    out = ModelComparison(names, before, nets, scaler, chosen, len(x))
+    out = ModelComparison(names, before, settings.train(train, observables, progress), sum(map(len, train)))
     if n_check:
-        fresh = np.concatenate([s[len(s) - n_check :] for s in samples])
-        equal = dict.fromkeys(names, 1.0)
-        out.calibration = check_probabilities(
-            out.probabilities(fresh, equal), np.repeat(np.arange(len(names)), n_check), names, seed=seed_for(seed, "check")
-        )
+        out.calibration = _calibration(out, [s[len(s) - n_check :] for s in samples], seed_for(seed, "check"))
     if observation is not None:
-        array, single = scaler.check("observation", observation)
-        if not single and len(array) != 1:
-            raise ShapeError(f"observation has {len(array)} data sets; expected one; use .probabilities(x) for many")
-        out.observation, out.probability = array[0], out.probabilities(array)[0]
+        out._look_at(observation)
     return out
 
 
@@ -227,29 +255,54 @@ def _observables(names: tuple[str, ...], models: Mapping[str, Any]) -> tuple[Obs
     return found[0][1] if len(found) == len(names) else None
 
 
-def _train(
-    x: NDArray[np.floating], label: NDArray[np.int64], n_models: int, embedding: EmbeddingConfig | nn.Module | None, x_transform: str,
-    observables: tuple[Observable, ...] | None, n_ensemble: int, config: TrainConfig | None, device: str | torch.device, seed: int,
-    progress: Progress | None,
-) -> tuple[list[ModelNet], XScaler, torch.device]:  # fmt: skip
-    place = resolve_device(device)
-    config = config or _config(len(x))
-    scaler = XScaler.fit(x, count_columns(x, x_transform, observables))
-    share = np.bincount(label, minlength=n_models) / len(label)
-    rows = (
-        scaler.apply(x).to(place),
-        torch.from_numpy(label).to(place),
-        torch.from_numpy((1 / (n_models * share))[label]).float().to(place),
-    )
-    shape = EmbeddingConfig(hidden=64, n_blocks=1, n_features=32) if embedding is None else embedding
-    nets = []
-    with or_none(progress).task("train", total=n_ensemble * config.for_rows(len(x))[1]) as task:
-        for m in range(n_ensemble):
-            net = ModelNet(n_models, scaler.shape, shape, seed=seed_for(seed, "member", m)).to(place)
-            take_scaling(net, scaler)
-            _fit_member(net, rows, config, seed_for(seed, "member", m), task)
-            nets.append(net)
-    return nets, scaler, place
+def _calibration(trained: ModelComparison, fresh: list[NDArray[np.floating]], seed: int) -> ProbabilityCalibration:
+    """Test of the probabilities on simulations that were not trained on, equally many of each model."""
+    p = trained.probabilities(np.concatenate(fresh), dict.fromkeys(trained.names, 1.0))
+    return check_probabilities(p, np.repeat(np.arange(len(fresh)), [len(x) for x in fresh]), trained.names, seed=seed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """Networks with what they need to be used: the shape of the embedding, or the module; the scaling; where they are."""
+
+    embedding: EmbeddingConfig | nn.Module
+    nets: list[ModelNet]
+    scaler: XScaler
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """How to train: what `model_comparison` was given."""
+
+    embedding: EmbeddingConfig | nn.Module | None
+    x_transform: str
+    n_ensemble: int
+    config: TrainConfig | None
+    device: str | torch.device
+    seed: int
+
+    def train(self, samples: list[NDArray[np.floating]], observables: tuple[Observable, ...] | None, progress: Progress | None) -> _Trained:
+        """Train all members on the simulations of K models."""
+        x, sizes = np.concatenate(samples), np.array([len(s) for s in samples])
+        label = np.repeat(np.arange(len(samples)), sizes)
+        place, config = resolve_device(self.device), self.config or _config(len(x))
+        scaler = XScaler.fit(x, count_columns(x, self.x_transform, observables))
+        rows = (
+            scaler.apply(x).to(place),
+            torch.from_numpy(label).to(place),
+            torch.from_numpy((len(x) / (len(samples) * sizes))[label]).float().to(place),
+        )
+        shape = EmbeddingConfig(hidden=64, n_blocks=1, n_features=32) if self.embedding is None else self.embedding
+        nets = []
+        with or_none(progress).task("train", total=self.n_ensemble * config.for_rows(len(x))[1]) as task:
+            for m in range(self.n_ensemble):
+                seed = seed_for(self.seed, "member", m)
+                net = ModelNet(len(samples), scaler.shape, shape, seed=seed, scaler=scaler).to(place)
+                take_scaling(net, scaler)
+                _fit_member(net, rows, config, seed, task)
+                nets.append(net)
+        return _Trained(shape, nets, scaler, place)
 
 
 def _fit_member(net: ModelNet, rows: tuple[Tensor, ...], config: TrainConfig, seed: int, task: Any) -> None:

@@ -23,9 +23,10 @@ def reliability_curve(result: "ProbabilityCalibration", ax: "Axes | None" = None
     for j, name in enumerate(result.names[: 1 if len(result.names) == 2 else None]):
         ok = result.counts[j] > 0
         x, colour = result.predicted[j][ok], COLOURS[j % len(COLOURS)]
-        ax.vlines(x, result.band[j, ok, 0], result.band[j, ok, 1], color=colour, alpha=0.35, linewidth=4)
+        bars = "95 % of shares, if right" if j == 0 else ""
+        ax.vlines(x, result.band[j, ok, 0], result.band[j, ok, 1], color=colour, alpha=0.35, linewidth=4, label=bars)
         ax.plot(x, result.observed[j][ok], "o-", color=colour, markersize=4, linewidth=1, label=name)
-    ax.set(xlabel="predicted probability", ylabel="share of data sets", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    ax.set(xlabel="predicted probability", ylabel="share of data sets that are from the model", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     ax.set_title(f"{result.verdict}, p = {result.pvalue:.2g}", fontsize="medium")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="upper left", fontsize="small", frameon=False)
@@ -43,8 +44,9 @@ def null_distribution(result: "NestedTest", ax: "Axes | None" = None) -> "Axes":
         color="#BBBBBB",
         label=f"{result.toys.size} toys",
     )
-    ax.axvline(result.statistic, color=COLOURS[1], label=f"observed: {result.significance:.2f} sigma")
+    ax.axvline(result.statistic, color=COLOURS[1], label=f"observed, p = {result.pvalue:.2g} ({result.significance:.2f} sigma)")
     ax.set(xlabel="test statistic", ylabel="toys", yscale="log")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize="small", frameon=False)
+    # the line of an unlikely observation runs where the legend has its place
+    ax.legend(fontsize="small", facecolor="white", edgecolor="none", framealpha=1)
     return ax

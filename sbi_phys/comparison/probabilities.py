@@ -13,8 +13,8 @@ Source: Guo et al. 2017, arXiv:1706.04599 (ECE); Vaicenavicius et al. 2019, arXi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -76,6 +76,16 @@ class ProbabilityCalibration:
             f"calibration error {self.ece:.4f}, {self.null_ece:.4f} expected and {self.null_ece_95:.4f} at most if right; "
             f"log score {self.log_score:.4f}, {self.null_log_score:.4f} expected"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, text and lists, for a file."""
+        return {f.name: value.tolist() if isinstance(value := getattr(self, f.name), np.ndarray) else value for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        arrays = {name: np.array(content[name]) for name in ("predicted", "observed", "band", "counts")}
+        return cls(**(content | arrays | {"names": tuple(content["names"])}))
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw observed shares against predicted probabilities.   Read: on the diagonal, within the bars = calibrated."""

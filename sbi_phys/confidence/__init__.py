@@ -1,6 +1,6 @@
 """Confidence: limits, intervals and sets that cover, from any likelihood or statistic; callables on arrays, never a network.
 
-exact           feldman_cousins · feldman_cousins_gaussian · acceptance (the belt)
+exact           feldman_cousins · feldman_cousins_gaussian · acceptance (the belt) · on_off (background counted off source)
 likelihood      fit (iminuit: Hesse, Minos) · profile · contour · impacts · asymptotic intervals, CLs, discovery
 statistics      LRT · Profiled (nuisances) · Waldo
 that cover      neyman (exact toys on a grid) · lf2i (critical values and p-values learned from simulations)
@@ -16,15 +16,18 @@ from sbi_phys.confidence.impacts import Impacts, impacts
 from sbi_phys.confidence.lf2i import LF2I, lf2i
 from sbi_phys.confidence.limits import ExpectedLimits, Limits, expected_limits, limits
 from sbi_phys.confidence.neyman import Neyman, neyman
+from sbi_phys.confidence.on_off import OnOff, counting_cls, counting_wilks, li_ma, on_off, on_off_coverage, on_off_wilks
 from sbi_phys.confidence.profile import Fit, fit
+from sbi_phys.confidence.refined_ratio import RefinedLRT
 from sbi_phys.confidence.scans import Contour, Profile, contour, profile
 from sbi_phys.confidence.sets import Construction, Interval, Region
 from sbi_phys.confidence.statistics import LRT, Profiled, Waldo, posterior_moments, waldo
 
 __all__ = [
     "LF2I", "LRT", "Construction", "Contour", "CoverageMap", "CriticalValues", "Discovery", "ExpectedLimits", "FeldmanCousins", "Fit",
-    "Impacts", "Interval", "Limits", "Neyman", "PValues", "Profile", "Profiled", "Region", "Waldo", "acceptance", "asymptotic_interval",
-    "asymptotic_limit", "cls_limit", "cls_value", "contour", "coverage_map", "discovery", "expected_limits", "feldman_cousins",
-    "feldman_cousins_gaussian", "fit", "impacts", "learn_critical_values", "learn_pvalues", "lf2i", "limits", "neyman",
+    "Impacts", "Interval", "Limits", "Neyman", "OnOff", "PValues", "Profile", "Profiled", "RefinedLRT", "Region", "Waldo",
+    "acceptance", "asymptotic_interval", "asymptotic_limit", "cls_limit", "cls_value", "contour", "counting_cls", "counting_wilks",
+    "coverage_map", "discovery", "expected_limits", "feldman_cousins", "feldman_cousins_gaussian", "fit", "impacts",
+    "learn_critical_values", "learn_pvalues", "lf2i", "li_ma", "limits", "neyman", "on_off", "on_off_coverage", "on_off_wilks",
     "posterior_moments", "profile", "waldo",
 ]  # fmt: skip

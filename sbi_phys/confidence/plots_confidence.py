@@ -40,8 +40,8 @@ def profile(result: "Profile", ax: "Axes | None" = None) -> "Axes":
     """Profile likelihood over the parabola of the Hesse error, with the 68.3 and 95.4 % heights."""
     ax = new_axes(ax)
     parabola = ((result.grid - result.best) / result.error) ** 2
-    ax.plot(result.grid, parabola, color="#999999", linewidth=1.2, linestyle="--", label="parabola (Hesse)")
     ax.plot(result.grid, result.q, color=COLOURS[0], linewidth=1.6, label="profile")
+    ax.plot(result.grid, parabola, color="#999999", linewidth=1.2, linestyle="--", label="parabola (Hesse)")
     top = min(1.1 * float(result.q.max()), 12.0)
     for height, words in ((1.0, "68.3 %"), (4.0, "95.4 %")):
         if height < top:
@@ -148,7 +148,9 @@ def coverage_map(result: "CoverageMap", ax: "Axes | None" = None, name: str | No
     theta = np.tile((result.low + result.high) / 2, (x.size, 1))
     theta[:, i] = x
     c, error = result.at(theta)
-    ax.fill_between(x, c - 2 * error, c + 2 * error, color=BAND, linewidth=0, label=r"smooth map, $\pm 2$ errors")
+    ax.fill_between(
+        x, np.maximum(c - 2 * error, 0), np.minimum(c + 2 * error, 1), color=BAND, linewidth=0, label=r"smooth map, $\pm 2$ errors"
+    )
     ax.plot(x, c, color=COLOURS[0], linewidth=1.4)
     own = [b for b in result.bins if set(b.box) == {result.names[i]}]
     if own:
@@ -162,14 +164,16 @@ def coverage_map(result: "CoverageMap", ax: "Axes | None" = None, name: str | No
 
 
 def _coverage_plane(result: "CoverageMap", ax: "Axes | None") -> "Axes":
+    from matplotlib.colors import TwoSlopeNorm
     from matplotlib.patches import Rectangle
 
     ax = new_axes(ax, width=5.6, height=4.4)
     axes = [np.linspace(a, b, 80) for a, b in zip(result.low, result.high, strict=True)]
     grid = np.stack([g.ravel() for g in np.meshgrid(*axes, indexing="ij")], axis=-1)
     c = result.at(grid)[0].reshape(80, 80)
-    reach = max(0.05, float(np.abs(c - result.level).max()))
-    mesh = ax.pcolormesh(*axes, c.T, cmap="RdBu", vmin=result.level - reach, vmax=result.level + reach, shading="nearest", rasterized=True)
+    # white at the level, however little room there is above it: no coverage exceeds 1
+    norm = TwoSlopeNorm(result.level, min(result.level - 0.05, float(c.min())), max(float(c.max()), (1 + result.level) / 2))
+    mesh = ax.pcolormesh(*axes, c.T, cmap="RdBu", norm=norm, shading="nearest", rasterized=True)
     ax.figure.colorbar(mesh, ax=ax, label=f"coverage (white: {100 * result.level:.4g} %)")
     (a, b), (e, f) = (result.worst.box[n] for n in result.names)
     ax.add_patch(

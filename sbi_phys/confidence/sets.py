@@ -27,7 +27,7 @@ from sbi_phys.errors import SettingError, ShapeError, SupportError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Construction", "Interval", "Region", "Statistic"]
+__all__ = ["Construction", "Interval", "Region", "Statistic", "hull"]
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -154,9 +154,19 @@ class Construction(ABC):
         axis = self._scan_axis(0, require_int("points", points, low=3))
         prepared = self._prepare(data)
         margin = np.stack([self._margin(prepared, np.array([v]), chosen) for v in axis], axis=-1)
-        low, high = _hull(axis, margin)
+        return self.interval_of(axis, margin, self.levels[chosen], on_edge=on_edge)
+
+    def interval_of(self, axis: Array, margin: Array, level: float | None = None, *, on_edge: str = "raise") -> Interval:
+        """Interval from margins q - C (n, m) that were found along an axis (m,) of the one parameter of interest; see `interval`.
+
+        Raises: SupportError, SettingError, ShapeError.
+        """
+        require_choice("on_edge", on_edge, ("raise", "open"))
+        margin = as_array("margin", margin, (None, len(axis)), finite=False)
+        low, high = hull(axis, margin)
         low, high = self._open_edges(margin, low, high, on_edge)
-        return Interval(name=self.names[0], level=self.levels[chosen], low=low, high=high, method=self.method)
+        level = self.levels[nearest_level(level, self.levels)]
+        return Interval(name=self.names[0], level=level, low=low, high=high, method=self.method)
 
     def region(self, data: Any, level: float | None = None, *, points: int = 40) -> Region:
         """Joint set of the two parameters of interest on a grid of points x points.   Raises: SettingError, SupportError."""
@@ -256,7 +266,7 @@ class _Prepared:
     reduced: Any
 
 
-def _hull(axis: Array, margin: Array) -> tuple[Array, Array]:
+def hull(axis: Array, margin: Array) -> tuple[Array, Array]:
     """Ends (n,) of {axis: margin (n, m) <= 0}, linear between the points; NaN where the set is empty."""
     inside = margin <= 0
     rows = np.arange(margin.shape[0])

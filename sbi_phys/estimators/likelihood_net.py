@@ -89,6 +89,11 @@ class XColumns:
         """Columns of the flow."""
         return len(self.kept)
 
+    @property
+    def all_counts(self) -> bool:
+        """Whether every column of the flow holds counts."""
+        return bool((self.kind == _COUNTS).all())
+
     def check(self, name: str, x: Any, *, rows: bool = False) -> tuple[Array, bool]:
         """Return x as (n, k), and whether one row (k,) was passed; `rows`: a vector is a column of events where k is 1.
 

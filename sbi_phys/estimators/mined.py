@@ -22,7 +22,7 @@ Source: Brehmer, Cranmer, Louppe & Pavez 2018, arXiv:1805.00013, 1805.00020; Sto
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -33,10 +33,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbi_phys.batches import MemoryBatches
+from sbi_phys.checkpoint import write_file
 from sbi_phys.checks import as_array, as_real, require_choice, require_int, require_number
 from sbi_phys.dataset import XScaler, count_columns, split_rows
 from sbi_phys.device import resolve_device
 from sbi_phys.errors import DataError, SettingError
+from sbi_phys.estimators.fitting import History, fit_ensemble, train_member
+from sbi_phys.estimators.model_file import FILE, common_content, common_settings, with_weights
 from sbi_phys.estimators.two_hypotheses import Events, HypothesisRatio, as_events, cross_entropy, standard_units
 from sbi_phys.nets.classifier import ClassifierConfig, PairClassifier
 from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
@@ -44,7 +47,7 @@ from sbi_phys.parallel import current_ranks
 from sbi_phys.priors import Observable
 from sbi_phys.progress import Progress, or_none
 from sbi_phys.rng import seed_for
-from sbi_phys.train import TrainConfig, fit
+from sbi_phys.train import TrainConfig
 
 __all__ = ["SALLY", "MinedRatio", "alice_loss", "rolr_loss"]
 
@@ -99,6 +102,9 @@ class MinedRatio(HypothesisRatio):
         )
         self.loss = require_choice("loss", loss, _LOSSES)
         self.alpha = require_number("alpha", alpha, low=0)
+
+    def _own_settings(self) -> dict[str, Any]:
+        return {"loss": self.loss, "alpha": self.alpha}
 
     def fit(
         self,
@@ -203,7 +209,7 @@ class SALLY:
         self.x_transform = x_transform
         self.observables = tuple(observables) if observables is not None else None
         self.config = config
-        self.history: list[list[dict[str, Any]]] = []
+        self.history: list[History] = []
         self._scaler: XScaler | None = None
         self._scale = np.ones(0)
         self._nets: list[ResidualMLP] = []
@@ -222,31 +228,23 @@ class SALLY:
         spread = np.sqrt((target[first] ** 2).mean(axis=0))
         scale = np.where(spread > 0, spread, 1.0)
         rows = [scaler.apply(events), torch.from_numpy((target / scale).astype(np.float32))]
-        nets, history = [], []
-        for k in range(self.n_ensemble):
-            net, records = self._fit_member(k, rows, config, or_none(progress))
-            nets.append(net)
-            history.append(records)
+        nets, history = fit_ensemble(self.n_ensemble, lambda k: self._fit_member(k, rows, config, or_none(progress)))
         self._scaler, self._scale, self._nets, self.history = scaler, scale, nets, history
         return self
 
-    def _fit_member(
-        self, k: int, rows: Sequence[Tensor], config: TrainConfig, progress: Progress
-    ) -> tuple[ResidualMLP, list[dict[str, Any]]]:
+    def _fit_member(self, k: int, rows: Sequence[Tensor], config: TrainConfig, progress: Progress) -> tuple[ResidualMLP, History]:
         seed = seed_for(self.seed, "member", k)
         parts = split_rows(len(rows[0]), config.validation_fraction, seed)
         train, valid = ([t[torch.from_numpy(chosen)].to(self.device) for t in rows] for chosen in parts)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed_for(seed, "weights"))
-            shape = EmbeddingConfig(hidden=self.embedding.hidden, n_blocks=self.embedding.n_blocks, n_features=rows[1].shape[1])
-            net = ResidualMLP(math.prod(rows[0].shape[1:]), shape).to(self.device)
+        net = self._new_net(k, tuple(rows[0].shape[1:]), rows[1].shape[1])
         batches = MemoryBatches(train, valid, seed=seed, ranks=current_ranks())
-        records = []
-        with progress.task("train", config.for_rows(batches.n)[1]) as task:
-            for record in fit(_squared_error, net, batches, None, config, seed=seed):
-                records.append(asdict(record))
-                task.advance(1, text=f"loss {record.train:.3f} validation {record.valid:.3f}{' *' if record.best else ''}")
-        return net, records
+        return net, train_member(_squared_error, net, batches, config, seed=self.seed, member=(k, self.n_ensemble), progress=progress)
+
+    def _new_net(self, k: int, x_shape: tuple[int, ...], dim: int) -> ResidualMLP:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed_for(seed_for(self.seed, "member", k), "weights"))
+            shape = EmbeddingConfig(hidden=self.embedding.hidden, n_blocks=self.embedding.n_blocks, n_features=dim)
+            return ResidualMLP(math.prod(x_shape), shape).to(self.device)
 
     @torch.inference_mode()
     def score(self, x: ArrayLike) -> Array:
@@ -263,6 +261,22 @@ class SALLY:
         parts = [torch.stack([net(part).double() for net in self._nets]).mean(dim=0).cpu() for part in inputs.split(_ROWS)]
         out: Array = torch.cat(parts).numpy() * self._scale
         return out[0] if single else out
+
+    def save(self, path: str | Path) -> None:
+        """Write the model: weights, scaling, settings and history; `sp.load` reads it.   Raises: ModelFileError, SettingError."""
+        if self._scaler is None:
+            raise SettingError("this SALLY is not trained; expected .fit(x, score) first")
+        content = common_content(self) | {"scaler": self._scaler.to_dict(), "scale": torch.from_numpy(np.array(self._scale))}
+        write_file(path, *FILE, content)
+
+    @classmethod
+    def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> Self:
+        model = cls(**common_settings(path, content, embedding), device=device)
+        model._scaler, model._scale = XScaler.from_dict(content["scaler"]), content["scale"].numpy()
+        model.history = content["history"]
+        nets = [model._new_net(k, model._scaler.shape, len(model._scale)) for k in range(model.n_ensemble)]
+        model._nets = with_weights(nets, content)
+        return model
 
     def information(self, x: ArrayLike) -> Array:
         """Fisher information per event, E[t t^T] (d, d), from events x (n, ...) ~ p(x | theta_ref), not those trained on.

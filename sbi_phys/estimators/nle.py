@@ -32,11 +32,12 @@ from sbi_phys.checks import as_matrix, require_int
 from sbi_phys.dataset import prepare_simulations, split_rows
 from sbi_phys.device import resolve_device
 from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, stores_or_data, train_member
 from sbi_phys.estimators.from_density import Gradient, PosteriorDraws, sample_posterior
 from sbi_phys.estimators.likelihood_net import DequantisedLoss, XColumns, log_density_rows, noise_points, value_and_gradient
-from sbi_phys.estimators.model_file import FILE, shared_content, shared_settings
+from sbi_phys.estimators.model_file import FILE, shared_content, shared_settings, with_weights
 from sbi_phys.estimators.posterior_net import PosteriorNet, sample_net
-from sbi_phys.estimators.sources import MIN_SIMULATIONS, stores_of
+from sbi_phys.estimators.sources import MIN_SIMULATIONS
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.parallel import current_ranks
@@ -45,12 +46,13 @@ from sbi_phys.progress import Progress, or_none
 from sbi_phys.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.samplers.importance import Proposal
 from sbi_phys.store import Store
-from sbi_phys.train import TrainConfig, fit
+from sbi_phys.train import TrainConfig
 
 __all__ = ["NLE"]
 
 Array = NDArray[np.float64]
 _SET_ROWS = 1 << 20  # (event, theta) pairs at a time
+_MANY = 4  # columns of counts that a Gaussian is enough for
 
 
 class NLE:
@@ -59,8 +61,9 @@ class NLE:
     Args:
         prior: over theta; its whitening map makes the network's input.
         seed: of weights, split, order, noise and draws.
-        flow: 'spline', 'affine', 'maf' (3 layers of width 32) or a FlowConfig, over x. FlowConfig(n_layers=0), a full conditional Gaussian
-            alone, is quick and enough for many columns of counts, which Anscombe's root makes nearly normal.
+        flow: 'spline', 'affine', 'maf' (3 layers of width 32) or a FlowConfig, over x. 'auto' takes FlowConfig(n_layers=0), a full
+            conditional Gaussian alone, for four or more columns that all are counts (Anscombe's root makes them nearly normal, and
+            couplings that mix so many columns cost more than they find), 'spline' for others.
         embedding: of theta: None (residual perceptron), an EmbeddingConfig, or any nn.Module (n, d') -> (n, k).
         n_ensemble: networks, trained with different seeds and splits; the density is their equal mixture.
         device: 'auto' takes CUDA where there is one.
@@ -78,7 +81,7 @@ class NLE:
         prior: Prior,
         seed: int = 0,
         *,
-        flow: str | FlowConfig = "spline",
+        flow: str | FlowConfig = "auto",
         embedding: EmbeddingConfig | nn.Module | None = None,
         n_ensemble: int = 1,
         device: str | torch.device = "auto",
@@ -89,11 +92,11 @@ class NLE:
         simulator: dict[str, Any] | None = None,
         config: TrainConfig | None = None,
     ) -> None:
-        if not isinstance(prior, Prior):
-            raise SettingError(f"prior is a {type(prior).__name__}; expected a prior, e.g. BoxPrior([Parameter(...)])")
-        self.prior = prior
+        self.prior = require_prior(prior)
         self.seed = require_int("seed", seed, low=0)
-        self.flow = FlowConfig(kind=flow, n_layers=3, hidden=32) if isinstance(flow, str) else flow
+        self._choose_flow = isinstance(flow, str) and flow == "auto"
+        kind = "spline" if self._choose_flow else flow
+        self.flow = FlowConfig(kind=kind, n_layers=3, hidden=32) if isinstance(kind, str) else kind
         self.embedding = EmbeddingConfig() if embedding is None else embedding
         self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
         self.device = resolve_device(device)
@@ -102,7 +105,7 @@ class NLE:
         self.observables = tuple(observables) if observables is not None else None
         self.simulator = simulator
         self.config = config or TrainConfig()
-        self.history: list[list[dict[str, Any]]] = []
+        self.history: list[History] = []
         self._columns: XColumns | None = None
         self._nets: list[PosteriorNet] = []
 
@@ -124,26 +127,18 @@ class NLE:
         u, data = self._arrays(theta, x)
         train, _ = split_rows(len(u), self.config.validation_fraction, seed_for(self.seed, "member", 0))
         columns = XColumns.fit(data, self.x_transform, self.dequantise, self.observables, data[train])
+        if self._choose_flow:
+            self.flow = FlowConfig(n_layers=0 if columns.all_counts and columns.dim >= _MANY else 3, hidden=32)
         rows = (torch.from_numpy(u.astype(np.float32)), columns.stored(data))
-        nets, history = [], []
-        for k in range(self.n_ensemble):
-            net, records = self._fit_member(k, rows, columns, checkpoint, or_none(progress))
-            nets.append(net)
-            history.append(records)
+        nets, history = fit_ensemble(self.n_ensemble, lambda k: self._fit_member(k, rows, columns, checkpoint, or_none(progress)))
         self._columns, self._nets, self.history = columns, nets, history
         return self
 
     def _arrays(self, theta: Any, x: Any) -> tuple[Array, Array]:
-        stores = stores_of(theta, self.prior)
+        stores = stores_or_data(self, theta, x)
         if stores is not None:
-            if x is not None:
-                raise DataError("x was given beside a store; expected fit(store) or fit(theta, x)")
-            self.simulator = self.simulator or stores[0].identity
-            self.observables = self.observables or stores[0].observables
             parts = [store.read() for store in stores]
             theta, x = (np.concatenate([p[i] for p in parts]) for i in (0, 1))
-        if theta is None or x is None:
-            raise DataError(f"{'theta' if theta is None else 'x'} is missing; expected fit(theta, x) or fit(store)")
         u, data = prepare_simulations(self.prior, theta, x)
         if data.ndim != 2:
             raise ShapeError(f"x has shape {data.shape}; expected (n, k), one event a row")
@@ -153,7 +148,7 @@ class NLE:
 
     def _fit_member(
         self, k: int, rows: tuple[Tensor, Tensor], columns: XColumns, checkpoint: str | Path | None, progress: Progress
-    ) -> tuple[PosteriorNet, list[dict[str, Any]]]:
+    ) -> tuple[PosteriorNet, History]:
         seed = seed_for(self.seed, "member", k)
         parts = [torch.from_numpy(part) for part in split_rows(len(rows[0]), self.config.validation_fraction, seed)]
         train, valid = ([t[part].to(self.device) for t in rows] for part in parts)
@@ -162,14 +157,8 @@ class NLE:
         net = self._new_net(k, columns)
         noise = torch.rand(train[1].shape, generator=torch_rng_for(seed, "start")).to(self.device)
         net.start_at(loss.with_noise(train[1], noise))
-        path = None if checkpoint is None else Path(f"{checkpoint}.{k}")
-        label = "train" if self.n_ensemble == 1 else f"train {k + 1}/{self.n_ensemble}"
-        records = []
-        with progress.task(label, self.config.for_rows(batches.n)[1]) as task:
-            for record in fit(loss, net, batches, None, self.config, seed=seed, checkpoint=path):
-                records.append(asdict(record))
-                task.advance(1, text=f"loss {record.train:.3f} validation {record.valid:.3f}{' *' if record.best else ''}")
-        return net, records
+        member = k, self.n_ensemble
+        return net, train_member(loss, net, batches, self.config, seed=self.seed, member=member, progress=progress, checkpoint=checkpoint)
 
     def _new_net(self, k: int, columns: XColumns) -> PosteriorNet:
         seed = seed_for(self.seed, "member", k)
@@ -328,7 +317,6 @@ class NLE:
             "dequantise": self.dequantise,
             "n_noise": self.n_noise,
             "columns": self._require_fit().to_dict(),
-            "weights": [{k: v.cpu() for k, v in net.state_dict().items()} for net in self._nets],
         }
         write_file(path, *FILE, content)
 
@@ -338,8 +326,5 @@ class NLE:
         nle = cls(**shared_settings(path, content, embedding), **own, device=device)
         nle._columns = XColumns.from_dict(content["columns"])
         nle.history = content["history"]
-        nle._nets = [nle._new_net(k, nle._columns) for k in range(nle.n_ensemble)]
-        for net, weights in zip(nle._nets, content["weights"], strict=True):
-            net.load_state_dict(weights)
-            net.eval()
+        nle._nets = with_weights([nle._new_net(k, nle._columns) for k in range(nle.n_ensemble)], content)
         return nle

@@ -32,18 +32,19 @@ from sbi_phys.checks import as_matrix, as_real, require_int
 from sbi_phys.dataset import XScaler
 from sbi_phys.device import resolve_device
 from sbi_phys.errors import DataError, ModelFileError, SettingError, ShapeError, SimulatorMismatchError
-from sbi_phys.estimators.model_file import FILE, maker
+from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, rows_of, train_member
+from sbi_phys.estimators.model_file import FILE, maker, shared_content, shared_settings, with_weights
 from sbi_phys.estimators.posterior_net import FlowProposal, PosteriorNet, encode_net, log_prob_nets, npe_loss, sample_net
-from sbi_phys.estimators.sources import Rows, Settings, from_arrays, from_simulator, from_stores, stores_of
+from sbi_phys.estimators.sources import Rows, Settings, from_simulator
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.sets import take_scaling
-from sbi_phys.priors import Observable, Prior, prior_from_dict, standard_normal_log_prob
+from sbi_phys.priors import Observable, Prior, standard_normal_log_prob
 from sbi_phys.progress import NoProgress, Progress
 from sbi_phys.protocol import Simulator, simulator_identity
 from sbi_phys.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.store import Store
-from sbi_phys.train import TrainConfig, fit
+from sbi_phys.train import TrainConfig
 
 __all__ = ["NPE", "load"]
 
@@ -81,9 +82,7 @@ class NPE:
         simulator: dict[str, Any] | None = None,
         config: TrainConfig | None = None,
     ) -> None:
-        if not isinstance(prior, Prior):
-            raise SettingError(f"prior is a {type(prior).__name__}; expected a prior, e.g. BoxPrior([Parameter(...)])")
-        self.prior = prior
+        self.prior = require_prior(prior)
         self.seed = require_int("seed", seed, low=0)
         self.flow = FlowConfig(kind=flow) if isinstance(flow, str) else flow
         self.embedding = EmbeddingConfig() if embedding is None else embedding
@@ -93,7 +92,7 @@ class NPE:
         self.observables = tuple(observables) if observables is not None else None
         self.simulator = simulator
         self.config = config or TrainConfig()
-        self.history: list[list[dict[str, Any]]] = []
+        self.history: list[History] = []
         self._scaler: XScaler | None = None
         self._nets: list[PosteriorNet] = []
 
@@ -121,12 +120,8 @@ class NPE:
         Raises: ShapeError, NonFiniteError, SupportError, DataError (empty, too few), TrainingError, StoreError, SettingError.
         """
         progress = progress or NoProgress()
-        nets, history = [], []
         with self._rows(theta, x, simulator, online, n, memory, workers, progress) as rows:
-            for k in range(self.n_ensemble):
-                net, records = self._fit_member(k, rows, checkpoint, progress)
-                nets.append(net)
-                history.append(records)
+            nets, history = fit_ensemble(self.n_ensemble, lambda k: self._fit_member(k, rows, checkpoint, progress))
         self._scaler, self._nets, self.history = rows.scaler, nets, history
         return self
 
@@ -141,36 +136,20 @@ class NPE:
             self.simulator = self.simulator or simulator_identity(simulator)
             self.observables = self.observables or tuple(simulator.observables)
             return from_simulator(simulator, n, self._settings(), workers)
-        stores = stores_of(theta, self.prior)
-        if stores is None:
-            if theta is None or x is None:
-                raise DataError(f"{'theta' if theta is None else 'x'} is missing; expected fit(theta, x), fit(store) or fit(simulator=...)")
-            return from_arrays(theta, x, self._settings())
-        if x is not None:
-            raise DataError("x was given beside a store; expected fit(store) or fit(theta, x)")
-        self.simulator = self.simulator or stores[0].identity
-        self.observables = self.observables or stores[0].observables
-        return from_stores(stores, self._settings(), memory, progress)
+        return rows_of(self, theta, x, self._settings, memory, progress, ways="fit(theta, x), fit(store) or fit(simulator=...)")
 
     def _settings(self) -> Settings:
         return Settings(self.prior, self.seed, self.config, self.device, self.x_transform, self.observables)
 
-    def _fit_member(
-        self, k: int, rows: Rows, checkpoint: str | Path | None, progress: Progress
-    ) -> tuple[PosteriorNet, list[dict[str, Any]]]:
-        seed = seed_for(self.seed, "member", k)
+    def _fit_member(self, k: int, rows: Rows, checkpoint: str | Path | None, progress: Progress) -> tuple[PosteriorNet, History]:
         batches, start = rows.member(k)
         net = self._new_net(k, rows.scaler.shape)
         take_scaling(net.embedding, rows.scaler)
         net.start_at(start)
-        path = None if checkpoint is None else Path(f"{checkpoint}.{k}")
-        label = "train" if self.n_ensemble == 1 else f"train {k + 1}/{self.n_ensemble}"
-        records = []
-        with progress.task(label, rows.config.for_rows(batches.n)[1]) as task:
-            for record in fit(npe_loss, net, batches, None, rows.config, seed=seed, checkpoint=path):
-                records.append(asdict(record))
-                task.advance(1, text=f"loss {record.train:.3f} validation {record.valid:.3f}{' *' if record.best else ''}")
-        return net, records
+        member = k, self.n_ensemble
+        return net, train_member(
+            npe_loss, net, batches, rows.config, seed=self.seed, member=member, progress=progress, checkpoint=checkpoint
+        )
 
     def _new_net(self, k: int, x_shape: tuple[int, ...]) -> PosteriorNet:
         seed = seed_for(self.seed, "member", k)
@@ -292,45 +271,18 @@ class NPE:
 
     def save(self, path: str | Path) -> None:
         """Write the model: weights, scaling, prior, settings and history; no code is stored.   Raises: ModelFileError."""
-        from sbi_phys import __version__
-
-        content = {
-            "estimator": "NPE", "version": __version__, "seed": self.seed, "n_ensemble": self.n_ensemble,
-            "prior": json.dumps(self.prior.to_dict()), "simulator": json.dumps(self.simulator),
-            "observables": None if self.observables is None else json.dumps([asdict(o) for o in self.observables]),
-            "flow": asdict(self.flow), "config": asdict(self.config), "x_transform": self.x_transform,
-            "embedding": type(self.embedding).__qualname__ if isinstance(self.embedding, nn.Module) else asdict(self.embedding),
-            "scaler": self._require_fit().to_dict(), "history": self.history,
-            "weights": [{k: v.cpu() for k, v in net.state_dict().items()} for net in self._nets],
-        }  # fmt: skip
+        content = shared_content(self) | {
+            "flow": asdict(self.flow),
+            "scaler": self._require_fit().to_dict(),
+        }
         write_file(path, *FILE, content)
 
     @classmethod
     def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> "NPE":
-        stored = content["embedding"]
-        if isinstance(stored, str) and embedding is None:
-            raise ModelFileError(f"{path} was trained with an embedding of class {stored}; expected load(path, embedding={stored}(...))")
-        if not isinstance(stored, str) and embedding is not None:
-            raise ModelFileError(f"{path} was trained with the default embedding; expected load(path) without an embedding")
-        observables = content["observables"]
-        npe = cls(
-            prior_from_dict(json.loads(content["prior"])),
-            content["seed"],
-            flow=FlowConfig(**content["flow"]),
-            embedding=embedding if embedding is not None else EmbeddingConfig(**stored),
-            n_ensemble=content["n_ensemble"],
-            device=device,
-            x_transform=content["x_transform"],
-            observables=None if observables is None else [Observable(**o) for o in json.loads(observables)],
-            simulator=json.loads(content["simulator"]),
-            config=TrainConfig(**content["config"]),
-        )
+        npe = cls(**shared_settings(path, content, embedding), flow=FlowConfig(**content["flow"]), device=device)
         npe._scaler = XScaler.from_dict(content["scaler"])
         npe.history = content["history"]
-        npe._nets = [npe._new_net(k, npe._scaler.shape) for k in range(npe.n_ensemble)]
-        for net, weights in zip(npe._nets, content["weights"], strict=True):
-            net.load_state_dict(weights)
-            net.eval()
+        npe._nets = with_weights([npe._new_net(k, npe._scaler.shape) for k in range(npe.n_ensemble)], content)
         return npe
 
 
@@ -341,7 +293,7 @@ def load(
     embedding: nn.Module | None = None,
     device: str | torch.device = "auto",
 ) -> Any:
-    """Read a model that `save` wrote: an NPE, an NLE or an NRE, as the file says.
+    """Read a model that `save` wrote: an NPE, NLE, NRE, TwoHypotheses, MinedRatio or SALLY, as the file says.
 
     Args: simulator: if given, it must be the one the model was trained with. embedding: the module, where the model was
     trained with one of the user's own (its weights come from the file).
@@ -354,7 +306,7 @@ def load(
     except (KeyError, TypeError, RuntimeError) as err:
         raise ModelFileError(f"{path} does not describe a model that this version can build: {str(err).splitlines()[0]}") from err
     if simulator is not None:
-        require_same_simulator(path, model.simulator, simulator)
+        require_same_simulator(path, getattr(model, "simulator", None), simulator)
     return model
 
 

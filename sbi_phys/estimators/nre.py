@@ -9,9 +9,12 @@ for one observation and for a set of independent events. r is a likelihood up to
 for likelihood ratios and confidence sets just as well; E_{x ~ p(x)}[r(x | theta)] = 1 for every theta is what it can be checked by
 (`calibration.ratios`).
 
-Marginal pairs cost nothing: the theta of the next rows of a batch, whose order is random and follows from the seed. x is embedded once
-per row whatever the number of contrasts. Where a posterior is much narrower than the prior, hardly a contrast falls near it; therefore
-the log ratio of a Gaussian posterior, learned by maximum likelihood, is part of f from the start, and the classifier corrects it.
+Where a posterior is much narrower than the prior, hardly a marginal pair falls near it, and those that do not teach nothing. Two remedies:
+
+- The contrasts theta' of a row come from q(theta' | x), half the prior (other rows' theta) and half a Gaussian posterior, widened, that is
+  learned beside. The classifier's log odds are then log p(theta | x) / q(theta | x), and f = log odds + log q(theta | x) / p(theta) is
+  log r for any q: where the contrasts lie decides how well f is learned, not what is learned.
+- f starts from a reference, the log ratio of Gaussians learned by maximum likelihood (`nets.reference`); the classifier corrects it.
 
 Source: Hermans, Begy & Louppe 2019, arXiv:1903.04057; Miller et al. 2022, arXiv:2210.06170; Delaunoy et al. 2022, arXiv:2208.13624.
 """
@@ -32,18 +35,21 @@ from sbi_phys.checks import as_matrix, require_choice, require_int
 from sbi_phys.dataset import XScaler
 from sbi_phys.device import resolve_device
 from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, rows_of, train_member
 from sbi_phys.estimators.from_density import PosteriorDraws, sample_posterior
-from sbi_phys.estimators.model_file import FILE, shared_content, shared_settings
-from sbi_phys.estimators.ratio_losses import LOSSES, PairLoss
-from sbi_phys.estimators.sources import Rows, Settings, from_arrays, from_stores, stores_of
-from sbi_phys.nets.classifier import ClassifierConfig, PairClassifier, Parts
+from sbi_phys.estimators.model_file import FILE, shared_content, shared_settings, with_weights
+from sbi_phys.estimators.ratio_losses import LOSSES
+from sbi_phys.estimators.sources import Rows, Settings
+from sbi_phys.nets.classifier import NEAR, ClassifierConfig, PairClassifier, Parts
 from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.reference import REFERENCES
+from sbi_phys.nets.sets import take_scaling
 from sbi_phys.priors import Observable, Prior
 from sbi_phys.progress import Progress, or_none
 from sbi_phys.rng import seed_for
 from sbi_phys.samplers.importance import Proposal
 from sbi_phys.store import Store
-from sbi_phys.train import TrainConfig, fit
+from sbi_phys.train import TrainConfig
 
 __all__ = ["NRE"]
 
@@ -51,6 +57,8 @@ Array = NDArray[np.float64]
 
 _PAIRS = {"cpu": 8192, "cuda": 262144}  # pairs at a time: bounded memory, and on a CPU what is at work stays in the cache
 _X_ROWS = 8192
+_CONTRASTS = 8
+_COLUMNS = 64  # most columns whose Gaussian with full covariance is the default reference
 
 
 class NRE:
@@ -60,14 +68,16 @@ class NRE:
         prior: over theta; the network sees theta in its whitening map.
         seed: of weights, split, order and draws.
         loss: 'carl' (the same as 'nre-a'), 'nre-c' or 'bnre', see `ratio_losses`.
-        network: of the part that sees pairs; None takes 64 products without a trunk.
+        network: of the part that sees pairs; None takes a trunk of width 64 and 32 products.
+        reference: 'posterior', 'likelihood' (see `nets.reference`) or 'auto': the latter for up to 64 columns of numbers, the former where
+            there are more, or an embedding of one's own.
         embedding: of x: None (residual perceptron), an EmbeddingConfig, or any nn.Module (n, *x_shape) -> (n, k).
         n_ensemble: networks, trained with different seeds and splits; the ratio is the mean of theirs.
         device: 'auto' takes CUDA where there is one.
         x_transform: 'auto', 'counts' (Anscombe's root) or 'real'; 'auto' asks `observables`, else looks at the values.
         observables: the simulator's blocks of columns, if any.
         simulator: identity of the simulator, kept in the model file; taken from the store when fitted from one.
-        config: of the training loop. contrast: marginal pairs per joint pair; None takes the loss's own number.
+        config: of the training loop. contrast: other theta per joint pair; None takes 8.
     Raises: SettingError.
     """
 
@@ -78,6 +88,7 @@ class NRE:
         *,
         loss: str = "carl",
         network: ClassifierConfig | None = None,
+        reference: str = "auto",
         embedding: EmbeddingConfig | nn.Module | None = None,
         n_ensemble: int = 1,
         device: str | torch.device = "auto",
@@ -87,14 +98,13 @@ class NRE:
         config: TrainConfig | None = None,
         contrast: int | None = None,
     ) -> None:
-        if not isinstance(prior, Prior):
-            raise SettingError(f"prior is a {type(prior).__name__}; expected a prior, e.g. BoxPrior([Parameter(...)])")
         if network is not None and not isinstance(network, ClassifierConfig):
             raise SettingError(f"network is a {type(network).__name__}; expected None or ClassifierConfig(...)")
-        self.prior = prior
+        self.prior = require_prior(prior)
         self.seed = require_int("seed", seed, low=0)
         self.loss = require_choice("loss", loss, LOSSES)
-        self.network = network or ClassifierConfig(hidden=0, rank=64)
+        self.network = network or ClassifierConfig()
+        self.reference = require_choice("reference", reference, ("auto", *REFERENCES))
         self.embedding = EmbeddingConfig() if embedding is None else embedding
         self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
         self.device = resolve_device(device)
@@ -102,8 +112,8 @@ class NRE:
         self.observables = tuple(observables) if observables is not None else None
         self.simulator = simulator
         self.config = config or TrainConfig()
-        self.contrast = LOSSES[loss][1] if contrast is None else require_int("contrast", contrast, low=1)
-        self.history: list[list[dict[str, Any]]] = []
+        self.contrast = _CONTRASTS if contrast is None else require_int("contrast", contrast, low=1)
+        self.history: list[History] = []
         self._scaler: XScaler | None = None
         self._nets: list[PairClassifier] = []
 
@@ -124,47 +134,29 @@ class NRE:
         Raises: ShapeError, NonFiniteError, SupportError, DataError (empty, too few), TrainingError, StoreError, SettingError.
         """
         progress = or_none(progress)
-        nets, history = [], []
         with self._rows(theta, x, memory, progress) as rows:
-            for k in range(self.n_ensemble):
-                net, records = self._fit_member(k, rows, checkpoint, progress)
-                nets.append(net)
-                history.append(records)
+            nets, history = fit_ensemble(self.n_ensemble, lambda k: self._fit_member(k, rows, checkpoint, progress))
         self._scaler, self._nets, self.history = rows.scaler, nets, history
         return self
 
     def _rows(self, theta: Any, x: Any, memory: int | None, progress: Progress) -> Rows:
-        stores = stores_of(theta, self.prior)
-        if stores is None:
-            if theta is None or x is None:
-                raise DataError(f"{'theta' if theta is None else 'x'} is missing; expected fit(theta, x) or fit(store)")
-            return from_arrays(theta, x, self._settings())
-        if x is not None:
-            raise DataError("x was given beside a store; expected fit(store) or fit(theta, x)")
-        self.simulator = self.simulator or stores[0].identity
-        self.observables = self.observables or stores[0].observables
-        return from_stores(stores, self._settings(), memory, progress)
+        def settings() -> Settings:
+            return Settings(self.prior, self.seed, self.config, self.device, self.x_transform, self.observables)
 
-    def _settings(self) -> Settings:
-        return Settings(self.prior, self.seed, self.config, self.device, self.x_transform, self.observables)
+        return rows_of(self, theta, x, settings, memory, progress)
 
-    def _fit_member(
-        self, k: int, rows: Rows, checkpoint: str | Path | None, progress: Progress
-    ) -> tuple[PairClassifier, list[dict[str, Any]]]:
+    def _fit_member(self, k: int, rows: Rows, checkpoint: str | Path | None, progress: Progress) -> tuple[PairClassifier, History]:
         batches, _ = rows.member(k)
         net = self._new_net(k, rows.scaler.shape)
-        path = None if checkpoint is None else Path(f"{checkpoint}.{k}")
-        label = "train" if self.n_ensemble == 1 else f"train {k + 1}/{self.n_ensemble}"
-        loss, records = _RowLoss(LOSSES[self.loss][0], self.contrast), []
-        with progress.task(label, rows.config.for_rows(batches.n)[1]) as task:
-            for record in fit(loss, net, batches, None, rows.config, seed=seed_for(self.seed, "member", k), checkpoint=path):
-                records.append(asdict(record))
-                task.advance(1, text=f"loss {record.train:.3f} validation {record.valid:.3f}{' *' if record.best else ''}")
-        return net, records
+        take_scaling(net.embedding, rows.scaler)
+        loss, member = _RowLoss(self.loss, self.contrast), (k, self.n_ensemble)
+        return net, train_member(loss, net, batches, rows.config, seed=self.seed, member=member, progress=progress, checkpoint=checkpoint)
 
     def _new_net(self, k: int, x_shape: tuple[int, ...]) -> PairClassifier:
         seed = seed_for(self.seed, "member", k)
-        return PairClassifier(self.prior.free_dim, x_shape, self.network, self.embedding, seed=seed, gaussian=True).to(self.device)
+        columns = len(x_shape) == 1 and x_shape[0] <= _COLUMNS and not isinstance(self.embedding, nn.Module)
+        kind = self.reference if self.reference != "auto" else "likelihood" if columns else "posterior"
+        return PairClassifier(self.prior.free_dim, x_shape, self.network, self.embedding, seed=seed, reference=kind).to(self.device)
 
     def log_ratio(self, x: ArrayLike | Tensor, theta: ArrayLike | Tensor, *, event_set: bool = False) -> Array:
         """Log r(x | theta) = log p(x | theta) - log p(x), nats -> (m,).
@@ -256,35 +248,36 @@ class NRE:
         content = shared_content(self) | {
             "loss": self.loss,
             "contrast": self.contrast,
+            "reference": self.reference,
             "network": asdict(self.network),
             "scaler": self._scaler.to_dict(),
-            "weights": [{k: v.cpu() for k, v in net.state_dict().items()} for net in self._nets],
         }
         write_file(path, *FILE, content)
 
     @classmethod
     def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> "NRE":
-        own = {"loss": content["loss"], "contrast": content["contrast"], "network": ClassifierConfig(**content["network"])}
-        nre = cls(**shared_settings(path, content, embedding), **own, device=device)
+        own = {name: content[name] for name in ("loss", "contrast", "reference")}
+        nre = cls(**shared_settings(path, content, embedding), **own, network=ClassifierConfig(**content["network"]), device=device)
         nre._scaler = XScaler.from_dict(content["scaler"])
         nre.history = content["history"]
-        nre._nets = [nre._new_net(k, nre._scaler.shape) for k in range(nre.n_ensemble)]
-        for net, weights in zip(nre._nets, content["weights"], strict=True):
-            net.load_state_dict(weights)
-            net.eval()
+        nre._nets = with_weights([nre._new_net(k, nre._scaler.shape) for k in range(nre.n_ensemble)], content)
         return nre
 
 
 class _RowLoss:
-    """loss(net, u, x) for the training loop, one value per row: the classifier's, and minus log N(u; mu(x), S(x)) of the Gaussian term."""
+    """loss(net, u, x) for the training loop, one value per row: the classifier's, and minus the log likelihood of the Gaussians."""
 
-    def __init__(self, function: PairLoss, n_contrasts: int) -> None:
-        self.function, self.n_contrasts = function, n_contrasts
+    def __init__(self, loss: str, n_contrasts: int) -> None:
+        self.function, self.n_contrasts = LOSSES[loss], n_contrasts
+        # the balance that makes ratios cautious is that between joint and marginal pairs
+        self.near = 0.0 if loss == "bnre" else NEAR
 
     def __call__(self, net: nn.Module, u: Tensor, x: Tensor) -> Tensor:
         assert isinstance(net, PairClassifier)
-        joint, contrast, gaussian = net.with_contrasts(x, u, self.n_contrasts)
-        return self.function(joint, contrast) - gaussian
+        # the same contrasts in every validation
+        generator = None if net.training else torch.Generator(device=x.device).manual_seed(0)
+        joint, contrast, learned = net.with_contrasts(x, u, self.n_contrasts, generator, near=self.near)
+        return self.function(joint, contrast) - learned
 
 
 class _Density:

@@ -1,7 +1,8 @@
 r"""Losses whose optimum is the log ratio f*(x, theta) = log p(x | theta) / p(x): one value per row, from log odds.
 
-A row is a joint pair (x_i, theta_i), with log odds f_i, and K contrasts: x_i with other rows' theta, log odds f_ik. s is the logistic
-function; every loss is least at the same f*, they differ in how they get there.
+A row is a joint pair (x_i, theta_i), with log odds f_i, and K contrasts: x_i with other theta, log odds f_ik (where these are drawn from
+q(theta | x) and not from the prior, f* = log p(theta | x) / q(theta | x)). s is the logistic function; every loss is least at the same
+f*, they differ in how they get there.
 
 carl, nre-a   -log s(f_i) - mean_k log(1 - s(f_ik))                                       arXiv:1506.02169, 1903.04057
 bnre          carl + lambda (mean_i s(f_i) + mean_ik s(f_ik) - 1)^2, lambda = 100          arXiv:2208.13624
@@ -59,10 +60,4 @@ def _log_norm(logits: Tensor, gamma: float) -> Tensor:
     return torch.logsumexp(torch.cat([none, logits + math.log(gamma)], dim=1), dim=1)
 
 
-# name -> loss and the number of contrasts it takes unless told otherwise
-LOSSES: dict[str, tuple[PairLoss, int]] = {
-    "carl": (carl_loss, 63),
-    "nre-a": (carl_loss, 63),
-    "nre-c": (nre_c_loss, 255),
-    "bnre": (bnre_loss, 63),
-}
+LOSSES: dict[str, PairLoss] = {"carl": carl_loss, "nre-a": carl_loss, "nre-c": nre_c_loss, "bnre": bnre_loss}

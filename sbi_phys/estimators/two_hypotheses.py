@@ -15,6 +15,7 @@ Source: Cranmer, Pavez & Louppe 2015, arXiv:1506.02169.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -24,17 +25,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbi_phys.batches import MemoryBatches
+from sbi_phys.checkpoint import write_file
 from sbi_phys.checks import as_matrix, as_real, require_finite, require_int
 from sbi_phys.dataset import XScaler, count_columns, split_rows
 from sbi_phys.device import resolve_device
 from sbi_phys.errors import DataError, SettingError, ShapeError, SupportError
+from sbi_phys.estimators.fitting import History, fit_ensemble, train_member
+from sbi_phys.estimators.model_file import FILE, common_content, common_settings, with_weights
 from sbi_phys.nets.classifier import ClassifierConfig, LabelledFeatures, PairClassifier, solve_last_layer
 from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.sets import take_scaling
 from sbi_phys.parallel import current_ranks
 from sbi_phys.priors import Observable
 from sbi_phys.progress import Progress, or_none
 from sbi_phys.rng import rng_for, seed_for
-from sbi_phys.train import Loss, TrainConfig, fit
+from sbi_phys.train import Loss, TrainConfig
 
 __all__ = ["Events", "HypothesisRatio", "TwoHypotheses", "as_events", "cross_entropy", "standard_units"]
 
@@ -84,7 +89,7 @@ class HypothesisRatio:
         self.x_transform = x_transform
         self.observables = tuple(observables) if observables is not None else None
         self.config = config
-        self.history: list[list[dict[str, Any]]] = []
+        self.history: list[History] = []
         self._scaler: XScaler | None = None
         self._centre, self._width = np.zeros(0), np.ones(0)
         self._boxes: list[tuple[Array, Array]] = []
@@ -107,13 +112,14 @@ class HypothesisRatio:
         self._centre, self._width = standard_units(both)
         rows = [scaler.apply(events.x), self._inputs(events.theta0), self._inputs(events.theta1)]
         rows += [torch.from_numpy(e.astype(np.float32)) for e in events.extra]
-        nets, history = [], []
-        for k in range(self.n_ensemble):
+
+        def member(k: int) -> tuple[PairClassifier, History]:
             net, records = self._fit_member(k, [t.to(self.device) for t in rows], scaler, config, loss, or_none(progress))
             if solve:
                 _solve_head(net, *self._split(k, rows, config))
-            nets.append(net)
-            history.append(records)
+            return net, records
+
+        nets, history = fit_ensemble(self.n_ensemble, member)
         self._scaler, self._nets, self.history = scaler, nets, history
 
     def _split(self, k: int, rows: Sequence[Tensor], config: TrainConfig) -> tuple[list[Tensor], list[Tensor]]:
@@ -123,17 +129,16 @@ class HypothesisRatio:
 
     def _fit_member(
         self, k: int, rows: Sequence[Tensor], scaler: XScaler, config: TrainConfig, loss: Loss, progress: Progress
-    ) -> tuple[PairClassifier, list[dict[str, Any]]]:
-        seed = seed_for(self.seed, "member", k)
+    ) -> tuple[PairClassifier, History]:
         train, valid = self._split(k, rows, config)
-        net = PairClassifier(rows[1].shape[1], scaler.shape, self.network, self.embedding, seed=seed).to(self.device)
-        batches = MemoryBatches(train, valid, seed=seed, ranks=current_ranks())
-        label, records = "train" if self.n_ensemble == 1 else f"train {k + 1}/{self.n_ensemble}", []
-        with progress.task(label, config.for_rows(batches.n)[1]) as task:
-            for record in fit(loss, net, batches, None, config, seed=seed):
-                records.append(asdict(record))
-                task.advance(1, text=f"loss {record.train:.3f} validation {record.valid:.3f}{' *' if record.best else ''}")
-        return net, records
+        net = self._new_net(k, scaler.shape)
+        take_scaling(net.embedding, scaler)
+        batches = MemoryBatches(train, valid, seed=seed_for(self.seed, "member", k), ranks=current_ranks())
+        return net, train_member(loss, net, batches, config, seed=self.seed, member=(k, self.n_ensemble), progress=progress)
+
+    def _new_net(self, k: int, x_shape: tuple[int, ...]) -> PairClassifier:
+        seed = seed_for(self.seed, "member", k)
+        return PairClassifier(self.dim, x_shape, self.network, self.embedding, seed=seed).to(self.device)
 
     def _inputs(self, theta: Array) -> Tensor:
         return torch.from_numpy(((theta - self._centre) / self._width).astype(np.float32))
@@ -181,6 +186,34 @@ class HypothesisRatio:
                 f"the first is row {i}: {theta[i].tolist()}, expected {ranges}"
             )
         return theta
+
+    def _own_settings(self) -> dict[str, Any]:
+        """Settings of the class that the others do not have."""
+        return {}
+
+    def save(self, path: str | Path) -> None:
+        """Write the model: weights, scaling, settings, ranges and history; `sp.load` reads it.   Raises: ModelFileError, SettingError."""
+        if self._scaler is None:
+            raise SettingError(f"this {type(self).__name__} is not trained; expected .fit(...) first")
+        ranges = {"centre": self._centre, "width": self._width, "boxes": np.array(self._boxes)}
+        content = common_content(self) | {
+            "own": self._own_settings(),
+            "network": asdict(self.network),
+            "scaler": self._scaler.to_dict(),
+            "ranges": {name: torch.from_numpy(np.array(value)) for name, value in ranges.items()},
+        }
+        write_file(path, *FILE, content)
+
+    @classmethod
+    def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> Self:
+        own = content["own"] | {"network": ClassifierConfig(**content["network"])}
+        model = cls(**common_settings(path, content, embedding), **own, device=device)
+        model._scaler = XScaler.from_dict(content["scaler"])
+        model._centre, model._width, boxes = (content["ranges"][name].numpy() for name in ("centre", "width", "boxes"))
+        model._boxes = [(low, high) for low, high in boxes]
+        model.history = content["history"]
+        model._nets = with_weights([model._new_net(k, model._scaler.shape) for k in range(model.n_ensemble)], content)
+        return model
 
 
 class TwoHypotheses(HypothesisRatio):

@@ -5,14 +5,17 @@ r"""Networks whose log odds are log density ratios of pairs (x, theta).
 The second half of the features is a sum of products, one factor of x alone and one of theta alone: the log density of an exponential
 family, Poisson counts or a Gaussian say, has just that form, and the trunk is left with what does not factorise. Everything of x
 alone or theta alone is computed once per row (`x_parts`, `theta_parts`); a pair costs the trunk and a product. That is what makes
-many contrasts per row, millions of events against thousands of theta, or one x against all theta cheap. Without a trunk (hidden = 0)
-all pairs of a batch are one product of matrices, so that every row can have all others as contrasts: where the posterior is much
-narrower than the prior, few contrasts lie where they teach anything, and their number is what counts.
+several contrasts per row, millions of events against thousands of theta, or one x against all theta cheap. Without a trunk (hidden = 0)
+the log odds of all pairs of m theta and e events are one product of matrices.
 
-Where u ~ N(0, I) over the prior (`gaussian`), f has one more term, log N(u; mu(x), S(x)) - log N(u; 0, I): the log ratio of the best
-Gaussian posterior, mean and full covariance functions of x as in `nets.layers.GaussianLayer`. It is learned by its own maximum
-likelihood and held fixed for the classifier's loss, which has only what is not Gaussian left to find: contrasts drawn from the prior
-say little about a narrow posterior's place and width, which its own theta says directly.
+Where u ~ N(0, I) over the prior, f may have one more term, the log ratio of Gaussians (`reference`). It is learned by its own maximum
+likelihood and held fixed for the classifier's loss, which has only what is not Gaussian left to find. Then there also is a Gaussian
+posterior N(mu(x), S(x)) at hand, and contrasts u' for x are drawn from
+
+    q(u' | x) = N(u'; 0, I) / 2 + N(u'; mu, S) / 4 + N(u'; mu, 4 S) / 4          (those from the prior: the u of other rows)
+
+so that they lie where log odds are not trivial. The classifier of own u against such u' has the optimum log p(u | x) / q(u | x);
+f - log q(u | x) / N(u; 0, I) are the log odds that its loss sees, hence f is the log ratio to the prior whatever q was.
 
 With dim = 0 there is no theta: f(x) is the log ratio of two fixed hypotheses. At the start w = 0, so that every ratio is one.
 
@@ -27,6 +30,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +39,28 @@ from torch.nn import functional as F
 from sbi_phys.checks import require_int
 from sbi_phys.errors import ShapeError
 from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
+from sbi_phys.nets.reference import LikelihoodReference, PosteriorReference
 from sbi_phys.rng import seed_for
 
-__all__ = ["ClassifierConfig", "LabelledFeatures", "PairClassifier", "Parts", "solve_last_layer"]
+__all__ = ["NEAR", "ClassifierConfig", "Contrasts", "LabelledFeatures", "PairClassifier", "Parts", "solve_last_layer"]
 
-Parts = tuple[Tensor, ...]  # what the trunk, the products and the Gaussian take from one side of a pair
+Parts = tuple[Tensor, ...]  # what the trunk, the products and the reference take from one side of a pair
 LabelledFeatures = tuple[Tensor, Tensor, Tensor]  # features (n, k), weights of numerator and reference (n,)
 
 _RIDGE = 1e-5  # holds the last layer where the rows say nothing
 _NEWTON_STEPS = 12
-_SCALE_LIMIT = 12.0  # of the log inverse widths of the Gaussian
-_BLOCK = 256  # rows whose contrasts are computed at a time without a trunk
+NEAR, _WIDTHS = 0.5, (1.0, 2.0)  # share of the contrasts that come from the proposal, and how much it is widened
+
+
+class Contrasts(NamedTuple):
+    """Log odds of own pairs (n,) and of contrasts (n, K), and the log likelihood (n,) that the Gaussians are learned by.
+
+    The log odds have no gradient with respect to the Gaussians, and `learned` has one with respect to nothing but them and what they see.
+    """
+
+    joint: Tensor
+    contrast: Tensor
+    learned: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +91,7 @@ class PairClassifier(nn.Module):
 
     Args: dim: of theta as the network sees it, 0 for none. x_shape: of one observation. network: of the pairs.
     embedding: shape of the perceptron, or a module (n, *x_shape) -> (n, k). seed: of the initial weights; the global torch
-    generator is left as it was. gaussian: whether f has the Gaussian term.   Raises: ShapeError.
+    generator is left as it was. reference: 'posterior', 'likelihood' or None, see `reference`.   Raises: ShapeError.
     """
 
     def __init__(
@@ -87,7 +102,7 @@ class PairClassifier(nn.Module):
         embedding: EmbeddingConfig | nn.Module,
         *,
         seed: int,
-        gaussian: bool = False,
+        reference: str | None = None,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -110,21 +125,30 @@ class PairClassifier(nn.Module):
             down = [nn.Linear(network.hidden, network.hidden) for _ in range(n_blocks)]
             self.down = nn.ModuleList(down)
             self.head = nn.Linear(network.hidden + network.rank, 1)
-            self.context = nn.Linear(n_x, 2 * dim + dim * (dim - 1) // 2) if gaussian else None
-        for layer in (*down, self.head, *([] if self.context is None else [self.context])):
+            self.proposal = None if reference is None else PosteriorReference(dim, n_x)
+            self.likelihood = LikelihoodReference(dim, math.prod(x_shape)) if reference == "likelihood" else None
+        for layer in (*down, self.head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    @property
+    def reference(self) -> PosteriorReference | LikelihoodReference | None:
+        """The log ratio of Gaussians that is part of f, if any."""
+        return self.proposal if self.likelihood is None else self.likelihood
+
     def x_parts(self, x: Tensor) -> Parts:
-        """What pairs need of x (n, *x_shape): (n, hidden), (n, rank), and the Gaussian's context (n, c)."""
-        h = self.embedding(x)
+        """What pairs need of x (n, *x_shape): (n, hidden), (n, rank), and the reference's part (n, c)."""
+        return self._x_parts(self.embedding(x), x)
+
+    def _x_parts(self, h: Tensor, x: Tensor) -> Parts:
         trunk = h[:, :0] if self.trunk_x is None else self.trunk_x(h)
-        return trunk, self.left(h), h[:, :0] if self.context is None else self.context(h)
+        return trunk, self.left(h), h[:, :0] if self.reference is None else self.reference.x_part(h, x)
 
     def theta_parts(self, u: Tensor) -> Parts:
-        """What pairs need of u (m, dim): (m, hidden), (m, rank) and u."""
+        """What pairs need of u (m, dim): (m, hidden), (m, rank), and the reference's part (m, c)."""
         t = self.theta(u)
-        return t[:, :0] if self.trunk_theta is None else self.trunk_theta(t), self.right(t), u
+        part = t[:, :0] if self.reference is None else self.reference.theta_part(u)
+        return t[:, :0] if self.trunk_theta is None else self.trunk_theta(t), self.right(t), part
 
     def features(self, x: Parts, theta: Parts | None = None) -> Tensor:
         """Parts of x and theta, whose leading axes are broadcast against each other -> what the last layer sees, (..., hidden + rank)."""
@@ -136,25 +160,7 @@ class PairClassifier(nn.Module):
     def log_odds(self, x: Parts, theta: Parts | None = None) -> Tensor:
         """Log odds (...) of pairs given by their parts."""
         out: Tensor = self.head(self.features(x, theta)).squeeze(-1)
-        return out if theta is None else out + self._gaussian(x[2], theta[2])
-
-    def _gaussian(self, context: Tensor, u: Tensor) -> Tensor | float:
-        """log N(u; mu, S) - log N(u; 0, I) of contexts (..., c) and u (..., dim), broadcast."""
-        if self.context is None:
-            return 0.0
-        d = self.dim
-        mean, raw, lower = context.split([d, d, d * (d - 1) // 2], dim=-1)
-        log_scale = _SCALE_LIMIT * torch.tanh(raw / _SCALE_LIMIT)
-        centred = u - mean
-        out = log_scale.sum(dim=-1) + 0.5 * (u**2).sum(dim=-1)
-        first = 0
-        for i in range(d):  # row by row of the triangular matrix: tables of pairs are too large for one small product a pair
-            turned = centred[..., i]
-            for j in range(i):
-                turned = turned + lower[..., first + j] * centred[..., j]
-            first += i
-            out = out - 0.5 * (log_scale[..., i].exp() * turned) ** 2
-        return out
+        return out if theta is None or self.reference is None else out + self.reference(x[2], theta[2])
 
     def forward(self, x: Tensor, u: Tensor) -> Tensor:
         """X (n, *x_shape) and u (n, dim), row by row -> f(x, theta) (n,)."""
@@ -162,38 +168,55 @@ class PairClassifier(nn.Module):
 
     def table(self, x: Parts, theta: Parts) -> Tensor:
         """Log odds (m, e) of every one of m theta with every one of e events; without a trunk this is a product of two matrices."""
-        events, thetas = tuple(part[None] for part in x), tuple(part[:, None] for part in theta)
         if self.trunk_x is None:
-            products = (theta[1] * self.head.weight[0]) @ x[1].T + self.head.bias
-            return products + self._gaussian(events[2], thetas[2])
-        return self.log_odds(events, thetas)
+            out: Tensor = (theta[1] * self.head.weight[0]) @ x[1].T + self.head.bias
+        else:
+            out = self.head(self.features(tuple(part[None] for part in x), tuple(part[:, None] for part in theta))).squeeze(-1)
+        return out if self.reference is None else out + self.reference.table(x[2], theta[2])
 
-    def with_contrasts(self, x: Tensor, u: Tensor, n_contrasts: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Log odds of each row's own pair (n,), of its x with the theta of the next n_contrasts rows (n, K), and the Gaussian's own (n,).
+    def with_contrasts(
+        self, x: Tensor, u: Tensor, n_contrasts: int, generator: torch.Generator | None = None, *, near: float = NEAR
+    ) -> Contrasts:
+        """Log odds of each row's own pair and of its x with n_contrasts other theta, drawn as the module says.
 
-        The last alone has a gradient with respect to the Gaussian: minus its mean is the loss that this is learned by.
-
-        The rows of a batch are in a random order that follows from the seed, so the neighbours' theta are draws of the marginal; nothing
-        is drawn here. K is n_contrasts, or n - 1 where the batch is smaller (one row alone is its own contrast).
+        x (n, *x_shape), u (n, dim), rows in random order. generator: None takes torch's global one. near: share of contrasts that are
+        drawn near the posterior, for a network with a reference.
         """
-        n = len(u)
-        k = max(1, min(n_contrasts, n - 1))
-        left, right = self.x_parts(x), self.theta_parts(u)
-        gaussian = torch.zeros_like(left[1][:, 0]) + self._gaussian(left[2], u)
-        left = (left[0], left[1], left[2].detach())
-        if self.trunk_x is not None:
-            moved = tuple(torch.stack([part.roll(-s, 0) for s in range(k + 1)], dim=1) for part in right)
-            out = self.log_odds(tuple(part[:, None] for part in left), moved)
-            return out[:, 0], out[:, 1:], gaussian
-        blocks = []
-        for start in range(0, n, _BLOCK):
-            rows = torch.arange(start, min(start + _BLOCK, n), device=u.device)
-            used = torch.arange(start, start + len(rows) + k, device=u.device) % n
-            block = self.table(tuple(part[rows] for part in left), tuple(part[used] for part in right)).T
-            own = torch.arange(len(rows), device=u.device)[:, None]
-            blocks.append(block.gather(1, own + torch.arange(k + 1, device=u.device)))
-        out = torch.cat(blocks)
-        return out[:, 0], out[:, 1:], gaussian
+        h = self.embedding(x)
+        left, own = self._x_parts(h, x), self.theta_parts(u)
+        context = None if self.proposal is None else self.proposal.x_part(h, x)
+        others = self._draw(None if context is None or not near else context.detach(), u, n_contrasts, near, generator)
+        drawn = [part.view(*others.shape[:2], -1) for part in self.theta_parts(others.flatten(0, 1))]
+        right = [torch.cat([a[:, None], b], dim=1) for a, b in zip(own, drawn, strict=True)]
+        out = self.log_odds((left[0][:, None], left[1][:, None], left[2][:, None].detach()), (right[0], right[1], right[2].detach()))
+        if self.proposal is None or context is None:
+            return Contrasts(out[:, 0], out[:, 1:], torch.zeros_like(out[:, 0]))
+        learned = self.proposal(context, u)
+        if self.likelihood is not None:
+            learned = learned + self.likelihood(left[2], own[2])
+        tilt = self._log_tilt(context.detach()[:, None], torch.cat([u[:, None], others], dim=1), near)
+        return Contrasts(out[:, 0] - tilt[:, 0], out[:, 1:] - tilt[:, 1:], learned)
+
+    @torch.no_grad()
+    def _draw(self, context: Tensor | None, u: Tensor, k: int, near: float, generator: torch.Generator | None) -> Tensor:
+        """Theta (n, k, dim) that contrast with rows u (n, dim): of other rows, or from the widened proposal."""
+        n, d = u.shape
+        steps = torch.randint(1, max(2, n), (n, k), generator=generator, device=u.device)
+        others = u[(torch.arange(n, device=u.device)[:, None] + steps) % n]
+        if context is None or self.proposal is None:
+            return others
+        noise = torch.randn(n, k, d, generator=generator, device=u.device)
+        chosen = torch.rand(2, n, k, 1, generator=generator, device=u.device)
+        proposed = self.proposal.draw(context, torch.where(chosen[0] < 0.5, _WIDTHS[0], _WIDTHS[1]) * noise)
+        return torch.where(chosen[1] < near, proposed, others)
+
+    @torch.no_grad()
+    def _log_tilt(self, context: Tensor, u: Tensor, near: float) -> Tensor:
+        """Log density of the contrasts over that of the prior, parts and u broadcast."""
+        if self.proposal is None or not near:
+            return torch.zeros_like(u[..., 0])
+        logs = [self.proposal(context, u, width) + math.log(near / len(_WIDTHS)) for width in _WIDTHS]
+        return torch.logsumexp(torch.stack([torch.full_like(logs[0], math.log1p(-near)), *logs]), dim=0)
 
     def difference_features(self, x: Tensor, u0: Tensor, u1: Tensor) -> Tensor:
         """Features of (x, theta0) less those of (x, theta1); without theta, the features of x."""

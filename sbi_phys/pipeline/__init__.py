@@ -1,6 +1,8 @@
 """The main job as a row of stages over a run folder; each leaves its files and a record, and is skipped when both are there.
 
 simulate -> train -> infer -> rounds -> refine -> reference -> compare -> calibrate -> check -> report
+
+Beside them, when they are asked for: simulate -> train_nle -> infer_nle, simulate -> train_nre -> infer_nre, and methods, which compares.
 """
 
 import os
@@ -21,6 +23,8 @@ from sbi_phys.errors import RunFolderError, SettingError
 from sbi_phys.parallel import process_group
 from sbi_phys.pipeline.infer import infer, refine, rounds
 from sbi_phys.pipeline.learn import simulate, train, train_along
+from sbi_phys.pipeline.likelihoods import infer_nle, infer_nre, train_nle, train_nre
+from sbi_phys.pipeline.methods import methods
 from sbi_phys.pipeline.page import report
 from sbi_phys.pipeline.proof import calibrate, check
 from sbi_phys.pipeline.reference import compare, reference
@@ -29,17 +33,21 @@ from sbi_phys.processes import start_worker
 from sbi_phys.progress import Progress, or_none
 from sbi_phys.protocol import check_simulator
 
-__all__ = ["STAGES", "Run", "Stage", "run_stages", "train_together"]
+__all__ = ["ALL", "FURTHER", "STAGES", "Run", "Stage", "run_stages", "train_together"]
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage: what it does, the stages whose files it reads, the files it leaves, and whether it may run beside others."""
+    """A stage: what it does, the stages whose files it reads, the files it leaves, and whether it may run beside others.
+
+    sees: stages whose files it reads where they are there: it does not wait for them, and is out of date when they run again.
+    """
 
     work: Callable[[Run, dict[str, Any]], None]
     needs: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
     beside: bool = False
+    sees: tuple[str, ...] = ()
 
 
 STAGES: dict[str, Stage] = {
@@ -52,8 +60,17 @@ STAGES: dict[str, Stage] = {
     "compare": Stage(compare, needs=("refine", "reference")),
     "calibrate": Stage(calibrate, needs=("train",)),
     "check": Stage(check, needs=("refine",)),
-    "report": Stage(report, needs=("compare", "calibrate", "check"), leaves=("summary.json", "report.html")),
+    "report": Stage(report, needs=("compare", "calibrate", "check"), leaves=("summary.json", "report.html"), sees=("methods",)),
 }
+# what runs only when it is asked for, or was run before
+FURTHER: dict[str, Stage] = {
+    "train_nle": Stage(train_nle, needs=("simulate",), leaves=("model_nle.pt",)),
+    "infer_nle": Stage(infer_nle, needs=("train_nle",), leaves=("posterior_nle.nc",)),
+    "train_nre": Stage(train_nre, needs=("simulate",), leaves=("model_nre.pt",)),
+    "infer_nre": Stage(infer_nre, needs=("train_nre",), leaves=("posterior_nre.nc",)),
+    "methods": Stage(methods, sees=("infer", "infer_nle", "infer_nre", "reference")),
+}
+ALL = {**{name: stage for name, stage in STAGES.items() if name != "report"}, **FURTHER, "report": STAGES["report"]}
 
 
 def run_stages(config: Config, folder: str | Path, until: Iterable[str] = ("report",), *, progress: Progress | None = None) -> Run:
@@ -64,14 +81,16 @@ def run_stages(config: Config, folder: str | Path, until: Iterable[str] = ("repo
     Raises: SettingError, RunFolderError, SimulatorMismatchError, StoreError, DataError, TrainingError, ConvergenceError.
     """
     run = Run(Path(folder), config, or_none(progress))
-    wanted = _with_needs([require_choice("stage", name, STAGES) for name in until])
+    wanted = _with_needs([require_choice("stage", name, ALL) for name in until])
+    if "report" in wanted and run.record("methods") is None and any(run.record(name) for name in ("infer_nle", "infer_nre")):
+        wanted = _with_needs([*wanted, "methods"])  # out of date, and the page has a place for it
     _foresee(run, wanted)
     run.begin()
     # one BLAS thread: the matrices are small, and the numbers must not depend on the number of cores
     with threadpool_limits(limits=1, user_api="blas"), Beside(run.folder, config) as beside:
         for i, name in enumerate(wanted):
             for other in wanted[i + 1 :]:
-                if STAGES[other].beside and not _finished(run, other) and all(_finished(run, need) for need in STAGES[other].needs):
+                if ALL[other].beside and not _finished(run, other) and all(_finished(run, need) for need in ALL[other].needs):
                     _forget_dependents(run, other)
                     beside.begin(other)
             if _finished(run, name):
@@ -90,7 +109,7 @@ def run_stages(config: Config, folder: str | Path, until: Iterable[str] = ("repo
 
 def _work(run: Run, name: str) -> None:
     with run.recording(name) as numbers:
-        STAGES[name].work(run, numbers)
+        ALL[name].work(run, numbers)
 
 
 def work_alone(folder: Path, config: Config, name: str) -> None:
@@ -166,14 +185,14 @@ def train_together(config: Config, folder: str | Path, until: str = "train", *, 
 def _foresee(run: Run, wanted: list[str]) -> None:
     """Meet now what would otherwise go wrong minutes later, before anything is written."""
     check_simulator(run.simulator)
-    if "train" in wanted:
+    if {"train", "train_nle", "train_nre"} & set(wanted):
         resolve_device(run.config.run.device)
-    if "infer" in wanted:
+    if {"infer", "infer_nle", "infer_nre"} & set(wanted):
         _ = run.observation
 
 
 def _finished(run: Run, name: str) -> bool:
-    return run.record(name) is not None and all(run.path(file).exists() for file in STAGES[name].leaves)
+    return run.record(name) is not None and all(run.path(file).exists() for file in ALL[name].leaves)
 
 
 def _with_needs(names: Iterable[str]) -> list[str]:
@@ -182,9 +201,17 @@ def _with_needs(names: Iterable[str]) -> list[str]:
     while todo:
         name = todo.pop()
         needed.add(name)
-        todo += STAGES[name].needs
-    return [name for name in STAGES if name in needed]
+        todo += ALL[name].needs
+    return [name for name in ALL if name in needed]
 
 
 def _dependents(name: str) -> list[str]:
-    return [other for other in STAGES if other != name and name in _with_needs([other])]
+    """Stages whose files follow from this one's, by what they need or see."""
+    found: set[str] = set()
+    todo = [name]
+    while todo:
+        now = todo.pop()
+        new = {other for other, stage in ALL.items() if now in (*stage.needs, *stage.sees)} - found
+        found |= new
+        todo += new
+    return [other for other in ALL if other in found]

@@ -5,6 +5,7 @@ from typing import Any
 
 from sbi_phys.calibrate import TITLES
 from sbi_phys.estimators.npe import load
+from sbi_phys.pipeline.methods_page import sections as further
 from sbi_phys.pipeline.run import Run
 from sbi_phys.pipeline.summary import published, seconds, summary
 from sbi_phys.pipeline.verdicts import verdicts
@@ -27,6 +28,7 @@ def report(run: Run, numbers: Numbers) -> None:
         Section("The answer", answer),
         *([Section("The data and the model", physics)] if (physics := _physics(run)) else []),
         Section("How good is it", _proof(run, found)),
+        *further(run),
         Section("Training", _training(run)),
         *([Section("Published fits", _literature(run, found))] if published(run) else []),
         Section("How it was made", _making(run, found)),

@@ -5,6 +5,7 @@ simulations/    the store                                   posterior_amortised.
 rounds/         stores of the truncated rounds              reference.nc            exact MCMC
 training/       checkpoints of the training                 calibration.json  figures/  summary.json  report.html
 model.pt        the amortised network                       stages/  one record a stage: seconds, versions, numbers
+model_nle.pt, model_nre.pt, posterior_nle.nc, posterior_nre.nc, posterior_exact.nc, limits/, limits.json, limits.csv  where asked for
 
 A file is written aside and renamed, so a run that is killed anywhere goes on with the next stage, shard or epoch.
 """

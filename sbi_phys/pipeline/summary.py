@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from sbi_phys.pipeline.methods_page import limits_of, methods_of
 from sbi_phys.pipeline.run import Run, versions
 from sbi_phys.report.tables import comparison_table, summarise
 
@@ -54,6 +55,8 @@ def summary(run: Run) -> dict[str, Any]:
         "sbc_pvalue": get["calibrate"].get("sbc_pvalue"),
         "calibration": {key: get["calibrate"].get(key) for key in ("verdict", "passed", "failed", "pvalues", "adjusted", "likeness")},
         "published": _published(run, final),
+        "methods": methods_of(run),
+        "limits": limits_of(run),
         "truth": None if run.truth is None else dict(zip(run.names, run.truth.tolist(), strict=True)),
         "validation_loss": get["train"].get("validation_loss"),
         "epochs": get["train"].get("epochs"),
@@ -73,7 +76,10 @@ def seconds(run: Run) -> dict[str, float]:
     return {**{name: record["seconds"] for name, record in records.items()}, "total": round(total, 3)}
 
 
-_STAGES = ("simulate", "train", "infer", "rounds", "refine", "reference", "compare", "calibrate", "check")
+_STAGES = (
+    "simulate", "train", "infer", "rounds", "refine", "reference", "compare", "calibrate", "check",
+    "train_nle", "infer_nle", "train_nre", "infer_nre", "methods",
+)  # fmt: skip
 
 
 def published(run: Run) -> list[dict[str, Any]]:

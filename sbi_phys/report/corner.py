@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["checked_sets", "corner_figure", "display_ranges", "marginal_density", "mass_levels", "truth_values"]
+__all__ = ["checked_sets", "corner_figure", "display_ranges", "marginal_density", "mass_levels", "smoothed_density", "truth_values"]
 
 Array = NDArray[np.float64]
 _MAX_DRAWS = 60_000  # more draws do not change a picture, only the wait for it
@@ -150,7 +150,7 @@ def _smooth_width(n: int, bins: int) -> float:
     return float(np.clip(bins / 40 * (20_000 / n) ** (1 / 6), 0.8, 4.0))
 
 
-def _density(theta: Array, limits: tuple[tuple[float, float], tuple[float, float]], bins: int) -> tuple[Array, Array, Array]:
+def smoothed_density(theta: Array, limits: tuple[tuple[float, float], tuple[float, float]], bins: int) -> tuple[Array, Array, Array]:
     """Smoothed histogram (b, b), first axis = y, with its grid; reflected at the frame, so that an edge keeps its mass."""
     counts, x_edges, y_edges = np.histogram2d(theta[:, 0], theta[:, 1], bins=bins, range=limits)
     smooth = gaussian_filter(counts, _smooth_width(theta.shape[0], bins), mode="reflect")
@@ -171,7 +171,7 @@ def _panel(
     from matplotlib.colors import to_rgba
 
     for k, theta in enumerate(sets.values()):
-        x, y, density = _density(theta[:, list(pair)], limits, bins=44)
+        x, y, density = smoothed_density(theta[:, list(pair)], limits, bins=44)
         low, high = mass_levels(density[1:-1, 1:-1], (0.95, 0.68))
         if k == 0:
             shades = [to_rgba(COLOURS["flow"], 0.28), to_rgba(COLOURS["flow"], 0.62)]

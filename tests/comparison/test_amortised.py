@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from scipy.special import gammaln
 from scipy.stats import multivariate_normal
 
-from sbi_phys.comparison import model_comparison
-from sbi_phys.comparison.network import ModelNet, model_loss, solve_last_layer
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError, SimulatorMismatchError
+from sbi_phys.comparison import ModelComparison, model_comparison
+from sbi_phys.comparison.network import ModelNet, finish, model_loss, solve_last_layer
+from sbi_phys.errors import DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SimulatorMismatchError
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.sets import DeepSet
 from sbi_phys.rng import rng_for
@@ -105,6 +106,47 @@ def test_models_of_event_sets():
         row[:m] = row[:m][::-1]
     np.testing.assert_allclose(got.probabilities(turned.reshape(4, 40)), got.probabilities(x), atol=1e-5)
     assert got.calibration.log_score < np.log(2)
+
+
+def test_counts_are_compared_by_their_total():
+    """Poisson counts of one rate, gamma priors: the closed form depends on the total alone, and so does what is learned."""
+    rng = rng_for(4)
+    priors = {"wide": (2.0, 0.5), "narrow": (4.0, 1.0)}
+    x = {k: rng.poisson(rng.gamma(a, 1 / b, 20_000)[:, None], (20_000, 4)).astype(float) for k, (a, b) in priors.items()}
+    got = model_comparison(x, n_check=500, n_ensemble=1, embedding=SMALL, config=QUICK, device="cpu")
+    at = np.array([[0.0, 0, 1, 3], [2, 2, 0, 0], [4, 3, 3, 5], [12, 10, 22, 7], [30, 10, 5, 6]])
+    total = at.sum(axis=1)
+    evidence = {k: a * np.log(b) - gammaln(a) + gammaln(a + total) - (a + total) * np.log(b + 4) for k, (a, b) in priors.items()}
+    found = got.log_bayes_factor(at, "narrow", "wide")
+    np.testing.assert_allclose(found, evidence["narrow"] - evidence["wide"], atol=0.15)
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_a_saved_comparison_comes_back(trained, tmp_path):
+    x = data(5)
+    trained.save(tmp_path / "c.pt")
+    again = ModelComparison.load(tmp_path / "c.pt", device="cpu")
+    np.testing.assert_array_equal(again.probabilities(x), trained.probabilities(x))
+    assert again.names == trained.names
+    assert again.calibration.summary() == trained.calibration.summary()
+    np.testing.assert_array_equal(again.calibration.band, trained.calibration.band)
+    with pytest.raises(ModelFileError, match="without an embedding"):
+        ModelComparison.load(tmp_path / "c.pt", embedding=DeepSet(1))
+    (tmp_path / "other.pt").write_bytes((tmp_path / "c.pt").read_bytes()[:-200])
+    with pytest.raises(ModelFileError, match="truncated"):
+        ModelComparison.load(tmp_path / "other.pt")
+
+
+def test_features_that_are_not_needed_are_left_out():
+    rng = rng_for(8)
+    label = torch.from_numpy(rng.integers(0, 2, 4000))
+    for square, stage in ((0.0, 0), (1.0, 1)):  # the classes differ in their mean, or in a cube that products do not hold
+        x = torch.from_numpy(rng.standard_normal((4000, 1)).astype(np.float32))
+        x = x + 0.5 * label[:, None] if not square else torch.where(label[:, None] == 1, 3 * torch.sin(3 * x), x)
+        net, weight = ModelNet(2, (1,), EmbeddingConfig(hidden=32, n_blocks=1, n_features=16), seed=0), torch.ones(4000)
+        rows = [(x[a], label[a], weight[a]) for a in (slice(0, 3000), slice(3000, None))]
+        assert finish(net, *rows) == net.stages[stage]
+        assert bool((net.head.weight[0, net.stages[stage] :] == 0).all())
 
 
 def test_the_last_layer_is_at_its_optimum():

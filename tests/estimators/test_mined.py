@@ -1,5 +1,7 @@
 """Mined gold on the toy z ~ N(theta, 1), x ~ N(z, 2): the ratio is Gaussian with variance 5, the score t = (x - theta) / 5."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -162,3 +164,22 @@ def test_bad_settings_are_refused() -> None:
         SALLY(embedding=torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="score has shape"):
         SALLY().fit(np.zeros((30, 1)), np.zeros((29, 1)))
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    data = gold(200, 0)
+    quick = sp.TrainConfig(max_epochs=1, batch_size=50)
+    ratio = MinedRatio(3, loss="alices", alpha=0.5, n_ensemble=2, config=quick, **NETWORK).fit(**data)
+    ratio.save(tmp_path / "ratio.pt")
+    again = sp.load(tmp_path / "ratio.pt", device="cpu")
+    assert isinstance(again, MinedRatio)
+    assert (again.loss, again.alpha, again.seed, again.n_ensemble) == ("alices", 0.5, 3, 2)
+    np.testing.assert_array_equal(again.log_ratio([0.3], [1.0], [0.0]), ratio.log_ratio([0.3], [1.0], [0.0]))
+    sally = SALLY(3, n_ensemble=2, device="cpu", config=quick)
+    with pytest.raises(SettingError, match="this SALLY is not trained"):
+        sally.save(tmp_path / "sally.pt")
+    sally.fit(data["x"], data["score"]).save(tmp_path / "sally.pt")
+    found = sp.load(tmp_path / "sally.pt", device="cpu")
+    assert isinstance(found, SALLY)
+    np.testing.assert_array_equal(found.score([0.3]), sally.score([0.3]))
+    assert found.history == sally.history

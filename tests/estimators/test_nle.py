@@ -326,3 +326,16 @@ def test_a_network_that_has_gone_wrong_is_an_error(trained: NLE) -> None:
     finally:
         with torch.no_grad():
             weight.copy_(kept)
+
+
+def test_the_flow_is_chosen_by_the_columns() -> None:
+    """A Gaussian alone for many columns of counts, couplings for few or for numbers; what is asked for is kept."""
+    rng = rng_for(0)
+    prior = sp.BoxPrior([sp.Parameter("rate", low=5, high=50)])
+    theta = prior.sample(200, rng)
+    once = {"config": sp.TrainConfig(max_epochs=1), "embedding": SMALL, "device": "cpu"}
+    counts = rng.poisson(np.repeat(theta, 4, axis=1)).astype(float)
+    assert sp.NLE(prior, **once).fit(theta, counts).flow.n_layers == 0
+    assert sp.NLE(prior, **once).fit(theta, counts[:, :3]).flow.n_layers == 3
+    assert sp.NLE(prior, **once).fit(theta, counts + rng.random((200, 4))).flow.n_layers == 3
+    assert sp.NLE(prior, flow="affine", **once).fit(theta, counts).flow == FlowConfig(kind="affine", n_layers=3, hidden=32)

@@ -1,11 +1,14 @@
 """Ratios of two hypotheses against Gaussians whose ratio is known, what holds by construction, and what is refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import sbi_phys as sp
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.errors import DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SupportError
 from sbi_phys.estimators.two_hypotheses import TwoHypotheses
 from sbi_phys.nets.classifier import ClassifierConfig
 from sbi_phys.nets.embed import EmbeddingConfig
@@ -154,3 +157,28 @@ def test_bad_training_data_are_refused() -> None:
         fit(None, np.full((30, 1), np.nan), None, x)
     with pytest.raises(ShapeError, match=r"theta0 has shape \(7, 1\); expected \(30, d\)"):
         fit(np.zeros((7, 1)), x, theta, x)
+
+
+def test_saved_and_loaded(parametrised: TwoHypotheses, tmp_path: Path) -> None:
+    parametrised.save(tmp_path / "ratio.pt")
+    again = sp.load(tmp_path / "ratio.pt", device="cpu")
+    assert isinstance(again, TwoHypotheses)
+    x, theta = np.array([[0.3], [-2.0]]), np.array([[0.5], [1.0]])
+    np.testing.assert_array_equal(again.log_ratio(x, theta, [0.0]), parametrised.log_ratio(x, theta, [0.0]))
+    assert (again.network, again.config, again.history) == (parametrised.network, parametrised.config, parametrised.history)
+    with pytest.raises(SupportError, match="outside what was trained on"):
+        again.log_ratio(x, [50.0], [0.0])
+    with pytest.raises(ModelFileError, match="without an embedding"):
+        sp.load(tmp_path / "ratio.pt", embedding=nn.Identity())
+
+
+def test_two_fixed_hypotheses_with_an_embedding_of_ones_own_are_saved(tmp_path: Path) -> None:
+    rng = rng_for(0)
+    ratio = TwoHypotheses(embedding=nn.Linear(2, 8), device="cpu", config=sp.TrainConfig(max_epochs=1, batch_size=50))
+    with pytest.raises(SettingError, match="this TwoHypotheses is not trained"):
+        ratio.save(tmp_path / "ratio.pt")
+    ratio.fit(None, rng.normal(0, 1, (100, 2)), None, rng.normal(1, 1, (100, 2))).save(tmp_path / "ratio.pt")
+    with pytest.raises(ModelFileError, match="class Linear"):
+        sp.load(tmp_path / "ratio.pt")
+    again = sp.load(tmp_path / "ratio.pt", embedding=nn.Linear(2, 8), device="cpu")
+    np.testing.assert_array_equal(again.log_ratio([0.1, 0.2]), ratio.log_ratio([0.1, 0.2]))

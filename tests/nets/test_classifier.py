@@ -7,10 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from sbi_phys.errors import SettingError, ShapeError
-from sbi_phys.nets import classifier
 from sbi_phys.nets.classifier import ClassifierConfig, PairClassifier, solve_last_layer
 from sbi_phys.nets.embed import EmbeddingConfig
-from sbi_phys.nets.layers import GaussianLayer
 from sbi_phys.rng import torch_rng_for
 
 SMALL = ClassifierConfig(hidden=16, n_blocks=2, n_features=8, rank=5)
@@ -20,14 +18,16 @@ EMBEDDING = EmbeddingConfig(hidden=16, n_blocks=1, n_features=8)
 PRODUCTS = ClassifierConfig(hidden=0, n_features=8, rank=5)
 
 
-def net(dim: int = 2, seed: int = 0, *, moved: bool = True, network: ClassifierConfig = SMALL, gaussian: bool = False) -> PairClassifier:
+def net(
+    dim: int = 2, seed: int = 0, *, moved: bool = True, network: ClassifierConfig = SMALL, reference: str | None = None
+) -> PairClassifier:
     """A network for x (3,), whose zero weights have been moved off zero if asked for."""
-    module = PairClassifier(dim, (3,), network, EMBEDDING, seed=seed, gaussian=gaussian)
+    module = PairClassifier(dim, (3,), network, EMBEDDING, seed=seed, reference=reference)
     if moved:
         generator = torch_rng_for(seed, "moved")
         with torch.no_grad():
-            for p in module.parameters():
-                p += 0.3 * torch.randn(p.shape, generator=generator)
+            for name, p in module.named_parameters():
+                p += (0.05 if name.startswith("likelihood") else 0.3) * torch.randn(p.shape, generator=generator)
     return module.eval()
 
 
@@ -36,73 +36,94 @@ def rows(n: int = 7) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 3, generator=generator), torch.randn(n, 2, generator=generator)
 
 
-KINDS = [(SMALL, False), (PRODUCTS, False), (SMALL, True), (PRODUCTS, True)]
-every_kind = pytest.mark.parametrize(("network", "gaussian"), KINDS, ids=["trunk", "products", "trunk, gaussian", "products, gaussian"])
+KINDS = [(n, r) for n in (SMALL, PRODUCTS) for r in (None, "posterior", "likelihood")]
+every_kind = pytest.mark.parametrize(("network", "reference"), KINDS, ids=lambda v: v if isinstance(v, str) else "")
 
 
 @every_kind
-def test_every_ratio_is_one_at_the_start(network: ClassifierConfig, gaussian: bool) -> None:
+def test_every_ratio_is_one_at_the_start(network: ClassifierConfig, reference: str | None) -> None:
     x, u = rows()
-    assert (net(moved=False, network=network, gaussian=gaussian)(x, u).abs() < 1e-6).all()
-    assert (net(moved=True, network=network, gaussian=gaussian)(x, u) != 0).all()
+    assert (net(moved=False, network=network, reference=reference)(x, u).abs() < 1e-6).all()
+    assert (net(moved=True, network=network, reference=reference)(x, u) != 0).all()
 
 
 @every_kind
-@pytest.mark.parametrize("block", [256, 3])
-def test_contrasts_are_pairs_with_the_next_rows(
-    network: ClassifierConfig, gaussian: bool, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(classifier, "_BLOCK", block)
+def test_contrasts_are_pairs_of_other_theta(network: ClassifierConfig, reference: str | None) -> None:
+    """Without any from near the posterior, every contrast is the log odds of a row's x with another row's theta."""
     x, u = rows()
-    module = net(network=network, gaussian=gaussian)
-    joint, contrast, _ = module.with_contrasts(x, u, 3)
+    module = net(network=network, reference=reference)
+    joint, contrast, _ = module.with_contrasts(x, u, 3, torch_rng_for(4), near=0.0)
     torch.testing.assert_close(joint, module(x, u), atol=1e-4, rtol=1e-4)
     assert contrast.shape == (7, 3)
-    for k in range(3):
-        torch.testing.assert_close(contrast[:, k], module(x, u[[(i + k + 1) % 7 for i in range(7)]]), atol=1e-4, rtol=1e-4)
+    table = module.table(module.x_parts(x), module.theta_parts(u)).T
+    for i in range(7):
+        others = table[i, [j for j in range(7) if j != i]]
+        gap = (contrast[i][:, None] - others).abs().min(dim=1).values
+        assert (gap < 1e-3 * (1 + contrast[i].abs())).all()
 
 
+@pytest.mark.parametrize("reference", ["posterior", "likelihood"])
+def test_log_odds_are_relative_to_what_the_contrasts_were_drawn_from(reference: str) -> None:
+    """f less the loss's log odds is log q(u | x) / N(u; 0, I), and q is normalised."""
+    x, u = rows()
+    module = net(reference=reference)
+    joint = module.with_contrasts(x, u, 3).joint
+    context = module.proposal.x_part(module.embedding(x), x)  # type: ignore[union-attr]
+    logs = [module.proposal(context, u, width) for width in (1.0, 2.0)]  # type: ignore[misc]
+    tilt = torch.log(0.5 + 0.25 * logs[0].exp() + 0.25 * logs[1].exp())
+    torch.testing.assert_close(module(x, u) - joint, tilt, atol=1e-4, rtol=1e-4)
+    draws = torch.randn(200_000, 2, generator=torch_rng_for(5))
+    narrow = torch.tensor([0.2, -0.1, 0.4, 0.2, 0.3])
+    assert float(module._log_tilt(narrow, draws, 0.5).exp().mean()) == pytest.approx(1, abs=0.02)
+
+
+def test_contrasts_follow_the_density_that_they_are_said_to_have() -> None:
+    """Half N(0, I), a quarter each N(mu, S) and N(mu, 4 S): E_q[p / q] is the mass of p, over any region that q reaches."""
+    module = net(reference="posterior", network=PRODUCTS)
+    assert module.proposal is not None
+    context = torch.tensor([[3.0, -2.0, 1.0, 0.5, 0.7]]).expand(20_000, -1)
+    u = torch.randn(20_000, 2, generator=torch_rng_for(8))
+    drawn = module._draw(context, u, 4, 0.5, torch_rng_for(9)).view(-1, 2)
+    torch.testing.assert_close(drawn.mean(dim=0), torch.tensor([1.5, -1.0]), atol=0.03, rtol=0)
+    log_q = module._log_tilt(context[:1], drawn, 0.5)  # over N(0, I)
+    side = drawn[:, 0] > 0
+    assert float((torch.exp(-log_q) * side).mean()) == pytest.approx(0.5, abs=0.015)
+    for width in (1.0, 2.0):
+        weight = torch.exp(module.proposal(context[:1], drawn, width) - log_q)
+        assert float(weight.mean()) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("network", [SMALL, PRODUCTS])
-@pytest.mark.parametrize(("n", "expected"), [(4, 3), (2, 1), (1, 1)])
-def test_small_batches_have_fewer_contrasts(network: ClassifierConfig, n: int, expected: int) -> None:
+def test_few_rows_have_contrasts_all_the_same(network: ClassifierConfig, n: int) -> None:
     x, u = rows(n)
-    assert net(network=network).with_contrasts(x, u, 10)[1].shape == (n, expected)
+    assert torch.isfinite(net(network=network, reference="likelihood").with_contrasts(x, u, 10).contrast).all()
 
 
 @every_kind
-def test_parts_broadcast_as_sets_of_events(network: ClassifierConfig, gaussian: bool) -> None:
+def test_parts_broadcast_as_sets_of_events(network: ClassifierConfig, reference: str | None) -> None:
     x, u = rows()
-    module = net(network=network, gaussian=gaussian)
+    module = net(network=network, reference=reference)
     table = module.table(module.x_parts(x), module.theta_parts(u[:4]))
     assert table.shape == (4, 7)
     for i in range(4):
         torch.testing.assert_close(table[i], module(x, u[i].expand(7, 2)), atol=1e-4, rtol=1e-4)
 
 
-def test_the_gaussian_term_is_that_of_the_flows_layer() -> None:
+@every_kind
+def test_the_classifier_leaves_the_gaussians_alone(network: ClassifierConfig, reference: str | None) -> None:
     x, u = rows()
-    module, layer = net(network=PRODUCTS, gaussian=True), GaussianLayer(2)
-    with torch.no_grad():
-        context = module.x_parts(x)[2]
-        z, log_det = layer.forward(u, context)
-        torch.testing.assert_close(module._gaussian(context, u), log_det + 0.5 * (u**2).sum(1) - 0.5 * (z**2).sum(1), atol=1e-4, rtol=1e-4)
-    # normalised: the mean of the ratio over the prior is one
-    with torch.no_grad():
-        draws = torch.randn(200_000, 2, generator=torch_rng_for(5))
-        narrow = torch.tensor([0.2, -0.1, 0.4, 0.2, 0.3])
-        assert float(module._gaussian(narrow, draws).exp().mean()) == pytest.approx(1, abs=0.02)
-
-
-def test_the_classifier_leaves_the_gaussian_alone() -> None:
-    x, u = rows()
-    module = net(network=PRODUCTS, gaussian=True)
-    joint, contrast, gaussian = module.with_contrasts(x, u, 3)
+    module = net(network=network, reference=reference)
+    joint, contrast, learned = module.with_contrasts(x, u, 3)
     (joint.sum() + contrast.sum()).backward()
-    assert module.context is not None and module.context.weight.grad is None
-    module.with_contrasts(x, u, 3)[2].sum().backward()
-    assert float(module.context.weight.grad.abs().sum()) > 0
-    assert (net().with_contrasts(x, u, 3)[2] == 0).all()
-    assert gaussian.shape == (7,)
+    parts = [p for part in (module.proposal, module.likelihood) if part is not None for p in part.parameters()]
+    assert all(p.grad is None or float(p.grad.abs().max()) == 0 for p in parts)
+    assert learned.shape == (7,)
+    if reference is None:
+        assert (learned == 0).all()
+        return
+    module.with_contrasts(x, u, 3).learned.sum().backward()
+    assert all(float(p.grad.abs().sum()) > 0 for p in parts)
 
 
 def test_differences_chain_and_change_sign() -> None:

@@ -48,6 +48,14 @@ def test_the_exposure_seen_through_the_blurring_is_the_integral_over_the_sphere(
     np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-4)
 
 
+def test_the_relative_exposure_is_that_of_the_blurred_sources():
+    kappa = 1 / np.radians(15.0) ** 2
+    vmf = kappa / (2 * np.pi * -np.expm1(-2 * kappa)) * np.exp(kappa * (SKY @ SIM.catalogue.directions.T - 1))
+    want = 4 * np.pi * (SIM.exposure(SKY[:, 2]) * (vmf @ SIM.catalogue.weights)).mean() / SIM.exposure(SKY[:, 2]).mean()
+    assert SIM.relative_exposure([15.0])[0] == pytest.approx(want, rel=1e-3)
+    assert SIM.relative_exposure([40.0])[0] != pytest.approx(want, rel=1e-2)
+
+
 @pytest.mark.parametrize("settings", [{}, {"catalogue": "random"}, {"rigidity_index": 4.0}])
 def test_the_density_is_normalised_over_the_sky(settings):
     sim = ArrivalDirections(n_events=10, **settings)
