@@ -354,7 +354,7 @@ def pool(root: Path, quick: bool) -> Numbers:
     with ProcessPoolExecutor(1, mp_context=spawn) as one, ProcessPoolExecutor(2, mp_context=spawn) as two:
         for i, warm in enumerate((one, two)):
             seconds_of(SourceSpectrum(), 8, 50, root / f"warm{i}", warm, 2)
-        first, second, here = speed_up(root / "real", 8 if quick else 24, 1 if quick else 2, one, two)
+        first, second, here = speed_up(root / "real", 8 if quick else 96, 1 if quick else 2, one, two)
         count = 200 if quick else 1000
         noop = seconds_of(Rows(), count, 10, root / "noop", two, 2)
     return {
