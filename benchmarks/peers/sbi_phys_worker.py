@@ -119,8 +119,17 @@ def step(*, data: str, network: dict[str, Any], batch: int, steps: int, compiled
     return {"ms": float(np.median([r["step_ms"] for r in npe.history[0][1:]])), "weights": weights, "matrices": matrices}
 
 
-def products(*, matrices: list[tuple[int, int]], batch: int, repeats: int) -> float:
-    """Milliseconds of the bare matrix products of those layers: x W^T forward, g W and g^T x backward."""
+def products(*, matrices: list[tuple[int, int]], batch: int, repeats: int, threads: int) -> float:
+    """Milliseconds of the bare matrix products of those layers on so many threads: x W^T forward, g W and g^T x backward."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _products(matrices, batch, repeats)
+    finally:
+        torch.set_num_threads(usual)
+
+
+def _products(matrices: list[tuple[int, int]], batch: int, repeats: int) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = [
         (torch.randn(o, i, device=device), torch.randn(batch, i, device=device), torch.randn(batch, o, device=device)) for o, i in matrices

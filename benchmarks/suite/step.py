@@ -25,16 +25,25 @@ def _one(context: Context, network: str, batch: int, compiled: bool) -> list[Row
     worker = context.worker(OURS)
     assert worker is not None
     steps = max(4, 16384 // batch) // (4 if context.quick else 1)
-    ours, bare, weights = [], [], 0
-    for _ in range(1 if compiled or context.quick else context.repeats):
+    # a step of a small network runs on one thread (`train._threads`): beside it the same products on one, and on all
+    counts = sorted({1, context.threads})
+    ours: list[float] = []
+    bare: dict[int, list[float]] = {threads: [] for threads in counts}
+    weights = 0
+    for _ in range(1 if context.quick else context.repeats):
         found = worker.call(
             "step", data=str(context.data(context.n_rows)), network=NETWORKS[network], batch=batch, steps=max(2, steps), compiled=compiled
         )
         ours.append(found["ms"])
-        bare.append(worker.call("products", matrices=found["matrices"], batch=batch, repeats=12))
+        for threads in counts:
+            bare[threads].append(worker.call("products", matrices=found["matrices"], batch=batch, repeats=12, threads=threads))
         weights = found["weights"]
     mode = "compiled" if compiled else "eager"
-    context.say(f"step, {network}, batch {batch}, {mode}: {ours} ms, bare {[round(b, 2) for b in bare]} ms")
+    context.say(f"step, {network}, batch {batch}, {mode}: {ours} ms, bare {bare} ms")
     name = f"step: {TITLES[network]}, batch {batch}, {mode}"
     note = f"{weights} weights"
-    return [Row(name=name, values=ours, unit="ms", peer="bare matrix products", peer_values=bare, note=note, **context.about())]
+    return [
+        Row(name=name, values=ours, unit="ms", peer=f"bare matrix products, {threads} thread{'s' * (threads > 1)}",
+            peer_values=bare[threads], note=note, **context.about())
+        for threads in counts
+    ]  # fmt: skip
