@@ -16,7 +16,7 @@ from sbi_phys.config import Config
 from sbi_phys.errors import DataError, RunFolderError, SettingError
 from sbi_phys.pipeline import STAGES, Beside, Run, run_stages
 from sbi_phys.pipeline.run import null_safe
-from sbi_phys.pipeline.summary import seconds, summary
+from sbi_phys.pipeline.summary import seconds
 from sbi_phys.pipeline.verdicts import verdicts
 from tests.report.browser import check_report, missing_browser
 from tests.toys import LinearGaussian
@@ -167,10 +167,10 @@ def test_killed_in_training_it_ends_like_an_undisturbed_run(tmp_path, whole):
         process.kill()
         process.wait()
     assert not (folder / "stages" / "train.json").exists()
-    run = run_stages(tiny(), folder, ["compare", "calibrate", "check"])
-    ours, theirs = (null_safe(summary(r)) for r in (run, whole))
-    assert ours.pop("seconds") != theirs.pop("seconds")
-    assert ours == theirs
+    run = run_stages(tiny(), folder, ["compare", "check"])
+    for stage in ("simulate", "train", "infer", "refine", "reference", "compare", "check"):
+        assert null_safe(run.numbers(stage)) == null_safe(whole.numbers(stage)), stage
+    assert np.array_equal(run.read_draws("posterior.nc").flat, whole.read_draws("posterior.nc").flat)
 
 
 @pytest.mark.browser
