@@ -64,6 +64,7 @@ def two_ranks(folder: Path, source: str) -> list[dict]:
     return [json.loads((folder / f"rank-{r}.json").read_text()) for r in (0, 1)]
 
 
+@pytest.mark.slow
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     small = ["simulate.n=600", "simulate.shard_size=200", "train.max_epochs=2", "flow.n_layers=1", "embedding.hidden=8"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sbi_phys.cli"]

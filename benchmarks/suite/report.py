@@ -126,7 +126,7 @@ def _losses(ax: Any, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Non
     ax.set(xscale="log", xlabel="wall time [s]", ylabel="loss on held-out pairs [nats]", ylim=(last - 0.1, first[len(first) // 2] + 0.2))
     ax.xaxis.set_minor_formatter("")
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.legend()
+    ax.legend(loc="lower left", fontsize="small")
 
 
 def _bars(ax: Any, rows: Dicts) -> None:
