@@ -219,7 +219,7 @@ class CheckSettings:
 class MethodsSettings:
     """Learned likelihood (`--method nle`) and ratio (`--method nre`), their draws, and how they are compared.
 
-    Args: nle_layers: couplings behind the conditional Gaussian; not given, none where all data are counts, else 3. nre_loss: 'carl',
+    Args: nle_layers: couplings behind the conditional Gaussian; not given, none for four or more counts, else 3. nre_loss: 'carl',
     'nre-c' or 'bnre'. sampler: 'auto', 'importance', 'emcee', 'hmc' or 'grid'. n_pairs: most held-out pairs at which ratios are held
     against exact ones.   Raises: SettingError.
     """

@@ -33,13 +33,10 @@ _PARTS = 4  # of independent draws, to be held against one another as chains are
 def new_nle(run: Run) -> NLE:
     """An untrained likelihood with the run's settings."""
     layers = run.config.methods.nle_layers
-    if layers is None:
-        # counts are nearly normal after Anscombe's root; of other columns nothing is known
-        layers = 0 if all(o.kind == "counts" for o in run.simulator.observables) else 3
     return NLE(
         run.simulator.prior,
         run.seed("train_nle"),
-        flow=FlowConfig(n_layers=layers, hidden=32),
+        flow="auto" if layers is None else FlowConfig(n_layers=layers, hidden=32),
         embedding=run.config.embedding,
         n_ensemble=run.config.estimator.n_ensemble,
         x_transform=run.config.estimator.x_transform,
