@@ -30,6 +30,20 @@ MOST_R_HAT, LEAST_EFFECTIVE = 1.02, 100  # worse than that, chains have not met,
 _PARTS = 4  # of independent draws, to be held against one another as chains are
 
 
+def _shared(run: Run) -> dict[str, Any]:
+    """The settings that both estimators take alike."""
+    config = run.config
+    return {
+        "embedding": config.embedding,
+        "n_ensemble": config.estimator.n_ensemble,
+        "x_transform": config.estimator.x_transform,
+        "device": config.run.device,
+        "observables": run.simulator.observables,
+        "simulator": simulator_identity(run.simulator),
+        "config": config.train,
+    }
+
+
 def new_nle(run: Run) -> NLE:
     """An untrained likelihood with the run's settings."""
     layers = run.config.methods.nle_layers
@@ -37,13 +51,7 @@ def new_nle(run: Run) -> NLE:
         run.simulator.prior,
         run.seed("train_nle"),
         flow="auto" if layers is None else FlowConfig(n_layers=layers, hidden=32),
-        embedding=run.config.embedding,
-        n_ensemble=run.config.estimator.n_ensemble,
-        x_transform=run.config.estimator.x_transform,
-        device=run.config.run.device,
-        observables=run.simulator.observables,
-        simulator=simulator_identity(run.simulator),
-        config=run.config.train,
+        **_shared(run),
     )
 
 
@@ -53,13 +61,7 @@ def new_nre(run: Run) -> NRE:
         run.simulator.prior,
         run.seed("train_nre"),
         loss=run.config.methods.nre_loss,
-        embedding=run.config.embedding,
-        n_ensemble=run.config.estimator.n_ensemble,
-        x_transform=run.config.estimator.x_transform,
-        device=run.config.run.device,
-        observables=run.simulator.observables,
-        simulator=simulator_identity(run.simulator),
-        config=run.config.train,
+        **_shared(run),
     )
 
 
