@@ -11,8 +11,8 @@ so no draw leaves the support and no scale has to be known.
 - 'emcee': an ensemble of walkers (`samplers.mcmc`). Many short calls: slow for networks, but it needs neither proposal nor gradient.
 - 'hmc': with the gradient of log L (`samplers.hmc`); for many parameters.
 - 'grid': one or two degrees of freedom (`samplers.grid`); the reference.
-- 'auto': importance sampling, with the proposal first if one is given; if its weights cannot be trusted, hmc where there is a gradient,
-  else emcee, from where the tempering has led.
+- 'auto': importance sampling, with the proposal first if one is given; if its weights cannot be trusted, the grid for one or two
+  degrees of freedom, else hmc where there is a gradient, else emcee, from where the tempering has led.
 
 A sampler that has not converged raises ConvergenceError; the numbers it was judged by are part of the result.
 """
@@ -209,6 +209,11 @@ def _auto(job: _Job) -> PosteriorDraws:
     if job.dim <= _MOST_MIXTURE:
         try:
             return _by_importance(job, _explored(job), "a mixture found by tempering")
+        except ConvergenceError as err:
+            reasons.append(str(err))
+    if job.dim <= 2:
+        try:
+            return _grid(job)
         except ConvergenceError as err:
             reasons.append(str(err))
     try:

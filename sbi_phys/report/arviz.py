@@ -196,10 +196,13 @@ def _old(arviz: Any) -> bool:
 
 def _convert(data: dict[str, dict[str, Array]], **named: Any) -> Any:
     arviz = _import_arviz()
-    with warnings.catch_warnings():
-        # "more chains than draws" is a guess at a transposed array; shapes were checked above
-        warnings.filterwarnings("ignore", message="More chains", category=UserWarning)
-        tree = arviz.from_dict(**data, **named) if _old(arviz) else arviz.from_dict(data, **named)
+    # "more chains than draws" is a guess at a transposed array; shapes were checked above
+    if _old(arviz):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="More chains", category=UserWarning)
+            tree = arviz.from_dict(**data, **named)
+    else:
+        tree = arviz.from_dict(data, check_conventions=False, **named)
     for name in groups(tree):
         tree[name].attrs.pop("created_at", None)  # the same run gives the same file, whenever it is made
     return tree

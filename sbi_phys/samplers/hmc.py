@@ -39,6 +39,8 @@ LogDensityAndGrad = Callable[[Array], tuple[Array, Array]]
 
 R_HAT_MAX = 1.01
 R_HAT_WARM = 1.1  # of a block of warm-up, which is short: agreement, not yet precision
+# R-hat - 1 of slow chains halves when their steps double; of chains in separate modes it stays. Over three doublings:
+STUCK_BLOCKS, STUCK_SHARE = 3, 0.7
 LENGTH_IN_TAU = 50
 ACCEPTANCE, HIGHEST_ACCEPTANCE = 0.8, 0.99
 MAX_ENERGY_ERROR = 1000.0
@@ -110,7 +112,8 @@ def run_hmc(
     Returns: HMCResult.
     Raises: ShapeError, NonFiniteError (NaN or +inf, naming the point), DataError (start), SettingError, ConvergenceError.
     Source: Neal 2011, arXiv:1206.1901; Hoffman & Gelman 2014, arXiv:1111.4246.
-    Read: r_hat <= 1.01 and no divergences = converged as far as any chain has reached; chains that sit in different modes do not agree.
+    Read: r_hat <= 1.01 and no divergences = converged as far as any chain has reached; chains that sit in different modes do not agree,
+        and are given up once more steps bring R-hat no lower.
     """
     at = as_array("start", start, (None, None))
     if at.shape[0] < 4 or at.shape[1] < 1:
@@ -120,8 +123,8 @@ def run_hmc(
     most = require_number("max_divergent", max_divergent, low=0, high=1)
     chains = _Chains(_Target(log_prob_and_grad, at.shape[1]), at, rng_for(seed, "hmc"))
     with or_none(progress).task("HMC", total=1.0) as task:
-        n_burn = _warm_up(chains, max_steps // 2, dense, most, task)
-        verdict = _produce(chains, n_samples, max_steps - n_burn, most, task)
+        n_burn, stuck = _warm_up(chains, max_steps // 2, dense, most, task)
+        verdict = _produce(chains, n_samples, LEAST if stuck else max_steps - n_burn, most, task, stuck)
     if not verdict.good and raise_on_failure:
         raise ConvergenceError(f"HMC did not converge: {verdict.text}; expected convergence within max_steps = {max_steps}")
     return _result(chains, verdict, n_burn, n_samples, rng_for(seed, "hmc draws"))
@@ -303,9 +306,10 @@ class _DualAveraging:
         return math.exp(min(log_step, 5.0))
 
 
-def _warm_up(chains: _Chains, max_steps: int, dense: bool, most: float, task: Task) -> int:
-    """Adapt step and metric in blocks that double, then forget -> steps done."""
+def _warm_up(chains: _Chains, max_steps: int, dense: bool, most: float, task: Task) -> tuple[int, str]:
+    """Adapt step and metric in blocks that double, then forget -> steps done, and why more would be in vain, if so."""
     done, block, wanted = 0, FIRST_BLOCK, ACCEPTANCE
+    excess: list[float] = []
     while True:
         size = min(block, max_steps - done)
         chains.find_step()
@@ -324,7 +328,12 @@ def _warm_up(chains: _Chains, max_steps: int, dense: bool, most: float, task: Ta
         # the metric of the last block was made from draws that had agreed nearly as well: two blocks at least
         if (r_hat < R_HAT_WARM and calm and done > FIRST_BLOCK) or done + block >= max_steps:
             chains.forget()
-            return done
+            return done, ""
+        excess.append(r_hat - 1)
+        if len(excess) > STUCK_BLOCKS and excess[-1] > max(STUCK_SHARE * excess[-1 - STUCK_BLOCKS], R_HAT_WARM - 1):
+            chains.forget()
+            times = 2**STUCK_BLOCKS
+            return done, f"R-hat has stayed at {r_hat:.2f} while the steps became {times} times as many: the chains sit in separate modes"
         if not calm:
             wanted = min(1 - (1 - wanted) / 2, HIGHEST_ACCEPTANCE)
         chains.adapt_metric(half, dense)
@@ -344,7 +353,7 @@ class _Verdict:
     text: str
 
 
-def _produce(chains: _Chains, n_samples: int, max_steps: int, most: float, task: Task) -> _Verdict:
+def _produce(chains: _Chains, n_samples: int, max_steps: int, most: float, task: Task, stuck: str) -> _Verdict:
     done = 0
     target = max(LEAST, math.ceil(1.5 * n_samples / len(chains.state.u)))
     while True:
@@ -354,7 +363,7 @@ def _produce(chains: _Chains, n_samples: int, max_steps: int, most: float, task:
             done += 1
             if done % 20 == 0:
                 task.update(0.99 * done / target, text=f"{done} of about {target} steps")
-        verdict = _judge(chains, n_samples, most)
+        verdict = _judge(chains, n_samples, most, stuck)
         if verdict.good or done >= max_steps:
             task.update(1.0, text=f"{done} steps, tau {verdict.tau.max():.1f}")
             return verdict
@@ -362,7 +371,7 @@ def _produce(chains: _Chains, n_samples: int, max_steps: int, most: float, task:
         target = math.ceil(min(max(longer, 1.3 * done), 3 * done))
 
 
-def _judge(chains: _Chains, n_samples: int, most: float) -> _Verdict:
+def _judge(chains: _Chains, n_samples: int, most: float, stuck: str) -> _Verdict:
     history = chains.history()
     n_chains, n_steps, _ = history.shape
     tau, r_hat = autocorrelation_time(history), split_r_hat(history)
@@ -370,10 +379,11 @@ def _judge(chains: _Chains, n_samples: int, most: float) -> _Verdict:
     n_effective = n_chains * n_steps / longest
     needed = max(LENGTH_IN_TAU * longest, n_samples * longest / n_chains)
     divergent = chains.n_divergent() / (n_chains * n_steps)
-    good = n_steps >= needed and r_hat.max() <= R_HAT_MAX and divergent <= most
+    good = n_steps >= needed and r_hat.max() <= R_HAT_MAX and divergent <= most and not stuck
     text = (
         f"{n_steps} steps are {n_steps / longest:.0f} tau (tau = {longest:.1f}, {LENGTH_IN_TAU} tau wanted),"
         f" {n_effective:.0f} effective draws ({n_samples} wanted), R-hat {r_hat.max():.4f} between chains (<= {R_HAT_MAX}),"
         f" {chains.n_divergent()} divergent transitions ({100 * divergent:.2g} %, <= {100 * most:.2g} %)"
     )
+    text = f"{stuck}; {text}" if stuck else text
     return _Verdict(tau=tau, n_effective=n_effective, r_hat=r_hat, needed=needed, good=bool(good), text=text)

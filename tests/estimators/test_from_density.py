@@ -137,6 +137,21 @@ def test_auto_goes_on_from_a_bad_proposal():
     assert np.abs(whitened(found.theta).mean(axis=0)).max() < 5 / math.sqrt(1000)
 
 
+def test_weights_that_are_refused_lead_to_the_grid_where_there_is_one(monkeypatch):
+    """One heavy weight in thousands is enough for Pareto k > 0.7; two parameters then need no chain."""
+    monkeypatch.setattr("sbi_phys.estimators.from_density._by_importance", refused)
+    found = sample_posterior(likelihood, SIM.prior, 3000, gradient=gradient, seed=0)
+    assert found.method == "grid"
+    z = whitened(found.theta)
+    assert np.abs(z.mean(axis=0)).max() < 5 / math.sqrt(3000)
+    assert np.abs(z.var(axis=0) - 1).max() < 5 * math.sqrt(2 / 3000) + 0.01  # cells of 1 % of the mass
+    assert found.log_evidence == pytest.approx(log_evidence(), abs=0.02)
+
+
+def refused(job, proposal, name):
+    raise ConvergenceError("Pareto k 0.89")
+
+
 def test_many_parameters_go_to_hmc():
     sim = LinearGaussian(dim=13, noise=0.3)
     x = sim.simulate(sim.prior.sample(1, np.random.default_rng(0)), np.random.default_rng(1))[0]

@@ -111,6 +111,14 @@ def test_chains_in_different_modes_are_no_convergence():
     assert run_hmc(two_modes, start, n_samples=500, max_steps=300, seed=9, raise_on_failure=False).r_hat.max() > 1.1
 
 
+def test_separate_modes_are_given_up_long_before_the_steps_are_used_up():
+    start = np.random.default_rng(8).normal([0, 0], [10, 1], (16, 2))
+    with pytest.raises(ConvergenceError, match=r"R-hat has stayed at .* separate modes"):
+        run_hmc(two_modes, start, n_samples=500, max_steps=100_000, seed=9)
+    result = run_hmc(two_modes, start, n_samples=500, max_steps=100_000, seed=9, raise_on_failure=False)
+    assert not result.converged and result.n_burn + result.chains.shape[1] < 2000
+
+
 def test_same_seed_same_draws():
     start = np.random.default_rng(10).standard_normal((16, 2))
     target = gaussian(np.zeros(2), np.eye(2))
