@@ -23,17 +23,18 @@ import torch
 from sbi_phys.parallel import process_group
 torch.set_num_threads(1)
 from tests.test_parallel import estimator, training_set
-folder, source = sys.argv[1:3]
+folder = sys.argv[1]
 with process_group("cpu") as ranks:
-    npe = estimator()
-    if source == "arrays":
-        npe.fit(*training_set(), checkpoint=folder + "/checkpoint")
-    else:
-        npe.fit(source, memory=2**18)
-    theta, x = training_set(500, seed=9)
-    result = {"rank": ranks.rank, "size": ranks.size, "log_prob": npe.log_prob(theta, x).tolist(), "history": npe.history[0]}
-with open(f"{folder}/rank-{result['rank']}.json", "w") as file:
-    json.dump(result, file)
+    for source in ("arrays", "store"):
+        npe = estimator()
+        if source == "arrays":
+            npe.fit(*training_set(), checkpoint=folder + "/checkpoint")
+        else:
+            npe.fit(folder + "/store", memory=2**18)
+        theta, x = training_set(500, seed=9)
+        result = {"rank": ranks.rank, "size": ranks.size, "log_prob": npe.log_prob(theta, x).tolist(), "history": npe.history[0]}
+        with open(f"{folder}/{source}-{ranks.rank}.json", "w") as file:
+            json.dump(result, file)
 """
 SIM = LinearGaussian(dim=2)
 
@@ -54,14 +55,18 @@ def estimator() -> sp.NPE:
     )
 
 
-def two_ranks(folder: Path, source: str) -> list[dict]:
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    """What both ranks ended with, from arrays and from a store: {source: [rank 0, rank 1]}."""
+    folder = tmp_path_factory.mktemp("ranks")
+    sp.simulate(SIM, 2000, folder / "store", seed=0, shard_size=250, workers=1)
     script = folder / "rank.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(folder), source]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"rank-{r}.json").read_text()) for r in (0, 1)]
+    return {source: [json.loads((folder / f"{source}-{r}.json").read_text()) for r in (0, 1)] for source in ("arrays", "store")}
 
 
 @pytest.mark.slow
@@ -83,8 +88,8 @@ def exact_loss() -> float:
     return -float(SIM.exact_log_posterior(*training_set(500, seed=9)).mean())
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    first, second = two_ranks(tmp_path, "arrays")
+def test_two_processes_equal_one(two_ranks: dict[str, list[dict]]) -> None:
+    first, second = two_ranks["arrays"]
     assert (first["size"], second["size"]) == (2, 2)
     assert first["log_prob"] == second["log_prob"]
     losses = [[(r["train"], r["valid"]) for r in rank["history"]] for rank in (first, second)]
@@ -97,9 +102,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert [r["valid"] for r in first["history"]] == pytest.approx([r["valid"] for r in alone.history[0]], abs=6e-3)
 
 
-def test_each_rank_streams_its_own_shards(tmp_path: Path) -> None:
-    sp.simulate(SIM, 2000, tmp_path / "store", seed=0, shard_size=250, workers=1)
-    first, second = two_ranks(tmp_path, str(tmp_path / "store"))
+def test_each_rank_streams_its_own_shards(two_ranks: dict[str, list[dict]]) -> None:
+    first, second = two_ranks["store"]
     assert first["log_prob"] == second["log_prob"]
     assert -np.mean(first["log_prob"]) - exact_loss() < 0.1
 

@@ -48,7 +48,11 @@ def summary(run: Run) -> dict[str, Any]:
         "predictive_pvalue": get["check"].get("pvalue"),
         "predictive_statistic": get["check"].get("statistic"),
         "pulls": get["check"].get("pulls"),
-        "misspecification": {"distance": get["check"].get("distance"), "quantile": get["check"].get("distance_quantile")},
+        "misspecification": {
+            "distance": get["check"].get("distance"),
+            "quantile": get["check"].get("distance_quantile"),
+            "pvalue": get["calibrate"].get("misspecification_pvalue"),
+        },
         "coverage": get["calibrate"].get("coverage"),
         "coverage_pvalue": get["calibrate"].get("coverage_pvalue"),
         "sbc_pvalues": get["calibrate"].get("sbc_pvalues"),

@@ -78,15 +78,22 @@ def _prediction(found: dict[str, Any]) -> Verdict:
 
 
 def _familiarity(found: dict[str, Any]) -> Verdict:
-    quantile = found["misspecification"]["quantile"]
-    if quantile is None:
+    """The stranger of two: its distance in the network's features, and the tests on the observation itself (`misspecification`)."""
+    quantile, p = found["misspecification"]["quantile"], found["misspecification"].get("pvalue")
+    if quantile is None and p is None:
         return Verdict("warn", "It was not checked whether the observation is like the simulations.")
-    detail = f"It lies further out than {100 * quantile:.1f} % of the simulations, in the features that the network has learnt."
-    if quantile <= 0.95:
+    details = []
+    if quantile is not None:
+        details.append(f"It lies further out than {100 * quantile:.1f} % of the simulations, in the features that the network has learnt.")
+    if p is not None:
+        details.append(f"Tests on the observation itself: p = {p:.3g}.")
+    usual = min(1.0 if quantile is None else 1 - quantile, 1.0 if p is None else p)
+    detail = " ".join(details)
+    if usual >= 0.05:
         return Verdict("good", "The observation lies within what the network was trained on.", detail)
-    words = "at the edge of" if quantile <= 0.99 else "outside"
+    words = "at the edge of" if usual >= 0.01 else "outside"
     return Verdict(
-        "warn" if quantile <= 0.99 else "bad",
+        "warn" if usual >= 0.01 else "bad",
         f"The observation lies {words} what the network was trained on: it extrapolates there.",
         detail,
     )

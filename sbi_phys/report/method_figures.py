@@ -32,6 +32,7 @@ _LINES: tuple[dict[str, Any], ...] = (
     {"color": COLOURS["published"], "linestyle": (0, (1.4, 1.2))},
 )
 _SHADES = ("#E2E2E2", "#B5B5B5")
+_MOST_AWAY = 0.5  # share of the draws out of view above which a method has no line: contours of a few stray draws would be noise
 
 
 def methods_figure(
@@ -45,7 +46,8 @@ def methods_figure(
     """Regions of 68 and 95 % of two parameters by up to four methods {label: (n, d)}, over the exact ones in grey, with both marginals.
 
     Args: exact: its label and draws (n, d). shown: columns of theta; one parameter has a marginal alone. truth: marked by a cross.
-    What lies far from the exact draws is left out of view, and the legend says how much that is.
+    What lies far from the exact draws is left out of view, and the legend says how much that is; a method with most of its draws there
+    has no line.
     Raises: ShapeError, NonFiniteError, DataError, SettingError.   Read: lines on the edges of the grey regions = the method is right.
     """
     if len(samples) > len(_LINES):
@@ -80,25 +82,35 @@ def methods_figure(
 
 
 def _view(sets: Mapping[str, Array], parameters: Sequence[Parameter], around_first: bool) -> list[tuple[float, float]]:
-    """Axis limits: of all sets, but no further from the first one's than half its width: a mode elsewhere would leave no room for it."""
+    """Axis limits: of all sets, but no further from the first one's than its width: a mode elsewhere would leave no room for it."""
     limits = display_ranges(sets, parameters)
     if not around_first:
         return limits
     first = display_ranges(dict([next(iter(sets.items()))]), parameters)
-    return [(max(a, low - (high - low) / 2), min(b, high + (high - low) / 2)) for (a, b), (low, high) in zip(limits, first, strict=True)]
+    near = [(max(a, low - (high - low)), min(b, high + (high - low))) for (a, b), (low, high) in zip(limits, first, strict=True)]
+    every = range(len(parameters))
+    others = list(sets.values())[1:]
+    return limits if others and all(_away(theta, near, every) > _MOST_AWAY for theta in others) else near  # nothing else to see near it
+
+
+def _away(theta: Array, limits: Sequence[tuple[float, float]], shown: Sequence[int]) -> float:
+    """Share of the draws out of view."""
+    return float(np.any([(theta[:, k] < limits[k][0]) | (theta[:, k] > limits[k][1]) for k in shown], axis=0).mean())
 
 
 def _labels(sets: Mapping[str, Array], limits: Sequence[tuple[float, float]], shown: Sequence[int]) -> list[str]:
     """Labels with the share of draws out of view, where that is more than a percent."""
     out = []
     for label, theta in sets.items():
-        away = np.any([(theta[:, k] < limits[k][0]) | (theta[:, k] > limits[k][1]) for k in shown], axis=0).mean()
+        away = _away(theta, limits, shown)
         out.append(label if away < 0.01 else f"{label}\n({100 * away:.0f} % out of view)")
     return out
 
 
 def _plane(ax: "Axes", sets: Mapping[str, Array], lines: Sequence[Any], pair: tuple[int, int], limits: Any, marks: Any) -> None:
     for theta, line in zip(sets.values(), lines, strict=True):
+        if _away(theta[:, list(pair)], limits, (0, 1)) > _MOST_AWAY:
+            continue
         x, y, density = smoothed_density(theta[:, list(pair)], limits, bins=44)
         low, high = mass_levels(density[1:-1, 1:-1], (0.95, 0.68))
         if line is None:
@@ -121,6 +133,8 @@ def _marginal(
 ) -> None:
     highest = 0.0
     for theta, line in zip(sets.values(), lines, strict=True):
+        if _away(theta[:, [k]], [limits], (0,)) > _MOST_AWAY:
+            continue
         x, density = marginal_density(theta[:, k], limits)
         highest = max(highest, float(density.max()))
         if line is None:

@@ -32,8 +32,15 @@ def test_contours_over_the_exact_ones():
 
 def test_a_mode_far_away_is_left_out_of_view_and_said():
     far = np.concatenate([EXACT[:250], EXACT[:750] + 40])
-    plane, *_, legend = methods_figure({"NPE": far}, PARAMETERS, ("exact", EXACT)).axes
-    assert plane.get_xlim()[1] < 12 and texts(legend)[1] == "NPE\n(75 % out of view)"
+    plane, *_, legend = methods_figure({"NPE": far, "NLE": EXACT + 1}, PARAMETERS, ("exact", EXACT)).axes
+    assert plane.get_xlim()[1] < 12 and texts(legend)[1:] == ["NPE\n(75 % out of view)", "NLE"]
+    assert len(plane.collections) == 2  # most of the first is not there to be drawn
+
+
+def test_where_nothing_lies_near_the_exact_draws_all_is_in_view():
+    plane, *_, legend = methods_figure({"NPE": EXACT + 40}, PARAMETERS, ("exact", EXACT)).axes
+    assert plane.get_xlim()[1] > 40 and plane.get_xlim()[0] < 0
+    assert texts(legend) == ["exact", "NPE"] and len(plane.collections) == 2
 
 
 def test_one_parameter_and_too_many_sets():
