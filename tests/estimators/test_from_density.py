@@ -64,7 +64,7 @@ def whitened(theta):
 )
 def test_every_method_draws_the_exact_posterior(method, extra, used):
     """Posterior a twentieth as wide as the prior: mean, covariance, density, evidence."""
-    n = 2000 if method != "emcee" else 500
+    n = 2000 if method != "emcee" else 250
     found = sample_posterior(likelihood, SIM.prior, n, seed=3, method=method, **extra)
     assert found.method == used
     assert found.theta.shape == (n, 2) and found.log_prob.shape == (n,)
