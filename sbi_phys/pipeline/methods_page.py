@@ -43,7 +43,7 @@ def _methods(run: Run, found: dict[str, Any]) -> list[Block]:
     rows = [_row(TITLES[m], found[m], shown) for m in ran]
     if found["exact_posterior"] is not None:
         rows.append(_row(f"exact ({found['exact']})", {"posterior": found["exact_posterior"]}, shown))
-    header = ("Method", *(f"{p.label}, median ± sd" for p in shown), "C2ST", "Training [s]", "Draws [s]", "Effective draws")
+    header = ("Method", *(p.label for p in shown), "C2ST", "Training [s]", "Draws [s]", "Effective draws")
     over = f"over the exact ones ({found['exact']})" if found["exact_posterior"] is not None else f"({found['exact']})"
     names = " and ".join(p.label for p in shown)
     blocks: list[Block] = [
@@ -52,7 +52,7 @@ def _methods(run: Run, found: dict[str, Any]) -> list[Block]:
             "$p(x | \\theta) / p(x)$, from the same simulations; none is refined here. A C2ST of 0.5 is no difference from the exact draws."
         ),
         _figure(run, "methods", f"{names}: regions of 68 and 95 % {over}.", "contours of the methods over the exact posterior", 640),
-        Table(header, tuple(rows), "Posteriors by every method that was run"),
+        Table(header, tuple(rows), "Posteriors by every method that was run: median ± standard deviation"),
     ]
     ratios = found["ratios"]
     if "skipped" in ratios:
