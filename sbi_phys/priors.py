@@ -44,6 +44,7 @@ Array = NDArray[np.float64]
 # The unbounded coordinate is held within +-8.2, where Phi(u) is still distinct from 0 and 1 in float64:
 # a parameter handed in exactly on an edge of its box maps there instead of to infinity.
 _U_MAX = 8.2
+_U_SEEN = 4.0  # the largest of some ten thousand draws: no network has seen more of a bounded parameter's ends, 3e-5 of its range
 
 
 class Prior(ABC):
@@ -102,6 +103,14 @@ class Prior(ABC):
         theta = as_matrix("theta", theta, self.dim, self.names)
         self.require_contains(theta)
         return np.clip(self._to_unbounded(theta), -_U_MAX, _U_MAX)
+
+    def to_network(self, theta: ArrayLike) -> Array:
+        """`to_unbounded` with bounded parameters held within +-4, (n, free_dim): asked on an edge, a network answers for just inside."""
+        u = self.to_unbounded(theta)
+        return np.where(self._bounded(), np.clip(u, -_U_SEEN, _U_SEEN), u)
+
+    def _bounded(self) -> NDArray[np.bool_]:
+        return np.array([math.isfinite(p.low) and math.isfinite(p.high) for p in self.parameters[: self.free_dim]])
 
     def from_unbounded(self, u: ArrayLike) -> Array:
         """Inverse map u (n, free_dim) -> theta (n, dim), always inside the support."""
@@ -312,6 +321,9 @@ class ProductPrior(Prior):
     def free_dim(self) -> int:
         """Sum over the blocks."""
         return sum(b.free_dim for b in self.blocks)
+
+    def _bounded(self) -> NDArray[np.bool_]:
+        return np.concatenate([b._bounded() for b in self.blocks])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain description of every block."""

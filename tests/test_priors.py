@@ -100,6 +100,17 @@ def test_edges_and_the_far_tails_are_finite() -> None:
     np.testing.assert_allclose(FLAT.from_unbounded(FLAT.to_unbounded(tiny)), tiny, rtol=1e-9)
 
 
+def test_a_network_is_asked_no_further_out_than_it_has_seen() -> None:
+    edges = np.array([[-3, 20.0], [2.5, 17.8]])
+    np.testing.assert_array_equal(BOX.to_network(edges), [[-4, 4], [4, -4]])
+    # that is 3e-5 of the range inside of the edge
+    np.testing.assert_allclose(BOX.from_unbounded(BOX.to_network(edges)), edges, atol=4e-5 * 5.5)
+    theta = np.concatenate([edges[:1], [[1e-2, 4.0, -2.0]], np.eye(5)[:1], SKEW.sample(1, rng_for(0))], axis=1)
+    u, free = ALL.to_network(theta)[0], ALL.to_unbounded(theta)[0]
+    assert free[3] == u[3] == 6  # a normal parameter has no edge
+    assert np.abs(np.delete(u, 3)).max() == 4 and (u[-2:] == free[-2:]).all()
+
+
 @pytest.mark.parametrize("prior", PRIORS, ids=IDS)
 def test_description_round_trip_through_json(prior: Prior) -> None:
     again = prior_from_dict(json.loads(json.dumps(prior.to_dict())))
