@@ -1,6 +1,7 @@
 """Arrival directions, 1400 events: a learned test statistic beside the exact one, and confidence sets for the signal fraction that cover.
 
-    python benchmarks/arrival_directions.py [--toys 4000] [--events 300000] [--out benchmarks/results/arrival_directions.json]
+    python benchmarks/arrival_directions.py [--toys 12000] [--events 250000] [--keep FOLDER] [--parts 2]
+        [--out benchmarks/results/arrival_directions.json]
 
 An event comes from a catalogue of sources blurred by delta0, s(u | delta0), or from an isotropic sky, b(u), both seen through the exposure.
 A classifier with delta0 as an input learns r = s / b. What it sees of an event is the catalogue smoothed by five fixed angles, at the
@@ -10,7 +11,16 @@ a(delta0), a set of n events then has the learned log likelihood ratio
     log Lambda(f, delta0) = sum_e log(1 + f (a r_e - 1)) - n log(1 + f (a - 1)),   q(f) = 2 [max log Lambda - max_delta0 log Lambda(f)].
 
 statistic   2 max log Lambda, learned against exact, on the same data sets: correlation, shift of the mean
-coverage    sets in f by learned critical values (delta0 profiled), and Wilks' beside them, at f in [0, .2] and three blurrings
+coverage    sets in f from a Neyman construction on a grid of (f, delta0), at f in [0, .2] and three blurrings, and on average over the
+            prior of the blurring. Without many sources delta0 is hardly identified, and what is done about it matters: its profiled
+            value taken for the true one, that corrected by prepivoting, the supremum over it; learned critical values, with and
+            without correction; Wilks'.
+size        how often the sets hold a wrong f
+
+A simulated experiment i is the same at all grid points as far as it can be: of a row of isotropic events the first n - m_i are taken, of
+rows of signal events, one for each blurring, the first m_i, m_i the number of uniform numbers of that experiment below the share of
+signal events. At each grid point it is an exact draw; experiments i and j are independent. So all points cost little more than one.
+With --keep they are kept in a folder, and with --parts only so many thousands are made before the run stops: start it again to go on.
 Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed.
 """
 
@@ -19,7 +29,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # ruff: noqa: E402
-from sbi_phys.confidence import LF2I, lf2i
+from sbi_phys.confidence import Construction, lf2i, neyman
 from sbi_phys.estimators.two_hypotheses import TwoHypotheses
 from sbi_phys.nets.classifier import ClassifierConfig
 from sbi_phys.nets.embed import EmbeddingConfig
@@ -49,9 +61,13 @@ DELTAS = np.array([5.0, 7.0, 9.0, 12.0, 15.0, 19.0, 24.0, 30.0])  # degrees, whe
 FRACTIONS = np.concatenate([np.arange(0, 0.11, 0.01), [0.125, 0.15, 0.175, 0.2, 0.25, 0.3, 0.35, 0.4]])
 TRUTHS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2)
 BLURS = (9.0, 15.0, 24.0)
+ROUNDS = 4  # of prepivoting
 SIM = ArrivalDirections(n_events=N_EVENTS, delta_range=(DELTAS[0], DELTAS[-1]))
 SMOOTHING = np.array([4.0, 8.0, 14.0, 22.0, 36.0])  # degrees
-_GROUP = 10  # events whose factors are multiplied before a logarithm is taken
+GRID = FRACTIONS[FRACTIONS < 0.21]  # where critical values are found
+PART = 1000  # experiments that are made and kept at once
+BLOCK = 25  # experiments whose events are drawn together
+_GROUP = 16  # events whose factors are multiplied before a logarithm is taken: no more, or single precision overflows
 
 
 def features(directions: Array) -> Array:
@@ -114,32 +130,98 @@ def sky_map(ratio: TwoHypotheses) -> SkyMap:
     return SkyMap(raw.values + np.log(SIM.relative_exposure(DELTAS) / mean), dec)
 
 
-def tables(sky: SkyMap, theta: Array, rng: np.random.Generator) -> Array:
-    """log Lambda (n, fractions, blurrings) of one simulated data set at each theta (n, 2)."""
-    out = np.empty((len(theta), FRACTIONS.size, DELTAS.size))
-    a, f = SIM.relative_exposure(DELTAS), FRACTIONS[:, None]
-    for start in range(0, len(theta), 100):
-        part = theta[start : start + 100]
-        events = SIM.sample_events(np.repeat(part, N_EVENTS, axis=0), rng)
-        excess = (sky.at(events[:, :3]) - 1).reshape(len(part), _GROUP, N_EVENTS // _GROUP, DELTAS.size)
-        for k, share in enumerate(FRACTIONS):
-            out[start : start + 100, k] = np.log((1 + share * excess).prod(axis=1)).sum(axis=1)
-    return np.asarray(out - N_EVENTS * np.log1p(f * (a - 1)))
+def prefix_sums(excess: NDArray[np.float32], ends: NDArray[np.int64]) -> Array:
+    """sum_(e < end) log(1 + f excess_e) for ends (k,), of excesses (m, n_delta) -> (k, fractions, n_delta)."""
+    m, width = len(excess), FRACTIONS.size * DELTAS.size
+    if m == 0:
+        return np.zeros((ends.size, FRACTIONS.size, DELTAS.size))
+    starts = np.unique(np.concatenate([np.arange(0, m, _GROUP), ends[ends < m]]))
+    factors = FRACTIONS.astype(np.float32)[:, None] * excess[:, None, :]
+    factors += 1
+    logs = np.log(np.multiply.reduceat(factors.reshape(m, width), starts, axis=0))
+    total = np.concatenate([np.zeros((1, width)), np.cumsum(logs, axis=0, dtype=np.float64)])
+    return total[np.searchsorted(np.append(starts, m), ends)].reshape(-1, FRACTIONS.size, DELTAS.size)
+
+
+def experiments(sky: SkyMap, f: Array, deltas: Array, tested: Array | None, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Experiments at fractions f (k,) and blurrings (n, c): the largest log Lambda (n, k, c), and log Lambda at what is tested.
+
+    The latter is (n, k, c, n_delta) at the true f, or (n, k, c, t, n_delta) at f = tested (t,).
+    """
+    n, c = deltas.shape
+    own = np.abs(FRACTIONS[:, None] - f).argmin(axis=0)
+    wanted = own if tested is None else np.abs(FRACTIONS[:, None] - tested).argmin(axis=0)
+    norm = N_EVENTS * np.log1p(FRACTIONS[:, None] * (SIM.relative_exposure(DELTAS) - 1))
+    a = SIM.relative_exposure(deltas.ravel()).reshape(n, 1, c)
+    share = f[:, None] * a / (1 - f[:, None] + f[:, None] * a)
+    top, rows = np.empty((n, f.size, c)), np.empty((n, f.size, c, *(() if tested is None else wanted.shape), DELTAS.size))
+    for start in range(0, n, BLOCK):
+        block = range(start, min(start + BLOCK, n))
+        m = [np.searchsorted(np.sort(rng.random(N_EVENTS)), share[i]) for i in block]  # signal events (k, c) of each
+        most = np.array([count.max(axis=0) for count in m])
+        kind = np.repeat([0.0, 1.0], [N_EVENTS * len(block), int(most.sum())])
+        blur = np.concatenate([np.full(N_EVENTS * len(block), DELTAS.mean()), np.repeat(deltas[block].ravel(), most.ravel())])
+        excess = (sky.at(SIM.sample_events(np.column_stack([kind, blur]), rng)[:, :3]) - 1).astype(np.float32)
+        isotropic = excess[: N_EVENTS * len(block)].reshape(len(block), N_EVENTS, -1)
+        signal = np.split(excess[N_EVENTS * len(block) :], np.cumsum(most)[:-1])
+        for i, count in enumerate(m):
+            table = prefix_sums(isotropic[i], N_EVENTS - count.ravel()).reshape(f.size, c, *norm.shape) - norm
+            for j in range(c):
+                table[:, j] += prefix_sums(signal[i * c + j], count[:, j])
+            top[start + i] = table.max(axis=(2, 3))
+            rows[start + i] = table[np.arange(f.size), :, own] if tested is None else table[:, :, wanted]
+    return top, rows
+
+
+def kept(folder: Path | None, name: str, make: Callable[[], dict[str, Array]], budget: list[int]) -> dict[str, Array]:
+    """Arrays from a file of the folder, or made and kept there; stops the program when the budget of parts is spent."""
+    file = None if folder is None else folder / f"{name}.npz"
+    if file is not None and file.is_file():
+        with np.load(file) as found:
+            return dict(found)
+    if not budget[0]:
+        sys.exit("the parts of this run are made; start it again to go on")
+    budget[0] -= 1
+    made = make()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(".tmp.npz")
+        np.savez(aside, **made)  # type: ignore[arg-type]
+        os.replace(aside, file)
+    return made
+
+
+def simulated(sky: SkyMap, what: str, n: int, folder: Path | None, budget: list[int]) -> tuple[Array, Array]:
+    """The experiments that critical values are found with, or those that coverage is counted with, part by part."""
+
+    def make(part: int) -> dict[str, Array]:
+        rng = rng_for(42, what, part)
+        if what == "critical":
+            top, rows = experiments(sky, GRID, np.tile(DELTAS, (PART, 1)), None, rng)
+        else:
+            prior = rng.uniform(DELTAS[0], DELTAS[-1], PART)
+            deltas = np.column_stack([np.tile(BLURS, (PART, 1)), prior])
+            top, rows = experiments(sky, np.array(TRUTHS), deltas, np.array(TRUTHS), rng)
+        print(f"[{what} {part + 1}]", flush=True)
+        return {"top": top.astype(np.float32), "rows": rows.astype(np.float32)}
+
+    parts = [kept(folder, f"{what}_{i}", partial(make, i), budget) for i in range(-(-n // PART))]
+    return np.concatenate([p["top"] for p in parts])[:n], np.concatenate([p["rows"] for p in parts])[:n]
 
 
 def statistic(data: Array, theta: Array) -> Array:
-    """q (n,) of data sets, given by their tables, at f of FRACTIONS: theta (d,) for all or (n, d)."""
-    k = np.abs(FRACTIONS[:, None] - np.atleast_1d(theta[..., 0])).argmin(axis=0)
-    here = data[np.arange(len(data)), k].max(axis=1)
-    return np.asarray(2 * (data.max(axis=(1, 2)) - here))
+    """q (n,) of experiments (n, 1 + n_delta): the largest log Lambda, and log Lambda at the tested f for each blurring."""
+    return np.asarray(2 * (data[:, 0] - data[:, 1:].max(axis=1)))
 
 
 def profile(data: Array, psi: Array) -> Array:
-    """Blurring (n, 1) that fits best at f = psi; without sources all fit alike, and one in the middle stands for them."""
-    k = int(np.abs(FRACTIONS - psi[0]).argmin())
-    if k == 0:
-        return np.full((len(data), 1), 15.0)
-    return DELTAS[data[:, k].argmax(axis=1)][:, None]
+    """Blurring (n,) that fits best at f = psi; without sources all fit alike, and one in the middle stands for them."""
+    return np.full(len(data), 15.0) if psi[0] < 1e-9 else DELTAS[data[:, 1:].argmax(axis=1)]
+
+
+def joined(top: Array, rows: Array) -> Array:
+    """Experiments as the statistic takes them."""
+    return np.concatenate([top[..., None], rows], axis=-1).astype(np.float64)
 
 
 def against_exact(sky: SkyMap, n_toys: int) -> Numbers:
@@ -160,59 +242,94 @@ def against_exact(sky: SkyMap, n_toys: int) -> Numbers:
     return numbers
 
 
-def construct(sky: SkyMap, n: int) -> LF2I:
-    """Critical values in (f, delta0) from one data set at each of n points, f denser where they change fast."""
+def construct(top: Array, rows: Array) -> dict[str, Construction]:
+    """Sets by what is done about delta0."""
+
+    def simulator(theta: Array, n: int, rng: np.random.Generator) -> Array:
+        i, j = int(np.abs(GRID - theta[0]).argmin()), int(np.abs(DELTAS - theta[1]).argmin())
+        return joined(top[:, i, j], rows[:, i, j])
+
+    bounds = [(0.0, None), (DELTAS[0], DELTAS[-1])]
+    axes, sets = {"f": GRID, "delta0": DELTAS}, dict[str, Construction]()
+    for how in ("prepivoted", "profiled", "supremum"):
+        known = None if how == "supremum" else profile
+        sets[how] = neyman(
+            simulator, statistic, axes, LEVELS, n_toys=len(top), interest=1, profile=known, nuisance=how, rounds=ROUNDS, bounds=bounds
+        )
+        print(sets[how].summary(), flush=True)  # type: ignore[attr-defined]
     rng = rng_for(42, "learn")
-    k = rng.choice(int(np.searchsorted(FRACTIONS, 0.26)), n)
-    theta = np.column_stack([FRACTIONS[k], rng.uniform(DELTAS[0], DELTAS[-1], n)])
-    q = statistic(data := tables(sky, theta, rng), theta)
-    print(f"[{n} data sets for critical values: mean q {q.mean():.3f}, {data.nbytes / 2**20:.0f} MiB]", flush=True)
-    bounds = [(0, None), (DELTAS[0], DELTAS[-1])]
-    return lf2i(theta, q, statistic, LEVELS, names=["f", "delta0"], interest=1, profile=profile, bounds=bounds, model="splines-6", seed=1)
+    i, j = rng.integers(GRID.size, size=(2, len(top))), rng.integers(DELTAS.size, size=(2, len(top)))
+    each = np.arange(len(top))
+    theta = np.column_stack([GRID[i.ravel()], DELTAS[j.ravel()]])
+    data = np.concatenate([joined(top[each, a, b], rows[each, a, b]) for a, b in zip(i, j, strict=True)])
+    best = np.where(theta[:, 0] > 0, DELTAS[data[:, 1:].argmax(axis=1)], 15.0)
+    for name, profiled in (("learned", None), ("learned, corrected", best)):
+        sets[name] = lf2i(
+            theta, statistic(data, theta), statistic, LEVELS, names=["f", "delta0"], interest=1, profile=profile, bounds=bounds,
+            model="splines-6", profiled=profiled, rounds=ROUNDS, seed=1,
+        )  # fmt: skip
+    return sets
 
 
-def coverage(sky: SkyMap, sets: LF2I, n_toys: int) -> Numbers:
-    """Share of data sets whose set holds the true f."""
+def chance(n_critical: int, n: int, level: float, points: int) -> float:
+    """Expected largest deviation of that many coverages from the level, were the sets exact but for the number of experiments."""
+    z = np.abs(rng_for(44, "chance").standard_normal((20_000, points))).max(axis=1).mean()
+    return float(z * np.sqrt(level * (1 - level) * (1 / n_critical + 1 / n)))
+
+
+def coverage(sets: dict[str, Construction], n_critical: int, top: Array, rows: Array) -> Numbers:
+    """Share of experiments whose set holds the true f, and how many hold another one of TRUTHS."""
     numbers: Numbers = {}
-    rows: dict[tuple[float, str], list[float]] = {(level, name): [] for level in LEVELS for name in ("learned", "Wilks")}
-    for delta in BLURS:
-        for f in TRUTHS:
-            data = tables(sky, np.tile([f, delta], (n_toys, 1)), rng_for(43, "cover", int(1000 * f), int(delta)))
-            q = statistic(data, np.array([f]))
-            for level in LEVELS:
-                rows[level, "learned"].append(float(sets.contains(data, [f], level).mean()))
-                rows[level, "Wilks"].append(float((q <= chi2.ppf(level, 1)).mean()))
-            shown = "  ".join(f"{level:g}: {rows[level, 'learned'][-1]:.4f} ({rows[level, 'Wilks'][-1]:.4f})" for level in LEVELS)
-            print(f"  f = {f:<5g} delta0 = {delta:<4g}  coverage, in brackets Wilks'  {shown}", flush=True)
-    for level in LEVELS:
-        for name in ("learned", "Wilks"):
-            found = np.array(rows[level, name])
-            where = f"{name}, {100 * level:g} %"
-            asked = ("<=", 0.02) if name == "learned" else ("", None)
-            numbers[f"{where}: largest |coverage - level|, {found.size} points, {n_toys} data sets each"] = (
-                float(np.abs(found - level).max()), *asked)  # fmt: skip
-            numbers[f"{where}: mean coverage"] = (float(found.mean()), "", None)
-            numbers[f"{where}: coverage at f = 0"] = (float(found[:: len(TRUTHS)].mean()), "", None)
+    n, points = len(top), len(TRUTHS) * len(BLURS)
+    held = {(name, level): np.empty((len(TRUTHS), len(BLURS) + 1, len(TRUTHS))) for name in (*sets, "Wilks") for level in LEVELS}
+    for k in range(len(TRUTHS)):
+        for j in range(len(BLURS) + 1):
+            for t, f in enumerate(TRUTHS):
+                data = joined(top[:, k, j], rows[:, k, j, t])
+                q = statistic(data, np.array([f]))
+                for level in LEVELS:
+                    held["Wilks", level][k, j, t] = (q <= chi2.ppf(level, 1)).mean()
+                    for name, each in sets.items():
+                        held[name, level][k, j, t] = each.contains(data, [f], level).mean()
+    numbers |= {f"{100 * level:g} %: largest of {points} deviations by chance alone": (chance(n_critical, n, level, points), "", None)
+                for level in LEVELS}  # fmt: skip
+    false = ~np.eye(len(TRUTHS), dtype=bool)
+    for (name, level), share in held.items():
+        true, where = np.einsum("kjk->kj", share), f"{name}, {100 * level:g} %"
+        print(f"{where}: rows f = {TRUTHS}, columns delta0 = {BLURS} and its prior\n{np.round(true, 4)}", flush=True)
+        asked = ("<=", 0.02) if name == "prepivoted" else ("", None)
+        found = true[:, :-1]
+        numbers |= {
+            f"{where}: largest |coverage - level|, {points} points": (float(np.abs(found - level).max()), *asked),
+            f"{where}: on average over the prior of delta0, largest of {len(TRUTHS)}": (float(np.abs(true[:, -1] - level).max()), *asked),
+            f"{where}: mean coverage": (float(found.mean()), "", None),
+            f"{where}: lowest coverage": (float(found.min()), "", None),
+            f"{where}: share of wrong f held": (float(share.transpose(1, 0, 2)[:-1][:, false].mean()), "", None),
+        }
     return numbers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=300_000, help="events of each kind to learn from")
-    parser.add_argument("--learn", type=int, default=30_000, help="data sets for critical values")
-    parser.add_argument("--toys", type=int, default=4000, help="data sets at each point where coverage is counted")
+    parser.add_argument("--events", type=int, default=250_000, help="events of each kind to learn from")
+    parser.add_argument("--toys", type=int, default=12_000, help="experiments for critical values, and as many to count coverage with")
+    parser.add_argument("--keep", type=Path, help="folder where the learned map and experiments are kept")
+    parser.add_argument("--parts", type=int, default=1000, help="files to make before the run stops")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/arrival_directions.json")
     options = parser.parse_args()
     begin = time.perf_counter()
     seconds: dict[str, float] = {}
-    sky = sky_map(learn(options.events))
+    budget = [options.parts]
+    dec = np.arange(-90.0, 47.0)
+    sky = SkyMap(kept(options.keep, "sky", lambda: {"values": sky_map(learn(options.events)).values}, budget)["values"], dec)
     seconds["learn"] = round(time.perf_counter() - begin, 1)
     print(f"[learned in {seconds['learn']} s]", flush=True)
     numbers = against_exact(sky, 200)
     seconds["statistic"] = round(time.perf_counter() - begin - sum(seconds.values()), 1)
-    sets = construct(sky, options.learn)
-    print(sets.summary(), flush=True)
-    numbers |= coverage(sky, sets, options.toys)
+    critical = simulated(sky, "critical", options.toys, options.keep, budget)
+    counted = simulated(sky, "coverage", options.toys, options.keep, budget)
+    seconds["simulate"] = round(time.perf_counter() - begin - sum(seconds.values()), 1)
+    numbers |= coverage(construct(*critical), options.toys, *counted)
     seconds["coverage"] = round(time.perf_counter() - begin - sum(seconds.values()), 1)
     rows = []
     for n, (v, sign, bound) in numbers.items():
@@ -221,7 +338,7 @@ def main() -> None:
         print(f"{n:<84} {v:<12.4g}" + ("" if bound is None else f" {rows[-1]['asked']}  {'met' if met else 'MISSED'}"))
     print(f"[{seconds}]")
     aside = options.out.with_suffix(".tmp")
-    settings = {"events": options.events, "learn": options.learn, "toys": options.toys}
+    settings = {"events": options.events, "toys": options.toys, "rounds": ROUNDS, "kept": options.keep is not None}
     aside.write_text(json.dumps({**settings, "seconds": seconds, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, options.out)
     sys.exit(not all(row["met"] for row in rows))

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the toys are the tests' own
 
 # ruff: noqa: E402
-from sbi_phys.confidence import LF2I, LRT, Neyman, coverage_map, expected_limits, feldman_cousins, feldman_cousins_gaussian, lf2i, neyman
+from sbi_phys.confidence import LRT, Construction, coverage_map, expected_limits, feldman_cousins, feldman_cousins_gaussian, lf2i, neyman
 from sbi_phys.rng import rng_for
 from tests.confidence import on_off_toy as toy
 from tests.confidence.test_feldman_cousins import PUBLISHED
@@ -100,23 +100,32 @@ def on_off(n_toys: int) -> Numbers:
     grid = {"mu": np.concatenate([[0, 0.1, 0.2, 0.35, 0.5, 0.7], np.arange(1, 9.1, 0.5)]), "nu": np.linspace(0.4, 1.7, 7)}
     bounds = [(0, None), (0, None)]
     toys = neyman(toy.simulate, statistic, grid, LEVELS, n_toys=20_000, interest=1, profile=toy.nu_hat, bounds=bounds)
-    print(toys.summary())
+    again = neyman(
+        toy.simulate, statistic, grid, LEVELS, n_toys=20_000, interest=1, profile=toy.nu_hat, nuisance="prepivoted", bounds=bounds
+    )
+    print(toys.summary(), again.summary(), sep="\n")
     rng = rng_for(3, "learned")
     theta = np.column_stack([9 * rng.uniform(0, 1, N_LEARN) ** 2, rng.uniform(0.4, 1.7, N_LEARN)])
     means = np.stack([theta[:, 0] * toy.S + theta[:, 1] * toy.B, toy.TAU * theta[:, 1] * toy.B], axis=1)
-    q = statistic(rng.poisson(means).astype(float), theta[:, :1])
+    counts = rng.poisson(means).astype(float)
+    q = statistic(counts, theta[:, :1])
     learned = lf2i(theta, q, statistic, LEVELS, names=["mu", "nu"], interest=1, profile=toy.nu_hat, bounds=bounds, model="splines-6")
+    best = np.array([toy.nu_hat(c[None], t[:1])[0] for c, t in zip(counts, theta, strict=True)])
+    corrected = lf2i(
+        theta, q, statistic, LEVELS, names=["mu", "nu"], interest=1, profile=toy.nu_hat, bounds=bounds, model="splines-6", profiled=best
+    )
     print(learned.summary())
     truths = [(mu, nu) for mu in MUS for nu in NUS]
     rows = [(np.array(t), toy.simulate(t, n_toys, rng_for(4, "cover", i))) for i, t in enumerate(truths)]
-    numbers = _coverage("on/off", rows, statistic, {"toys": toys, "learned": learned})
+    sets = {"toys": toys, "prepivoted": again, "learned": learned, "learned and corrected": corrected}
+    numbers = _coverage("on/off", rows, statistic, sets)
     limits = expected_limits(toys, toy.simulate((0.0, 1.0), 1000, rng_for(5, "background")), kind="upper", level=0.9)
     print(limits.summary())
     numbers["on/off: median expected upper end at 90 % without signal, toys [mu]"] = (limits.median, "", None)
     return numbers
 
 
-def _coverage(what: str, rows: list[tuple[Array, Array]], statistic: LRT, sets: dict[str, Neyman | LF2I]) -> Numbers:
+def _coverage(what: str, rows: list[tuple[Array, Array]], statistic: LRT, sets: Mapping[str, Construction]) -> Numbers:
     numbers: Numbers = {}
     for level in LEVELS:
         table: dict[str, list[float]] = {name: [] for name in (*sets, "Wilks")}

@@ -195,6 +195,16 @@ def test_limits_of_a_run_cover_and_stand_beside_wilks(made):
 
 
 @pytest.mark.slow
+def test_an_upper_limit_by_waldo_from_the_posterior(made):
+    result = sbi_phys("limits", made.folder, "--parameter", "t0", "--kind", "upper", "--open", *FAST)
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads((made.folder / "limits" / "t0_waldo_upper.json").read_text())["levels"]
+    ends = [row["set"]["t0"] for row in rows]
+    assert all(low is None for low, _ in ends) and ends[0][1] < ends[1][1]  # 68 % below 90 %
+    assert all(abs(row["coverage"] - row["level"]) < 4 * row["coverage_error"] for row in rows)
+
+
+@pytest.mark.slow
 def test_joint_set_by_waldo_from_the_posterior(made):
     words = ["--parameter", "t0", "--parameter", "t1", "--open", "--level", "0.9"]
     result = sbi_phys("limits", made.folder, *words, *FAST)
@@ -222,7 +232,7 @@ def test_the_page_shows_what_was_run(made):
         (["--parameter", "t2"], "there is no parameter 't2'; expected one of t0, t1"),
         ([], "--parameter is not given; expected one of t0, t1"),
         (["--parameter", "t0", "--statistic", "waldi"], "--statistic is 'waldi'.*did you mean 'waldo'"),
-        (["--parameter", "t0", "--kind", "upper"], "--kind is 'upper'; expected 'two-sided' with waldo"),
+        (["--parameter", "t0", "--parameter", "t1", "--kind", "upper"], "--kind is 'upper'; expected 'two-sided' with two parameters"),
         (["--parameter", "t0", "--physical", "low"], "t0 is not bounded there"),
         (["--parameter", "t0", "--background", "3"], "--background was given with .*; expected it with limits counting"),
         (["--parameter", "t1", "--value", "9", "--open", *FAST], "SupportError: .*t1 = 9 lies beyond what was simulated"),
@@ -252,14 +262,16 @@ def test_more_parameters_have_differences_instead_of_a_grid(tmp_path):
 
 
 @pytest.mark.slow
-def test_many_parameters_are_averaged_over_and_the_ratio_is_refused(tmp_path):
-    run = run_stages(
-        config(simulator__settings={"dim": 4}, simulate__n=4000, train__max_epochs=20), tmp_path / "run", ["train", "train_nre"]
-    )
-    result = sbi_phys("limits", run.folder, "--parameter", "t2", "--open", "--n", "2000", "--json")
-    assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert found["nuisances"] == "averaged over their prior"
-    assert all(abs(row["coverage"] - row["level"]) < 4 * row["coverage_error"] for row in found["levels"])
-    refused = sbi_phys("limits", run.folder, "--parameter", "t2", "--statistic", "nre")
-    assert refused.exit_code == 1 and "expected waldo: a likelihood's maximum is searched for in at most two" in refused.stderr
+def test_many_parameters_are_averaged_over_and_profiled(tmp_path):
+    run = run_stages(config(simulator__settings={"dim": 4}, simulate__n=4000, train__max_epochs=20), tmp_path / "run", ["train"])
+    simulator, words = LinearGaussian(dim=4), ["--parameter", "t2", "--open", "--n", "2000", "--json"]
+    mean = np.linalg.solve(simulator.matrix, run.observation)
+    sd = 0.5 * np.sqrt(np.linalg.inv(simulator.matrix.T @ simulator.matrix)[2, 2])
+    for statistic in ("waldo", "exact"):
+        result = sbi_phys("limits", run.folder, "--statistic", statistic, *words)
+        assert result.exit_code == 0, result.stderr
+        found = json.loads(result.stdout)
+        assert found["nuisances"] == "averaged over their prior"
+        assert all(abs(row["coverage"] - row["level"]) < 4 * row["coverage_error"] for row in found["levels"])
+    for row, z in zip(found["levels"], (1.0, 1.645), strict=True):  # the profile likelihood of a Gaussian: Wilks is exact
+        np.testing.assert_allclose(row["wilks"]["t2"], mean[2] + np.array([-z, z]) * sd, atol=0.05 * sd)

@@ -2,8 +2,9 @@
 
 exact           feldman_cousins · feldman_cousins_gaussian · acceptance (the belt) · on_off (background counted off source)
 likelihood      fit (iminuit: Hesse, Minos) · profile · contour · impacts · asymptotic intervals, CLs, discovery
-statistics      LRT · Profiled (nuisances) · Waldo
-that cover      neyman (exact toys on a grid) · lf2i (critical values and p-values learned from simulations)
+statistics      LRT · RefinedLRT (searches) · Profiled (nuisances) · Waldo; two-sided, upper, lower
+that cover      neyman (exact toys on a grid) · lf2i (critical values and p-values learned from simulations); nuisances profiled,
+                prepivoted, or the supremum over them
 limits          limits · expected_limits, from any of the above
 is it true      coverage_map: coverage over theta with errors, tested
 """

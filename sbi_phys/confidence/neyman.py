@@ -9,6 +9,8 @@ so that P(q_new <= C) >= level exactly for a further data set, whatever the dist
 no answer, only an error. The error of C is half the distance of the order statistics one binomial sd, sqrt(n level (1 - level)), to
 each side. With a likelihood ratio as statistic this is the construction of Feldman and Cousins.
 
+With nuisances, `nuisance` says at which of their values C is taken, or how it is made independent of them: see `nuisances`.
+
 Toys follow from (seed, index of the grid point): the same numbers for any number of workers, in any order.
 
 Source: Neyman 1937; Feldman & Cousins 1998, arXiv:physics/9711021; order statistics: Vovk et al. 2005, split conformal sets.
@@ -25,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import check_names
-from sbi_phys.checks import require_int
+from sbi_phys.checks import require_choice, require_int
 from sbi_phys.confidence.inputs import (
     Bounds,
     as_points,
@@ -38,6 +40,7 @@ from sbi_phys.confidence.inputs import (
     point_words,
     require_within,
 )
+from sbi_phys.confidence.nuisances import NUISANCES, Fixed, back, corners, nuisances_of, prepivot, supremum, tail
 from sbi_phys.confidence.sets import Construction, Profile, Statistic
 from sbi_phys.errors import SettingError
 from sbi_phys.priors import Parameter
@@ -59,12 +62,15 @@ Grid = ArrayLike | Sequence[ArrayLike] | Mapping[str, ArrayLike]
 class Neyman(Construction):
     r"""Critical values of a test statistic on a product grid, and the confidence sets that follow.
 
-    axes, d arrays. toys (g1, .., gd, n), values of the statistic at each grid point, rising. critical_values (levels, g1, .., gd)
-    and critical_errors, the same shape: Monte Carlo errors.
+    axes, d arrays. toys (g1, .., gd, n), values of the statistic at each grid point, rising (with nuisance = 'supremum' the largest of each
+    rank over the nuisances). rounds, those of prepivoting, the same shape. critical_values (levels, g1, .., gd) and critical_errors,
+    the same shape: Monte Carlo errors.
     """
 
     axes: tuple[Array, ...]
+    nuisance: str
     toys: Array
+    rounds: tuple[Array, ...]
     critical_values: Array
     critical_errors: Array
 
@@ -82,33 +88,23 @@ class Neyman(Construction):
         require_within("theta", points, self.low, self.high, self.names)
         table = self.critical_values[nearest_level(level, self.levels)]
         out = np.zeros(points.shape[0])
-        for weight, corner in self._corners(points):
+        for weight, corner in corners(self.axes, points):
             out += weight * table[corner]
         return out
 
-    def _corners(self, points: Array) -> list[tuple[Array, tuple[NDArray[np.int64], ...]]]:
-        """(weight (m,), index of a corner for each point) of the 2^d corners of the cells that hold the points."""
-        below, share = [], []
-        for axis, value in zip(self.axes, points.T, strict=True):
-            i = np.clip(np.searchsorted(axis, value, side="right") - 1, 0, axis.size - 2)
-            below.append(i)
-            share.append(np.clip((value - axis[i]) / (axis[i + 1] - axis[i]), 0, 1))
-        corners = []
-        for step in product((0, 1), repeat=self.dim):
-            weight = np.prod([s if up else 1 - s for up, s in zip(step, share, strict=True)], axis=0)
-            corners.append((np.asarray(weight), tuple(i + up for i, up in zip(below, step, strict=True))))
-        return corners
-
     def _tail(self, q: Array, theta: Array) -> Array:
-        out = np.zeros(q.size)
-        for weight, corner in self._corners(theta):
-            flat = np.ravel_multi_index(corner, self.toys.shape[:-1])
-            rows = self.toys.reshape(-1, self.n_toys)
-            for node in np.unique(flat[weight > 0]):
-                here = (flat == node) & (weight > 0)
-                above = self.n_toys - np.searchsorted(rows[node], q[here], side="left")
-                out[here] += weight[here] * (1 + above) / (1 + self.n_toys)
-        return out
+        cells = [(weight, np.ravel_multi_index(corner, self.toys.shape[:-1])) for weight, corner in corners(self.axes, theta)]
+        p = tail(self.toys.reshape(-1, self.n_toys), q, cells)
+        for values in self.rounds:
+            p = tail(values.reshape(-1, self.n_toys), 1 - p, cells)
+        return p
+
+    def _margin(self, data: Any, point: Array, chosen: int) -> Array:
+        if not self.rounds:
+            return super()._margin(data, point, chosen)
+        # not q - C: between the values of discrete data C would fall on one side or the other by rounding
+        ((full, q),) = self._tests(data, point)
+        return (1 - self.levels[chosen]) - self._tail(q, full) + 1e-9
 
     def _nuisances(self) -> Array:
         return np.array(list(product(*self.axes[self.interest :])))
@@ -120,7 +116,8 @@ class Neyman(Construction):
     def summary(self) -> str:
         """Return the result in words: grid, toys, range of the critical values with their largest error."""
         size = " x ".join(str(a.size) for a in self.axes)
-        lines = [f"Neyman construction in {', '.join(self.names)}: {size} grid points x {self.n_toys} toys"]
+        how = "" if self.interest == self.dim else f", nuisances {self.nuisance}"
+        lines = [f"Neyman construction in {', '.join(self.names)}: {size} grid points x {self.n_toys} toys{how}"]
         for i, level in enumerate(self.levels):
             c, e = self.critical_values[i], self.critical_errors[i]
             lines.append(f"  {100 * level:.4g} %: critical values {c.min():.3g} to {c.max():.3g}, errors up to {e.max():.2g}")
@@ -143,6 +140,8 @@ def neyman(
     names: Sequence[str | Parameter] | None = None,
     interest: int | None = None,
     profile: Profile | None = None,
+    nuisance: str | None = None,
+    rounds: int = 3,
     bounds: Bounds | None = None,
     seed: int = 0,
     executor: Executor | None = None,
@@ -152,14 +151,17 @@ def neyman(
 
     Args:
         simulator: (theta (d,), n, rng) -> n data sets, as one array or whatever the statistic takes.
-        statistic: (data of n sets, theta (d,)) -> (n,), large where theta is bad; `LRT` gives Feldman and Cousins. With a `profile` it
-            is called with psi (interest,) alone. If it has a method `prepare(data)`, that is called once per batch of data.
+        statistic: (data of n sets, theta (d,)) -> (n,), large where theta is bad; `LRT` gives Feldman and Cousins. With a `profile`
+            or the supremum it is called with psi (interest,) alone. If it has a method `prepare(data)`, that is called once per batch.
         grid: rising values of the parameter; or one array per parameter, or {name: array}: their product is simulated.
         level: confidence level, or several.
         n_toys: data sets at each grid point; C is good to about sqrt(level / (1 - level) / n_toys) of its tail probability.
         names: d names or Parameters, where the grid has none.
         interest: number of leading parameters that are wanted; the others are nuisances. None = all.
-        profile: (data of n sets, psi (interest,)) -> nuisances (n, d - interest) that fit best; None projects over the grid.
+        profile: (data of n sets, psi (interest,)) -> nuisances (n, d - interest) that fit best.
+        nuisance: 'profiled', C at the nuisances of `profile`; 'prepivoted', corrected to cover at each of the grid's nuisances; 'supremum',
+            the largest C over them; 'projected', psi is kept if one of them keeps it. None = 'profiled' with a profile, else 'projected'.
+        rounds: of prepivoting; they cost no simulations.
         bounds: physical bounds (low or None, high or None) per parameter; a set may end there, but at no other end of the grid.
         seed: of the toys.
         executor: any concurrent.futures.Executor; for processes, simulator and statistic have to be picklable.
@@ -171,27 +173,21 @@ def neyman(
     axes, given = check_axes(grid, names)
     plain, labels = check_names(given, len(axes))
     levels, wanted = _settings(level, n_toys, len(axes), interest, profile)
+    how = _treatment(nuisance, profile, wanted == len(axes))
     low, high = np.array([(a[0], a[-1]) for a in axes]).T
     edges = check_bounds(bounds, low, high)
-    work = partial(_toys, simulator, statistic, n_toys, wanted if profile is not None else len(axes), seed, plain)
-    toys = _run(work, axes, executor, progress)
-    found = _quantiles(toys, levels)
+    again = require_int("rounds", rounds, low=1) if how == "prepivoted" else 0
+    if how == "supremum":  # C is the same at all of them
+        profile = Fixed(np.array([a[a.size // 2] for a in axes[wanted:]]))
+    seen = wanted if profile is not None else len(axes)
+    work = partial(_toys, simulator, statistic, profile if again else None, n_toys, seen, seed, plain)
+    toys, pivots = _reference(_run(work, axes, executor, progress), axes[wanted:], how, again)
+    values, errors = _quantiles(toys, pivots, levels)
     return Neyman(
-        names=plain,
-        labels=labels,
-        interest=wanted,
-        levels=levels,
-        low=frozen(low),
-        high=frozen(high),
-        bounds=edges,
-        statistic=statistic,
-        profile=profile,
-        method="Neyman construction",
-        axes=axes,
-        toys=frozen(toys),
-        critical_values=frozen(found[0]),
-        critical_errors=frozen(found[1]),
-    )
+        names=plain, labels=labels, interest=wanted, levels=levels, low=frozen(low), high=frozen(high), bounds=edges,
+        statistic=statistic, profile=profile, method="Neyman construction", axes=axes, nuisance=how, toys=frozen(toys),
+        rounds=tuple(map(frozen, pivots)), critical_values=frozen(values), critical_errors=frozen(errors),
+    )  # fmt: skip
 
 
 def _settings(
@@ -209,35 +205,57 @@ def _settings(
     return levels, wanted
 
 
+def _treatment(nuisance: str | None, profile: Profile | None, none: bool) -> str:
+    """Name of what is done about nuisances, checked against what is there."""
+    if nuisance is None:
+        return "projected" if profile is None else "profiled"
+    require_choice("nuisance", nuisance, NUISANCES)
+    if none:
+        raise SettingError(f"nuisance is {nuisance!r} but all parameters are of interest; expected interest= to be fewer")
+    if (profile is None) == (nuisance in ("profiled", "prepivoted")):
+        raise SettingError(f"nuisance is {nuisance!r} {'without' if profile is None else 'with'} a profile; expected 'profiled' or "
+                           "'prepivoted' with one, 'supremum' or 'projected' without")  # fmt: skip
+    return nuisance
+
+
 def _run(work: Callable[[Node], Array], axes: tuple[Array, ...], executor: Executor | None, progress: Progress | None) -> Array:
-    """Values of the statistic (g1, .., gd, n) on the product of the axes."""
+    """What each point of the product of the axes gives, (g1, .., gd, n, 1 + m): the statistic, and nuisances."""
     nodes, rows = list(enumerate(product(*axes))), []
     with or_none(progress).task("toys", total=len(nodes)) as task:
         for row in map(work, nodes) if executor is None else executor.map(work, nodes):
             rows.append(row)
             task.advance()
-    return np.array(rows).reshape(*(a.size for a in axes), -1)
+    return np.array(rows).reshape(*(a.size for a in axes), *rows[0].shape)
 
 
 def _toys(
     simulator: Simulator,
     statistic: Statistic,
+    profile: Profile | None,
     n_toys: int,
     seen: int,
     seed: int,
     names: tuple[str, ...],
     node: Node,
 ) -> Array:
-    """Sorted values (n,) of the statistic at one grid point."""
+    """Values of the statistic at one grid point (n, 1), and the nuisances that fit each toy best in further columns."""
     index, values = node
     theta = np.array(values)
     data = simulator(theta, n_toys, rng_for(seed, "neyman", index))
     prepare = getattr(statistic, "prepare", None)
     found = statistic(data if prepare is None else prepare(data), theta[:seen])
-    return np.sort(check_statistic(found, n_toys, f"of the toys at {point_words(names, theta)}"))
+    q = check_statistic(found, n_toys, f"of the toys at {point_words(names, theta)}")[:, None]
+    return q if profile is None else np.concatenate([q, nuisances_of(profile, data, theta[:seen], n_toys, len(names) - seen)], axis=1)
 
 
-def _quantiles(toys: Array, levels: tuple[float, ...]) -> tuple[Array, Array]:
+def _reference(found: Array, axes: tuple[Array, ...], how: str, rounds: int) -> tuple[Array, tuple[Array, ...]]:
+    """Values that data are held against, rising (g1, .., gd, n), and those of each round of prepivoting; axes of the nuisances."""
+    q = found[..., 0]
+    toys = supremum(q, len(axes)) if how == "supremum" else np.sort(q, axis=-1)
+    return toys, prepivot(q, found[..., 1:], axes, rounds) if rounds else ()
+
+
+def _quantiles(toys: Array, rounds: tuple[Array, ...], levels: tuple[float, ...]) -> tuple[Array, Array]:
     n = toys.shape[-1]
     values, errors = [], []
     for level in levels:
@@ -245,6 +263,6 @@ def _quantiles(toys: Array, levels: tuple[float, ...]) -> tuple[Array, Array]:
         k = int(np.ceil(level * (n + 1) - 1e-9))
         spread = np.sqrt(n * level * (1 - level))
         below, above = max(int(np.floor(k - spread)), 1), min(int(np.ceil(k + spread)), n)
-        values.append(toys[..., k - 1])
-        errors.append((toys[..., above - 1] - toys[..., below - 1]) / 2)
+        values.append(back(rounds, toys, k))
+        errors.append((back(rounds, toys, above) - back(rounds, toys, below)) / 2)
     return np.array(values), np.array(errors)

@@ -2,10 +2,13 @@ r"""Likelihood ratio with the maximum found by a search that narrows, for densit
 
     q(D; psi) = 2 [ max_{psi', nu} ln L(D; psi', nu) - max_nu ln L(D; psi, nu) ]
 
-over the box low..high. The search begins on a grid over the box and then looks at points around the best place so far, three to each side,
-at a third of the distance each time the best of them is not at the rim (a narrow ridge is climbed along before it is resolved). All data
-sets go through it at once, so a learned ratio is asked in few large batches; a grid over the whole box would have to be finer than the
-narrowest likelihood. It finds the highest peak that the first grid can see.
+over the box low..high, psi one or two parameters of interest. With one or two parameters to vary the search begins on a grid over the box
+and then looks at points around the best place so far, three to each side, at a third of the distance each time the best of them is not
+at the rim (a narrow ridge is climbed along before it is resolved). With more, the grid gives way to points spread evenly over the box, and
+the looks to Newton steps from the best of them (`climb`); the conditional maxima at psi begin at the nuisances of the global one as well.
+All data sets go through it at once, so a learned ratio is asked in few large batches; a grid over the whole box would have to be finer
+than the narrowest likelihood. It finds the highest peak that the first points can see: first^2 points over d parameters see peaks that are
+wider than about first^(-2/d) of the box, and narrower ones by their slopes.
 
 Any rule that depends on the data alone gives a statistic whose sets cover: an imperfect maximum costs size, not coverage.
 
@@ -18,8 +21,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats.qmc import Halton
 
 from sbi_phys.checks import as_array, as_real, require_choice, require_finite, require_int
+from sbi_phys.confidence.climb import climb
 from sbi_phys.confidence.inputs import frozen, require_within
 from sbi_phys.confidence.statistics import KINDS
 from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
@@ -29,6 +34,7 @@ __all__ = ["RefinedLRT"]
 Array = NDArray[np.float64]
 Rows = Callable[[Any, Array], ArrayLike]
 
+MOST_WANTED = 2  # sets are looked at on a grid of the parameters of interest
 REACH = 3  # points to each side of the best place in each further look
 FINER = 4  # times that their distance becomes a third
 MOST_LOOKS = 14
@@ -37,12 +43,13 @@ BLOCK = 1 << 17  # (data set, theta) pairs handed over at once
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RefinedLRT:
-    r"""Profile likelihood ratio over a box of one or two parameters; the first `interest` of them are wanted.
+    r"""Profile likelihood ratio over a box of any number of parameters; the first `interest` of them, one or two, are wanted.
 
     Args: log_likelihood: (data of n sets, theta (n, d)) -> (n,), row by row, -inf allowed; data are indexed by rows. low, high (d,): the
-        box. interest: 1 .. d. kind: 'two-sided', 'upper' (0 where psi_hat > psi), 'lower'. first: points per parameter of the first grid.
+        box. interest: 1 or 2. kind: 'two-sided', 'upper' (0 where psi_hat > psi), 'lower'. first: points per parameter of the first grid
+        where at most two vary; its square is the number of first points where more do.
     Called with (data, psi (interest,) or (n, interest)) -> (n,); `.nuisance(data, psi)` is the `profile` that `lf2i` takes.
-    Raises: SettingError (more than two parameters), ShapeError, NonFiniteError, SupportError (psi outside the box), DataError.
+    Raises: SettingError (interest), ShapeError, NonFiniteError, SupportError (psi outside the box), DataError.
     """
 
     log_likelihood: Rows
@@ -57,11 +64,9 @@ class RefinedLRT:
         """Check the box."""
         for name in ("low", "high"):
             object.__setattr__(self, name, frozen(as_array(name, getattr(self, name), (len(self.names),))))
-        if len(self.names) > 2:
-            raise SettingError(f"the box has {len(self.names)} parameters; expected one or two: a grid over more is too coarse, take Waldo")
         if not (self._box[0] < self._box[1]).all():
             raise SettingError(f"low is {self._box[0].tolist()} and high {self._box[1].tolist()}; expected low < high")
-        require_int("interest", self.interest, low=1, high=len(self.names))
+        require_int("interest", self.interest, low=1, high=min(len(self.names), MOST_WANTED))
         require_choice("kind", self.kind, KINDS)
         require_int("first", self.first, low=3)
 
@@ -78,7 +83,7 @@ class RefinedLRT:
         """Values (n,) of the statistic at psi (interest,), or row by row (n, interest); further columns are left out."""
         found = data if isinstance(data, Maximised) else self.prepare(data)
         points = self._points(psi, found.best.size)
-        value, _ = self._search(found.data, points)
+        value, _ = self._search(found.data, points, found.at)
         q = 2 * np.maximum(found.best - value, 0.0)
         if self.kind == "two-sided":
             return q
@@ -94,8 +99,8 @@ class RefinedLRT:
 
     def nuisance(self, data: Any, psi: ArrayLike) -> Array:
         """Nuisances (n, d - interest) that fit each data set best at psi."""
-        found = data.data if isinstance(data, Maximised) else data
-        _, at = self._search(found, self._points(psi, len(found)))
+        found, near = (data.data, data.at) if isinstance(data, Maximised) else (data, None)
+        _, at = self._search(found, self._points(psi, len(found)), near)
         return at[:, self.interest :]
 
     def _points(self, psi: ArrayLike, n: int) -> Array:
@@ -108,13 +113,42 @@ class RefinedLRT:
         require_within("theta", points, low[: self.interest], high[: self.interest], self.names[: self.interest])
         return points
 
-    def _search(self, data: Any, fixed: Array | None) -> tuple[Array, Array]:
-        """Maxima (n,) and where (n, d), over the box, or over the nuisances at `fixed` psi (n, interest)."""
-        n, start = len(data), 0 if fixed is None else self.interest
+    def _search(self, data: Any, fixed: Array | None, near: Array | None = None) -> tuple[Array, Array]:
+        """Maxima (n,) and where (n, d), over the box, or over the nuisances at `fixed` psi (n, interest); near (n, d), a first guess."""
+        start = 0 if fixed is None else self.interest
         low, high = (side[start:] for side in self._box)
         if low.size == 0:  # nothing to vary
             assert fixed is not None
             return self._values(data, fixed[:, None, :])[:, 0], np.array(fixed)
+        if low.size <= 2:
+            best, at = self._narrowed(data, fixed, low, high)
+        else:
+            best, at = self._climbed(data, fixed, None if near is None else near[:, start:], low, high)
+        if fixed is None and np.isneginf(best).any():
+            i = int(np.argmax(np.isneginf(best)))
+            raise DataError(f"data set {i} has ln L = -Inf at all places of the search; expected one that is possible")
+        return best, at if fixed is None else np.concatenate([fixed, at], axis=1)
+
+    def _climbed(self, data: Any, fixed: Array | None, near: Array | None, low: Array, high: Array) -> tuple[Array, Array]:
+        """Maxima over three free parameters or more: points spread over the box, and Newton steps from the best of them."""
+        n, d = len(data), low.size
+        # with a first guess few others will do
+        points = Halton(d, scramble=False).random(self.first**2 if near is None else 8 * d)[1:]
+        tried = np.broadcast_to(low + points * (high - low), (n, len(points), d))
+        tried = tried if near is None else np.concatenate([near[:, None, :], tried], axis=1)
+
+        def values(rows: NDArray[np.int64], theta: Array) -> Array:
+            parts = np.array_split(np.arange(rows.size), max(1, rows.size * theta.shape[1] // BLOCK))
+            return np.concatenate([self._values(data[rows[part]], _joined(fixed, rows[part], theta[part])) for part in parts])
+
+        first = values(np.arange(n), tried)
+        place = first.argmax(axis=1)
+        each = np.arange(n)
+        return climb(values, tried[each, place], first[each, place], low, high)
+
+    def _narrowed(self, data: Any, fixed: Array | None, low: Array, high: Array) -> tuple[Array, Array]:
+        """Maxima over one or two free parameters, by a grid that narrows."""
+        n = len(data)
         best, at = np.full(n, -np.inf), np.tile((low + high) / 2, (n, 1))
         spacing = (high - low) / (self.first - 1)
         finer = np.zeros(n)  # times that the distance of a data set's points has become a third
@@ -135,10 +169,7 @@ class RefinedLRT:
                 finer[rows] += 1.0 if look == 0 else ~(better & rim[place])
             if (finer > FINER).all():
                 break
-        if fixed is None and np.isneginf(best).any():
-            i = int(np.argmax(np.isneginf(best)))
-            raise DataError(f"data set {i} has ln L = -Inf at all places of the search; expected one that is possible")
-        return best, at if fixed is None else np.concatenate([fixed, at], axis=1)
+        return best, at
 
     def _values(self, data: Any, theta: Array) -> Array:
         """Values (n, m) of theta (n, m, d)."""

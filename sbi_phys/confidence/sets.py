@@ -6,7 +6,8 @@ probability `level` if C is the level-quantile of q(D; theta) for D ~ p(D | thet
 
 Parameters come as (psi, nu): first those of interest, then nuisances. With nuisances there are two ways to a set in psi:
 
-- a `profile` nu(D; psi), the nuisances that fit D best: {psi: q(D; psi) <= C(psi, nu(D; psi))}; right as far as C varies little with nu.
+- a `profile` nu(D; psi), the nuisances that fit D best: {psi: q(D; psi) <= C(psi, nu(D; psi))}; right as far as C varies little with nu,
+  or as far as C was corrected for that (`nuisances`).
 - none: the projection {psi: q(D; psi, nu) <= C(psi, nu) for some nu of the grid}; it covers always, and more than the level.
 
 Source: Feldman & Cousins 1998, arXiv:physics/9711021; Dalmasso et al. 2021, arXiv:2107.03920.
@@ -22,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.checks import as_array, require_choice, require_int
 from sbi_phys.confidence.inputs import check_statistic, nearest_level, point_words, require_within
+from sbi_phys.confidence.nuisances import nuisances_of
 from sbi_phys.errors import SettingError, ShapeError, SupportError
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Region:
-    """Joint set of two parameters on a grid: margin (n, m1, m2) = q - C, <= 0 inside; axes (m1,), (m2,)."""
+    """Joint set of two parameters on a grid: axes (m1,), (m2,); margin (n, m1, m2) <= 0 inside, q - C, or 1 - level - p if prepivoted."""
 
     names: tuple[str, str]
     level: float
@@ -222,10 +224,7 @@ class Construction(ABC):
         if nu is not None:
             return np.broadcast_to(nu, (n, nu.size))
         assert self.profile is not None
-        found = np.asarray(self.profile(data, psi), dtype=np.float64)
-        if found.ndim == 1 and self.dim - self.interest == 1:
-            found = found[:, None]
-        return as_array("the profiled nuisances", found, (n, self.dim - self.interest))
+        return nuisances_of(self.profile, data, psi, n, self.dim - self.interest)
 
     def _margin(self, data: "_Prepared", point: Array, chosen: int) -> Array:
         """q - C (n,), <= 0 inside the set; the smallest over nuisances without a profile."""

@@ -14,7 +14,13 @@ WALDO, from the mean and covariance of any posterior (or a regression's):
 
     q(D; theta) = (E[theta | D] - theta)^T V[theta | D]^-1 (E[theta | D] - theta) .
 
-A prior that pulls the mean changes the size of the sets and not their coverage, as critical values come from simulations.
+A prior that pulls the mean changes the size of the sets and not their coverage, as critical values come from simulations. For an upper
+limit on one parameter its signed form
+
+    q(D; theta) = sign(theta - E) (theta - E)^2 / V ,        for a lower limit  sign(E - theta) (theta - E)^2 / V ,
+
+is negative where the data lie on the side that an upper (lower) limit does not object to; {q <= C} is E + sqrt(C V) and all below it.
+Unlike a statistic that is cut off at 0, this one has a continuous distribution: p-values are uniform, and any level will do.
 
 Any statistic gives sets that cover, a poor one large sets. So the maximum may be taken over a grid, and the likelihood may be learned.
 
@@ -186,13 +192,18 @@ def posterior_moments(draws: ArrayLike) -> tuple[Array, Array]:
     return mean, np.einsum("nla,nlb->nab", centred, centred) / (n_draws - 1)
 
 
-def waldo(mean: ArrayLike, covariance: ArrayLike, theta: ArrayLike) -> Array:
-    r"""WALDO (m - theta)^T V^-1 (m - theta), (n,).
+def waldo(mean: ArrayLike, covariance: ArrayLike, theta: ArrayLike, kind: str = "two-sided") -> Array:
+    r"""WALDO (m - theta)^T V^-1 (m - theta), (n,); for an 'upper' or 'lower' limit on one parameter signed, see above.
 
-    Args: mean (n, d) and covariance (n, d, d) of the posteriors. theta (d,), or (n, d) row by row.
-    Raises: ShapeError, NonFiniteError, DataError (a covariance that is not positive definite).   Source: arXiv:2205.15680.
+    Args: mean (n, d) and covariance (n, d, d) of the posteriors. theta (d,), or (n, d) row by row. kind: 'two-sided', 'upper', 'lower'.
+    Raises: ShapeError, NonFiniteError, DataError (a covariance that is not positive definite), SettingError (one-sided with d > 1).
+    Source: arXiv:2205.15680; one-sided: arXiv:1007.1727, section 2.4.
+    Read: an upper limit leaves out theta far above the data alone.
     """
     centre = as_array("mean", mean, (None, None))
+    require_choice("kind", kind, KINDS)
+    if kind != "two-sided" and centre.shape[1] != 1:
+        raise SettingError(f"kind is {kind!r} with {centre.shape[1]} parameters; expected one, choose it with columns=(i,)")
     n, dim = centre.shape
     spread = as_array("covariance", covariance, (n, dim, dim))
     point = np.atleast_1d(as_real("theta", theta))
@@ -205,7 +216,10 @@ def waldo(mean: ArrayLike, covariance: ArrayLike, theta: ArrayLike) -> Array:
         bad = int(np.argmin(np.linalg.eigvalsh(spread)[:, 0]))
         raise DataError(f"covariance of posterior {bad} is not positive definite; expected draws that vary in each parameter") from err
     z = np.linalg.solve(root, (centre - point)[..., None])[..., 0]
-    return np.asarray((z**2).sum(axis=1))
+    if kind == "two-sided":
+        return np.asarray((z**2).sum(axis=1))
+    away = -z[:, 0] if kind == "upper" else z[:, 0]
+    return np.asarray(np.sign(away) * away**2)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -213,14 +227,19 @@ class Waldo:
     """WALDO statistic of a posterior: `draws` (data of n sets -> (n, l, d)), or `moments` (-> mean (n, d), covariance (n, d, d)).
 
     columns: which parameters enter, None = all; with nuisances give those of interest, so that the rest is marginalised.
+    kind: 'two-sided', or 'upper', 'lower' for limits on the one parameter that enters.
     Called with (data, theta (d,) or (n, d)) -> (n,); theta may have more columns than are asked for.
     """
 
     draws: Callable[[Any], ArrayLike] | None = None
     moments: Callable[[Any], tuple[ArrayLike, ArrayLike]] | None = None
     columns: tuple[int, ...] | None = None
+    kind: str = "two-sided"
 
     def __post_init__(self) -> None:
+        require_choice("kind", self.kind, KINDS)
+        if self.kind != "two-sided" and self.columns is not None and len(self.columns) != 1:
+            raise SettingError(f"kind is {self.kind!r} with columns {self.columns}; expected one column")
         if (self.draws is None) == (self.moments is None):
             raise SettingError("draws and moments are both given or both missing; expected one of them")
 
@@ -243,7 +262,7 @@ class Waldo:
         point = np.atleast_1d(as_real("theta", theta))
         if self.columns is not None and point.shape[-1] > len(self.columns):
             point = point[..., list(self.columns)]
-        return waldo(found.mean, found.covariance, point)
+        return waldo(found.mean, found.covariance, point, self.kind)
 
 
 @dataclass(frozen=True, eq=False)

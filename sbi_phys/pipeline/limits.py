@@ -101,7 +101,7 @@ def find_limits(run: Run, settings: LimitsSettings) -> Found:
     kept = ((theta >= low) & (theta <= high)).all(axis=1)
     theta, x, learned, tested = theta[kept], x[kept], learned[kept], ~learned[kept]
     q, best = _evaluate(run, statistic, x, theta, len(order) - len(settings.parameters))
-    found = _sets(run, settings, statistic, order, (theta[learned], q[learned]), bounds)
+    found = _sets(run, settings, statistic, order, (theta[learned], q[learned], best[learned]), bounds)
     names = [run.simulator.parameters[i] for i in order[: found.dim]]
     coverage, wilks_coverage, wilks = _coverage(settings, found, names, theta[tested], q[tested], best[tested])
     highest = max(*wilks.values(), *(float(found.critical(theta[tested][:, : found.dim], level).max()) for level in settings.levels))
@@ -141,7 +141,7 @@ def _evaluate(run: Run, statistic: Any, x: Array, theta: Array, nuisances: int) 
     return q, best
 
 
-def _sets(run: Run, settings: LimitsSettings, statistic: Any, order: list[int], sample: tuple[Array, Array], bounds: Any) -> LF2I:
+def _sets(run: Run, settings: LimitsSettings, statistic: Any, order: list[int], sample: tuple[Array, Array, Array], bounds: Any) -> LF2I:
     k = len(settings.parameters)
     dim = len(order) if len(order) <= ALL_PROFILED else k
     # trees of a few thousand rows on several threads wait for one another most of the time
@@ -157,6 +157,7 @@ def _sets(run: Run, settings: LimitsSettings, statistic: Any, order: list[int], 
             bounds=bounds[:dim],
             model=settings.critical,
             pvalues=settings.value is not None,
+            profiled=sample[2] if dim > k else None,
             seed=run.seed("limits", "regression"),
         )
 

@@ -27,7 +27,7 @@ class LimitsSettings:
     """What is asked for.
 
     Args: parameters: one name, or two for a joint set. statistic: 'waldo', 'nre', 'nle' or 'exact'. levels. kind: 'two-sided', 'upper'
-    or 'lower' (not with waldo). n: simulations. physical: 'none', 'low', 'high' or 'both': ends of the first parameter's range that are
+    or 'lower' (for one parameter). n: simulations. physical: 'none', 'low', 'high' or 'both': ends of the first parameter's range that are
     bounds of nature, where a set may stop. open_ends: an end that runs into the range becomes infinite, instead of an error. value:
     of the parameter, whose p-value is asked for. critical: regression of the critical values, as in `learn_critical_values`.
     Raises: SettingError.
@@ -51,8 +51,8 @@ class LimitsSettings:
         object.__setattr__(self, "levels", check_levels(self.levels))
         require_choice("--kind", self.kind, ("two-sided", "upper", "lower"))
         require_choice("--physical", self.physical, ("none", "low", "high", "both"))
-        if self.kind != "two-sided" and (self.statistic == "waldo" or len(self.parameters) > 1):
-            raise SettingError(f"--kind is {self.kind!r}; expected 'two-sided' with waldo or two parameters")
+        if self.kind != "two-sided" and len(self.parameters) > 1:
+            raise SettingError(f"--kind is {self.kind!r}; expected 'two-sided' with two parameters")
         if self.kind != "two-sided" and min(self.levels) <= 0.5:
             raise SettingError(f"--level is {min(self.levels):g}; expected more than 0.5 for a one-sided limit")
         require_int("--n", self.n, low=400)
@@ -79,19 +79,20 @@ def require_model(run: Run, settings: LimitsSettings) -> None:
                 f"--statistic is {settings.statistic!r}, but {run.path(file)} is not there; expected it trained: "
                 f"sbi-phys train --method {method} --out {run.folder}"
             )
-    if settings.statistic != "waldo" and (len(run.names) > 2 or run.simulator.prior.free_dim != len(run.names)):
+    if settings.statistic != "waldo" and run.simulator.prior.free_dim != len(run.names):
         raise SettingError(
-            f"--statistic is {settings.statistic!r} with the parameters {', '.join(run.names)}; expected waldo: a likelihood's maximum "
-            "is searched for in at most two"
+            f"--statistic is {settings.statistic!r} with the parameters {', '.join(run.names)}, some of them fixed by the others; expected "
+            "waldo: a likelihood's maximum is searched for in a box"
         )
 
 
 class PosteriorWaldo:
     """WALDO of the parameters of interest from an amortised posterior; nuisances at their best values given psi, were it Gaussian."""
 
-    def __init__(self, run: Run, order: list[int], interest: int, low: Array, high: Array) -> None:
+    def __init__(self, run: Run, order: list[int], interest: int, low: Array, high: Array, kind: str) -> None:
         self.npe = load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device)
-        self.seed, self.order, self.interest, self.low, self.high = run.seed("limits", "waldo"), order, interest, low, high
+        self.seed, self.order, self.interest = run.seed("limits", "waldo"), order, interest
+        self.low, self.high, self.kind = low, high, kind
 
     def prepare(self, data: Any) -> tuple[Array, Array]:
         """Posterior mean (n, d) and covariance (n, d, d), once for any number of psi."""
@@ -101,7 +102,7 @@ class PosteriorWaldo:
         """Values (n,) at psi (interest,) or row by row; further columns are left out."""
         mean, spread = data if isinstance(data, tuple) else self.prepare(data)
         k = self.interest
-        return waldo(mean[:, :k], spread[:, :k, :k], np.atleast_1d(psi)[..., :k])
+        return waldo(mean[:, :k], spread[:, :k, :k], np.atleast_1d(psi)[..., :k], self.kind)
 
     def repeated(self, data: Any, m: int) -> tuple[Array, Array]:
         """Moments of one data set m times, from the same draws."""
@@ -121,7 +122,7 @@ def make_statistic(run: Run, settings: LimitsSettings, order: list[int], low: Ar
     """The test statistic over the box low..high (d,), parameters in this order, those of interest first."""
     k = len(settings.parameters)
     if settings.statistic == "waldo":
-        return PosteriorWaldo(run, order, k, low, high)
+        return PosteriorWaldo(run, order, k, low, high, settings.kind)
     back = np.argsort(order)
     if settings.statistic == "exact":
         density: Any = run.simulator.log_likelihood  # type: ignore[attr-defined]

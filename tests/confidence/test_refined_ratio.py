@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from scipy.special import chdtri
+from scipy.stats import norm
 
-from sbi_phys.confidence import RefinedLRT, lf2i
+from sbi_phys.confidence import RefinedLRT, fit, lf2i
 from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
 
 COVARIANCE = np.array([[1.0, 0.98], [0.98, 1.0]]) * 0.02**2
@@ -69,10 +70,71 @@ def test_sets_from_it_hold_the_truth(sample):
     assert np.allclose((found.high + found.low) / 2, x[:3, 0], atol=2e-3)
 
 
+NUISANCES = 5
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Six parameters, errors of 2 % of the box, correlations of .9; two of the truths near its sides."""
+    d = NUISANCES + 1
+    covariance = (np.full((d, d), 0.9) + 0.1 * np.eye(d)) * 0.02**2
+    precision = np.linalg.inv(covariance)
+    rng = np.random.default_rng(3)
+    theta = rng.uniform(0.1, 0.9, (200, d))
+    x = theta + rng.multivariate_normal(np.zeros(d), covariance, 200)
+
+    def gaussian(x, theta):
+        return -0.5 * np.einsum("ni,ij,nj->n", x - theta, precision, x - theta)
+
+    q = RefinedLRT(log_likelihood=gaussian, low=np.zeros(d), high=np.ones(d), names=tuple("abcdef"), first=12)
+    return q, theta, x, covariance
+
+
+def test_many_nuisances_are_profiled(many):
+    q, theta, x, covariance = many
+    prepared = q.prepare(x)
+    assert np.abs(prepared.at - x).max() < 1e-4
+    value, exact = q(prepared, theta), ((x - theta)[:, 0] / 0.02) ** 2
+    assert np.abs(value - exact).max() < 0.01
+    assert abs((value <= chdtri(1, 0.1)).mean() - 0.9) < 4 * np.sqrt(0.09 / 200)
+    expected = x[:, 1:] + 0.9 * (theta - x)[:, :1]
+    assert np.abs(q.nuisance(prepared, theta) - expected).max() < 1e-3
+    assert np.abs(q.nuisance(x, theta) - expected).max() < 1e-3  # without the first guess
+    pair = RefinedLRT(log_likelihood=q.log_likelihood, low=q.low, high=q.high, names=q.names, interest=2, first=12)(x[:50], theta[:50])
+    d = (x - theta)[:50, :2]
+    assert np.abs(pair - np.einsum("ni,ij,nj->n", d, np.linalg.inv(covariance[:2, :2]), d)).max() < 0.01
+
+
+def test_counts_with_four_nuisances_agree_with_minuit():
+    rng = np.random.default_rng(4)
+    # a line over four templates that can be told apart
+    shapes = np.stack([np.exp(-0.5 * ((np.arange(16) - m) / w) ** 2) for m, w in ((7, 0.7), (0, 2.5), (5, 2.5), (10, 2.5), (15, 2.5))])
+    scale = np.array([15.0, 20.0, 20.0, 20.0, 20.0])
+
+    def counts(n, theta):
+        mean = (theta * scale) @ shapes + 1.0
+        return (n * np.log(mean) - mean).sum(axis=1)
+
+    names, low, high = ("mu", "a", "b", "c", "d"), np.zeros(5), np.full(5, 4.0)
+    data = rng.poisson((np.ones(5) * scale) @ shapes + 1.0, (4, 16)).astype(float)
+    q = RefinedLRT(log_likelihood=counts, low=low, high=high, names=names, first=12)
+    for row, value in zip(data, q(data, [1.6]), strict=True):
+        sides = dict(zip(names, zip(low, high, strict=True), strict=True))
+        exact = fit(lambda t, row=row: counts(row, t), np.ones(5), names, sides, minos=False, strategy=2).profile("mu", [1.6])
+        assert value == pytest.approx(exact.q[0], abs=0.01)
+
+
+def test_power_with_many_nuisances(many):
+    q, theta, x, _ = many
+    away = theta.copy()
+    away[:, 0] += 0.05  # 2.5 errors
+    assert abs((q(x, away) <= chdtri(1, 0.1)).mean() - norm.sf(2.5 - 1.645)) < 4 * np.sqrt(0.16 / 200)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "complaint"),
     [
-        ({"low": [0, 0, 0], "high": [1, 1, 1], "names": ("a", "b", "c")}, SettingError, "3 parameters; expected one or two"),
+        ({"low": [0, 0, 0], "high": [1, 1, 1], "names": ("a", "b", "c"), "interest": 3}, SettingError, "interest is 3; expected"),
         ({"low": [0, 1]}, SettingError, "expected low < high"),
         ({"interest": 3}, SettingError, "interest is 3"),
         ({"kind": "both"}, SettingError, "kind is 'both'"),

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from scipy.stats import norm
 
-from sbi_phys.confidence import LRT, Profiled, Waldo, posterior_moments, waldo
+from sbi_phys.confidence import LRT, Profiled, Waldo, limits, neyman, posterior_moments, waldo
 from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.rng import rng_for
 
@@ -52,6 +53,58 @@ def test_waldo_of_a_gaussian_posterior():
     assert one(None, [1.0])[0] == pytest.approx(1.0)
 
 
+SHRINK = 0.6  # a prior as wide as it pulls the posterior's mean to 0 by this factor
+
+
+def pulled(data):
+    """Posterior mean and covariance of x ~ N(theta, 1) under a narrow prior around 0."""
+    return SHRINK * np.asarray(data)[:, None], np.full((len(data), 1, 1), SHRINK)
+
+
+def gaussian(theta, n, rng):
+    return rng.normal(theta[0], 1.0, n)
+
+
+@pytest.fixture(scope="module", params=["upper", "lower"])
+def one_sided(request):
+    return neyman(gaussian, Waldo(moments=pulled, kind=request.param), {"theta": np.linspace(-9, 9, 37)}, [0.3, 0.9], n_toys=4000, seed=2)
+
+
+def test_one_sided_limits_are_those_of_the_gaussian(one_sided):
+    # at each theta the statistic is a falling function of x (rising for a lower limit): the prior drops out
+    side, x = (1, "high") if one_sided.statistic.kind == "upper" else (-1, "low"), np.array([-3.0, 0.0, 1.2, 4.0])
+    for level in (0.3, 0.9):
+        found = one_sided.interval(x, level, points=100)
+        assert np.allclose(getattr(found, side[1]), x + side[0] * norm.ppf(level), atol=0.08)
+        assert np.isinf(found.low if side[0] > 0 else found.high).all()
+
+
+def test_size_and_power_of_one_sided_limits(one_sided):
+    sign = 1 if one_sided.statistic.kind == "upper" else -1
+    for i, theta in enumerate((-2.0, 0.0, 3.0)):
+        data = gaussian([theta], 4000, rng_for(3, "size", i))
+        assert one_sided.contains(data, theta, 0.9).mean() == pytest.approx(0.9, abs=0.02)
+        far = one_sided.contains(data, theta + 2.5 * sign, 0.9).mean()
+        assert far == pytest.approx(norm.sf(2.5 - norm.ppf(0.9)), abs=0.025)
+        assert one_sided.contains(data, theta - 2.5 * sign, 0.9).mean() > 0.995  # it does not object to this side
+        p = one_sided.pvalue(data, theta)
+        assert np.abs(np.quantile(p, [0.1, 0.5, 0.9]) - [0.1, 0.5, 0.9]).max() < 0.03
+
+
+def test_limits_from_one_sided_sets(one_sided):
+    kind = one_sided.statistic.kind
+    found = limits(one_sided, np.array([0.5]), kind=kind, level=0.9)
+    assert np.isfinite(found.high if kind == "upper" else found.low).all()
+    assert found.summary().splitlines()[1].strip()[0] == ("<" if kind == "upper" else ">")
+
+
+def test_one_of_several_parameters_one_sided():
+    mean, covariance = np.array([[1.0, 2.0], [1.0, -1.0]]), np.array([[[2.0, 0.5], [0.5, 4.0]]] * 2)
+    q = Waldo(moments=lambda data: (mean, covariance), columns=(1,), kind="upper")(None, [0.0, 0.5])
+    assert np.allclose(q, [-(1.5**2) / 4, 1.5**2 / 4])
+    assert np.allclose(waldo(mean[:, 1:], covariance[:, 1:, 1:], [0.5], "lower"), -q)
+
+
 def test_moments():
     draws = rng_for(1, "moments").normal(size=(4, 500, 3))
     mean, covariance = posterior_moments(draws)
@@ -73,6 +126,9 @@ def test_moments():
         (lambda: Waldo(), SettingError, "draws and moments"),
         (lambda: waldo(np.zeros((2, 2)), np.zeros((2, 2, 2)), [0.0, 0.0]), DataError, "not positive definite"),
         (lambda: waldo(np.zeros((2, 2)), np.ones((2, 2, 2)), [0.0]), ShapeError, "theta has shape"),
+        (lambda: waldo(np.zeros((2, 2)), np.stack([np.eye(2)] * 2), [0.0, 0.0], "upper"), SettingError, "with 2 parameters; expected one"),
+        (lambda: Waldo(draws=lambda d: d, kind="uper"), SettingError, "upper"),
+        (lambda: Waldo(draws=lambda d: d, kind="upper", columns=(0, 1)), SettingError, "expected one column"),
         (lambda: posterior_moments(np.zeros((1, 2, 1))), DataError, "expected 3 or more"),
     ],
 )
