@@ -4,8 +4,10 @@
 
 Toy: z ~ N(theta, 1), x ~ N(z, 2), theta in [-4, 4] against theta = 0; log r = (x theta - theta^2 / 2) / 5, score (x - theta) / 5. Learned
 from 1e5 events by labels (CARL), joint ratios (ALICE) and joint scores (SALLY); ratios recalibrated per theta on 1e5 + 1e5 events of their
-own and checked on as many again. Source spectrum: NRE's posteriors against the exact ones by grid, beside sbi's in the same run. Prints
-each number with what is asked of it, writes JSON and exits with 1 if one is missed.
+own and checked on as many again; the reweighting area on so many events that its error is .002, beside that of the exact ratio on the
+same. Source spectrum: NRE's posteriors against the exact ones by grid, beside sbi's in the same run, and its ratio, as learned and
+divided by its mean over the prior, against the exact one, p(x) by grid. Prints each number with what is asked of it, writes JSON and
+exits with 1 if one is missed.
 """
 
 import argparse
@@ -29,9 +31,10 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from benchmarks.suite.workers import Worker, WorkerError
 from sbi_phys.calibration import c2st
-from sbi_phys.calibration.ratios import check_ratio
-from sbi_phys.calibration.ratios_repair import recalibrate_ratio
+from sbi_phys.calibration.ratios import ReweightingAUC, check_ratio, reweighting_auc
+from sbi_phys.calibration.ratios_repair import RatioCalibration, recalibrate_ratio
 from sbi_phys.estimators.mined import SALLY, MinedRatio
+from sbi_phys.estimators.npe import load
 from sbi_phys.estimators.nre import NRE
 from sbi_phys.estimators.two_hypotheses import HypothesisRatio, TwoHypotheses
 from sbi_phys.priors import standard_normal_log_prob
@@ -44,8 +47,9 @@ Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '
 
 PEERS = ROOT / ".venv-bench/bin/python"
 N_DRAWS, N_JUDGED = 10_000, 2_000
-N_EVENTS, N_CHECK = 100_000, 100_000
+N_EVENTS, N_CHECK, N_AREA = 100_000, 100_000, 160_000
 REACH = 4.0
+N_EXACT = 100
 THETAS = (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)
 
 
@@ -88,9 +92,20 @@ def toy(seed: int) -> Numbers:
     return numbers | sally(seed)
 
 
+def areas(ratio: HypothesisRatio, repair: RatioCalibration, theta: float, seed: int, rng: np.random.Generator) -> list[ReweightingAUC]:
+    """Reweighting areas at theta of the ratio as learned, recalibrated and exact, on the same events: errors of .002 or less.
+
+    Weights r have a variance that grows like exp(theta^2 / 5), and the number of reference events with it.
+    """
+    x1, x0 = (latent(np.full((n, 1), t), rng)[1] for n, t in ((N_AREA, theta), (int(N_AREA * np.exp(0.8 * theta**2 / 5)), 0.0)))
+    learned = ratio.log_ratio(x0, [theta], [0.0])
+    logs = (learned, repair.apply(learned), exact_log_ratio(x0, np.array([[theta]])))
+    return [reweighting_auc(x1, x0, log_r, seed) for log_r in logs]
+
+
 def calibrated(name: str, ratio: HypothesisRatio, seed: int) -> Numbers:
     """Mean ratio and reweighting AUC per theta, after recalibration on events of their own."""
-    near, far, raw, areas, failed = 0.0, 0.0, 0.0, [], 0
+    near, far, raw, found, failed = 0.0, 0.0, 0.0, [], 0
     for theta in THETAS:
         rng = rng_for(seed, "check", name, str(theta))
         samples = [[latent(np.full((N_CHECK, 1), t), rng)[1] for t in (theta, 0.0)] for _ in range(2)]
@@ -100,14 +115,20 @@ def calibrated(name: str, ratio: HypothesisRatio, seed: int) -> Numbers:
         deviation = abs(float(checks.mean.mean["E_ref[r]"][0]) - 1)
         raw = max(raw, abs(float(np.exp(ref_b).mean()) - 1))
         near, far = (max(near, deviation), far) if abs(theta) <= 2 else (near, max(far, deviation))
-        areas.append(checks.auc.auc)
         failed += checks.pvalue < 0.01
         print(f"{name}, theta = {theta}: {repair.summary()}\n{checks.summary()}", flush=True)
+        found.append(areas(ratio, repair, theta, seed, rng))
+        for what, area in zip(("as learned", "calibrated", "exact"), found[-1], strict=True):
+            print(f"  {what}: {area.summary()}", flush=True)
+    learned, mended, exact = zip(*found, strict=True)
     return {
         f"{name}: |E[r] - 1|, |theta| <= 2, calibrated": (near, "<=", 0.03),
         f"{name}: |E[r] - 1|, |theta| = 4, calibrated": (far, "<=", 0.10),
         f"{name}: |E[r] - 1|, largest, before calibration": (raw, "", None),
-        f"{name}: largest reweighting AUC, calibrated": (float(max(areas)), "<=", 0.51),
+        f"{name}: largest reweighting AUC, calibrated": (max(map(float, mended)), "<=", 0.51),
+        f"{name}: largest reweighting AUC, as learned": (max(map(float, learned)), "", None),
+        f"{name}: largest reweighting AUC of the exact ratio on the same events": (max(map(float, exact)), "", None),
+        f"{name}: largest error of a reweighting AUC": (max(area.error for area in mended), "<=", 0.002),
         f"{name}: thetas of {len(THETAS)} whose checks together give p < 0.01": (float(failed), "", None),
     }
 
@@ -148,32 +169,73 @@ def exact_draws(simulator: SourceSpectrum, x: Array, seed: int) -> Array:
     return prior.from_unbounded(grid_posterior(log_target, [-8, -8], [8, 8]).sample(N_JUDGED, rng_for(seed, "exact")))
 
 
-def source(n: int, n_observations: int, threads: int, seed: int, peer: bool, loss: str, peer_epochs: int) -> Numbers:
+def exact_evidence(simulator: SourceSpectrum, x: Array) -> float:
+    """log p(x) by grid."""
+
+    def log_target(u: Array) -> Array:
+        return simulator.log_likelihood(x, simulator.prior.from_unbounded(u)) + standard_normal_log_prob(u)
+
+    # a tenth of the mass in a cell leaves half a percent
+    return grid_posterior(log_target, [-8, -8], [8, 8], n_cells=20_000, max_cell_mass=0.2).log_evidence
+
+
+def ratio_itself(simulator: SourceSpectrum, nre: NRE, theta: Array, x: Array) -> Numbers:
+    """Checks of r on held-out pairs, and its error where the evidence is known, as learned and divided by its mean over the prior."""
+    joint, marginal = nre.log_ratio_pairs(theta, x)
+    begin = time.perf_counter()
+    mean = nre.prior_mean(x)
+    seconds = time.perf_counter() - begin
+    print(f"{mean.summary()}; {seconds:.1f} s", flush=True)
+    exact = np.array([simulator.log_likelihood(x[i], theta[i : i + 1])[0] - exact_evidence(simulator, x[i]) for i in range(N_EXACT)])
+    columns = np.sqrt(x)
+    pairs = np.column_stack([columns, theta]), np.column_stack([columns, np.roll(theta, -1, axis=0)])
+    numbers: Numbers = {
+        "NRE: mean log r of held-out pairs, normalised, nats": (float((joint - mean.log_mean).mean()), "", None),
+        "NRE: seconds for 2000 means over the prior": (seconds, "", None),
+        "NRE: fewest effective draws of a mean over the prior": (float(mean.n_effective.min()), ">=", 50),
+    }
+    for what, shift, sign, bound in (("as learned", 0.0, "", None), ("normalised", mean.log_mean, ">=", 0.01)):
+        checks = check_ratio(joint - shift, marginal - shift, *pairs)
+        print(f"{what}: {checks.summary()}", flush=True)
+        error = (joint - shift)[:N_EXACT] - exact
+        numbers |= {
+            f"NRE: p-value of the checks on 2000 held-out pairs, {what}": (checks.pvalue, sign, bound),
+            f"NRE: E_num[d] + E_ref[d], {what}": (float(checks.mean.mean["E_num[d] + E_ref[d]"][0]), "", None),
+            f"NRE: rms of log r - exact over {N_EXACT} pairs, {what}, nats": (float(np.sqrt((error**2).mean())), "", None),
+            f"NRE: median |log r - exact|, {what}, nats": (float(np.median(np.abs(error))), "", None),
+        }
+    return numbers
+
+
+def source(
+    n: int, n_observations: int, threads: int, seed: int, peer: bool, loss: str, peer_epochs: int, model: Path | None = None
+) -> Numbers:
     """NRE on the source spectrum, against the grid and beside sbi."""
     simulator, theta, x, theta_test, x_test = simulate(n, seed)
-    begin = time.perf_counter()
-    nre = NRE(simulator.prior, seed, loss=loss, observables=simulator.observables).fit(theta, x)
-    training = time.perf_counter() - begin
+    if model is not None and model.exists():
+        found = load(model)
+        assert isinstance(found, NRE)
+        nre = found
+    else:
+        nre = NRE(simulator.prior, seed, loss=loss, observables=simulator.observables)
+        nre.fit(theta, x, checkpoint=None if model is None else model.with_suffix(".training"))
+        if model is not None:
+            nre.save(model)
+    training = sum(record["seconds"] for record in nre.history[0])
     print(f"trained on {n} simulations in {training:.1f} s, {len(nre.history[0])} epochs", flush=True)
-    joint, marginal = nre.log_ratio_pairs(theta_test, x_test)
-    columns = np.sqrt(x_test)
-    checks = check_ratio(
-        joint, marginal, np.column_stack([columns, theta_test]), np.column_stack([columns, np.roll(theta_test, -1, axis=0)])
-    )
-    print(checks.summary(), flush=True)
+    itself = ratio_itself(simulator, nre, theta_test, x_test)
     scores, seconds = [], []
     exact = [exact_draws(simulator, x_test[i], i) for i in range(n_observations)]
     for i in range(n_observations):
         begin = time.perf_counter()
-        found = nre.posterior(x_test[i], N_DRAWS, seed=i)
+        draws = nre.posterior(x_test[i], N_DRAWS, seed=i)
         seconds.append(time.perf_counter() - begin)
         with threadpool_limits(1, "blas"):
-            scores.append(c2st(found.theta[:N_JUDGED], exact[i], workers=threads).accuracy)
-        print(f"observation {i + 1}: C2ST {scores[-1]:.3f}, {seconds[-1]:.1f} s; {found.summary()}", flush=True)
+            scores.append(c2st(draws.theta[:N_JUDGED], exact[i], workers=threads).accuracy)
+        print(f"observation {i + 1}: C2ST {scores[-1]:.3f}, {seconds[-1]:.1f} s; {draws.summary()}", flush=True)
     numbers: Numbers = {
         "NRE: training seconds": (training, "", None),
-        "NRE: mean log r of held-out pairs, nats": (float(joint.mean()), "", None),
-        "NRE: p-value of the checks on 2000 held-out pairs": (checks.pvalue, "", None),
+        **itself,
         f"NRE: mean C2ST over {n_observations} observations": (float(np.mean(scores)), "<=", 0.60),
         "NRE: largest C2ST": (float(np.max(scores)), "", None),
         "NRE: longest time for 1e4 draws, s": (float(np.max(seconds)), "<=", 10.0),
@@ -228,13 +290,21 @@ def main() -> None:
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--peer-epochs", type=int, default=0, help="most epochs of sbi's training; 0: until it stops by itself")
     parser.add_argument("--only", choices=("toy", "source"))
+    parser.add_argument("--model", type=Path, help="the source spectrum's NRE: read if it is there, else trained and written")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/ratios.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     jobs: dict[str, Callable[[], Numbers]] = {
         "toy": lambda: toy(options.seed),
         "source": lambda: source(
-            options.n, options.observations, options.threads, options.seed, not options.no_peer, options.loss, options.peer_epochs
+            options.n,
+            options.observations,
+            options.threads,
+            options.seed,
+            not options.no_peer,
+            options.loss,
+            options.peer_epochs,
+            options.model,
         ),
     }
     kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {"rows": []}

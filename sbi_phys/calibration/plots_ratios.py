@@ -1,5 +1,7 @@
 """Figures of the checks of learned ratios, in the style of `plots`."""
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,8 +33,21 @@ def mean_ratio(result: "MeanRatio", ax: "Axes | None" = None) -> "Axes":
         shift = 0.18 * (j - 1)
         ax.errorbar(place + shift, result.mean[name], yerr=result.error[name], fmt=_MARKERS[j], markersize=4, color=COLOURS[j], label=label)
     ax.set(xticks=place, xlim=(-0.6, place[-1] + 0.6), ylabel="mean, 1 if the ratio is exact")
-    ax.set_xticklabels(result.names, rotation=0 if len(result.names) <= 6 else 45)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.35 * (high - low))  # room for the legend
+    ax.set_xticklabels(result.names)
+    if _crowded(ax, result.names):
+        ax.tick_params(axis="x", labelrotation=45)
+        for text in ax.get_xticklabels():
+            text.set(ha="right", rotation_mode="anchor")
     return _finish(ax, 3)
+
+
+def _crowded(ax: "Axes", names: Sequence[str]) -> bool:
+    """Whether the names, side by side below the axis, would leave less than a character and a half between them."""
+    drawn = max(len(re.sub("[${}_^]", "", re.sub(r"\\[a-zA-Z]+", "o", name))) for name in names)
+    place = ax.bbox.width / ax.figure.dpi / (len(names) + 0.2)  # inches
+    return (drawn + 1.5) * 0.6 * float(ax.get_xticklabels()[0].get_fontsize()) / 72 > place
 
 
 def reliability(result: "Reliability", ax: "Axes | None" = None) -> "Axes":

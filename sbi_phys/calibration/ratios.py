@@ -2,11 +2,13 @@ r"""Is a learned ratio r(x) = p_num(x) / p_ref(x) right? Checks that need events
 
 - **mean_ratio**: E_ref[r] = 1 and E_num[1/r] = 1 hold for the exact ratio and nearly no other. r is heavy-tailed where the samples lie
   apart, so p-values are of the mean with its skewness transformed away (Hall 1992), and the number of events that carry the mean is
-  told. Third, with d = r / (1 + r), E_num[d] + E_ref[d] = 1 (the balance of arXiv:2208.13624), whose terms lie in (0, 1): it never has
-  heavy tails.
+  told. Where these are few, the sample has not seen the tail that the mean comes from, and its mean lies below 1 nearly always: only one
+  that is too large counts then, by its standard error (which a large event widens) or by 1 / mean, Markov's bound for any r >= 0.
+  Third, with d = r / (1 + r), E_num[d] + E_ref[d] = 1 (the balance of arXiv:2208.13624), whose terms lie in (0, 1): it never has heavy
+  tails.
 - **reliability**: among events for which the classifier says p, the share p is from the numerator; exact binomial bands.
 - **reweighting_auc**: the reference weighted with r must look like the numerator. A second classifier (gradient-boosted trees) that sees
-  x itself is trained on one half of the events to tell them apart; on the other half its area under the ROC curve is 0.5 with a
+  x itself is trained on half of the events (at most 1e5) to tell them apart; on the others its area under the ROC curve is 0.5 with a
   variance that follows from the ranks (DeLong, with weights). This alone sees an r that is a calibrated function of too little of x.
 
 All events must be held out: neither trained on nor used in a recalibration (`ratios_repair`). The numerator of a likelihood-to-evidence
@@ -41,6 +43,7 @@ Counts = NDArray[np.int64]
 
 MIN_EVENTS = 20
 REFERENCE, NUMERATOR, BALANCE = "E_ref[r]", "E_num[1/r]", "E_num[d] + E_ref[d]"
+MOST_TRAINED = 100_000  # events of a sample that the trees are trained on: more cost time and show no more
 FEW = 50  # effective events below which a mean of r says little
 
 
@@ -126,7 +129,8 @@ class Reliability:
 class ReweightingAUC:
     """How well a second classifier tells the reweighted reference from the numerator; `float(result)` is the area.
 
-    auc with error, 0.5 = alike. before with before_error, without weights. pvalue, one-sided, of auc <= 0.5.
+    auc with error, 0.5 = alike. before with before_error, without weights. pvalue, one-sided, of auc <= 0.5; 1 where fewer than 50
+    effective events (of few test events, a quarter of them) carry the weight: they can not look like the numerator, whatever r is.
     n_numerator, n_reference, test events; n_effective, (sum r)^2 / sum r^2 of the reference's.
     """
 
@@ -146,6 +150,7 @@ class ReweightingAUC:
         """Return the result in words."""
         words = "no difference found" if self.pvalue > ALPHA else "different"
         few = f"; only {self.n_effective:.0f} reference events carry the weight" if self.n_effective < FEW else ""
+        words = "not judged" if self.n_effective < min(FEW, self.n_reference / 4) else words
         return (
             f"Reweighting AUC {self.auc:.4f} +- {self.error:.4f} (p = {self.pvalue:.3g}), {self.before:.4f} without weights, "
             f"{self.n_numerator} numerator and {self.n_reference} reference events: {words}{few}"
@@ -188,7 +193,8 @@ def mean_ratio(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, *, names:
 
     Returns: MeanRatio.   Raises: ShapeError, NonFiniteError, DataError (fewer than 20 events).
     Source: arXiv:1506.02169, 2208.13624; p-values: Hall 1992.
-    Read: E_ref[r] > 1 says that r is too large somewhere. Means carried by few events (`n_effective`) say little: trust the third then.
+    Read: E_ref[r] > 1 says that r is too large somewhere. Means carried by few events (`n_effective`) say little, and only ever that
+    they are too large: trust the third then.
     """
     one, zero = log_ratios("log_r_numerator", log_r_numerator), log_ratios("log_r_reference", log_r_reference, low=True)
     if len(one) != len(zero):
@@ -282,7 +288,8 @@ def reweighting_auc(x_numerator: ArrayLike, x_reference: ArrayLike, log_r_refere
     w = np.exp(log_w - log_w.max())
     rng = rng_for(seed, "reweighting halves")
     halves = [rng.permutation(n) for n in (len(one), len(zero))]
-    train, test = [h[: len(h) // 2] for h in halves], [h[len(h) // 2 :] for h in halves]
+    train = [h[: min(len(h) // 2, MOST_TRAINED)] for h in halves]
+    test = [h[len(t) :] for h, t in zip(halves, train, strict=True)]
     areas = []
     for name, weight in (("weighted", w), ("plain", np.ones_like(w))):
         if not weight[train[1]].sum() > 0 or not weight[test[1]].sum() > 0:
@@ -290,15 +297,17 @@ def reweighting_auc(x_numerator: ArrayLike, x_reference: ArrayLike, log_r_refere
         predict = _trees(one[train[0]], zero[train[1]], weight[train[1]], seed_for(seed, "trees", name) % 2**32)
         areas.append(_weighted_auc(predict(one[test[0]]), predict(zero[test[1]]), weight[test[1]]))
     (auc, error), (before, before_error) = areas
+    n_effective = _effective(w[test[1]])
+    judged = n_effective >= min(FEW, len(test[1]) / 4)
     return ReweightingAUC(
         auc=auc,
         error=error,
         before=before,
         before_error=before_error,
-        pvalue=float(ndtr(-(auc - 0.5) / error)) if error > 0 else float(auc <= 0.5),
+        pvalue=(float(ndtr(-(auc - 0.5) / error)) if error > 0 else float(auc <= 0.5)) if judged else 1.0,
         n_numerator=len(test[0]),
         n_reference=len(test[1]),
-        n_effective=_effective(w[test[1]]),
+        n_effective=n_effective,
     )
 
 
@@ -343,10 +352,13 @@ def _exp(log_r: Array) -> Array:
 
 
 def _mean(values: Array) -> tuple[float, float, float]:
-    """Mean, standard error and two-sided p-value of mean 1, by Hall's transformation of the studentised mean."""
+    """Mean, standard error and p-value of mean 1: by Hall's transformation, or for too large a mean alone where few events carry it."""
     n, mean, sd = values.size, float(values.mean()), float(values.std(ddof=1))
     if sd <= 1e-12 * abs(mean):
         return mean, 0.0, float(abs(mean - 1) < 1e-9)
+    if _effective(values) < min(2 * FEW, 0.5 * n):
+        error = sd / np.sqrt(n)
+        return mean, error, min(1.0, 2 * min(2 * float(ndtr(-(mean - 1) / error)), 1 / mean)) if mean > 1 else 1.0
     u, g = (mean - 1) / sd, float(skew(values))
     z = np.sqrt(n) * (u + g * u**2 / 3 + g**2 * u**3 / 27 + g / (6 * n))
     return mean, sd / np.sqrt(n), float(2 * ndtr(-abs(z)))

@@ -19,7 +19,6 @@ Where a posterior is much narrower than the prior, hardly a marginal pair falls 
 Source: Hermans, Begy & Louppe 2019, arXiv:1903.04057; Miller et al. 2022, arXiv:2210.06170; Delaunoy et al. 2022, arXiv:2208.13624.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +38,7 @@ from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, ro
 from sbi_phys.estimators.from_density import PosteriorDraws, sample_posterior
 from sbi_phys.estimators.model_file import FILE, shared_content, shared_settings, with_weights
 from sbi_phys.estimators.ratio_losses import LOSSES
+from sbi_phys.estimators.ratio_mean import Gaussians, PriorMean, joined, mean_over_prior
 from sbi_phys.estimators.sources import Rows, Settings
 from sbi_phys.nets.classifier import NEAR, ClassifierConfig, PairClassifier, Parts
 from sbi_phys.nets.embed import EmbeddingConfig
@@ -72,7 +72,8 @@ class NRE:
         reference: 'posterior', 'likelihood' (see `nets.reference`) or 'auto': the latter for up to 64 columns of numbers, the former where
             there are more, or an embedding of one's own.
         embedding: of x: None (residual perceptron), an EmbeddingConfig, or any nn.Module (n, *x_shape) -> (n, k).
-        n_ensemble: networks, trained with different seeds and splits; the ratio is the mean of theirs.
+        n_ensemble: networks, trained with different seeds and splits; log r is the mean of theirs, so that their factors of x alone, which
+            differ by nats, do not choose one network for each x.
         device: 'auto' takes CUDA where there is one.
         x_transform: 'auto', 'counts' (Anscombe's root) or 'real'; 'auto' asks `observables`, else looks at the values.
         observables: the simulator's blocks of columns, if any.
@@ -158,32 +159,60 @@ class NRE:
         kind = self.reference if self.reference != "auto" else "likelihood" if columns else "posterior"
         return PairClassifier(self.prior.free_dim, x_shape, self.network, self.embedding, seed=seed, reference=kind).to(self.device)
 
-    def log_ratio(self, x: ArrayLike | Tensor, theta: ArrayLike | Tensor, *, event_set: bool = False) -> Array:
+    def log_ratio(self, x: ArrayLike | Tensor, theta: ArrayLike | Tensor, *, event_set: bool = False, normalise: bool = False) -> Array:
         """Log r(x | theta) = log p(x | theta) - log p(x), nats -> (m,).
 
         Args: theta (m, d), prior units. x: one observation (k,) for all theta, or m paired ones (m, k); with event_set=True the
-        (n_events, k) events of one data set, whose log ratios are added up for every theta.
-        Raises: SupportError (a theta outside the prior, where nothing was learned), ShapeError, NonFiniteError, DataError.
+        (n_events, k) events of one data set, whose log ratios are added up for every theta. normalise: divide r by its mean over the
+        prior at each x (`prior_mean`), which the exact ratio has 1: for whoever needs r itself and not only how it changes with theta.
+        Raises: SupportError (a theta outside the prior, where nothing was learned), ShapeError, NonFiniteError, DataError,
+        ConvergenceError (as `prior_mean`).
         """
         array = as_matrix("theta", theta, self.prior.dim, self.prior.names)
-        return self._density(x, event_set, len(array)).log_ratio(self._whitened(array))
+        found = self._density(x, event_set, len(array)).log_ratio(self._whitened(array))
+        if not normalise:
+            return found
+        mean = self.prior_mean(x).log_mean
+        return found - (mean.sum() if event_set else mean)
+
+    def prior_mean(self, x: ArrayLike | Tensor, *, n_draws: int = 512, seed: int = 0) -> PriorMean:
+        """Mean over the prior of r(x | theta), 1 for the exact ratio, at each of n observations x, (k,) or (n, k).
+
+        Args: n_draws: of a round of importance sampling for each x, a power of two. seed: of the draws.
+        Raises: ConvergenceError (where the ratio has its mass was not found), ShapeError, NonFiniteError, DataError, SettingError.
+        Read: log_mean is what `log_ratio(..., normalise=True)` takes off, and the log evidence that `posterior` states.
+        """
+        n_draws, seed = require_int("n_draws", n_draws, low=64), require_int("seed", seed, low=0)
+        if n_draws & (n_draws - 1):
+            raise SettingError(f"n_draws is {n_draws}; expected a power of two")
+        inputs, step = self._inputs(x), max(1, _PAIRS["cpu"] // n_draws)
+        found = []
+        for first in range(0, len(inputs), step):
+            part = inputs[first : first + step].to(self.device)
+            density = _Density(self._nets, [net.x_parts(part) for net in self._nets], False)
+            found.append(mean_over_prior(density.log_ratios, _gaussians(self._nets, part), n_draws=n_draws, seed=seed, first=first))
+        return joined(found)
 
     def _whitened(self, theta: Array) -> Tensor:
-        return torch.from_numpy(self.prior.to_unbounded(theta).astype(np.float32)).to(self.device)
+        return torch.from_numpy(self.prior.to_network(theta).astype(np.float32)).to(self.device)
 
-    def _density(self, x: ArrayLike | Tensor, event_set: bool, n_theta: int | None = None) -> "_Density":
-        """The ratio as a function of theta, x embedded; n_theta None: x must be one observation or one set."""
+    def _inputs(self, x: ArrayLike | Tensor, what: str = "observations") -> Tensor:
+        """Scaled x (n, ...), at least one."""
         if self._scaler is None:
             raise SettingError("this NRE is not trained; expected .fit(theta, x) or sp.load(path) first")
         array, _ = self._scaler.check("x", x)
+        if len(array) == 0:
+            raise DataError(f"x has shape {array.shape}, no {what}; expected at least one")
+        return self._scaler.apply(array)
+
+    def _density(self, x: ArrayLike | Tensor, event_set: bool, n_theta: int | None = None) -> "_Density":
+        """The ratio as a function of theta, x embedded; n_theta None: x must be one observation or one set."""
         if not isinstance(event_set, bool):
             raise SettingError(f"event_set is {event_set!r}; expected True or False")
-        if len(array) == 0:
-            raise DataError(f"x has shape {array.shape}, no {'events' if event_set else 'observations'}; expected at least one")
-        if not event_set and len(array) != 1 and len(array) != n_theta:
+        inputs = self._inputs(x, "events" if event_set else "observations").to(self.device)
+        if not event_set and len(inputs) != 1 and len(inputs) != n_theta:
             paired = "" if n_theta is None else f", or {n_theta}, as many as theta"
-            raise ShapeError(f"x holds {len(array)} observations; expected one{paired}; event_set=True takes x as one set of events")
-        inputs = self._scaler.apply(array).to(self.device)
+            raise ShapeError(f"x holds {len(inputs)} observations; expected one{paired}; event_set=True takes x as one set of events")
         with torch.no_grad():
             parts = [_joined([net.x_parts(part) for part in inputs.split(_X_ROWS)]) for net in self._nets]
         return _Density(self._nets, parts, event_set)
@@ -233,13 +262,15 @@ class NRE:
             log_likelihood, self.prior, n, seed=seed, method=method, proposal=proposal, gradient=gradient, progress=progress
         )
 
-    def log_ratio_pairs(self, theta: ArrayLike | Tensor, x: ArrayLike | Tensor) -> tuple[Array, Array]:
+    def log_ratio_pairs(self, theta: ArrayLike | Tensor, x: ArrayLike | Tensor, *, normalise: bool = False) -> tuple[Array, Array]:
         """Log r of held-out joint pairs, theta (n, d) and x (n, ...), and of marginal pairs made by moving theta one row on -> (n,) twice.
 
-        They are the numerator and the reference of `calibration.ratios`; the rows must be in no particular order.
+        They are the numerator and the reference of `calibration.ratios`; the rows must be in no particular order. normalise: as for
+        `log_ratio`; the checks judge r itself, so that what they are to say of a normalised ratio needs it.   Raises: as `log_ratio`.
         """
         array = as_matrix("theta", theta, self.prior.dim, self.prior.names)
-        return self.log_ratio(x, array), self.log_ratio(x, np.roll(array, -1, axis=0))
+        mean = self.prior_mean(x).log_mean if normalise else 0.0
+        return self.log_ratio(x, array) - mean, self.log_ratio(x, np.roll(array, -1, axis=0)) - mean
 
     def save(self, path: str | Path) -> None:
         """Write the model: weights, scaling, prior, settings and history; no code is stored.   Raises: ModelFileError."""
@@ -281,7 +312,7 @@ class _RowLoss:
 
 
 class _Density:
-    """Log ratio of embedded x as a function of u: the mean of the members' ratios."""
+    """Log ratio of embedded x as a function of u: the mean over the members."""
 
     def __init__(self, nets: Sequence[PairClassifier], parts: Sequence[Parts], event_set: bool) -> None:
         self._nets, self._parts, self._event_set = nets, parts, event_set
@@ -293,6 +324,15 @@ class _Density:
         out = torch.zeros(len(u), dtype=torch.float64)
         self._each_chunk(u, lambda rows, value: out[rows].add_(value.cpu()))
         return out.numpy()
+
+    @torch.inference_mode()
+    def log_ratios(self, u: Array, rows: NDArray[np.int64]) -> Array:
+        """u (m, k, d'), k for each of the observations rows (m,) -> (m, k)."""
+        device = self._parts[0][0].device
+        flat, owner = torch.from_numpy(u.reshape(-1, u.shape[-1]).astype(np.float32)), torch.from_numpy(np.repeat(rows, u.shape[1]))
+        step = _PAIRS.get(device.type, _PAIRS["cpu"])
+        chunks = zip(flat.split(step), owner.split(step), strict=True)
+        return torch.cat([self._pairs(a.to(device), b.to(device), slice(None)).cpu() for a, b in chunks]).view(u.shape[:2]).numpy()
 
     def with_gradient(self, u: Tensor) -> tuple[Array, Array]:
         """u (m, d') -> log ratio (m,) and its gradient in u (m, d')."""
@@ -317,7 +357,7 @@ class _Density:
                 value = self._pairs(u[rows], rows, slice(first, first + n_events))
                 add(rows, value.sum(dim=1) if self._event_set else value)
 
-    def _pairs(self, u: Tensor, rows: slice, events: slice) -> Tensor:
+    def _pairs(self, u: Tensor, rows: slice | Tensor, events: slice) -> Tensor:
         """Log ratio of theta rows and events, (m,) or (m, e), double."""
         logs = []
         for net, (trunk, products, context) in zip(self._nets, self._parts, strict=True):
@@ -325,8 +365,22 @@ class _Density:
             chosen = events if self._event_set else slice(None) if self._n == 1 else rows
             x = trunk[chosen], products[chosen], context[chosen]
             logs.append((net.table(x, theta) if self._event_set else net.log_odds(x, theta)).double())
-        return logs[0] if len(logs) == 1 else torch.logsumexp(torch.stack(logs), dim=0) - math.log(len(logs))
+        return logs[0] if len(logs) == 1 else torch.stack(logs).mean(dim=0)
 
 
 def _joined(parts: Sequence[Parts]) -> Parts:
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
+
+
+@torch.no_grad()
+def _gaussians(nets: Sequence[PairClassifier], x: Tensor) -> Gaussians:
+    """The networks' Gaussian posteriors of scaled x (n, ...): means (n, k, d'), factors (n, k, d', d'), one of each network."""
+    means, factors = [], []
+    for net in nets:
+        assert net.proposal is not None
+        part, d = net.proposal.x_part(net.embedding(x), x), net.dim
+        mean = net.proposal.draw(part, part.new_zeros(len(x), 1, d))
+        columns = net.proposal.draw(part, torch.eye(d, dtype=part.dtype, device=part.device).expand(len(x), d, d)) - mean
+        means.append(mean)
+        factors.append(columns.transpose(1, 2)[:, None])
+    return torch.cat(means, dim=1).double().cpu().numpy(), torch.cat(factors, dim=1).double().cpu().numpy()

@@ -116,6 +116,7 @@ def _ratios(run: Run) -> dict[str, Any]:
 
 
 def _learned(model: NLE | NRE, x: Array, theta: Array) -> Array:
+    """Up to a function of x alone."""
     return model.log_likelihood(x, theta) if isinstance(model, NLE) else model.log_ratio(x, theta)
 
 
@@ -130,10 +131,12 @@ def _whole(run: Run, models: dict[str, Any], theta: Array, x: Array) -> dict[str
     joint, marginal = (_exact(run, x, t) - evidence for t in (theta, other))
     out = {}
     for method, model in models.items():
-        less = evidence if isinstance(model, NLE) else 0.0
         try:
-            ours, theirs = _learned(model, x, theta) - less, _learned(model, x, other) - less
-        except NonFiniteError:
+            if isinstance(model, NLE):
+                ours, theirs = (model.log_likelihood(x, t) - evidence for t in (theta, other))
+            else:
+                ours, theirs = model.log_ratio_pairs(theta, x, normalise=True)
+        except (NonFiniteError, ConvergenceError):
             continue
         curve = reliability(ours, theirs, n_bins=int(np.clip(len(x) // 15, 4, 20))) if len(x) >= _LEAST_CURVE else None
         out[method] = PairRatios(joint, ours, marginal, theirs, curve)
@@ -172,7 +175,12 @@ def _differences(run: Run, models: dict[str, Any], theta: Array, x: Array) -> di
 
 def _curve(model: NLE | NRE, theta: Array, x: Array) -> Any:
     """Reliability of a ratio, which needs no p(x)."""
-    return reliability(*model.log_ratio_pairs(theta, x), n_bins=10) if isinstance(model, NRE) and len(x) >= _LEAST_CURVE else None
+    if not isinstance(model, NRE) or len(x) < _LEAST_CURVE:
+        return None
+    try:
+        return reliability(*model.log_ratio_pairs(theta, x, normalise=True), n_bins=10)
+    except ConvergenceError:
+        return None
 
 
 def _exact(run: Run, x: Array, theta: Array) -> Array:

@@ -34,6 +34,26 @@ def test_size_of_the_mean_ratio(shift, n1):
     assert share([r.pvalue for r in results]) < 0.05 + 0.03
 
 
+@pytest.mark.parametrize("shift", [1.5, 2.0, 2.5, 3.0, 4.0])
+def test_size_of_the_mean_ratio_where_few_events_carry_a_mean(shift):
+    """From 50 effective events, where Hall's p-value takes over, to one: the sample mean of r is then far below 1."""
+    rng = np.random.default_rng(17)
+    results = [mean_ratio(*events(rng, n1=1000, n0=1000, shift=shift)[2:]) for _ in range(200)]
+    for quantity in results[0].each:
+        assert share([r.each[quantity][0] for r in results]) < 0.05 + 0.05, quantity
+    if shift == 4:
+        assert np.median([r.mean["E_ref[r]"][0] for r in results]) < 0.5
+
+
+def test_a_mean_of_few_events_that_is_too_large_is_seen():
+    rng = np.random.default_rng(18)
+    log_one, log_zero = events(rng, n1=1000, n0=1000, shift=4.0)[2:]
+    result = mean_ratio(log_one, log_zero + 14)
+    assert result.n_effective[0, 0] < 50
+    assert result.each["E_ref[r]"][0] == pytest.approx(2 / result.mean["E_ref[r]"][0]) and result.each["E_ref[r]"][0] < 1e-3
+    assert mean_ratio(log_one - 14, log_zero).each["E_num[1/r]"][0] < 1e-3
+
+
 def test_size_of_the_reliability_curve():
     rng = np.random.default_rng(2)
     assert share([reliability(*events(rng, n1=400)[2:]).pvalue for _ in range(300)]) < 0.05 + 0.03
@@ -169,6 +189,16 @@ def test_weighted_area_is_scikit_learns():
     assert error == pytest.approx(np.std(repeats), rel=0.15)
 
 
+def test_an_area_that_few_events_carry_is_not_judged():
+    """The exact ratio of samples far apart: a handful of events can not look like the numerator."""
+    rng = np.random.default_rng(20)
+    one, zero, _, log_r = events(rng, n1=300, n0=300, shift=4.0)
+    result = reweighting_auc(one, zero, log_r)
+    assert result.n_effective < 10 and result.auc - 0.5 > 3 * result.error
+    assert result.pvalue == 1
+    assert "not judged; only" in result.summary()
+
+
 def test_the_area_depends_on_the_seed_alone_and_not_on_the_scale_of_weights():
     rng = np.random.default_rng(11)
     one, zero, _, log_r = events(rng, n1=200, n0=200)
@@ -205,6 +235,18 @@ def test_a_right_ratio_stays_nearly_as_it_is_where_the_samples_lie_far_apart():
     assert repair.pvalue > 1e-3
     fresh = events(rng, n1=10, n0=400_000, shift=np.sqrt(3.2))[3]
     assert np.exp(repair.apply(fresh)).mean() == pytest.approx(1, abs=0.1)
+
+
+def test_blocks_are_as_small_as_the_ratio_needs():
+    """One block for a right ratio, which small blocks would spoil where samples lie far apart; several for a bent one."""
+    rng = np.random.default_rng(19)
+    log_one, log_zero = events(rng, n1=10_000, n0=10_000, shift=np.sqrt(3.2))[2:]
+    right, small = recalibrate_ratio(log_one - 0.5, log_zero - 0.5), recalibrate_ratio(log_one - 0.5, log_zero - 0.5, min_events=25)
+    bent = recalibrate_ratio(log_one + 0.8 * np.tanh(log_one), log_zero + 0.8 * np.tanh(log_zero))
+    assert right.score.size == 1 < 4 < bent.score.size < small.score.size
+    fresh = np.linspace(-4, 4, 50)
+    np.testing.assert_allclose(right.apply(fresh - 0.5), fresh, atol=0.15)
+    assert (small.apply(fresh - 0.5) - fresh).std() > 0.03 > (right.apply(fresh - 0.5) - fresh).std()
 
 
 def test_the_correction_is_monotone_and_its_blocks_have_both_samples():

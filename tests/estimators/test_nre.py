@@ -15,6 +15,7 @@ from sbi_phys.estimators.npe import load
 from sbi_phys.estimators.nre import NRE
 from sbi_phys.nets.classifier import ClassifierConfig
 from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.priors import standard_normal_log_prob
 from sbi_phys.rng import rng_for
 from sbi_phys.samplers.importance import importance_sample
 from tests.toys import LinearGaussian
@@ -100,9 +101,49 @@ def test_mean_ratio_is_one_and_the_outputs_balance(trained: NRE) -> None:
 
 def test_the_marginal_pairs_are_of_the_next_theta(trained: NRE) -> None:
     theta, x = training_set(6, seed=3)
+    other = theta[[1, 2, 3, 4, 5, 0]]
     joint, marginal = trained.log_ratio_pairs(theta, x)
     np.testing.assert_array_equal(joint, trained.log_ratio(x, theta))
-    np.testing.assert_array_equal(marginal, trained.log_ratio(x, theta[[1, 2, 3, 4, 5, 0]]))
+    np.testing.assert_array_equal(marginal, trained.log_ratio(x, other))
+    joint, marginal = trained.log_ratio_pairs(theta, x, normalise=True)
+    np.testing.assert_allclose(joint, trained.log_ratio(x, theta, normalise=True), atol=1e-5)
+    np.testing.assert_allclose(marginal, trained.log_ratio(x, other, normalise=True), atol=1e-5)
+
+
+# the mean over the prior
+
+
+def test_a_normalised_ratio_has_mean_one_over_the_prior_at_every_x(trained: NRE) -> None:
+    _, x = training_set(6, seed=3)
+    side = np.linspace(-6, 6, 101)
+    u = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
+    weight = np.exp(standard_normal_log_prob(u)) * (side[1] - side[0]) ** 2
+    raw = np.array([np.log(weight @ np.exp(trained.log_ratio(row, SIM.prior.from_unbounded(u)))) for row in x])
+    found = trained.prior_mean(x)
+    assert (np.abs(raw - found.log_mean) < 4 * found.error).all()
+    assert np.abs(raw).max() > 3 * np.abs(raw - found.log_mean).max()
+    for row in x[:2]:
+        mean = weight @ np.exp(trained.log_ratio(row, SIM.prior.from_unbounded(u), normalise=True))
+        assert mean == pytest.approx(1, abs=0.05)
+    # what a posterior says of the evidence is the same number
+    assert trained.posterior(x[0], 2000, 1, method="grid").log_evidence == pytest.approx(found.log_mean[0], abs=0.05)
+
+
+def test_a_function_of_x_alone_makes_no_difference_to_a_normalised_ratio() -> None:
+    theta, x = training_set(40, seed=3)
+    nre = make(config=sp.TrainConfig(max_epochs=2, batch_size=64)).fit(*training_set(600))
+    raw = nre.log_ratio(x, theta)
+    normalised = nre.log_ratio(x, theta, normalise=True)
+    total = nre.log_ratio(x[:5], theta, event_set=True, normalise=True)
+    with torch.no_grad():
+        nre._nets[0].head.bias += 2.5
+    np.testing.assert_allclose(nre.log_ratio(x, theta), raw + 2.5, atol=1e-4)
+    np.testing.assert_allclose(nre.log_ratio(x, theta, normalise=True), normalised, atol=1e-4)
+    np.testing.assert_allclose(nre.log_ratio(x[:5], theta, event_set=True, normalise=True), total, atol=1e-3)
+    np.testing.assert_allclose(total[0], nre.log_ratio(x[:5], np.tile(theta[0], (5, 1)), normalise=True).sum(), atol=1e-3)
+    joint, marginal = nre.log_ratio_pairs(theta, x, normalise=True)
+    np.testing.assert_allclose(joint, normalised, atol=1e-4)
+    np.testing.assert_allclose(marginal, nre.log_ratio(x, np.roll(theta, -1, axis=0), normalise=True), atol=1e-4)
 
 
 # shapes
@@ -142,7 +183,7 @@ def test_chunks_do_not_matter(trained: NRE, chunk: int, monkeypatch: pytest.Monk
         np.testing.assert_allclose(a, b, atol=1e-3)
 
 
-def test_the_ensemble_is_the_mean_of_the_ratios(trained: NRE) -> None:
+def test_the_ensemble_is_the_mean_of_the_log_ratios(trained: NRE) -> None:
     theta, x = training_set(5, seed=3)
     members = []
     for net in trained._nets:
@@ -150,7 +191,7 @@ def test_the_ensemble_is_the_mean_of_the_ratios(trained: NRE) -> None:
         one._scaler, one._nets = trained._scaler, [net]
         members.append(one.log_ratio(x, theta))
     assert (members[0] != members[1]).all()
-    np.testing.assert_allclose(trained.log_ratio(x, theta), np.log(np.exp(members).mean(axis=0)), atol=1e-5)
+    np.testing.assert_allclose(trained.log_ratio(x, theta), np.mean(members, axis=0), atol=1e-5)
 
 
 def test_gradient_against_differences(trained: NRE) -> None:
@@ -331,6 +372,10 @@ def test_bad_observations_are_refused(trained: NRE) -> None:
         trained.log_ratio(np.zeros(2), np.zeros((4, 3)))
     with pytest.raises(ShapeError, match="x holds 2 observations; expected one; event_set"):
         trained.sample(np.zeros((2, 2)), 10)
+    with pytest.raises(SettingError, match="n_draws is 100; expected a power of two"):
+        trained.prior_mean(np.zeros(2), n_draws=100)
+    with pytest.raises(DataError, match=r"x has shape \(0, 2\), no observations"):
+        trained.prior_mean(np.zeros((0, 2)))
     with pytest.raises(SettingError, match="event_set is 1"):
         trained.log_ratio(np.zeros(2), theta, event_set=1)  # type: ignore[arg-type]
 
