@@ -8,7 +8,7 @@ is least where q is the likelihood. A likelihood, unlike a posterior, multiplies
 
     log L(theta) = sum_e log q(x_e | theta),
 
-any number of them, and the prior can be another one than the simulations had. It also emulates the simulator: `sample_x`.
+any number of them, and the prior can be another one than the simulations had. It also emulates the simulator: `sample_x`, `as_simulator`.
 
 The flow is that of NPE with the roles changed: conditional on u = prior.to_unbounded(theta), a density over x, mapped with its exact
 Jacobian, whole numbers dequantised (`likelihood_net`). Posteriors come from a sampler (`from_density`), which says whether it converged.
@@ -32,6 +32,7 @@ from sbi_phys.checks import as_matrix, require_int
 from sbi_phys.dataset import prepare_simulations, split_rows
 from sbi_phys.device import resolve_device
 from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.estimators.emulator import Emulator
 from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, stores_or_data, train_member
 from sbi_phys.estimators.from_density import Gradient, PosteriorDraws, sample_posterior
 from sbi_phys.estimators.likelihood_net import DequantisedLoss, XColumns, log_density_rows, noise_points, value_and_gradient
@@ -171,7 +172,7 @@ class NLE:
 
     def _u(self, theta: ArrayLike | Tensor) -> Tensor:
         """Network inputs (m, d') of theta (m, d).   Raises: ShapeError, NonFiniteError, SupportError."""
-        u = self.prior.to_unbounded(as_matrix("theta", theta, self.prior.dim, self.prior.names))
+        u = self.prior.to_network(as_matrix("theta", theta, self.prior.dim, self.prior.names))
         return torch.from_numpy(u.astype(np.float32)).to(self.device)
 
     def _noise(self, columns: XColumns) -> Array:
@@ -180,13 +181,15 @@ class NLE:
     def log_likelihood(self, x: ArrayLike | Tensor, theta: ArrayLike | Tensor, *, event_set: bool = False) -> Array:
         """Log q(x | theta) -> (m,) for theta (m, d).
 
-        Args: x (k,), one event for all theta; or (m, k), row by row; or, with event_set, (n_events, k), one data set of independent
-        events, any number of them (in chunks): the sum of their logs, in double precision.
+        Args: x (k,), one event for all theta; or (m, k), row by row, all at one theta if there is one; or, with event_set,
+        (n_events, k), one data set of independent events, any number of them (in chunks): the sum of their logs, in double precision.
         Probabilities where x are counts, densities per unit of x elsewhere.
         Raises: ShapeError, NonFiniteError, SupportError (theta outside the prior), DataError (no events; x outside the support).
         """
         columns, inputs = self._require_fit(), self._u(theta)
         array, _ = columns.check("x", x, rows=event_set)
+        if len(inputs) == 1 and not event_set:
+            inputs = inputs.expand(len(array), -1)
         m = len(inputs)
         if not event_set and len(array) not in (1, m):
             raise ShapeError(f"x has {len(array)} rows and theta has {m}; expected one x, as many as theta, or event_set=True")
@@ -309,6 +312,15 @@ class NLE:
         if len(parts) > 1:
             z = z[:, rng_for(seed, "mix").permutation(n)]
         return columns.from_z(z.reshape(-1, columns.dim)).reshape(len(inputs), n, columns.n_columns)
+
+    def as_simulator(self) -> Emulator:
+        """q(x | theta) as a Simulator: `NPE(prior).fit(simulator=nle.as_simulator(), online=True, n=...)` trains on its pairs.
+
+        Read: where few simulations are all there is and p(x | theta) is simple, the posterior learned so is closer than from the
+        simulations themselves; it can be no better than this likelihood.   Raises: SettingError.
+        """
+        columns = self._require_fit()
+        return Emulator(self._nets, columns, self.prior, self.observables, self.simulator, self.device)
 
     def save(self, path: str | Path) -> None:
         """Write the model: weights, map of x, prior, settings and history; no code is stored.   Raises: ModelFileError."""

@@ -311,7 +311,8 @@ def load(
 
 
 def require_same_simulator(path: Path, stored: dict[str, Any] | None, simulator: Simulator) -> None:
-    """Raise SimulatorMismatchError unless the stored identity is the given simulator's."""
+    """Raise SimulatorMismatchError unless the stored identity is the given simulator's, or that of an emulator of it."""
     got = simulator_identity(simulator)
-    if stored is not None and json.loads(json.dumps(got)) != stored:
-        raise SimulatorMismatchError(f"{path} was trained with {json.dumps(stored)}; got {json.dumps(got)}")
+    if stored is None or json.loads(json.dumps(got)) in (stored, stored.get("settings", {}).get("emulates")):
+        return
+    raise SimulatorMismatchError(f"{path} was trained with {json.dumps(stored)}; got {json.dumps(got)}")

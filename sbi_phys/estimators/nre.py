@@ -162,13 +162,16 @@ class NRE:
     def log_ratio(self, x: ArrayLike | Tensor, theta: ArrayLike | Tensor, *, event_set: bool = False, normalise: bool = False) -> Array:
         """Log r(x | theta) = log p(x | theta) - log p(x), nats -> (m,).
 
-        Args: theta (m, d), prior units. x: one observation (k,) for all theta, or m paired ones (m, k); with event_set=True the
-        (n_events, k) events of one data set, whose log ratios are added up for every theta. normalise: divide r by its mean over the
-        prior at each x (`prior_mean`), which the exact ratio has 1: for whoever needs r itself and not only how it changes with theta.
+        Args: theta (m, d), prior units. x: one observation (k,) for all theta, or m paired ones (m, k), all at one theta if there is one;
+        with event_set=True the (n_events, k) events of one data set, whose log ratios are added up for every theta. normalise: divide r
+        by its mean over the prior at each x (`prior_mean`), which the exact ratio has 1: for whoever needs r itself and not only how it
+        changes with theta.
         Raises: SupportError (a theta outside the prior, where nothing was learned), ShapeError, NonFiniteError, DataError,
         ConvergenceError (as `prior_mean`).
         """
         array = as_matrix("theta", theta, self.prior.dim, self.prior.names)
+        if len(array) == 1 and event_set is False:
+            array = np.repeat(array, len(self._inputs(x)), axis=0)
         found = self._density(x, event_set, len(array)).log_ratio(self._whitened(array))
         if not normalise:
             return found

@@ -6,8 +6,9 @@ r"""Amortised posterior of event sets from ten to thousands of events, in two st
 
 The other rows of a batch are draws of the prior; at the minimum L_i(u) = log p(S_i | u) + a(S_i) for every set. Small sets teach the
 same f as large ones and cost less. The number of events of a set may depend on theta: c(u) learns it as far as it is linear in the
-number. In the second stage events are only looked up, not learned from: a set of a thousand costs a forward pass. What the scores
-are wrong about, and shapes that are no Gaussian, the flow learns: the loss of the second stage is that of `npe`.
+number. In the second stage events are only looked up, not learned from: each set is summarised once, and its summary, some hundred
+numbers, is used again in every epoch at a tenth of the cost. What the scores are wrong about, and shapes that are no Gaussian, the flow
+learns: the loss of the second stage is that of `npe`.
 
     scores = likelihood_embedding(prior, simulator=small_sets, n=1_000_000)
     npe = SetNPE(prior, embedding=scores).fit(simulator=sets_of_all_sizes, online=True, n=200_000)
@@ -15,18 +16,21 @@ are wrong about, and shapes that are no Gaussian, the flow learns: the loss of t
 Source: see `nets.set_likelihood`.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
+from torch import Tensor, nn
 
+from sbi_phys.batches import Batches
 from sbi_phys.checkpoint import read_file
 from sbi_phys.checks import require_int
 from sbi_phys.device import resolve_device
 from sbi_phys.errors import DataError, ModelFileError, SettingError, ShapeError
+from sbi_phys.estimators.fitting import History, train_member
 from sbi_phys.estimators.model_file import FILE
 from sbi_phys.estimators.npe import NPE
 from sbi_phys.estimators.posterior_net import PosteriorNet
@@ -34,6 +38,8 @@ from sbi_phys.estimators.sources import Rows, Settings, from_arrays, from_simula
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.set_likelihood import AnchoredFlow, LikelihoodSet, contrastive_loss
+from sbi_phys.nets.sets import take_scaling
+from sbi_phys.online import OnlineBatches
 from sbi_phys.priors import Prior
 from sbi_phys.progress import Progress, or_none
 from sbi_phys.protocol import Simulator
@@ -41,6 +47,8 @@ from sbi_phys.rng import seed_for, torch_rng_for
 from sbi_phys.train import TrainConfig, fit
 
 __all__ = ["SetNPE", "likelihood_embedding"]
+
+_SUMMARISED = 512  # sets at a time
 
 
 class _AnchoredNet(PosteriorNet):
@@ -56,12 +64,66 @@ class _AnchoredNet(PosteriorNet):
         """The anchor says where to begin."""
 
 
+class _Summarised:
+    """Batches of parameters and summaries of sets, each set summarised once: rows for any number of epochs.
+
+    Args: batches: of sets. embedding. stretches: epochs of `batches` to take, more than one where their rows never come again.
+    seed: of the order. progress.
+    """
+
+    def __init__(self, batches: Batches, embedding: LikelihoodSet, stretches: int, seed: int, progress: Progress) -> None:
+        self._batches, self._stretches, self._seed = batches, stretches, seed
+        parts: list[tuple[Tensor, Tensor]] = []
+        with progress.task("summaries of sets", total=stretches) as task:
+            for k in range(stretches):
+                for u, x in batches.epoch(k, max(1, batches.n // _SUMMARISED)):
+                    parts.append((u, embedding.summarise(x)))
+                task.advance(1)
+        self._rows = [torch.cat(columns) for columns in zip(*parts, strict=True)]
+        u, x = batches.validation
+        self.validation: tuple[Tensor, ...] = (u, torch.cat([embedding.summarise(part) for part in x.split(_SUMMARISED)]))
+
+    @property
+    def n(self) -> int:
+        """Training rows, over all ranks."""
+        return self._batches.n * self._stretches
+
+    def epoch(self, epoch: int, n_batches: int) -> Iterator[tuple[Tensor, ...]]:
+        """This rank's rows in a fresh order."""
+        order = torch.randperm(len(self._rows[0]), generator=torch_rng_for(self._seed, "order", epoch)).to(self._rows[0].device)
+        for rows in order.tensor_split(n_batches):
+            yield tuple(t.index_select(0, rows) for t in self._rows)
+
+    def fingerprint(self) -> Any:
+        """That of the sets, and how many were taken."""
+        return [self._batches.fingerprint(), self._stretches]
+
+
+def _loss(net: nn.Module, u: Tensor, summary: Tensor) -> Tensor:
+    """-log q(u | summary), one value per row."""
+    assert isinstance(net, _AnchoredNet)
+    assert isinstance(net.embedding, LikelihoodSet)
+    return -net.flow.log_prob(u, net.embedding.read(summary))
+
+
 class SetNPE(NPE):
     """Amortised posterior of padded sets of events, in units of the Gaussian that a learned likelihood of events gives.
 
     Args: as `NPE`; embedding: of `likelihood_embedding`, or a `LikelihoodSet` of the same shape to load weights into.
-    `fit`, `sample`, `log_prob` and the rest are those of `NPE`.   Raises: SettingError (another embedding).
+    `fit`, `sample`, `log_prob` and the rest are those of `NPE`; online, each of the n sets is simulated and summarised once, and the
+    summaries serve config.max_epochs epochs (default: by their number).   Raises: SettingError (another embedding).
     """
+
+    def _fit_member(self, k: int, rows: Rows, checkpoint: str | Path | None, progress: Progress) -> tuple[PosteriorNet, History]:
+        batches, _ = rows.member(k)
+        net = self._new_net(k, rows.scaler.shape)
+        take_scaling(net.embedding, rows.scaler)
+        stretches = rows.config.max_epochs if isinstance(getattr(batches, "source", None), OnlineBatches) else 1
+        summarised = _Summarised(batches, cast(LikelihoodSet, net.embedding), stretches, seed_for(self.seed, "member", k), progress)
+        member = k, self.n_ensemble
+        return net, train_member(
+            _loss, net, summarised, self.config, seed=self.seed, member=member, progress=progress, checkpoint=checkpoint
+        )
 
     def _new_net(self, k: int, x_shape: tuple[int, ...]) -> PosteriorNet:
         if not isinstance(self.embedding, LikelihoodSet):

@@ -194,9 +194,14 @@ def from_simulator(simulator: Simulator, n: int | None, settings: Settings, work
         n_valid=max(2, min(round(config.validation_fraction * n), 10_000)),
         x_transform=settings.x_transform,
         seed=settings.seed,
-        workers=default_workers() if workers is None else workers,
+        workers=_workers(simulator) if workers is None else workers,
         device=settings.device,
         ranks=current_ranks(),
     )
     changed = {"batch_size": batch, "max_epochs": epochs, "patience": epochs}
     return _Passing(source, TrainConfig(**{name: changed.get(name, getattr(config, name)) for name in config.__slots__}))
+
+
+def _workers(simulator: Simulator) -> int:
+    """Processes that simulate where none are asked for: none for a simulator that stays in its process, as a network does."""
+    return 0 if getattr(simulator, "in_process", False) else default_workers()

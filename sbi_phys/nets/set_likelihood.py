@@ -10,11 +10,12 @@ the prior in its whitened space, with L_k = sum_e f(e, u_k):
     quadratic   b.u - u^T H u / 2 fitted to L_k with weights softmax(t L_k), t = 1, m^-1/4, m^-1/2: with the prior, a Gaussian posterior
                 of precision P = H + I and mean P^-1 b. The tempered weights reach over many points where the posterior lies between few
     moments     mean and covariance of the points with weights softmax(L)
-    votes       sum_k softmax(L)_k v_k with learned v_k: shapes that are no Gaussian, several modes
+    marginals   sum of softmax(L)_k over the points in each of equally likely bins of each u_i: several modes, shapes that are no Gaussian
 
 One of these Gaussians is the anchor: the moments where the posterior has many points, which hold all of several modes, else the fit of the
 least tempering that has enough, refined: points of its own around it, and their moments by importance sampling, four times. The last
-columns of the summary are the anchor's mean and A with A^T A = P; everything else goes to a perceptron in the anchor's units.
+columns of the summary are the anchor's mean and A with A^T A = P; everything else goes to a perceptron in the anchor's units. Once the
+scores are learned the summary of a set is fixed: it is computed once, however often the flow sees the set while it learns.
 `AnchoredFlow` is a density of v = A (u - mean): what it has left to learn is of order one, however many events there are, and an error
 of the network is one in units of the posterior's width.
 
@@ -109,11 +110,12 @@ class LikelihoodSet(SetEmbedding):
     """Embedding of sets through the log likelihood that `EventScores` gives them.
 
     Args: n_columns k, of an event, without the mask. dim: free parameters of the prior. hidden, rank: of the scores. n_points K.
-    n_votes: learned averages. config: of the perceptron. seed: of the weights.
+    n_bins: of each marginal. config: of the perceptron. seed: of the weights.
     The scores are those of `estimators.set_posterior.learn_scores`, or of a model file.   Raises: SettingError.
     """
 
     points: Tensor
+    bins: Tensor
     near: Tensor
 
     def __init__(
@@ -124,21 +126,23 @@ class LikelihoodSet(SetEmbedding):
         hidden: int = 64,
         rank: int = 48,
         n_points: int = 2048,
-        n_votes: int = 24,
+        n_bins: int = 24,
         config: EmbeddingConfig | None = None,
         seed: int = 0,
     ) -> None:
         pairs = dim * (dim + 1) // 2
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_for(seed, "likelihood set"))
-            super().__init__(n_columns, rank + (len(_POWERS) + 2) * (dim + pairs) + 1 + n_votes, config)
-            self.votes = nn.Parameter(torch.randn(require_int("n_points", n_points, low=16), n_votes))
+            n_bins, n_points = require_int("n_bins", n_bins, low=1), require_int("n_points", n_points, low=16)
+            super().__init__(n_columns, rank + (len(_POWERS) + 2) * (dim + pairs) + 1 + dim * n_bins, config)
         self.scores = EventScores(n_columns, dim, hidden=hidden, rank=rank, seed=seed)
         self.learn_scores(False)
         self.dim, self.n_basis = dim, 1 + dim + pairs
-        # kept in files with the votes, whose meaning they are
         flat = torch.quasirandom.SobolEngine(dim, scramble=True, seed=1).draw(n_points, dtype=torch.float64)
         self.register_buffer("points", torch.special.ndtri(flat.clamp(1e-9, 1 - 1e-9)))
+        bins = nn.functional.one_hot((flat * n_bins).long().clamp(max=n_bins - 1), n_bins).double()
+        # weighted: shares times sqrt(n_bins), of order one wherever the mass is spread or not
+        self.register_buffer("bins", bins.flatten(start_dim=1) * math.sqrt(n_bins), persistent=False)
         flat = torch.quasirandom.SobolEngine(dim, scramble=True, seed=2).draw(_NEAR, dtype=torch.float64)
         self.register_buffer("near", torch.special.ndtri(flat.clamp(1e-9, 1 - 1e-9)), persistent=False)
 
@@ -182,14 +186,23 @@ class LikelihoodSet(SetEmbedding):
 
     def forward(self, x: Tensor) -> Tensor:
         """Padded sets (n, n_max, k + 1) or (n, n_max (k + 1)) -> features (n, n_features + d (d + 3) / 2), the anchor last."""
+        return self.read(self.summarise(x))
+
+    @torch.no_grad()
+    def summarise(self, x: Tensor) -> Tensor:
+        """What follows from the scores alone: sets as in `forward` -> (n, n_pooled + 1 + d (d + 3) / 2).   Raises: ShapeError."""
         return super().forward(x)
+
+    def read(self, summary: Tensor) -> Tensor:
+        """Features, as of `forward`, from what `summarise` returned."""
+        seen, anchor = summary.split([self.rho.first.in_features, summary.shape[1] - self.rho.first.in_features], dim=1)
+        return torch.cat([self.rho(seen), anchor], dim=1)
 
     def _features(self, flat: Tensor) -> Tensor:
         events, owner = self._events(flat)
         pooled, anchor = self.summaries(events, owner, len(flat))
         size = (torch.log1p(torch.bincount(owner, minlength=len(flat))) - 4.0) / 2.0
-        out: Tensor = self.rho(torch.cat([pooled, size[:, None].to(flat.dtype)], dim=1))
-        return torch.cat([out, anchor], dim=1)
+        return torch.cat([pooled, size[:, None].to(flat.dtype), anchor], dim=1)
 
     def summaries(self, events: Tensor, owner: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """What the perceptron sees of n sets (n, n_pooled), and the anchor (n, d (d + 3) / 2)."""
@@ -210,9 +223,8 @@ class LikelihoodSet(SetEmbedding):
             for _ in range(_ROUNDS if len(narrow) else 0):
                 anchor[narrow] = self._refined(anchor[narrow], total[narrow], counts[narrow])
             relative = self._relative(gaussians, anchor[:, None]).flatten(start_dim=1)
-            summary = torch.cat([total / size, relative, anchor, held[:, :1].log()], dim=1).to(events.dtype)
-        votes = weights[0].to(events.dtype) @ self.votes
-        return torch.cat([summary, votes], dim=1), anchor.to(events.dtype)
+            summary = torch.cat([total / size, relative, anchor, held[:, :1].log(), weights[0] @ self.bins], dim=1)
+        return summary.to(events.dtype), anchor.to(events.dtype)
 
     def _refined(self, anchor: Tensor, total: Tensor, counts: Tensor) -> Tensor:
         """Moments of points of their own, around the anchor (n, c) of each set, with importance weights (n, c): for narrow posteriors.
@@ -226,7 +238,7 @@ class LikelihoodSet(SetEmbedding):
         a = anchor[:, d : 2 * d].exp()[:, :, None] * a
         v = _WIDER * self.near
         u = anchor[:, None, :d] + torch.linalg.solve_triangular(a, v.T.expand(n, d, len(v)), upper=False).transpose(1, 2)
-        psi = self.scores.psi(u.flatten(end_dim=1).to(self.votes.dtype)).to(u.dtype).view(n, len(v), -1)
+        psi = self.scores.psi(u.flatten(end_dim=1).to(self.rho.first.weight.dtype)).to(u.dtype).view(n, len(v), -1)
         log_w = torch.einsum("nkr,nr->nk", psi[:, :, :-1], total) + counts[:, None] * psi[:, :, -1] - 0.5 * (u**2).sum(dim=2)
         log_w = log_w + 0.5 * (self.near**2).sum(dim=1)
         w = (log_w[:, None] * log_w.new_tensor(_TEMPERS)[:, None]).softmax(dim=2)

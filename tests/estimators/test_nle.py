@@ -136,6 +136,7 @@ def test_a_set_is_the_sum_over_its_events(trained: NLE, monkeypatch: pytest.Monk
     """In one piece, in chunks of events, in chunks of theta, and by owner: the same numbers."""
     theta, x = training_set(40, seed=9)
     each = np.stack([trained.log_likelihood(x, np.tile(t, (40, 1))) for t in theta[:6]])
+    np.testing.assert_array_equal(trained.log_likelihood(x, theta[:1]), each[0])  # rows of x at one theta
     whole = trained.log_likelihood(x, theta[:6], event_set=True)
     np.testing.assert_allclose(whole, each.sum(axis=1), rtol=1e-5)
     owner = np.repeat([5, 0], 20)
@@ -275,7 +276,7 @@ def test_a_store_a_seed_and_a_checkpoint(tmp_path: Path) -> None:
     [
         (np.zeros((0, 2)), [[0.0, 0.0]], True, DataError, "no rows"),
         (np.zeros((3, 3)), [[0.0, 0.0]], True, ShapeError, "expected"),
-        (np.zeros((3, 2)), [[0.0, 0.0]], False, ShapeError, "event_set=True"),
+        (np.zeros((3, 2)), np.zeros((2, 2)), False, ShapeError, "event_set=True"),
         ([np.nan, 0.0], [[0.0, 0.0]], False, NonFiniteError, "x has NaN"),
         ([0.0, 0.0], [[0.0, np.inf]], False, NonFiniteError, "theta"),
         ([0.0, 0.0], [[0.0, 0.0, 0.0]], False, ShapeError, "theta"),

@@ -358,6 +358,22 @@ def test_theta_outside_the_prior_is_refused() -> None:
         nre.log_ratio([[1.2]], [-0.1], event_set=True)
 
 
+def test_one_theta_serves_every_row(trained: NRE) -> None:
+    theta, x = training_set(5, seed=3)
+    np.testing.assert_array_equal(trained.log_ratio(x, theta[:1]), trained.log_ratio(x, np.tile(theta[0], (5, 1))))
+    assert trained.log_ratio(x, theta[:1], event_set=True).shape == (1,)
+
+
+def test_on_an_edge_the_ratio_is_that_of_just_inside() -> None:
+    """Theta uniform on [0, 1], x ~ N(theta, 0.1): u of an edge is +-8.2, where no network has been (log r was -27 there)."""
+    prior, rng = sp.BoxPrior([sp.Parameter("a", 0.0, 1.0)]), np.random.default_rng(0)
+    theta = prior.sample(4000, rng)
+    nre = sp.NRE(prior, seed=0, config=QUICK).fit(theta, theta + 0.1 * rng.standard_normal(theta.shape))
+    for edge, inside in ((0.0, 1e-4), (1.0, 1 - 1e-4)):
+        on, near = nre.log_ratio([[edge]], [[edge], [inside]])
+        assert abs(on - near) < 1, (on, near)
+
+
 def test_bad_observations_are_refused(trained: NRE) -> None:
     theta = np.zeros((4, 2))
     with pytest.raises(ShapeError, match=r"x has shape \(3,\)"):

@@ -79,6 +79,22 @@ def test_sets_are_simulated_while_it_learns():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def test_online_each_set_is_summarised_once_and_used_in_every_epoch(embedding, monkeypatch):
+    seen = []
+    summarise = LikelihoodSet.summarise
+    monkeypatch.setattr(LikelihoodSet, "summarise", lambda self, x: (seen.append(x.detach().clone()), summarise(self, x))[1])
+    sim = LineSearch(n_events=[1, 6])
+    net = LikelihoodSet(1, 2, hidden=8, rank=4, n_points=64, config=SMALL)
+    config = TrainConfig(batch_size=64, max_epochs=3, patience=3, validation_fraction=0.1)
+    npe = SetNPE(sim.prior, embedding=net, flow=FlowConfig(n_layers=2, hidden=8), config=config, device="cpu")
+    npe.fit(simulator=sim, online=True, n=600, workers=0)
+    rows = torch.cat([x for x in seen if x.any()])  # without the probe for the number of features
+    assert len(rows) == 600 + 60
+    assert len(torch.unique(rows, dim=0)) == len(rows)
+    assert len(npe.history[0]) == 3
+    assert len({record["train"] for record in npe.history[0]}) == 3
+
+
 def test_bad_input():
     theta, x = gaussian_sets(50, 3, 0)
     with pytest.raises(DataError, match="either theta and x, or simulator"):

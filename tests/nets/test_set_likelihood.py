@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, norm
 from torch import nn
 
 from sbi_phys.errors import SettingError
@@ -103,6 +103,23 @@ def test_the_scores_are_learned_first_and_then_held():
     net.learn_scores(False)
     net(x).square().sum().backward()
     assert all((w.grad is None) == name.startswith("scores.") for name, w in net.named_parameters())
+
+
+def test_marginals_and_reading_from_a_summary():
+    net = LikelihoodSet(2, 2, rank=RANK, n_points=4096, n_bins=4, config=SMALL).eval()
+    net.scores.phi, net.scores.psi = nn.Identity(), GaussianPsi()
+    events = np.array([0.5, -0.1]) + rng_for(1).standard_normal((4, 2))
+    x = torch.from_numpy(pad_sets([events, np.zeros((0, 2))]).astype(np.float32))
+    summary = net.summarise(x)
+    assert not summary.requires_grad
+    shares = summary[:, -6 - 8 : -6].reshape(2, 2, 4).double().numpy() / 2
+    want, mixing = exact_posterior(events.astype(np.float32).astype(float)), GaussianPsi.mixing.double().numpy()
+    sd = np.sqrt(np.diag(np.linalg.inv(np.eye(2) + 4 * mixing.T @ mixing)))
+    edges = norm.ppf([0, 0.25, 0.5, 0.75, 1])
+    exact = np.diff(norm.cdf((edges - want[:2, None]) / sd[:, None]), axis=1)
+    np.testing.assert_allclose(shares[0], exact, atol=0.01)
+    np.testing.assert_allclose(shares[1], 0.25, atol=2e-3)  # an empty set says nothing: the prior
+    np.testing.assert_array_equal(net.read(summary).detach(), net(x).detach())
 
 
 def test_the_contrastive_loss_is_a_softmax_over_the_parameters():
