@@ -6,10 +6,17 @@ A row carries both weights. Two samples are stacked, each with the other's weigh
 stands once, which halves the work and takes out the noise that two copies would have.
 
 After the network is trained, its last layer is solved for exactly (Newton): the optimum of a convex loss in few numbers, so that what
-stochastic steps leave undone in them is gone. At that optimum the constant and each input have the same mean in both samples, seen
-through the classifier. Last, the ratio is scaled so that sum w0 r = sum w1.
+stochastic steps leave undone in them is gone. f is there a quadratic form in x, linear far out, plus the network's features g_k:
 
-Source: Cranmer, Pavez & Louppe 2015, arXiv:1506.02169.
+    f(x) = a + b x + x C x + sum_k theta_k g_k(x),      theta ~ N(0, 1 / tau),
+
+and tau, a weak ridge by default, is with `smooth` the one for which the data are most probable (MacKay's evidence, over
+N = 2 n_1 n_0 / (n_1 + n_0) effective events). Where they do not ask for more, log p_1 / p_0 is then quadratic, the log ratio of two normal
+laws, and goes on like one where there are no rows; densities smoothed by a penalty on the third derivative of their logarithm have the same
+limit (Silverman). It suits what is nearly normal, and is an assumption wherever rows are few. At the optimum constant, inputs and squares
+have the same mean in both samples, seen through the classifier. Last, the ratio is scaled so that sum w0 r = sum w1.
+
+Source: Cranmer, Pavez & Louppe 2015, arXiv:1506.02169; MacKay 1992, Neural Computation 4, 720; Silverman 1982, Ann. Stat. 10, 795.
 """
 
 import math
@@ -35,27 +42,39 @@ Array = NDArray[np.float64]
 LOGIT_LIMIT = 10.0  # a ratio beyond e^10 says "no overlap", not how little
 _ROWS = 65536
 _RIDGE = 1e-5  # holds the last layer where the rows say nothing
-_NEWTON_STEPS = 12
+_NEWTON_STEPS, _NEWTON_GAIN = 30, 1e-10
+_FAR_OUT = 4.0  # standard deviations beyond which squares go on as straight lines
+_MOST_PAIRS = 16  # inputs beyond which there are squares but no products
+_TAU = (1e-2, 1e7)
 
 
 class RatioNet(nn.Module):
-    """Log odds f(x): a linear map of [silu(residual perceptron of x), x]; the ratio is one at the start.
+    """Log odds f(x): a linear map of [silu(residual perceptron of x), x, squares and products of x]; the ratio is one at the start.
+
+    Squares are Huber's: u^2 / 2 up to 4, then a straight line. Products are squares of (x_i + x_j) / sqrt 2.
 
     Args: n_inputs. config: of the perceptron. seed: of the initial weights; the global torch generator is left as it was.
     """
+
+    pairs: Tensor
 
     def __init__(self, n_inputs: int, config: EmbeddingConfig, *, seed: int) -> None:
         super().__init__()
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_for(seed, "weights"))
             self.body = ResidualMLP(n_inputs, config)
-            self.head = nn.Linear(config.n_features + n_inputs, 1)
+            pairs = torch.triu_indices(n_inputs, n_inputs) if n_inputs <= _MOST_PAIRS else torch.arange(n_inputs).repeat(2, 1)
+            self.head = nn.Linear(config.n_features + n_inputs + pairs.shape[1], 1)
+        self.n_features = config.n_features
+        self.register_buffer("pairs", pairs)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def features(self, x: Tensor) -> Tensor:
-        """X (n, k) -> what the last layer sees, (n, n_features + k)."""
-        return torch.cat([F.silu(self.body(x)), x], dim=1)
+        """X (n, k) -> what the last layer sees, (n, n_features + k + number of pairs)."""
+        i, j = self.pairs
+        u = (x[:, i] + x[:, j]) * torch.where(i == j, 0.5, 0.5**0.5)
+        return torch.cat([F.silu(self.body(x)), x, F.huber_loss(u, torch.zeros_like(u), reduction="none", delta=_FAR_OUT)], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (n, k) -> log odds (n,)."""
@@ -74,20 +93,22 @@ class RatioFit:
     """What one fit found.
 
     separation: Jensen-Shannon divergence of the held-out rows, nats, 0 (alike) to log 2 (disjoint).
-    norm: sum w0 r / sum w1 before it was set to 1. epochs: of the first member.
+    norm: sum w0 r / sum w1 before it was set to 1. epochs: of the first member. n_effective: events that the evidence counted.
     """
 
     separation: float
     norm: float
     epochs: int
+    n_effective: float
 
 
 class RatioEstimator:
     """An ensemble of classifiers that can be trained again and again; each training goes on from the last one.
 
     Args: n_inputs. seed: of weights, splits and order. n_ensemble: the log ratio is the mean over the members.
-    network: of each member; n_features counts what the last layer sees. config: of every training; None chooses batches and epochs
-    from the number of rows, fewer epochs from the second training on.
+    smooth: features beside the quadratic form only as far as the evidence asks for them. network: of each member; n_features counts what
+    the last layer sees. config: of every training; None chooses batches and epochs from the number of rows, fewer epochs from the second
+    training on.
     Raises: SettingError.
     """
 
@@ -97,6 +118,7 @@ class RatioEstimator:
         *,
         seed: int,
         n_ensemble: int = 1,
+        smooth: bool = False,
         network: EmbeddingConfig | None = None,
         config: TrainConfig | None = None,
         device: torch.device | str = "cpu",
@@ -106,27 +128,32 @@ class RatioEstimator:
         for name, value, kind in (("network", network, EmbeddingConfig), ("config", config, TrainConfig)):
             if value is not None and not isinstance(value, kind):
                 raise SettingError(f"{name} is a {type(value).__name__}; expected None or {kind.__name__}(...)")
-        self.config, self.device = config, torch.device(device)
+        self.config, self.device, self.smooth = config, torch.device(device), smooth
         self._nets = [RatioNet(n_inputs, network, seed=seed_for(seed, "member", m)).to(self.device) for m in range(self.n_ensemble)]
         self._scale: tuple[Array, Array] | None = None
         self._offset, self._n_fits = 0.0, 0
 
-    def fit(self, x: Array, w1: Array, w0: Array, *, done: Callable[[], None] | None = None) -> RatioFit:
+    def fit(self, x: Array, w1: Array, w0: Array, *, done: Callable[[], None] | None = None, n_effective: float = math.inf) -> RatioFit:
         """Learn log(w1 / w0) as a function of x (n, k) from weights (n,) >= 0 each.
 
-        Args: done: called after each member.   Raises: TrainingError.
+        Args: done: called after each member. n_effective: most events that the rows may count for, where the weights have noise of
+        their own.   Raises: TrainingError.
         """
         keep = (w1 > 0) | (w0 > 0)  # rows without weight teach nothing and cost time
         x, w1, w0 = x[keep], w1[keep], w0[keep]
         if self._scale is None:
             # kept in later trainings: the networks go on from what they have learned in these units
-            sd = x.std(axis=0)
-            self._scale = x.mean(axis=0), np.where(sd > 1e-12 * (1 + np.abs(x).max(axis=0)), sd, 1.0)
+            share = 0.5 * (w1 / w1.sum() + w0 / w0.sum())
+            mean = share @ x
+            sd = np.sqrt(share @ (x - mean) ** 2)
+            self._scale = mean, np.where(sd > 1e-12 * (1 + np.abs(x).max(axis=0)), sd, 1.0)
+        n1, n0 = (float(w.sum() ** 2 / (w**2).sum()) for w in (w1, w0))
+        n_effective = min(n_effective, 2 * n1 * n0 / (n1 + n0))
         rows = (self._inputs(x), self._tensor(w1 * (len(x) / w1.sum())), self._tensor(w0 * (len(x) / w0.sum())))
         config = self.config or _config(len(x), warm=self._n_fits > 0)
         losses, epochs = [], 0
         for m, net in enumerate(self._nets):
-            loss, n_epochs = self._fit_member(m, net, rows, config)
+            loss, n_epochs = self._fit_member(m, net, rows, config, n_effective)
             losses.append(loss)
             epochs = epochs or n_epochs
             if done is not None:
@@ -135,16 +162,17 @@ class RatioEstimator:
         self._offset = 0.0
         balanced = float((rows[2].double() * self._logits(rows[0]).exp()).mean())
         self._offset = math.log(w1.sum() / w0.sum()) - math.log(balanced)
-        return RatioFit(separation=max(0.0, math.log(2) - float(np.mean(losses)) / 2), norm=balanced, epochs=epochs)
+        separation = max(0.0, math.log(2) - float(np.mean(losses)) / 2)
+        return RatioFit(separation=separation, norm=balanced, epochs=epochs, n_effective=n_effective)
 
-    def _fit_member(self, m: int, net: RatioNet, rows: tuple[Tensor, ...], config: TrainConfig) -> tuple[float, int]:
+    def _fit_member(self, m: int, net: RatioNet, rows: tuple[Tensor, ...], config: TrainConfig, n_effective: float) -> tuple[float, int]:
         n = len(rows[0])
         seed = seed_for(self.seed, "fit", m, self._n_fits)
         order = torch.from_numpy(rng_for(seed, "split").permutation(n)).to(self.device)
         n_valid = max(1, round(config.validation_fraction * n))
         valid, train = order[:n_valid], order[n_valid:]
         records = list(fit(ratio_loss, net, [t[train] for t in rows], [t[valid] for t in rows], config, seed=seed))
-        _solve_last_layer(net, *rows)
+        _solve_last_layer(net, n_effective if self.smooth else None, *rows)
         return min(r.valid for r in records), len(records)
 
     def log_ratio(self, x: Array) -> Array:
@@ -176,30 +204,40 @@ def _config(n: int, *, warm: bool) -> TrainConfig:
 
 
 @torch.no_grad()
-def _solve_last_layer(net: RatioNet, x: Tensor, w1: Tensor, w0: Tensor) -> None:
-    """Newton steps to the optimum of the mean loss in the last layer's weights, all rows at once."""
-    h = torch.cat([net.features(part) for part in x.split(_ROWS)]).double()
-    h = torch.cat([h, h.new_ones(len(h), 1)], dim=1)
+def _solve_last_layer(net: RatioNet, n_effective: float | None, x: Tensor, w1: Tensor, w0: Tensor) -> None:
+    """Newton steps to the optimum of the mean loss in the last layer's weights, all rows at once; with n_effective: tau by evidence."""
+    g = torch.cat([net.features(part) for part in x.split(_ROWS)]).double()
+    g = torch.cat([g, g.new_ones(len(g), 1)], dim=1)
+    k, n = net.n_features, len(g)
     w1, w0 = w1.double(), w0.double()
-    start = torch.cat([net.head.weight.view(-1), net.head.bias]).double()
-    ridge = _RIDGE * torch.eye(len(start), dtype=h.dtype, device=h.device)
+    penalty = torch.full((g.shape[1],), _RIDGE, dtype=g.dtype, device=g.device)
+    theta, tau = torch.zeros_like(penalty), 1.0
 
-    def objective(theta: Tensor) -> Tensor:
-        f = h @ theta
-        return (w1 * F.softplus(-f) + w0 * F.softplus(f)).mean() + 0.5 * _RIDGE * ((theta - start) ** 2).sum()
+    def entropy(theta: Tensor) -> Tensor:
+        f = g @ theta
+        return (w1 * F.softplus(-f) + w0 * F.softplus(f)).mean()
 
-    theta, value = start.clone(), objective(start)
+    value = entropy(theta)
     for _ in range(_NEWTON_STEPS):
-        p = torch.sigmoid(h @ theta)
-        gradient = (w0 * p - w1 * (1 - p)) @ h / len(h) + _RIDGE * (theta - start)
-        hessian = (h * ((w0 + w1) * p * (1 - p))[:, None]).T @ h / len(h) + ridge
+        if n_effective is not None:
+            penalty[:k] = tau / n_effective
+        p = torch.sigmoid(g @ theta)
+        gradient = (w0 * p - w1 * (1 - p)) @ g / n + penalty * theta
+        hessian = (g * ((w0 + w1) * p * (1 - p))[:, None]).T @ g / n + torch.diag(penalty)
         step = torch.linalg.solve(hessian, gradient)
-        scale = 1.0
-        while scale > 1e-3 and not objective(theta - scale * step) <= value:
-            scale /= 2
-        if scale <= 1e-3 or float(gradient @ step) < 1e-12:
+        length, start = 1.0, theta
+        while length > 1e-3:
+            theta = start - length * step
+            before, value = value, entropy(theta)
+            if value + 0.5 * (penalty * theta**2).sum() <= before + 0.5 * (penalty * start**2).sum():
+                break
+            length, theta, value = length / 2, start, before
+        last = tau
+        if n_effective is not None:
+            # MacKay: number of features that the data determine, over their size; the covariance is 1 / (n_effective * hessian)
+            determined = k - tau / n_effective * float(torch.linalg.inv(hessian).diagonal()[:k].sum())
+            tau = min(max(determined / max(float((theta[:k] ** 2).sum()), 1e-12), _TAU[0]), _TAU[1])
+        if float(gradient @ step) < _NEWTON_GAIN and abs(math.log(tau / last)) < 0.2:
             break
-        theta = theta - scale * step
-        value = objective(theta)
     net.head.weight.copy_(theta[:-1].view(1, -1).to(net.head.weight.dtype))
     net.head.bias.copy_(theta[-1:].to(net.head.bias.dtype))

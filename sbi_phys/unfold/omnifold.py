@@ -11,6 +11,11 @@ Acceptance. Missed events (reco_pass False) have no pull. Weight 1 in its place 
 slow where the efficiency is low. Here step 2 is trained on reconstructed events alone, w pull against w, and its ratio holds for
 every event at that truth: missed events get the mean weight at their truth. This is what the division by the efficiency is in bins.
 
+Where the efficiency is near 0, the ratio of step 2 is extrapolated, and a fluctuation of few events at the edge of what is measured would
+move it by any factor. If it is below a tenth of its mean for a twentieth of the events, the ratio is exp(quadratic form + correction), the
+correction as large as the evidence asks for (`classifier`). If nature over simulation is near to such a form, the answer there is a good
+one; if not, it is this assumption: narrow structures at the limit of significance are smoothed.
+
 Fakes (truth_pass False, reconstructed) have no truth to follow. They keep their nominal weight: shape and share of what is measured are
 the simulation's, as with `Response.fakes`. Fitted with the signal (fit_fakes; the mean pull over fakes, as if they all had one truth)
 their number hangs on the small difference of two broad shapes: expectation maximisation takes a part of them for signal in the first
@@ -41,7 +46,7 @@ from sbi_phys.progress import Progress, Task, or_none
 from sbi_phys.rng import seed_for
 from sbi_phys.train import TrainConfig
 from sbi_phys.unfold.classifier import RatioEstimator
-from sbi_phys.unfold.omnifold_inputs import Events, check_events
+from sbi_phys.unfold.omnifold_inputs import Events, check_events, lowest_efficiency
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,6 +58,7 @@ Mask = NDArray[np.bool_]
 
 _FAR = 7.0  # log ratio of data over simulation that says: hardly any simulation here
 _FAR_SHARE = 0.001
+_SELDOM = 0.1  # share of the mean efficiency below which the weights of a twentieth of the events are extrapolated, not learned
 _LOW_SIZE = 0.01  # effective share of the events below which a handful of them is the answer
 
 
@@ -233,7 +239,8 @@ def unfold_events(events: Events, settings: Settings, *, seed: int, task: Task, 
         pull = np.zeros(len(nu))
         pull[events.reco_pass] = nu[events.reco_pass] * np.exp(first.log_ratio(events.reco[events.reco_pass]))
         both = events.reco_pass & true
-        at_truth = second.fit(events.truth[both], events.weights[both] * pull[both], events.weights[both], done=task.advance)
+        at_both, limit = events.weights[both], at_reco.n_effective  # what step 2 sees of the data came through step 1
+        at_truth = second.fit(events.truth[both], at_both * pull[both], at_both, done=task.advance, n_effective=limit)
         before, nu = nu, nu.copy()
         nu[true] = np.exp(second.log_ratio(events.truth[true]))
         if settings.fit_fakes and events.weights[fakes].sum() > 0:
@@ -268,6 +275,7 @@ def _estimator(events: Events, settings: Settings, seed: int, step: str) -> Rati
         events.reco.shape[1] if step == "reco" else events.truth.shape[1],
         seed=seed_for(seed, "omnifold", step),
         n_ensemble=settings.n_ensemble,
+        smooth=step == "truth" and lowest_efficiency(events) < _SELDOM,
         network=settings.network,
         config=settings.config,
         device=settings.device,

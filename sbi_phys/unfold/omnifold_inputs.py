@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from sbi_phys.checks import as_array, as_real, require_finite
 from sbi_phys.errors import DataError, ShapeError
 
-__all__ = ["Events", "as_columns", "as_mask", "as_weights", "check_events", "check_overlap"]
+__all__ = ["Events", "as_columns", "as_mask", "as_weights", "check_events", "check_overlap", "lowest_efficiency"]
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -172,6 +172,18 @@ def check_overlap(data: Array, reco: Array) -> None:
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def lowest_efficiency(events: Events) -> float:
+    """Smallest efficiency of a twentieth of the true events, cut in one column, over the mean efficiency."""
+    true, seen = events.truth[events.truth_pass], events.reco_pass[events.truth_pass]
+    lowest = 1.0
+    for column in true.T:
+        edges = np.unique(np.quantile(column, np.linspace(0, 1, _HOLE_BINS + 1)))
+        place = np.clip(np.searchsorted(edges, column, side="right") - 1, 0, max(len(edges) - 2, 0))
+        total, passed = np.bincount(place), np.bincount(place, weights=seen)
+        lowest = min(lowest, float((passed[total > 0] / total[total > 0]).min() / seen.mean()))
+    return lowest
 
 
 def _warn_holes(events: Events) -> None:

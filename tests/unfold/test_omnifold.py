@@ -11,9 +11,10 @@ import torch
 from scipy.stats import norm
 
 from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.rng import rng_for
 from sbi_phys.train import TrainConfig
-from sbi_phys.unfold.classifier import LOGIT_LIMIT, RatioEstimator
+from sbi_phys.unfold.classifier import LOGIT_LIMIT, RatioEstimator, RatioNet
 from sbi_phys.unfold.omnifold import OmniFold, omnifold
 from sbi_phys.unfold.omnifold_bootstrap import bootstrap_omnifold, write_weights
 from sbi_phys.unfold.replicas import WeightReplicas
@@ -39,12 +40,14 @@ def test_ratio_of_two_gaussians() -> None:
     one, zero = rng.normal(0.3, 0.8, 10_000), rng.normal(0.0, 1.0, 10_000)
     x = np.concatenate([one, zero])[:, None]
     is_one = np.repeat([1.0, 0.0], 10_000)
-    ratio = RatioEstimator(1, seed=0)
+    ratio = RatioEstimator(1, seed=0, smooth=True)
     found = ratio.fit(x, 3 * is_one, 1 - is_one)
     grid = np.linspace(-1.5, 2, 50)
     truth = np.log(3) - np.log(0.8) - 0.5 * ((grid - 0.3) / 0.8) ** 2 + 0.5 * grid**2
     assert np.abs(ratio.log_ratio(grid[:, None]) - truth).max() < 0.12
-    assert found.norm == pytest.approx(1, abs=0.02)
+    far = np.array([-4.0, 4.0])  # four rows of 20 000 lie beyond: the quadratic form goes on there
+    assert ratio.log_ratio(far[:, None]) == pytest.approx(-np.log(0.8) - 0.5 * ((far - 0.3) / 0.8) ** 2 + 0.5 * far**2 + np.log(3), abs=0.5)
+    assert found.norm == pytest.approx(1, abs=0.02) and found.n_effective == pytest.approx(10_000)
     assert 0.01 < found.separation < 0.06
 
 
@@ -61,6 +64,36 @@ def test_one_sample_under_two_weights_and_the_last_layer_is_at_its_optimum() -> 
     balanced = w1 * 6000 / w1.sum()
     for column in (np.ones(6000), *x.T):
         assert abs(((w0 * p - balanced * (1 - p)) * column).mean()) < 1e-4
+
+
+def bend(ratio: RatioEstimator) -> float:
+    """How far the log ratio is from a parabola on [-2, 2]."""
+    grid = np.linspace(-2, 2, 81)
+    values = ratio.log_ratio(grid[:, None])
+    return float(np.abs(values - np.polyval(np.polyfit(grid, values, 2), grid)).max())
+
+
+def test_more_than_a_parabola_is_learned_where_the_events_ask_for_it() -> None:
+    """2000 against 2000 events; true bend of the bump: 0.67. The evidence must leave out what is chance and keep what is not."""
+    bends: dict[str, list[float]] = {"chance": [], "real": [], "few": []}
+    for seed, name in ((0, "chance"), (0, "real"), (0, "few"), (1, "chance"), (1, "real")):
+        rng = rng_for(seed, "chance" if name == "chance" else "bump")
+        one = rng.standard_normal(2000) if name == "chance" else np.concatenate([rng.standard_normal(1700), rng.normal(1, 0.2, 300)])
+        is_one, limit = np.repeat([1.0, 0.0], 2000), 20.0 if name == "few" else np.inf
+        ratio = RatioEstimator(1, seed=seed, smooth=True)
+        found = ratio.fit(np.concatenate([one, rng.standard_normal(2000)])[:, None], is_one, 1 - is_one, n_effective=limit)
+        assert found.n_effective == pytest.approx(min(limit, 2000))
+        bends[name].append(bend(ratio))
+    assert max(bends["chance"]) < 0.15 and min(bends["real"]) > 0.35 and max(bends["few"]) < 0.01
+
+
+def test_many_inputs_have_squares_and_no_products() -> None:
+    few, many = (RatioNet(k, EmbeddingConfig(hidden=4, n_blocks=0, n_features=3), seed=0) for k in (3, 20))
+    x = torch.tensor([[2.0, 1.0, 10.0]])
+    squares = few.features(x)[0, 6:]  # u^2 / 2 of u = x_i, (x_i + x_j) / sqrt 2; a straight line beyond 4
+    far = [4 * u - 8 for u in (12 / 2**0.5, 11 / 2**0.5, 10.0)]
+    assert squares.tolist() == pytest.approx([2, 2.25, far[0], 0.5, far[1], far[2]], rel=1e-6)
+    assert many.features(torch.zeros(1, 20)).shape == (1, 3 + 20 + 20)
 
 
 def test_rows_without_weight_do_not_matter() -> None:
@@ -416,15 +449,19 @@ def test_full_size_plain() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("efficiency", [oracle.flat, oracle.turn_on])
-def test_full_size_missed_events(efficiency) -> None:
-    """With the turn-on the tolerance is less than one statistical sd: a few data events at an efficiency near 0 move mean and sd.
+@pytest.mark.parametrize(("efficiency", "seeds"), [(oracle.flat, (12,)), (oracle.turn_on, (12, 13, 16))])
+def test_full_size_missed_events(efficiency, seeds) -> None:
+    """With the turn-on the mean of one toy has an error of at least 0.0085, were the form of the truth known: three are averaged.
 
-    Iterations with the exact response scatter by 0.021 in both over toys of this size, so another seed may well fall outside; the
-    classifiers scatter more (`benchmarks/unfolding_proof.py --only turn-on` has five seeds of both).
+    Among the three is the one of five (12 to 16) that is farthest off, 12, and the one that iterations without a smoothness prior lose: 16.
+    Iterations with the exact response scatter by 0.021 (`benchmarks/unfolding_proof.py --only turn-on`).
     """
-    begin = time.perf_counter()
-    result = run(oracle.toy(100_000, 12, efficiency), 10)
-    mean, sd = oracle.moments(result.truth[:, 0], result.weights)
-    print(f"{efficiency.__name__}: mean {mean:.4f} sd {sd:.4f} total {result.weights.sum():.0f} in {time.perf_counter() - begin:.0f} s")
+    found = []
+    for seed in seeds:
+        begin = time.perf_counter()
+        result = run(oracle.toy(100_000, seed, efficiency), 10, seed=seed)
+        found.append(oracle.moments(result.truth[:, 0], result.weights))
+        total, seconds = result.weights.sum(), time.perf_counter() - begin
+        print(f"{efficiency.__name__} {seed}: mean, sd {found[-1]}, total {total:.0f} in {seconds:.0f} s")
+    mean, sd = np.mean(found, axis=0)
     assert mean == pytest.approx(0.20, abs=0.015) and sd == pytest.approx(0.80, abs=0.015)
