@@ -88,7 +88,8 @@ class OmniFold:
     weights (n,), unfolded counts: any histogram, mean or quantile of `truth` under them is the unfolded one; 0 for events that are not
     true (truth_pass False). factors (n,): what the nominal weights (scaled to the data) were multiplied by, fakes included: `nominal *
     factors` of the reconstructed events, with the background, is what the data look like if the result is right.
-    nominal (n,). truth (n, d). truth_pass (n,). history: one record per iteration. seed.
+    nominal (n,). truth (n, d). truth_pass (n,). history: one record per iteration. smooth: whether step 2's ratio was a quadratic form
+    and what the evidence asked for beyond it. seed.
     """
 
     weights: Array
@@ -97,6 +98,7 @@ class OmniFold:
     truth: Array
     truth_pass: Mask
     history: tuple[OmniFoldIteration, ...]
+    smooth: bool
     seed: int
 
     @property
@@ -119,6 +121,8 @@ class OmniFold:
             f"before the last iteration data and folded simulation differed by {last.separation_reco:.2g} nats (Jensen-Shannon, held out); "
             f"its weights moved by {100 * last.change:.2g} %",
         ]
+        if self.smooth:
+            lines.append("ratios of the truth are a quadratic form with as much correction as the evidence asks for (smooth)")
         if max(abs(last.norm_reco - 1), abs(last.norm_truth - 1)) > 0.02:
             lines.append(f"the ratios' norms were {last.norm_reco:.3f} and {last.norm_truth:.3f}; expected 1: train longer")
         return "\n".join(lines)
@@ -129,6 +133,7 @@ class OmniFold:
             "method": "omnifold",
             "seed": self.seed,
             "n_iterations": self.n_iterations,
+            "smooth": self.smooth,
             "effective_sample_size": self.effective_sample_size,
             "history": [asdict(record) for record in self.history],
         }
@@ -163,6 +168,7 @@ class Settings:
     config: TrainConfig | None
     network: EmbeddingConfig | None
     fit_fakes: bool
+    smooth: bool | None
 
 
 def omnifold(
@@ -178,6 +184,7 @@ def omnifold(
     background: ArrayLike | None = None,
     background_weights: ArrayLike | None = None,
     fit_fakes: bool = False,
+    smooth: bool | None = None,
     n_ensemble: int = 1,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -192,6 +199,7 @@ def omnifold(
     NaN. truth_pass (n,): has a truth; where False the event is a fake and truth may be NaN.
     data_weights (m,), weights (n,): >= 0. background (b, k), background_weights (b,): expected counts that the pairs do not contain.
     fit_fakes: let the number of fakes follow the data; only where their shape at reco is quite another than the signal's.
+    smooth: step 2's ratio is a quadratic form and what the evidence asks for beyond it; None: where the efficiency is near 0.
     n_ensemble: classifiers per step, their log ratios averaged. config, network: of each classifier; None chooses them.
 
     Returns: OmniFold.   Raises: ShapeError, NonFiniteError, DataError (too few events, efficiency 0, no overlap, negative weights),
@@ -199,7 +207,7 @@ def omnifold(
     Source: arXiv:1911.09107.   Read: `np.histogram(truth, weights=result.weights)` is the unfolded spectrum; errors: `bootstrap_omnifold`.
     """
     events = check_events(truth, reco, data, reco_pass, truth_pass, data_weights, weights, background, background_weights)
-    settings = check_settings(n_iterations, n_ensemble, device, config, network, fit_fakes)
+    settings = check_settings(n_iterations, n_ensemble, device, config, network, fit_fakes, smooth)
     with or_none(progress).task("omnifold", 2 * settings.n_iterations * settings.n_ensemble) as task:
         return unfold_events(events, settings, seed=require_int("seed", seed, low=0), task=task, warn=True)
 
@@ -211,10 +219,13 @@ def check_settings(
     config: TrainConfig | None,
     network: EmbeddingConfig | None,
     fit_fakes: bool,
+    smooth: bool | None,
 ) -> Settings:
     """Check the settings of OmniFold.   Raises: SettingError."""
     if not isinstance(fit_fakes, bool):
         raise SettingError(f"fit_fakes is {fit_fakes!r}; expected True or False")
+    if smooth is not None and not isinstance(smooth, bool):
+        raise SettingError(f"smooth is {smooth!r}; expected True, False or None")
     return Settings(
         n_iterations=require_int("n_iterations", n_iterations, low=1),
         n_ensemble=require_int("n_ensemble", n_ensemble, low=1),
@@ -222,12 +233,14 @@ def check_settings(
         config=config,
         network=network,
         fit_fakes=fit_fakes,
+        smooth=smooth,
     )
 
 
 def unfold_events(events: Events, settings: Settings, *, seed: int, task: Task, warn: bool = False) -> OmniFold:
     """OmniFold of checked events; `warn`: of data far from all simulation and of few events that carry the weight."""
-    first, second = (_estimator(events, settings, seed, step) for step in ("reco", "truth"))
+    smooth = settings.smooth if settings.smooth is not None else lowest_efficiency(events) < _SELDOM
+    first, second = _estimator(events, settings, seed, "reco"), _estimator(events, settings, seed, "truth", smooth)
     nu = np.ones(len(events.truth))
     true, fakes = events.truth_pass, events.reco_pass & ~events.truth_pass
     history: list[OmniFoldIteration] = []
@@ -266,16 +279,17 @@ def unfold_events(events: Events, settings: Settings, *, seed: int, task: Task, 
         truth=events.truth,
         truth_pass=true,
         history=tuple(history),
+        smooth=smooth,
         seed=seed,
     )
 
 
-def _estimator(events: Events, settings: Settings, seed: int, step: str) -> RatioEstimator:
+def _estimator(events: Events, settings: Settings, seed: int, step: str, smooth: bool = False) -> RatioEstimator:
     return RatioEstimator(
         events.reco.shape[1] if step == "reco" else events.truth.shape[1],
         seed=seed_for(seed, "omnifold", step),
         n_ensemble=settings.n_ensemble,
-        smooth=step == "truth" and lowest_efficiency(events) < _SELDOM,
+        smooth=smooth,
         network=settings.network,
         config=settings.config,
         device=settings.device,

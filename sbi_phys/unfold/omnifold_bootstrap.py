@@ -40,6 +40,7 @@ def bootstrap_omnifold(
     background: ArrayLike | None = None,
     background_weights: ArrayLike | None = None,
     fit_fakes: bool = False,
+    smooth: bool | None = None,
     n_ensemble: int = 1,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -55,7 +56,7 @@ def bootstrap_omnifold(
     """
     n_boot, seed = require_int("n_boot", n_boot, low=2), require_int("seed", seed, low=0)
     events = check_events(truth, reco, data, reco_pass, truth_pass, data_weights, weights, background, background_weights)
-    settings = check_settings(n_iterations, n_ensemble, device, config, network, fit_fakes)
+    settings = check_settings(n_iterations, n_ensemble, device, config, network, fit_fakes, smooth)
     total = 2 * settings.n_iterations * settings.n_ensemble * (3 * n_boot + 1)
     with or_none(progress).task("bootstrap omnifold", total) as task:
         result = unfold_events(events, settings, seed=seed, task=task, warn=True)

@@ -156,6 +156,7 @@ def test_missed_events(efficiency) -> None:
     mean, sd, total, _ = oracle.exact(3, efficiency)
     assert oracle.moments(result.truth[:, 0], result.weights) == pytest.approx((mean, sd), abs=0.04)
     assert result.weights.sum() / 8000 == pytest.approx(total, abs=0.05)
+    assert result.smooth == result.to_dict()["smooth"] == ("(smooth)" in result.summary()) == (efficiency is oracle.turn_on)
 
 
 def test_the_tolerance_tells_the_biased_treatment_of_missed_events() -> None:
@@ -302,6 +303,7 @@ def spoilt(n: int, row: int, value: float) -> np.ndarray:
         ({"n_iterations": 0}, SettingError, "n_iterations is 0"),
         ({"n_ensemble": 0}, SettingError, "n_ensemble is 0"),
         ({"fit_fakes": 1}, SettingError, "fit_fakes is 1; expected True or False"),
+        ({"smooth": 1}, SettingError, "smooth is 1; expected True, False or None"),
         ({"seed": -1}, SettingError, "seed is -1"),
         ({"config": {"max_epochs": 3}}, SettingError, "config is a dict"),
         ({"device": "tpu0"}, SettingError, "device"),
