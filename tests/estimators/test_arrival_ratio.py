@@ -32,7 +32,7 @@ def test_the_learned_statistic_follows_the_exact_one():
 
 
 def test_the_statistic_is_zero_at_the_best_fraction_and_profiles_the_blurring():
-    """Log Lambda at the tested f is 4, the largest of all, for the third blurring of one data set, and 1 of 3 for the seventh of another."""
+    """Log Lambda at the tested f is 4, the largest, for the third blurring in one data set, and 1 of 3 for the seventh in another."""
     top, rows = np.array([4.0, 3.0]), np.zeros((2, DELTAS.size))
     rows[0, 2], rows[1, 6] = 4.0, 1.0
     data = joined(top, rows)
