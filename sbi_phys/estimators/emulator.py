@@ -64,7 +64,7 @@ class Emulator:
 
     def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
         """Draw x (n, k) at theta (n, d), one each; whole numbers where x are counts.   Raises: ShapeError, NonFiniteError, SupportError."""
-        u = self.prior.to_unbounded(as_matrix("theta", theta, self.prior.dim, self.prior.names))
+        u = self.prior.to_network(as_matrix("theta", theta, self.prior.dim, self.prior.names))
         inputs = torch.from_numpy(u.astype(np.float32)).to(self._device)
         generator = torch.Generator(device=self._device).manual_seed(int(rng.integers(2**63)))
         member = rng.integers(len(self._nets), size=len(u))

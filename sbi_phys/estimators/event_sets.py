@@ -287,7 +287,7 @@ class ExpectedCounts:
 
     def __call__(self, theta: ArrayLike) -> Array:
         """Expected events per unit of exposure (m,) at theta (m, d).   Raises: ShapeError, NonFiniteError, SupportError."""
-        u = self.prior.to_unbounded(as_matrix("theta", theta, self.prior.dim, self.prior.names))
+        u = self.prior.to_network(as_matrix("theta", theta, self.prior.dim, self.prior.names))
         with torch.no_grad():
             log_nu = _log_nu(self.net, torch.from_numpy(u.astype(np.float32)))
         return np.asarray(np.exp(log_nu.double().numpy() + self.log_mean))
