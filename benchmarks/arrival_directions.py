@@ -44,11 +44,11 @@ sys.path.insert(0, str(ROOT))
 
 # ruff: noqa: E402
 from sbi_phys.confidence import Construction, lf2i, neyman
-from sbi_phys.estimators.two_hypotheses import TwoHypotheses
+from sbi_phys.core.rng import rng_for
+from sbi_phys.estimators.hypotheses import TwoHypotheses
 from sbi_phys.nets.classifier import ClassifierConfig
 from sbi_phys.nets.embed import EmbeddingConfig
-from sbi_phys.rng import rng_for
-from sbi_phys.train import TrainConfig
+from sbi_phys.training.loop import TrainConfig
 from simulators import ArrivalDirections
 from simulators.arrival_directions import unit_vectors
 

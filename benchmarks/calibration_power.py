@@ -27,17 +27,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the oracles are the tests' own
 
 # ruff: noqa: E402
+from sbi_phys.calibration.conformal import conformal_regions, hpd_content
 from sbi_phys.calibration.coverage import coverage
 from sbi_phys.calibration.lc2st import lc2st
 from sbi_phys.calibration.local import local_coverage
 from sbi_phys.calibration.pit import pit_regression
 from sbi_phys.calibration.pulls import pulls
-from sbi_phys.calibration.repair import conformal_regions, hpd_content
-from sbi_phys.calibration.repair_ranks import recalibrate_ranks
-from sbi_phys.calibration.repair_width import temper
+from sbi_phys.calibration.recalibration import recalibrate_ranks
 from sbi_phys.calibration.sbc import sbc
 from sbi_phys.calibration.tarp import tarp
-from sbi_phys.rng import rng_for
+from sbi_phys.calibration.tempering import temper
+from sbi_phys.core.rng import rng_for
 from tests.oracles import ORACLES, WRONG, Pairs
 
 Rates = dict[str, dict[str, dict[str, tuple[int, int]]]]  # test, oracle, wrong -> rejections, repetitions

@@ -36,11 +36,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get
 # ruff: noqa: E402
 from benchmarks.campaign_report import Numbers, fill, report, table
 from benchmarks.campaign_toys import CRASHES, HANGS, NANS, Events, Rows, Work
-from sbi_phys.clusters import cluster_executor
-from sbi_phys.dispatch import Campaign
-from sbi_phys.errors import StoreError
-from sbi_phys.simulate import simulate
-from sbi_phys.store import Store, list_shards
+from sbi_phys.core.errors import StoreError
+from sbi_phys.simulation.campaign import simulate
+from sbi_phys.simulation.clusters import cluster_executor
+from sbi_phys.simulation.dispatch import Campaign
+from sbi_phys.store.store import Store, list_shards
 from simulators import SourceSpectrum
 
 SHARDS, ROWS, SECONDS = 200, 50, 0.15  # of the campaigns that are killed

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # the toys are the tests' own
 
 # ruff: noqa: E402
 from sbi_phys.confidence import LRT, Construction, coverage_map, expected_limits, feldman_cousins, feldman_cousins_gaussian, lf2i, neyman
-from sbi_phys.rng import rng_for
+from sbi_phys.core.rng import rng_for
 from tests.confidence import on_off_toy as toy
 from tests.confidence.test_feldman_cousins import PUBLISHED
 

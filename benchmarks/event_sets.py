@@ -29,14 +29,14 @@ sys.path.insert(0, str(ROOT))
 # ruff: noqa: E402
 import sbi_phys as sp
 from sbi_phys.calibration import c2st, coverage, sbc
-from sbi_phys.estimators.set_posterior import SetNPE, likelihood_embedding
+from sbi_phys.core.rng import rng_for
+from sbi_phys.estimators.set_npe import SetNPE, likelihood_embedding
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.set_likelihood import LikelihoodSet
 from sbi_phys.nets.sets import DeepSet, SetAttention
-from sbi_phys.rng import rng_for
 from sbi_phys.samplers.grid import grid_posterior
-from sbi_phys.train import TrainConfig
+from sbi_phys.training.loop import TrainConfig
 from simulators import ArrivalDirections, LineSearch
 
 Array = NDArray[np.float64]

@@ -30,13 +30,13 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.suite.workers import Worker, WorkerError
 from sbi_phys.calibration import c2st
-from sbi_phys.estimators.event_sets import ExtendedLikelihood
+from sbi_phys.core.rng import rng_for
+from sbi_phys.estimators.extended_likelihood import ExtendedLikelihood
 from sbi_phys.estimators.nle import NLE
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.priors import BoxPrior, Parameter, standard_normal_log_prob
-from sbi_phys.rng import rng_for
 from sbi_phys.samplers.grid import grid_posterior
-from sbi_phys.train import TrainConfig
+from sbi_phys.training.loop import TrainConfig
 from simulators import SourceSpectrum
 
 Array = NDArray[np.float64]

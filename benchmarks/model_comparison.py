@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))  # the toys are the tests' own
 # ruff: noqa: E402
 import sbi_phys as sp
 from sbi_phys.comparison import ModelComparison, check_probabilities, compare_evidence, model_comparison, nested_test
-from sbi_phys.rng import rng_for
-from sbi_phys.train import TrainConfig
+from sbi_phys.core.rng import rng_for
+from sbi_phys.training.loop import TrainConfig
 from simulators import OnOff
 from tests.toys import LinearGaussian
 

@@ -31,14 +31,14 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from benchmarks.suite.workers import Worker, WorkerError
 from sbi_phys.calibration import c2st
+from sbi_phys.calibration.ratio_recalibration import RatioCalibration, recalibrate_ratio
 from sbi_phys.calibration.ratios import ReweightingAUC, check_ratio, reweighting_auc
-from sbi_phys.calibration.ratios_repair import RatioCalibration, recalibrate_ratio
+from sbi_phys.core.rng import rng_for
+from sbi_phys.estimators.hypotheses import HypothesisRatio, TwoHypotheses
 from sbi_phys.estimators.mined import SALLY, MinedRatio
 from sbi_phys.estimators.npe import load
 from sbi_phys.estimators.nre import NRE
-from sbi_phys.estimators.two_hypotheses import HypothesisRatio, TwoHypotheses
 from sbi_phys.priors import standard_normal_log_prob
-from sbi_phys.rng import rng_for
 from sbi_phys.samplers.grid import grid_posterior
 from simulators import SourceSpectrum
 

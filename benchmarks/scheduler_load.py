@@ -32,10 +32,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.campaign_report import Numbers, fill, report
 from benchmarks.campaign_toys import Rows
 from benchmarks.campaigns import cluster
-from sbi_phys.clusters import cluster_executor
-from sbi_phys.simulate import simulate
-from sbi_phys.storage.info import store_info
-from sbi_phys.store import Store, list_shards
+from sbi_phys.simulation.campaign import simulate
+from sbi_phys.simulation.clusters import cluster_executor
+from sbi_phys.store.info import store_info
+from sbi_phys.store.store import Store, list_shards
 from simulators import SourceSpectrum
 
 MB = 1e-6

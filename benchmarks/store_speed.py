@@ -25,14 +25,14 @@ import numpy as np
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from sbi_phys.layout import Layout
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import BoxPrior, Observable, Parameter
-from sbi_phys.rng import rng_for
-from sbi_phys.shards import Header, ShardData, shard_name, write_shard
-from sbi_phys.simulate import simulate
-from sbi_phys.storage.check import check_store
-from sbi_phys.storage.info import store_info
-from sbi_phys.store import Manifest, Store, write_manifest
+from sbi_phys.simulation.campaign import simulate
+from sbi_phys.store.check import check_store
+from sbi_phys.store.info import store_info
+from sbi_phys.store.layout import Layout
+from sbi_phys.store.shards import Header, ShardData, shard_name, write_shard
+from sbi_phys.store.store import Manifest, Store, write_manifest
 
 Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
 PRIOR = BoxPrior([Parameter("a", -3, 3), Parameter("b", -3, 3)])

@@ -28,18 +28,18 @@ import torch
 from torch import Tensor
 
 import sbi_phys
-from sbi_phys.batches import MemoryBatches
-from sbi_phys.device import resolve_device
-from sbi_phys.estimators.posterior_net import PosteriorNet, npe_loss
+from sbi_phys.core.device import resolve_device
+from sbi_phys.core.rng import rng_for
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
+from sbi_phys.nets.posterior import PosteriorNet, npe_loss
 from sbi_phys.priors import NormalPrior, Observable, Parameter
-from sbi_phys.protocol import observables_to_dicts
-from sbi_phys.rng import rng_for
-from sbi_phys.shards import Header, ShardData, shard_name, write_shard
-from sbi_phys.store import Manifest, write_manifest
-from sbi_phys.stream import Stream
-from sbi_phys.train import TrainConfig, fit
+from sbi_phys.priors.parameters import observables_to_dicts
+from sbi_phys.store.shards import Header, ShardData, shard_name, write_shard
+from sbi_phys.store.store import Manifest, write_manifest
+from sbi_phys.training.batches import MemoryBatches
+from sbi_phys.training.loop import TrainConfig, fit
+from sbi_phys.training.stream import Stream
 
 Row = dict[str, Any]
 N_PARAMETERS, N_COLUMNS = 2, 18

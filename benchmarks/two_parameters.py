@@ -21,8 +21,8 @@ from threadpoolctl import threadpool_limits
 
 import sbi_phys as sp
 from sbi_phys.calibration import c2st
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import standard_normal_log_prob
-from sbi_phys.rng import rng_for
 from sbi_phys.samplers.grid import grid_posterior
 from sbi_phys.samplers.importance import importance_sample
 from simulators import SourceSpectrum

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the toys are the tests' own
 
 # ruff: noqa: E402
-from sbi_phys.rng import rng_for
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import IBU, Response, forward_fold, ibu, tikhonov
 from sbi_phys.unfold.flux import bin_integral, broken_power_law
 from tests.unfold import steep_toy

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the toys are the tests' own
 
 # ruff: noqa: E402
-from sbi_phys.rng import rng_for
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import Response, ibu, tikhonov
 from sbi_phys.unfold.bayes import BayesianUnfold, bayesian_unfold
 from sbi_phys.unfold.bayes_sampler import Mixture

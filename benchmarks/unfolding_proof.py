@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the toys are the tests' own
 
 # ruff: noqa: E402
-from sbi_phys.rng import rng_for
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import FlowUnfolder, ibu, omnifold, tikhonov
 from sbi_phys.unfold.response import Response
-from sbi_phys.unfold.validate import validate
 from sbi_phys.unfold.validate_pit import event_pit
 from sbi_phys.unfold.validate_result import Validation
+from sbi_phys.unfold.validation import validate
 from tests.unfold import omnifold_oracle, steep_toy
 
 Array = NDArray[np.float64]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sbi_phys.priors import BoxPrior, DirichletPrior, NormalPrior, Parameter, ProductPrior
-from sbi_phys.shards import Header, ShardData
+from sbi_phys.store.shards import Header, ShardData
 
 PRIOR = ProductPrior(
     [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from sbi_phys.cli import app
+from sbi_phys.workflow.cli import app
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs/likelihoods.md").read_text(encoding="utf-8")

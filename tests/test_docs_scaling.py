@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.campaign_report import fill, table
 from benchmarks.campaigns import PARTS
 from benchmarks.scheduler_load import tables
-from sbi_phys.clusters import ClusterFile
+from sbi_phys.simulation.clusters import ClusterFile
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")

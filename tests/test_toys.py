@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sbi_phys.rng import rng_for
+from sbi_phys.core.rng import rng_for
 from tests.toys import LinearGaussian
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 import sbi_phys as sp
 from benchmarks.peers.worker import serve
-from sbi_phys.rng import rng_for
+from sbi_phys.core.rng import rng_for
 
 N_X = 18
 

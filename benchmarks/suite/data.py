@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sbi_phys.rng import rng_for
+from sbi_phys.core.rng import rng_for
 from simulators import SourceSpectrum
 
 __all__ = ["N_HELD_OUT", "write_toy"]

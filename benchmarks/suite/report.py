@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suite.rows import topic_of, write_aside
-from sbi_phys.report.style import COLOURS, house_style, new_figure
-from sbi_phys.report.style import write_aside as write_figure
+from sbi_phys.plotting.style import COLOURS, house_style, new_figure
+from sbi_phys.plotting.style import write_aside as write_figure
 from sbi_phys.report.tables import Table
 
 __all__ = ["MARKS", "block", "number", "plot", "table", "write_block"]

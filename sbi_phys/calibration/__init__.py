@@ -10,6 +10,8 @@ repair          conformal_regions · recalibrate_ranks · temper · mix_draws
 """
 
 from sbi_phys.calibration.c2st import C2ST, c2st
+from sbi_phys.calibration.calibrate import Calibration, calibrate
+from sbi_phys.calibration.conformal import ConformalRegions, conformal_regions, hpd_content
 from sbi_phys.calibration.coverage import Coverage, coverage
 from sbi_phys.calibration.distances import MMD, MarginalKS, SlicedWasserstein, marginal_ks, mmd, sliced_wasserstein
 from sbi_phys.calibration.lc2st import LC2ST, LC2STModel, lc2st, train_lc2st
@@ -20,6 +22,7 @@ from sbi_phys.calibration.posterior_sbc import PosteriorSBC, augmented_draws, po
 from sbi_phys.calibration.predictive import PredictivePValue, predictive_pvalue
 from sbi_phys.calibration.predictive_checks import PredictiveChecks, PriorPredictive, predictive_checks, prior_predictive_check
 from sbi_phys.calibration.pulls import Pulls, pulls
+from sbi_phys.calibration.ratio_recalibration import RatioCalibration, recalibrate_ratio
 from sbi_phys.calibration.ratios import (
     MeanRatio,
     RatioCheck,
@@ -30,19 +33,18 @@ from sbi_phys.calibration.ratios import (
     reliability,
     reweighting_auc,
 )
-from sbi_phys.calibration.ratios_repair import RatioCalibration, recalibrate_ratio
-from sbi_phys.calibration.repair import ConformalRegions, conformal_regions, hpd_content
-from sbi_phys.calibration.repair_ranks import RankRecalibration, recalibrate_ranks
-from sbi_phys.calibration.repair_width import Tempering, mix_draws, temper
+from sbi_phys.calibration.recalibration import RankRecalibration, recalibrate_ranks
 from sbi_phys.calibration.sbc import SBC, sbc
 from sbi_phys.calibration.tarp import TARP, tarp
+from sbi_phys.calibration.tempering import Tempering, mix_draws, temper
 
 __all__ = [
-    "C2ST", "LC2ST", "MMD", "SBC", "TARP", "ConformalRegions", "Coverage", "LC2STModel", "LocalCoverage", "MarginalKS", "MeanRatio",
-    "Misspecification", "PITRegression", "PosteriorSBC", "PredictiveChecks", "PredictivePValue", "PriorPredictive", "Pulls",
-    "RankRecalibration", "RatioCalibration", "RatioCheck", "Reliability", "ReweightingAUC", "SlicedWasserstein", "Tempering",
-    "augmented_draws", "c2st", "check_ratio", "conformal_regions", "coverage", "hpd_content", "lc2st", "local_coverage", "marginal_ks",
-    "mean_ratio", "misspecification", "mix_draws", "mmd", "pit_regression", "posterior_sbc", "predictive_checks", "predictive_pvalue",
-    "prior_predictive_check", "pulls", "recalibrate_ranks", "recalibrate_ratio", "reliability", "reweighting_auc", "sbc",
-    "sliced_wasserstein", "tarp", "temper", "train_lc2st",
+    "C2ST", "LC2ST", "MMD", "SBC", "TARP", "Calibration", "ConformalRegions", "Coverage", "LC2STModel", "LocalCoverage",
+    "MarginalKS", "MeanRatio", "Misspecification", "PITRegression", "PosteriorSBC", "PredictiveChecks", "PredictivePValue",
+    "PriorPredictive", "Pulls", "RankRecalibration", "RatioCalibration", "RatioCheck", "Reliability", "ReweightingAUC",
+    "SlicedWasserstein", "Tempering", "augmented_draws", "c2st", "calibrate", "check_ratio", "conformal_regions", "coverage",
+    "hpd_content", "lc2st", "local_coverage", "marginal_ks", "mean_ratio", "misspecification", "mix_draws", "mmd",
+    "pit_regression", "posterior_sbc", "predictive_checks", "predictive_pvalue", "prior_predictive_check", "pulls",
+    "recalibrate_ranks", "recalibrate_ratio", "reliability", "reweighting_auc", "sbc", "sliced_wasserstein", "tarp", "temper",
+    "train_lc2st",
 ]  # fmt: skip

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import bdtrik, betainc, betaincc, gammaln
 
-from sbi_phys.checks import as_array, require_int, require_number
-from sbi_phys.errors import SettingError
+from sbi_phys.core.checks import as_array, require_int, require_number
+from sbi_phys.core.errors import SettingError
 
 __all__ = ["band_counts", "curve_pvalue", "pointwise_level", "rank_grid", "staying_probability"]
 

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
 
-from sbi_phys.checks import as_array, require_int
-from sbi_phys.errors import DataError, ShapeError
-from sbi_phys.rng import rng_for, seed_for
+from sbi_phys.core.checks import as_array, require_int
+from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for, seed_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,9 +71,7 @@ class C2ST:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the fold accuracies with their mean against 0.5."""
-        from sbi_phys.calibration import plots
-
-        return plots.c2st_folds(self, ax)
+        return figures.calibration.c2st_folds(self, ax)
 
 
 def c2st(a: ArrayLike, b: ArrayLike, seed: int = 0, *, max_draws: int = 5000, workers: int = 1) -> C2ST:

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import check_names
-from sbi_phys.checks import as_real, require_choice, require_finite, require_int
-from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.checks import as_real, require_choice, require_finite, require_int
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.priors import Parameter
 
 __all__ = ["Cells", "candidate_ranks", "make_cells", "read_by"]

@@ -5,8 +5,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 from scipy.stats import rankdata
 
-from sbi_phys.checks import as_real, require_finite
-from sbi_phys.errors import DataError, ShapeError
+from sbi_phys.core.checks import as_real, require_finite
+from sbi_phys.core.errors import DataError, ShapeError
 
 __all__ = ["check_x", "normal_scores", "random_features", "standardised"]
 

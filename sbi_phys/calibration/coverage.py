@@ -22,10 +22,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.bands import band_counts, curve_pvalue, rank_grid
 from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, count_below, holm, require_varying
-from sbi_phys.checks import as_array
-from sbi_phys.errors import DataError, NonFiniteError, SettingError
+from sbi_phys.core.checks import as_array
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import Parameter
-from sbi_phys.rng import rng_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,9 +104,7 @@ class Coverage:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw observed against credible level with the 95 % band.   Read: below the diagonal = overconfident."""
-        from sbi_phys.calibration import plots
-
-        return plots.coverage_curve(self, ax)
+        return figures.calibration.coverage_curve(self, ax)
 
 
 def coverage(

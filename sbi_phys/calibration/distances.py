@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import ALPHA, check_names, combine, holm
-from sbi_phys.checks import as_array, as_real, require_int, require_number
-from sbi_phys.errors import DataError, ShapeError
+from sbi_phys.core.checks import as_array, as_real, require_int, require_number
+from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import Parameter
-from sbi_phys.rng import rng_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,9 +62,7 @@ class MMD:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the value against its null distribution."""
-        from sbi_phys.calibration import plots_compare
-
-        return plots_compare.null_histogram(self.null, self.mmd2, self.pvalue, "squared MMD", ax)
+        return figures.calibration_compare.null_histogram(self.null, self.mmd2, self.pvalue, "squared MMD", ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,9 +92,7 @@ class SlicedWasserstein:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the value against its null distribution."""
-        from sbi_phys.calibration import plots_compare
-
-        return plots_compare.null_histogram(self.null, self.distance, self.pvalue, "sliced Wasserstein distance / sd", ax)
+        return figures.calibration_compare.null_histogram(self.null, self.distance, self.pvalue, "sliced Wasserstein distance / sd", ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,9 +133,7 @@ class MarginalKS:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the difference of the two ECDFs per parameter, against the reference's quantiles."""
-        from sbi_phys.calibration import plots_compare
-
-        return plots_compare.marginal_ks(self, ax)
+        return figures.calibration_compare.marginal_ks(self, ax)
 
 
 def mmd(

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sbi_phys.errors import DataError
-from sbi_phys.rng import seed_for
+from sbi_phys.core.errors import DataError
+from sbi_phys.core.rng import seed_for
 
 __all__ = ["FeatureSpace", "feature_space"]
 

@@ -30,10 +30,11 @@ from numpy.typing import ArrayLike, NDArray
 from sbi_phys.calibration.inputs import ALPHA, check_names, verdict_words
 from sbi_phys.calibration.lc2st_features import Reduction, Residuals, affordable, reduction, residuals, whitened
 from sbi_phys.calibration.lc2st_fit import Classifier, check_kind, fit_all
-from sbi_phys.checks import as_array, as_real, require_choice, require_finite, require_int, require_same_rows
-from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.checks import as_array, as_real, require_choice, require_finite, require_int, require_same_rows
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import Parameter
-from sbi_phys.rng import rng_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,14 +112,12 @@ class LC2ST:
 
         Raises: SettingError.
         """
-        from sbi_phys.calibration import plots_compare
-
         if require_choice("kind", kind, ("null", "map")) == "null":
-            return plots_compare.lc2st_null(self, ax)
+            return figures.calibration_compare.lc2st_null(self, ax)
         dim = len(self.names)
         if dim > 1 and (len(pair) != 2 or pair[0] == pair[1] or any(not 0 <= j < dim for j in pair)):
             raise SettingError(f"pair is {pair}; expected two different columns of {self.names}")
-        return plots_compare.lc2st_map(self, ax, pair)
+        return figures.calibration_compare.lc2st_map(self, ax, pair)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sbi_phys.errors import DataError
+from sbi_phys.core.errors import DataError
 
 __all__ = ["Reduction", "Residuals", "Terms", "affordable", "polynomial", "reduction", "residuals", "whitened"]
 

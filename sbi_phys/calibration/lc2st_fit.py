@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbi_phys.calibration.lc2st_features import W_LIMIT, X_LIMIT, Terms, polynomial
-from sbi_phys.errors import SettingError
-from sbi_phys.rng import rng_for, seed_for
+from sbi_phys.core.errors import SettingError
+from sbi_phys.core.rng import rng_for, seed_for
 
 __all__ = ["Classifier", "check_kind", "fit_all"]
 

@@ -36,10 +36,11 @@ from scipy.stats import beta, binom
 from sbi_phys.calibration.cells import Cells, candidate_ranks, make_cells, read_by
 from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, count_below, holm, require_varying
 from sbi_phys.calibration.montecarlo import chunks, smallest_pvalue
-from sbi_phys.checks import as_array
-from sbi_phys.errors import DataError, NonFiniteError, SettingError
+from sbi_phys.core.checks import as_array
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import Parameter
-from sbi_phys.rng import rng_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,14 +149,12 @@ class LocalCoverage:
 
         Raises: SettingError.   Read: outside the band, or red = holds the truth too seldom there; blue = too often.
         """
-        from sbi_phys.calibration import plots_local
-
         _, m, r = self.worst
         if name is not None and name not in self.names:
             raise SettingError(f"name is {name!r}; expected one of {', '.join(self.names)}")
         r = r if name is None else self.names.index(name)
         m = m if level is None else int(np.argmin(np.abs(self.level - level)))
-        draw = plots_local.coverage_map if len(self.by) == 2 else plots_local.coverage_line
+        draw = figures.calibration_local.coverage_map if len(self.by) == 2 else figures.calibration_local.coverage_line
         return draw(self, m, r, ax)
 
 

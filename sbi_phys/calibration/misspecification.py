@@ -33,10 +33,11 @@ from scipy.stats import rankdata
 from sbi_phys.calibration.distances import MIN_DRAWS, MMD, mmd
 from sbi_phys.calibration.feature_space import feature_space
 from sbi_phys.calibration.inputs import ALPHA, check_names, combine
-from sbi_phys.checks import as_array, as_real, require_int
-from sbi_phys.errors import DataError, ShapeError
+from sbi_phys.core.checks import as_array, as_real, require_int
+from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import Parameter
-from sbi_phys.rng import rng_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,9 +100,7 @@ class Misspecification:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the scores of held-out simulations as normal quantiles, and the observations among them."""
-        from sbi_phys.calibration import plots_compare
-
-        return plots_compare.misspecification(self, ax)
+        return figures.calibration_compare.misspecification(self, ax)
 
 
 def misspecification(

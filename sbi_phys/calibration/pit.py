@@ -31,9 +31,10 @@ from scipy.special import ndtr, ndtri
 from sbi_phys.calibration.covariates import check_x, normal_scores, random_features
 from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, count_below, holm, require_varying, verdict_words
 from sbi_phys.calibration.montecarlo import chunks, smallest_pvalue
-from sbi_phys.errors import DataError
+from sbi_phys.core.errors import DataError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import Parameter
-from sbi_phys.rng import rng_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,11 +128,12 @@ class PITRegression:
 
         Raises: SettingError.   Read: width under 1 = overconfident there; shift over 0 = the posterior lies too high there.
         """
-        from sbi_phys.calibration import plots_local
-        from sbi_phys.checks import require_choice
+        from sbi_phys.core.checks import require_choice
 
         worst = min(self.pvalues, key=lambda key: self.pvalues[key])
-        return plots_local.pit_line(self, self.names.index(require_choice("name", worst if name is None else name, self.names)), ax)
+        return figures.calibration_local.pit_line(
+            self, self.names.index(require_choice("name", worst if name is None else name, self.names)), ax
+        )
 
 
 def pit_regression(

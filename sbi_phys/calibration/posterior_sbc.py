@@ -31,10 +31,11 @@ from scipy.special import ndtri
 
 from sbi_phys.calibration.bands import band_counts, curve_pvalue
 from sbi_phys.calibration.inputs import ALPHA, check_names, combine, holm, verdict_words
-from sbi_phys.checks import as_array, as_real, require_finite, require_int
-from sbi_phys.errors import DataError, NonFiniteError, ShapeError
+from sbi_phys.core.checks import as_array, as_real, require_finite, require_int
+from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import Parameter
-from sbi_phys.rng import rng_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,9 +118,7 @@ class PosteriorSBC:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw ECDF minus uniform of all parameters with the 95 % band.   Read: as for SBC; inside the band = calibrated."""
-        from sbi_phys.calibration import plots_local
-
-        return plots_local.ecdf_difference(self, ax)
+        return figures.calibration_local.ecdf_difference(self, ax)
 
 
 def posterior_sbc(

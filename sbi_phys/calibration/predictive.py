@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array, as_real
-from sbi_phys.errors import DataError
+from sbi_phys.core.checks import as_array, as_real
+from sbi_phys.core.errors import DataError
+from sbi_phys.core.figures import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,9 +51,7 @@ class PredictivePValue:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw replicas against observation: a histogram for one observed value, pairs with the diagonal otherwise."""
-        from sbi_phys.calibration import plots
-
-        return plots.predictive(self, ax)
+        return figures.calibration.predictive(self, ax)
 
 
 def predictive_pvalue(t_rep: ArrayLike, t_obs: ArrayLike) -> PredictivePValue:

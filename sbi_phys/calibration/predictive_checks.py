@@ -19,8 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import ALPHA, check_names, combine, holm
 from sbi_phys.calibration.predictive import PredictivePValue, predictive_pvalue
-from sbi_phys.checks import as_array, as_real
-from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.checks import as_array, as_real
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -64,9 +65,7 @@ class PredictiveChecks:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the place of the data among the replicas, one row per statistic."""
-        from sbi_phys.calibration import plots_compare
-
-        return plots_compare.predictive_checks(self, ax)
+        return figures.calibration_compare.predictive_checks(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,9 +102,7 @@ class PriorPredictive:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the replicas' 68 and 95 % bands per column, in sd about their median, with the data."""
-        from sbi_phys.calibration import plots_compare
-
-        return plots_compare.prior_predictive(self, ax)
+        return figures.calibration_compare.prior_predictive(self, ax)
 
 
 def predictive_checks(

@@ -26,9 +26,10 @@ from scipy.special import ndtr
 
 from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, holm, require_varying, verdict_words
 from sbi_phys.calibration.montecarlo import chunks, smallest_pvalue
-from sbi_phys.errors import DataError
+from sbi_phys.core.errors import DataError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import Parameter
-from sbi_phys.rng import rng_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,9 +107,7 @@ class Pulls:
 
         Read: mean left of 0 = posterior too high; width right of 1 = overconfident.
         """
-        from sbi_phys.calibration import plots_local
-
-        return plots_local.pull_rows(self, ax)
+        return figures.calibration_local.pull_rows(self, ax)
 
 
 def pulls(theta: ArrayLike, draws: ArrayLike, names: Sequence[str | Parameter] | None = None, *, seed: int = 0) -> Pulls:

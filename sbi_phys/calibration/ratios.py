@@ -28,9 +28,10 @@ from scipy.special import expit, ndtr
 from scipy.stats import binom, skew
 
 from sbi_phys.calibration.inputs import ALPHA, combine
-from sbi_phys.checks import as_array, as_real, require_int
-from sbi_phys.errors import DataError, NonFiniteError, ShapeError
-from sbi_phys.rng import rng_for, seed_for
+from sbi_phys.core.checks import as_array, as_real, require_int
+from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for, seed_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,9 +80,7 @@ class MeanRatio:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the three means with their errors around 1, one place per theta."""
-        from sbi_phys.calibration import plots_ratios
-
-        return plots_ratios.mean_ratio(self, ax)
+        return figures.calibration_ratios.mean_ratio(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,9 +119,7 @@ class Reliability:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the observed share against the predicted one.   Read: flatter than the diagonal = overconfident."""
-        from sbi_phys.calibration import plots_ratios
-
-        return plots_ratios.reliability(self, ax)
+        return figures.calibration_ratios.reliability(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,9 +155,7 @@ class ReweightingAUC:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the areas with and without weights, with errors, and 0.5."""
-        from sbi_phys.calibration import plots_ratios
-
-        return plots_ratios.reweighting_auc(self, ax)
+        return figures.calibration_ratios.reweighting_auc(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,9 +173,7 @@ class RatioCheck:
 
     def plot(self) -> "Figure":
         """Draw the checks side by side."""
-        from sbi_phys.calibration import plots_ratios
-
-        return plots_ratios.check(self)
+        return figures.calibration_ratios.check(self)
 
 
 def mean_ratio(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, *, names: Sequence[str] | None = None) -> MeanRatio:

@@ -36,10 +36,11 @@ from sbi_phys.calibration.inputs import (
     require_varying,
     verdict_words,
 )
-from sbi_phys.checks import require_choice, require_int
-from sbi_phys.errors import SettingError
+from sbi_phys.core.checks import require_choice, require_int
+from sbi_phys.core.errors import SettingError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import Parameter
-from sbi_phys.rng import rng_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,16 +112,14 @@ class SBC:
 
         Raises: SettingError.   Read: inside the shaded band = calibrated; an S falling then rising = overconfident.
         """
-        from sbi_phys.calibration import plots
-
-        draw = {"ecdf": plots.sbc_ecdf, "histogram": plots.sbc_histogram}[require_choice("kind", kind, ("ecdf", "histogram"))]
+        draw = {"ecdf": figures.calibration.sbc_ecdf, "histogram": figures.calibration.sbc_histogram}[
+            require_choice("kind", kind, ("ecdf", "histogram"))
+        ]
         return draw(self, ax)
 
     def figure(self, *, kind: str = "histogram") -> "Figure":
         """Draw one panel per parameter; kind as in `plot`.   Raises: SettingError."""
-        from sbi_phys.calibration import plots
-
-        return plots.sbc_figure(self, require_choice("kind", kind, ("ecdf", "histogram")))
+        return figures.calibration.sbc_figure(self, require_choice("kind", kind, ("ecdf", "histogram")))
 
 
 def sbc(

@@ -31,9 +31,10 @@ from numpy.typing import ArrayLike, NDArray
 from sbi_phys.calibration.bands import band_counts, curve_pvalue, rank_grid
 from sbi_phys.calibration.covariates import check_x, random_features, standardised
 from sbi_phys.calibration.inputs import ALPHA, check_pairs, count_below, require_varying
-from sbi_phys.checks import as_array, require_choice
-from sbi_phys.errors import DataError, SettingError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.checks import as_array, require_choice
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,9 +127,7 @@ class TARP:
 
         Raises: SettingError.   Read: below the diagonal, or below 0 = truths farther from the references than the draws are.
         """
-        from sbi_phys.calibration import plots_local
-
-        draw = {"coverage": plots_local.tarp_coverage, "ecdf": plots_local.ecdf_difference}
+        draw = {"coverage": figures.calibration_local.tarp_coverage, "ecdf": figures.calibration_local.ecdf_difference}
         return draw[require_choice("kind", kind, tuple(draw))](self, ax)
 
 

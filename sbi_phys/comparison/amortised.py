@@ -24,21 +24,21 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_softmax
 from torch import Tensor, nn
 
-from sbi_phys.checkpoint import read_file, write_file
-from sbi_phys.checks import as_real, require_finite, require_int
 from sbi_phys.comparison.models import prior_probabilities, require_names
 from sbi_phys.comparison.network import ModelNet, finish, model_loss
 from sbi_phys.comparison.probabilities import ProbabilityCalibration, check_probabilities
-from sbi_phys.dataset import XScaler, count_columns, split_rows
-from sbi_phys.device import resolve_device
-from sbi_phys.errors import DataError, ModelFileError, SettingError, ShapeError, SimulatorMismatchError
+from sbi_phys.core.checks import as_real, require_finite, require_int
+from sbi_phys.core.device import resolve_device
+from sbi_phys.core.errors import DataError, ModelFileError, SettingError, ShapeError, SimulatorMismatchError
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.sets import take_scaling
 from sbi_phys.priors import Observable
-from sbi_phys.progress import Progress, or_none
-from sbi_phys.protocol import Simulator, check_output, check_simulator
-from sbi_phys.rng import rng_for, seed_for
-from sbi_phys.train import TrainConfig, fit
+from sbi_phys.simulation.protocol import Simulator, check_output, check_simulator
+from sbi_phys.training.checkpoint import read_file, write_file
+from sbi_phys.training.loop import TrainConfig, fit
+from sbi_phys.training.scaling import XScaler, count_columns, split_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

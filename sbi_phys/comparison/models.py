@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sbi_phys.checks import require_choice, require_known, require_number
-from sbi_phys.errors import SettingError
+from sbi_phys.core.checks import require_choice, require_known, require_number
+from sbi_phys.core.errors import SettingError
 
 __all__ = ["prior_probabilities", "require_names"]
 

@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv, chdtrc, ndtri
 
-from sbi_phys.checks import as_array, as_matrix, as_real, require_finite, require_int
-from sbi_phys.errors import DataError, SettingError, ShapeError
-from sbi_phys.progress import Progress, or_none
-from sbi_phys.protocol import Simulator, check_simulator
-from sbi_phys.rng import rng_for
+from sbi_phys.core.checks import as_array, as_matrix, as_real, require_finite, require_int
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.rng import rng_for
+from sbi_phys.simulation.protocol import Simulator, check_simulator
 
 __all__ = ["NestedTest", "nested_test"]
 
@@ -64,9 +65,7 @@ class NestedTest:
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the statistic's distribution under the null and the observation."""
-        from sbi_phys.comparison import plots
-
-        return plots.null_distribution(self, ax)
+        return figures.comparison.null_distribution(self, ax)
 
 
 def nested_test(

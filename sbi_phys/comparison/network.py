@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbi_phys.dataset import XScaler
-from sbi_phys.errors import ShapeError
+from sbi_phys.core.errors import ShapeError
+from sbi_phys.core.rng import seed_for
 from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
-from sbi_phys.rng import seed_for
+from sbi_phys.training.scaling import XScaler
 
 __all__ = ["ModelNet", "finish", "model_loss", "solve_last_layer"]
 

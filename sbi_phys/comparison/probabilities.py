@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import ALPHA, combine
-from sbi_phys.checks import as_array, require_int
-from sbi_phys.errors import DataError, SettingError, ShapeError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.checks import as_array, require_int
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,9 +90,7 @@ class ProbabilityCalibration:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw observed shares against predicted probabilities.   Read: on the diagonal, within the bars = calibrated."""
-        from sbi_phys.comparison import plots
-
-        return plots.reliability_curve(self, ax)
+        return figures.comparison.reliability_curve(self, ax)
 
 
 def check_probabilities(

@@ -27,11 +27,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import chdtri, ndtr, ndtri
 
-from sbi_phys.checks import as_real, require_finite
 from sbi_phys.confidence.inputs import check_level
 from sbi_phys.confidence.profile import Fit
 from sbi_phys.confidence.scans import conditional, crossing
-from sbi_phys.errors import ConvergenceError, DataError, SettingError
+from sbi_phys.core.checks import as_real, require_finite
+from sbi_phys.core.errors import ConvergenceError, DataError, SettingError
 
 __all__ = ["Discovery", "asymptotic_interval", "asymptotic_limit", "cls_limit", "cls_value", "discovery"]
 

@@ -27,9 +27,10 @@ from scipy.special import chdtrc, expit, logit
 from scipy.stats import binom
 
 from sbi_phys.calibration.inputs import ALPHA, check_names
-from sbi_phys.checks import as_real, require_int, require_same_rows
 from sbi_phys.confidence.inputs import as_points, check_level, frozen, require_within
-from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.checks import as_real, require_int, require_same_rows
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -118,9 +119,7 @@ class CoverageMap:
 
     def plot(self, ax: "Axes | None" = None, *, name: str | None = None) -> "Axes":
         """Draw the map: curve with band and binned points for one parameter (or `name` of several), colours for two."""
-        from sbi_phys.confidence import plots_confidence
-
-        return plots_confidence.coverage_map(self, ax, name)
+        return figures.confidence.coverage_map(self, ax, name)
 
 
 def coverage_map(

@@ -26,11 +26,11 @@ from sklearn.model_selection import KFold
 from sklearn.preprocessing import SplineTransformer
 
 from sbi_phys.calibration.inputs import check_names
-from sbi_phys.checks import require_choice, require_int, require_same_rows
 from sbi_phys.confidence.inputs import Bounds, as_points, check_bounds, check_level, check_statistic, frozen, require_within
-from sbi_phys.errors import DataError, NonFiniteError, SbiPhysError
+from sbi_phys.core.checks import require_choice, require_int, require_same_rows
+from sbi_phys.core.errors import DataError, NonFiniteError, SbiPhysError
+from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.priors import Parameter
-from sbi_phys.rng import rng_for, seed_for
 
 __all__ = ["CriticalValues", "PValues", "learn_critical_values", "learn_pvalues", "pinball"]
 

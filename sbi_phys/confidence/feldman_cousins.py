@@ -29,10 +29,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtri, lambertw, ndtr, ndtri, pdtr, xlogy
 
-from sbi_phys.checks import as_real, require_finite, require_number
 from sbi_phys.confidence.inputs import check_level
 from sbi_phys.confidence.sets import Interval
-from sbi_phys.errors import DataError, ShapeError
+from sbi_phys.core.checks import as_real, require_finite, require_number
+from sbi_phys.core.errors import DataError, ShapeError
 
 __all__ = ["FeldmanCousins", "acceptance", "feldman_cousins", "feldman_cousins_gaussian"]
 

@@ -17,7 +17,8 @@ from sbi_phys.confidence.inputs import find_name, frozen
 from sbi_phys.confidence.minimise import minimise
 from sbi_phys.confidence.profile import Fit
 from sbi_phys.confidence.scans import conditional
-from sbi_phys.errors import SettingError
+from sbi_phys.core.errors import SettingError
+from sbi_phys.core.figures import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,9 +57,7 @@ class Impacts:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw impacts as bars and pulls as points, the largest on top."""
-        from sbi_phys.confidence import plots_confidence
-
-        return plots_confidence.impacts(self, ax)
+        return figures.confidence.impacts(self, ax)
 
 
 def impacts(fit: Fit, name: str) -> Impacts:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array, as_matrix, as_real, require_finite, require_number
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.checks import as_array, as_matrix, as_real, require_finite, require_number
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
 from sbi_phys.priors import Parameter
 
 __all__ = [
@@ -158,7 +158,7 @@ def check_statistic(value: Any, n: int | None, where: str) -> Array:
 def find_name(name: str, names: Sequence[str]) -> int:
     """Index of a parameter's name.   Raises: SettingError."""
     if name not in names:
-        from sbi_phys.checks import did_you_mean
+        from sbi_phys.core.checks import did_you_mean
 
         raise SettingError(f"there is no parameter {name!r}; expected one of {', '.join(names)}{did_you_mean(name, names)}")
     return list(names).index(name)

@@ -23,11 +23,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import check_names
-from sbi_phys.checks import as_array, require_int
 from sbi_phys.confidence.critical_values import CriticalValues, PValues, learn_critical_values, learn_pvalues
 from sbi_phys.confidence.inputs import Bounds, as_points, check_bounds, check_levels, check_statistic, nearest_level, require_within
 from sbi_phys.confidence.sets import Construction, Profile, Statistic
-from sbi_phys.errors import SettingError
+from sbi_phys.core.checks import as_array, require_int
+from sbi_phys.core.errors import SettingError
+from sbi_phys.core.figures import figures
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -83,9 +84,7 @@ class LF2I(Construction):
 
     def plot(self, ax: "Axes | None" = None, *, level: float | None = None) -> "Axes":
         """Draw the critical values along the first parameter, the others at the middle and at both ends, over Wilks' value."""
-        from sbi_phys.confidence import plots_confidence
-
-        return plots_confidence.learned_critical_values(self, ax, nearest_level(level, self.levels))
+        return figures.confidence.learned_critical_values(self, ax, nearest_level(level, self.levels))
 
 
 def lf2i(

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array, require_choice
 from sbi_phys.confidence.asymptotic import asymptotic_interval, asymptotic_limit, cls_limit
 from sbi_phys.confidence.inputs import check_level, frozen
 from sbi_phys.confidence.profile import Fit
 from sbi_phys.confidence.sets import Interval
-from sbi_phys.errors import DataError, SettingError
+from sbi_phys.core.checks import as_array, require_choice
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.figures import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,9 +169,7 @@ class ExpectedLimits:
 
     def plot(self, ax: "Axes | None" = None, *, observed: float | None = None) -> "Axes":
         """Draw the toys' limits with both bands, and the observed one."""
-        from sbi_phys.confidence import plots_confidence
-
-        return plots_confidence.expected(self, ax, observed)
+        return figures.confidence.expected(self, ax, observed)
 
 
 def expected_limits(source: Source, toys: Any, *, kind: str = "upper", level: float = 0.9) -> ExpectedLimits:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array, require_number
 from sbi_phys.confidence.inputs import find_name, point_words
-from sbi_phys.errors import ConvergenceError, NonFiniteError, SbiPhysError, SettingError
+from sbi_phys.core.checks import as_array, require_number
+from sbi_phys.core.errors import ConvergenceError, NonFiniteError, SbiPhysError, SettingError
 
 __all__ = ["Cost", "LogLikelihood", "minimise"]
 

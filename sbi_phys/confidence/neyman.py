@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import check_names
-from sbi_phys.checks import require_choice, require_int
 from sbi_phys.confidence.inputs import (
     Bounds,
     as_points,
@@ -42,10 +41,12 @@ from sbi_phys.confidence.inputs import (
 )
 from sbi_phys.confidence.nuisances import NUISANCES, Fixed, back, corners, nuisances_of, prepivot, supremum, tail
 from sbi_phys.confidence.sets import Construction, Profile, Statistic
-from sbi_phys.errors import SettingError
+from sbi_phys.core.checks import require_choice, require_int
+from sbi_phys.core.errors import SettingError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import Parameter
-from sbi_phys.progress import Progress, or_none
-from sbi_phys.rng import rng_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,9 +126,7 @@ class Neyman(Construction):
 
     def plot(self, ax: "Axes | None" = None, *, level: float | None = None) -> "Axes":
         """Draw critical values with errors along the first parameter, one line per value of the second, over Wilks' value."""
-        from sbi_phys.confidence import plots_confidence
-
-        return plots_confidence.critical_values(self, ax, nearest_level(level, self.levels))
+        return figures.confidence.critical_values(self, ax, nearest_level(level, self.levels))
 
 
 def neyman(

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array
+from sbi_phys.core.checks import as_array
 
 __all__ = ["NUISANCES", "Fixed", "back", "corners", "nuisances_of", "prepivot", "supremum", "tail"]
 

@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtri, gammaln, ndtri, pdtr, xlogy
 
-from sbi_phys.checks import require_choice, require_number
 from sbi_phys.confidence.inputs import check_level
-from sbi_phys.errors import ConvergenceError, DataError
+from sbi_phys.core.checks import require_choice, require_number
+from sbi_phys.core.errors import ConvergenceError, DataError
 
 __all__ = ["OnOff", "counting_cls", "counting_wilks", "li_ma", "on_off", "on_off_coverage", "on_off_wilks"]
 

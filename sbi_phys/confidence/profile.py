@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import check_names
-from sbi_phys.checks import as_array, require_int, require_number
 from sbi_phys.confidence.inputs import check_level, find_name, frozen
 from sbi_phys.confidence.minimise import Cost, LogLikelihood, minimise
-from sbi_phys.errors import ConvergenceError, SettingError, ShapeError
+from sbi_phys.core.checks import as_array, require_int, require_number
+from sbi_phys.core.errors import ConvergenceError, SettingError, ShapeError
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats.qmc import Halton
 
-from sbi_phys.checks import as_array, as_real, require_choice, require_finite, require_int
 from sbi_phys.confidence.climb import climb
 from sbi_phys.confidence.inputs import frozen, require_within
 from sbi_phys.confidence.statistics import KINDS
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.checks import as_array, as_real, require_choice, require_finite, require_int
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 
 __all__ = ["RefinedLRT"]
 

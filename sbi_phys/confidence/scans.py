@@ -15,11 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import chdtri
 
-from sbi_phys.checks import as_array, require_int
 from sbi_phys.confidence.inputs import find_name, frozen, point_words
 from sbi_phys.confidence.minimise import IMPOSSIBLE, minimise
 from sbi_phys.confidence.profile import Fit
-from sbi_phys.errors import ConvergenceError, SettingError
+from sbi_phys.core.checks import as_array, require_int
+from sbi_phys.core.errors import ConvergenceError, SettingError
+from sbi_phys.core.figures import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,9 +47,7 @@ class Profile:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw q over the parabola that the Hesse error draws.   Read: where they part, the error is not Gaussian."""
-        from sbi_phys.confidence import plots_confidence
-
-        return plots_confidence.profile(self, ax)
+        return figures.confidence.profile(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -73,9 +72,7 @@ class Contour:
 
     def plot(self, ax: "Axes | None" = None, *, levels: tuple[float, ...] = (0.683, 0.954)) -> "Axes":
         """Draw the contours of these contents and the best fit."""
-        from sbi_phys.confidence import plots_confidence
-
-        return plots_confidence.contour(self, ax, levels)
+        return figures.confidence.contour(self, ax, levels)
 
 
 def conditional(fit: Fit, fixed: Mapping[str, float]) -> tuple[float, Array]:

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array, require_choice, require_int
 from sbi_phys.confidence.inputs import check_statistic, nearest_level, point_words, require_within
 from sbi_phys.confidence.nuisances import nuisances_of
-from sbi_phys.errors import SettingError, ShapeError, SupportError
+from sbi_phys.core.checks import as_array, require_choice, require_int
+from sbi_phys.core.errors import SettingError, ShapeError, SupportError
+from sbi_phys.core.figures import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,9 +82,7 @@ class Region:
 
     def plot(self, ax: "Axes | None" = None, *, data_set: int = 0) -> "Axes":
         """Draw the set of one data set as a filled contour."""
-        from sbi_phys.confidence import plots_confidence
-
-        return plots_confidence.region(self, ax, data_set)
+        return figures.confidence.region(self, ax, data_set)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

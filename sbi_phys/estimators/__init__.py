@@ -1,7 +1,5 @@
 """Estimators: what is learned from simulations. `load` reads any of them back."""
 
-from sbi_phys.estimators.nle import NLE
-from sbi_phys.estimators.npe import NPE, load
-from sbi_phys.estimators.nre import NRE
+from sbi_phys.core.lazy import public_names
 
-__all__ = ["NLE", "NPE", "NRE", "load"]
+__getattr__, __dir__, __all__ = public_names(__name__, __file__)

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sbi_phys.checks import as_matrix
-from sbi_phys.errors import SettingError
-from sbi_phys.estimators.likelihood_net import XColumns
-from sbi_phys.estimators.posterior_net import PosteriorNet, sample_net
+from sbi_phys.core.checks import as_matrix
+from sbi_phys.core.errors import SettingError
+from sbi_phys.nets.likelihood import XColumns
+from sbi_phys.nets.posterior import PosteriorNet, sample_net
 from sbi_phys.priors import Observable, Parameter, Prior
 
 __all__ = ["Emulator"]

@@ -7,14 +7,14 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from sbi_phys.batches import Batches
-from sbi_phys.errors import DataError, SettingError
-from sbi_phys.estimators.sources import Rows, Settings, from_arrays, from_stores, stores_of
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.progress import Progress
+from sbi_phys.core.rng import seed_for
 from sbi_phys.priors import Observable, Prior
-from sbi_phys.progress import Progress
-from sbi_phys.rng import seed_for
-from sbi_phys.store import Store
-from sbi_phys.train import Loss, TrainConfig, fit
+from sbi_phys.store.store import Store
+from sbi_phys.training.batches import Batches
+from sbi_phys.training.loop import Loss, TrainConfig, fit
+from sbi_phys.training.sources import Rows, Settings, from_arrays, from_stores, stores_of
 
 __all__ = ["History", "fit_ensemble", "require_prior", "rows_of", "stores_or_data", "train_member"]
 

@@ -32,22 +32,22 @@ from scipy.special import expit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbi_phys.batches import MemoryBatches
-from sbi_phys.checkpoint import write_file
-from sbi_phys.checks import as_array, as_real, require_choice, require_int, require_number
-from sbi_phys.dataset import XScaler, count_columns, split_rows
-from sbi_phys.device import resolve_device
-from sbi_phys.errors import DataError, SettingError
+from sbi_phys.core.checks import as_array, as_real, require_choice, require_int, require_number
+from sbi_phys.core.device import resolve_device
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.rng import seed_for
 from sbi_phys.estimators.fitting import History, fit_ensemble, train_member
+from sbi_phys.estimators.hypotheses import Events, HypothesisRatio, as_events, cross_entropy, standard_units
 from sbi_phys.estimators.model_file import FILE, common_content, common_settings, with_weights
-from sbi_phys.estimators.two_hypotheses import Events, HypothesisRatio, as_events, cross_entropy, standard_units
 from sbi_phys.nets.classifier import ClassifierConfig, PairClassifier
 from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
-from sbi_phys.parallel import current_ranks
 from sbi_phys.priors import Observable
-from sbi_phys.progress import Progress, or_none
-from sbi_phys.rng import seed_for
-from sbi_phys.train import TrainConfig
+from sbi_phys.training.batches import MemoryBatches
+from sbi_phys.training.checkpoint import write_file
+from sbi_phys.training.loop import TrainConfig
+from sbi_phys.training.ranks import current_ranks
+from sbi_phys.training.scaling import XScaler, count_columns, split_rows
 
 __all__ = ["SALLY", "MinedRatio", "alice_loss", "rolr_loss"]
 

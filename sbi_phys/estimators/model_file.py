@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from sbi_phys.errors import ModelFileError
+from sbi_phys.core.errors import ModelFileError
+from sbi_phys.core.provenance import __version__
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.priors import Observable, prior_from_dict
-from sbi_phys.train import TrainConfig
+from sbi_phys.training.loop import TrainConfig
 
 __all__ = ["FILE", "common_content", "common_settings", "maker", "shared_content", "shared_settings", "with_weights"]
 
@@ -24,10 +25,10 @@ _MODULES = {
     "NPE": "sbi_phys.estimators.npe",
     "NLE": "sbi_phys.estimators.nle",
     "NRE": "sbi_phys.estimators.nre",
-    "TwoHypotheses": "sbi_phys.estimators.two_hypotheses",
+    "TwoHypotheses": "sbi_phys.estimators.hypotheses",
     "MinedRatio": "sbi_phys.estimators.mined",
     "SALLY": "sbi_phys.estimators.mined",
-    "SetNPE": "sbi_phys.estimators.set_posterior",
+    "SetNPE": "sbi_phys.estimators.set_npe",
 }
 
 
@@ -39,8 +40,6 @@ def maker(name: str) -> Callable[..., Any]:
 
 def common_content(model: Any) -> dict[str, Any]:
     """Plain values of the attributes that every estimator has, with or without a prior."""
-    from sbi_phys import __version__
-
     return {
         "estimator": type(model).__name__,
         "version": __version__,

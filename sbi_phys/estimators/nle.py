@@ -26,28 +26,28 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from sbi_phys.batches import MemoryBatches
-from sbi_phys.checkpoint import write_file
-from sbi_phys.checks import as_matrix, require_int
-from sbi_phys.dataset import prepare_simulations, split_rows
-from sbi_phys.device import resolve_device
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.checks import as_matrix, require_int
+from sbi_phys.core.device import resolve_device
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
+from sbi_phys.estimators.density_sampling import Gradient, PosteriorDraws, sample_posterior
 from sbi_phys.estimators.emulator import Emulator
 from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, stores_or_data, train_member
-from sbi_phys.estimators.from_density import Gradient, PosteriorDraws, sample_posterior
-from sbi_phys.estimators.likelihood_net import DequantisedLoss, XColumns, log_density_rows, noise_points, value_and_gradient
 from sbi_phys.estimators.model_file import FILE, shared_content, shared_settings, with_weights
-from sbi_phys.estimators.posterior_net import PosteriorNet, sample_net
-from sbi_phys.estimators.sources import MIN_SIMULATIONS
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
-from sbi_phys.parallel import current_ranks
+from sbi_phys.nets.likelihood import DequantisedLoss, XColumns, log_density_rows, noise_points, value_and_gradient
+from sbi_phys.nets.posterior import PosteriorNet, sample_net
 from sbi_phys.priors import Observable, Prior
-from sbi_phys.progress import Progress, or_none
-from sbi_phys.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.samplers.importance import Proposal
-from sbi_phys.store import Store
-from sbi_phys.train import TrainConfig
+from sbi_phys.store.store import Store
+from sbi_phys.training.batches import MemoryBatches
+from sbi_phys.training.checkpoint import write_file
+from sbi_phys.training.loop import TrainConfig
+from sbi_phys.training.ranks import current_ranks
+from sbi_phys.training.scaling import prepare_simulations, split_rows
+from sbi_phys.training.sources import MIN_SIMULATIONS
 
 __all__ = ["NLE"]
 

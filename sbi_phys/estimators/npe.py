@@ -27,24 +27,25 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from sbi_phys.checkpoint import read_file, write_file
-from sbi_phys.checks import as_matrix, as_real, require_int
-from sbi_phys.dataset import XScaler
-from sbi_phys.device import resolve_device
-from sbi_phys.errors import DataError, ModelFileError, SettingError, ShapeError, SimulatorMismatchError
+from sbi_phys.core.checks import as_matrix, as_real, require_int
+from sbi_phys.core.device import resolve_device
+from sbi_phys.core.errors import DataError, ModelFileError, SettingError, ShapeError, SimulatorMismatchError
+from sbi_phys.core.progress import NoProgress, Progress
+from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, rows_of, train_member
 from sbi_phys.estimators.model_file import FILE, maker, shared_content, shared_settings, with_weights
-from sbi_phys.estimators.posterior_net import FlowProposal, PosteriorNet, encode_net, log_prob_nets, npe_loss, sample_net
-from sbi_phys.estimators.sources import Rows, Settings, from_simulator
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
+from sbi_phys.nets.posterior import FlowProposal, PosteriorNet, encode_net, log_prob_nets, npe_loss, sample_net
 from sbi_phys.nets.sets import take_scaling
 from sbi_phys.priors import Observable, Prior, standard_normal_log_prob
-from sbi_phys.progress import NoProgress, Progress
-from sbi_phys.protocol import Simulator, simulator_identity
-from sbi_phys.rng import rng_for, seed_for, torch_rng_for
-from sbi_phys.store import Store
-from sbi_phys.train import TrainConfig
+from sbi_phys.simulation.protocol import Simulator
+from sbi_phys.store.identity import simulator_identity
+from sbi_phys.store.store import Store
+from sbi_phys.training.checkpoint import read_file, write_file
+from sbi_phys.training.loop import TrainConfig
+from sbi_phys.training.scaling import XScaler
+from sbi_phys.training.sources import Rows, Settings, from_simulator
 
 __all__ = ["NPE", "load"]
 

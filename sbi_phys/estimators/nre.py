@@ -29,27 +29,27 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from sbi_phys.checkpoint import write_file
-from sbi_phys.checks import as_matrix, require_choice, require_int
-from sbi_phys.dataset import XScaler
-from sbi_phys.device import resolve_device
-from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.checks import as_matrix, require_choice, require_int
+from sbi_phys.core.device import resolve_device
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.rng import seed_for
+from sbi_phys.estimators.density_sampling import PosteriorDraws, sample_posterior
 from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, rows_of, train_member
-from sbi_phys.estimators.from_density import PosteriorDraws, sample_posterior
 from sbi_phys.estimators.model_file import FILE, shared_content, shared_settings, with_weights
 from sbi_phys.estimators.ratio_losses import LOSSES
 from sbi_phys.estimators.ratio_mean import Gaussians, PriorMean, joined, mean_over_prior
-from sbi_phys.estimators.sources import Rows, Settings
 from sbi_phys.nets.classifier import NEAR, ClassifierConfig, PairClassifier, Parts
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.reference import REFERENCES
 from sbi_phys.nets.sets import take_scaling
 from sbi_phys.priors import Observable, Prior
-from sbi_phys.progress import Progress, or_none
-from sbi_phys.rng import seed_for
 from sbi_phys.samplers.importance import Proposal
-from sbi_phys.store import Store
-from sbi_phys.train import TrainConfig
+from sbi_phys.store.store import Store
+from sbi_phys.training.checkpoint import write_file
+from sbi_phys.training.loop import TrainConfig
+from sbi_phys.training.scaling import XScaler
+from sbi_phys.training.sources import Rows, Settings
 
 __all__ = ["NRE"]
 

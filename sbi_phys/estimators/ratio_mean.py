@@ -29,10 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp, ndtri
 
-from sbi_phys.errors import ConvergenceError
+from sbi_phys.core.errors import ConvergenceError
+from sbi_phys.core.progress import or_none
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import standard_normal_log_prob
-from sbi_phys.progress import or_none
-from sbi_phys.rng import rng_for
 from sbi_phys.samplers.explore import explore
 
 __all__ = ["LEAST", "WANTED", "Gaussians", "PriorMean", "joined", "mean_over_prior"]

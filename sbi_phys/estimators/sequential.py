@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import chi2
 
-from sbi_phys.checks import as_array, require_int, require_number
-from sbi_phys.errors import DataError, SettingError
+from sbi_phys.core.checks import as_array, require_int, require_number
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.progress import Progress
+from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.estimators.npe import NPE
-from sbi_phys.progress import Progress
-from sbi_phys.protocol import Simulator
-from sbi_phys.rng import rng_for, seed_for
-from sbi_phys.simulate import simulate
-from sbi_phys.train import TrainConfig
+from sbi_phys.simulation.campaign import simulate
+from sbi_phys.simulation.protocol import Simulator
+from sbi_phys.training.loop import TrainConfig
 
 __all__ = ["TruncatedPrior", "truncated_rounds"]
 

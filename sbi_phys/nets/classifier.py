@@ -36,11 +36,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbi_phys.checks import require_int
-from sbi_phys.errors import ShapeError
+from sbi_phys.core.checks import require_int
+from sbi_phys.core.errors import ShapeError
+from sbi_phys.core.rng import seed_for
 from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
 from sbi_phys.nets.reference import LikelihoodReference, PosteriorReference
-from sbi_phys.rng import seed_for
 
 __all__ = ["NEAR", "ClassifierConfig", "Contrasts", "LabelledFeatures", "PairClassifier", "Parts", "solve_last_layer"]
 

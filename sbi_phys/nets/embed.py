@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbi_phys.checks import require_int
+from sbi_phys.core.checks import require_int
 from sbi_phys.nets.silu import silu_layer
 
 __all__ = ["EmbeddingConfig", "ResidualMLP"]

@@ -15,7 +15,7 @@ import torch
 from nflows.transforms.base import Transform
 from torch import Tensor, nn
 
-from sbi_phys.checks import require_choice, require_int, require_number
+from sbi_phys.core.checks import require_choice, require_int, require_number
 from sbi_phys.nets.layers import AffineCoupling, GaussianLayer, MaskedAutoregressive, SplineCoupling
 
 __all__ = ["FLOWS", "ConditionalFlow", "FlowConfig"]

@@ -30,13 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbi_phys.checks import require_int
-from sbi_phys.dataset import XScaler
+from sbi_phys.core.checks import require_int
+from sbi_phys.core.rng import seed_for
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import ConditionalFlow, FlowConfig
 from sbi_phys.nets.layers import GaussianLayer
 from sbi_phys.nets.sets import SetEmbedding, segment_sum
-from sbi_phys.rng import seed_for
+from sbi_phys.training.scaling import XScaler
 
 __all__ = ["AnchoredFlow", "EventScores", "LikelihoodSet", "contrastive_loss"]
 

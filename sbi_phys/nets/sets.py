@@ -23,11 +23,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbi_phys.checks import as_real, require_finite, require_int
-from sbi_phys.dataset import XScaler
-from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.checks import as_real, require_finite, require_int
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.rng import seed_for
 from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
-from sbi_phys.rng import seed_for
+from sbi_phys.training.scaling import XScaler
 
 __all__ = ["DeepSet", "SetAttention", "SetEmbedding", "pad_sets", "take_scaling"]
 

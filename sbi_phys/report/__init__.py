@@ -1,1 +1,1 @@
-"""What a reader sees: figures, tables, the ArviZ file and the HTML report. Import the module you need; each is light until used."""
+"""Reports: HTML pages, tables and ArviZ files."""

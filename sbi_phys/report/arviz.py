@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_real, require_finite
-from sbi_phys.errors import DataError, ShapeError
+from sbi_phys.core.checks import as_real, require_finite
+from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.files import write_aside
 from sbi_phys.priors import Parameter
-from sbi_phys.report.style import write_aside
 
 __all__ = [
     "attributes", "chains_to_dict", "group", "groups", "read_netcdf", "spectra_to_inference_data", "to_inference_data", "write_netcdf",

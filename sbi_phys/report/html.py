@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sbi_phys.checks import require_choice
-from sbi_phys.errors import DataError, SettingError
-from sbi_phys.report.style import write_aside
+from sbi_phys.core.checks import require_choice
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.files import write_aside
 from sbi_phys.report.tables import Table, inline_html
 
 __all__ = ["Block", "Code", "Details", "FigureBlock", "KeyValues", "Section", "Table", "Text", "Verdict", "render_report"]

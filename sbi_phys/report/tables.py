@@ -15,19 +15,18 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sbi_phys.checks import as_matrix
-from sbi_phys.errors import DataError, ShapeError
+from sbi_phys.core.checks import as_matrix
+from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.numbers import MINUS, decimals, fixed, format_interval
 from sbi_phys.priors import Parameter
 from sbi_phys.report.latex import latex_to_html
 
 __all__ = [
-    "MINUS",
     "ComparisonRow",
     "PosteriorRow",
     "ShiftRow",
     "Table",
     "comparison_table",
-    "format_interval",
     "inline_html",
     "posterior_table",
     "rows_to_csv",
@@ -36,7 +35,8 @@ __all__ = [
     "summarise",
 ]
 
-MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
+NONE = "\N{EN DASH}"
+
 _LEVELS = {"q025": 0.025, "q05": 0.05, "q16": 0.16, "q50": 0.5, "q84": 0.84, "q95": 0.95, "q975": 0.975}
 _SUMMARY = ("q05", "q16", "q50", "q84", "q95")
 _MARKUP = re.compile(
@@ -112,8 +112,8 @@ class PosteriorRow:
 
     def cells(self) -> tuple[str, ...]:
         """The row in words; all but the 68 % interval carry one digit more than that."""
-        digits = _decimals(self.q50 - self.q16, self.q84 - self.q50) + 1
-        low, high, mean, sd = (_fixed(v, digits) for v in (self.q025, self.q975, self.mean, self.sd))
+        digits = decimals(self.q50 - self.q16, self.q84 - self.q50) + 1
+        low, high, mean, sd = (fixed(v, digits) for v in (self.q025, self.q975, self.mean, self.sd))
         central = format_interval(self.q50, self.q16, self.q84)
         return (self.label, central, f"[{low}, {high}]", mean, sd, self.unit or NONE)
 
@@ -140,7 +140,7 @@ class ComparisonRow:
     def cells(self) -> tuple[str, ...]:
         """The row in words."""
         ours = format_interval(self.q50, self.q16, self.q84, self.unit)
-        return (self.label, self.fit, f"{self.value:.4g}".replace("-", MINUS), ours, _fixed(self.offset, 1, sign=True), f"{self.below:.3f}")
+        return (self.label, self.fit, f"{self.value:.4g}".replace("-", MINUS), ours, fixed(self.offset, 1, sign=True), f"{self.below:.3f}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class ShiftRow:
         """The row in words."""
         ours = format_interval(self.q50, self.q16, self.q84, self.unit)
         theirs = format_interval(self.reference_q50, self.reference_q16, self.reference_q84, self.unit)
-        return (self.label, ours, theirs, _fixed(self.shift, 3, sign=True), f"{self.width_ratio:.3f}")
+        return (self.label, ours, theirs, fixed(self.shift, 3, sign=True), f"{self.width_ratio:.3f}")
 
 
 def summarise(samples: ArrayLike, names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -246,13 +246,6 @@ def rows_to_csv(rows: Sequence[PosteriorRow] | Sequence[ComparisonRow] | Sequenc
     return out.getvalue()
 
 
-def format_interval(median: float, low: float, high: float, unit: str = "") -> str:
-    """'18.21 +0.05 -0.04 lg V' from a median and the interval's ends; digits by the Particle Data Group's rule on the smaller error."""
-    digits = _decimals(median - low, high - median)
-    text = f"{_fixed(median, digits)} +{_fixed(high - median, digits)} {MINUS}{_fixed(median - low, digits)}"
-    return f"{text} {unit}" if unit else text
-
-
 def inline_html(text: str) -> str:
     """Escape `text`, then turn `code`, **bold**, $LaTeX$ and https addresses into HTML; anything else stays as typed."""
     out, at = [], 0
@@ -269,29 +262,6 @@ def inline_html(text: str) -> str:
             out.append(f'<a href="{escape(link)}" rel="noopener noreferrer">{escape(link)}</a>')
         at = match.end()
     return "".join([*out, escape(text[at:])])
-
-
-def _decimals(below: float, above: float) -> int:
-    # The smaller error decides, unless it is under a fifth of the larger: at the edge of a prior it can vanish.
-    scale = max(min(below, above), max(below, above) / 5)
-    if not math.isfinite(scale) or scale <= 0:
-        return 4
-    exponent = math.floor(math.log10(scale))
-    leading = round(scale / 10.0**exponent * 100)
-    significant = 2 if leading < 355 or leading >= 950 else 1
-    if leading >= 950:
-        exponent += 1
-    return max(0, significant - 1 - exponent)
-
-
-def _fixed(value: float, digits: int, *, sign: bool = False) -> str:
-    """Fixed-point text with a true minus sign and no '-0.00'."""
-    if not math.isfinite(value):
-        return str(value)
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = text.lstrip("+-")
-    return text.replace("-", MINUS)
 
 
 def _symbol(p: Parameter) -> str:

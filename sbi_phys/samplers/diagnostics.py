@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
-from sbi_phys.checks import as_array
-from sbi_phys.errors import DataError
+from sbi_phys.core.checks import as_array
+from sbi_phys.core.errors import DataError
 
 __all__ = ["autocorrelation_time", "split_r_hat"]
 

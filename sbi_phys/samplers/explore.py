@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sbi_phys.errors import DataError
+from sbi_phys.core.errors import DataError
+from sbi_phys.core.progress import Task
 from sbi_phys.priors import standard_normal_log_prob
-from sbi_phys.progress import Task
 from sbi_phys.samplers.importance import effective_size, resample_indices
 from sbi_phys.samplers.moves import Mixture, fit_mixture
 

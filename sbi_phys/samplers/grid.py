@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array, require_int
-from sbi_phys.errors import ConvergenceError, NonFiniteError, ShapeError
+from sbi_phys.core.checks import as_array, require_int
+from sbi_phys.core.errors import ConvergenceError, NonFiniteError, ShapeError
 
 __all__ = ["GridPosterior", "grid_posterior"]
 

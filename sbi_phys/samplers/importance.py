@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from sbi_phys.checks import as_array, require_choice, require_int, require_number
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
-from sbi_phys.progress import Progress, or_none
-from sbi_phys.rng import rng_for
+from sbi_phys.core.checks import as_array, require_choice, require_int, require_number
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.rng import rng_for
 
 __all__ = ["ImportanceResult", "LogDensity", "Proposal", "effective_size", "importance_sample", "pareto_smooth", "resample_indices"]
 
@@ -239,7 +239,7 @@ def resample_indices(weights: Array, n: int, rng: np.random.Generator, *, method
     n = require_int("n", n, low=1)
     require_choice("method", method, ("systematic", "multinomial"))
     if not isinstance(rng, np.random.Generator):
-        raise SettingError(f"rng is {rng!r}; expected a numpy Generator, e.g. sbi_phys.rng.rng_for(seed)")
+        raise SettingError(f"rng is {rng!r}; expected a numpy Generator, e.g. sbi_phys.core.rng.rng_for(seed)")
     w = as_array("weights", weights, (None,), finite=False)
     if w.size == 0:
         raise ShapeError("weights has shape (0,); expected at least one weight")

@@ -33,10 +33,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtri
 
-from sbi_phys.checks import as_array, require_int, require_number
-from sbi_phys.errors import ConvergenceError, DataError, ShapeError
-from sbi_phys.progress import Progress, Task, or_none
-from sbi_phys.rng import rng_for, seed_for
+from sbi_phys.core.checks import as_array, require_int, require_number
+from sbi_phys.core.errors import ConvergenceError, DataError, ShapeError
+from sbi_phys.core.progress import Progress, Task, or_none
+from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.samplers.diagnostics import autocorrelation_time, split_r_hat
 from sbi_phys.samplers.moves import Independence, Mixture, default_moves, fit_mixture, in_groups
 from sbi_phys.samplers.start import Checked, LogDensity, spread_start

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp
 
-from sbi_phys.errors import SettingError
+from sbi_phys.core.errors import SettingError
 
 __all__ = ["Independence", "Mixture", "default_moves", "fit_mixture", "in_groups", "snooker_proposal"]
 

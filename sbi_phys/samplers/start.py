@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array, require_int, require_number
-from sbi_phys.errors import DataError, NonFiniteError, SettingError
+from sbi_phys.core.checks import as_array, require_int, require_number
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError
 
 __all__ = ["Checked", "LogDensity", "spread_start"]
 
@@ -48,7 +48,7 @@ def spread_start(
     n_walkers = require_int("n_walkers", n_walkers, low=1)
     share = require_number("random_share", random_share, low=0, high=1)
     if not isinstance(rng, np.random.Generator):
-        raise SettingError(f"rng is {rng!r}; expected a numpy Generator, e.g. sbi_phys.rng.rng_for(seed)")
+        raise SettingError(f"rng is {rng!r}; expected a numpy Generator, e.g. sbi_phys.core.rng.rng_for(seed)")
     points = np.unique(points, axis=0)
     values = Checked(log_prob, points.shape[1])(points)
     points, values = points[np.isfinite(values)], values[np.isfinite(values)]

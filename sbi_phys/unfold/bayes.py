@@ -24,10 +24,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtrc, xlogy
 
-from sbi_phys.checks import require_choice, require_int, require_number
-from sbi_phys.errors import DataError, SettingError
-from sbi_phys.progress import Progress, Task, or_none
-from sbi_phys.rng import rng_for, seed_for
+from sbi_phys.core.checks import require_choice, require_int, require_number
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.progress import Progress, Task, or_none
+from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.unfold.bayes_sampler import Mixture, run_chains
 from sbi_phys.unfold.histograms import counts_of, to_hist
 from sbi_phys.unfold.ibu_steps import bayes_step, scaled_prior
@@ -128,9 +129,7 @@ class BayesianUnfold:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw median, 68 % and 95 % intervals, the measured and the refolded counts."""
-        from sbi_phys.unfold import plots_bayes
-
-        return plots_bayes.spectra(self, ax)
+        return figures.unfold_bayes.spectra(self, ax)
 
 
 class _Draws(NamedTuple):

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sbi_phys.errors import ConvergenceError
-from sbi_phys.progress import Task
+from sbi_phys.core.errors import ConvergenceError
+from sbi_phys.core.progress import Task
 from sbi_phys.samplers.diagnostics import autocorrelation_time, split_r_hat
 from sbi_phys.unfold.spectrum_posterior import Laplace, LogPosterior
 

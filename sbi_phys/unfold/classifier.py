@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbi_phys.checks import require_int
-from sbi_phys.errors import SettingError
+from sbi_phys.core.checks import require_int
+from sbi_phys.core.errors import SettingError
+from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
-from sbi_phys.rng import rng_for, seed_for
-from sbi_phys.train import TrainConfig, fit
+from sbi_phys.training.loop import TrainConfig, fit
 
 __all__ = ["RatioEstimator", "RatioFit", "RatioNet", "ratio_loss"]
 

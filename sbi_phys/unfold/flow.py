@@ -30,15 +30,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from sbi_phys.checks import require_int
-from sbi_phys.device import resolve_device
-from sbi_phys.errors import DataError, SettingError, ShapeError
-from sbi_phys.estimators.posterior_net import PosteriorNet, log_prob_nets, sample_net
+from sbi_phys.core.checks import require_int
+from sbi_phys.core.device import resolve_device
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.progress import Progress, Task, or_none
+from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
-from sbi_phys.progress import Progress, Task, or_none
-from sbi_phys.rng import rng_for, seed_for, torch_rng_for
-from sbi_phys.train import TrainConfig, fit
+from sbi_phys.nets.posterior import PosteriorNet, log_prob_nets, sample_net
+from sbi_phys.training.loop import TrainConfig, fit
 from sbi_phys.unfold.classifier import RatioEstimator
 from sbi_phys.unfold.omnifold_inputs import MIN_EVENTS, as_columns, as_mask, as_weights, check_overlap
 

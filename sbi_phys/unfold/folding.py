@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtrc
 
-from sbi_phys.checks import as_array, require_int, require_number
-from sbi_phys.errors import ConvergenceError, SbiPhysError, SettingError, ShapeError
+from sbi_phys.core.checks import as_array, require_int, require_number
+from sbi_phys.core.errors import ConvergenceError, SbiPhysError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
 from sbi_phys.unfold.flux import LG_E0, bin_integral, broken_power_law, parameter_names
 from sbi_phys.unfold.histograms import counts_of, to_hist
 from sbi_phys.unfold.inputs import check_counts
@@ -89,9 +90,7 @@ class ForwardFold:
 
     def plot(self, ax: "Axes | None" = None, *, power: float = 3.0) -> "Axes":
         """Draw E^power J(E), corrected data and fit."""
-        from sbi_phys.unfold import plots_classical
-
-        return plots_classical.flux(self, ax, power)
+        return figures.unfold_classical.flux(self, ax, power)
 
 
 class _Best(NamedTuple):

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array, as_real, require_finite, require_int
-from sbi_phys.errors import ConvergenceError, DataError, SbiPhysError, SettingError, ShapeError
-from sbi_phys.progress import Task
-from sbi_phys.rng import seed_for
+from sbi_phys.core.checks import as_array, as_real, require_finite, require_int
+from sbi_phys.core.errors import ConvergenceError, DataError, SbiPhysError, SettingError, ShapeError
+from sbi_phys.core.progress import Task
+from sbi_phys.core.rng import seed_for
 from sbi_phys.unfold.histograms import to_hist
 from sbi_phys.unfold.inputs import check_edges
 from sbi_phys.unfold.omnifold_inputs import as_columns

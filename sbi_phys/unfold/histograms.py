@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array, as_real
-from sbi_phys.errors import DataError, SbiPhysError, SettingError, ShapeError
+from sbi_phys.core.checks import as_array, as_real
+from sbi_phys.core.errors import DataError, SbiPhysError, SettingError, ShapeError
 from sbi_phys.unfold.inputs import bin_name, check_edges
 
 if TYPE_CHECKING:

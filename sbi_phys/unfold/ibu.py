@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import require_choice, require_int, require_number
-from sbi_phys.errors import DataError, SettingError
+from sbi_phys.core.checks import require_choice, require_int, require_number
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.figures import figures
 from sbi_phys.unfold.histograms import counts_of, to_hist
 from sbi_phys.unfold.ibu_steps import Iterate, iterations, scaled_prior
 from sbi_phys.unfold.inputs import check_counts, check_covariance, check_nonnegative, check_prior, warn_few
@@ -121,9 +122,7 @@ class IBU:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw unfolded counts with the errors of the data and of all, the measured counts and the prior."""
-        from sbi_phys.unfold import plots_classical
-
-        return plots_classical.spectrum(self, ax, prior=self.history[0])
+        return figures.unfold_classical.spectrum(self, ax, prior=self.history[0])
 
 
 def ibu(

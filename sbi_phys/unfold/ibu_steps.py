@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sbi_phys.errors import DataError, SettingError
+from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.unfold.inputs import bin_name
 from sbi_phys.unfold.response import Response
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array, as_real
-from sbi_phys.errors import DataError, ShapeError
+from sbi_phys.core.checks import as_array, as_real
+from sbi_phys.core.errors import DataError, ShapeError
 
 __all__ = [
     "bin_name",

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import require_int
-from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.checks import require_int
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.nets.embed import EmbeddingConfig
-from sbi_phys.progress import Progress, or_none
-from sbi_phys.rng import rng_for, seed_for
-from sbi_phys.train import TrainConfig
-from sbi_phys.unfold.omnifold import OmniFold, check_settings, unfold_events
+from sbi_phys.training.loop import TrainConfig
 from sbi_phys.unfold.omnifold_inputs import Events, check_events
+from sbi_phys.unfold.omnifold_weights import OmniFold, check_settings, unfold_events
 from sbi_phys.unfold.replicas import SOURCES, WeightReplicas
 
 __all__ = ["bootstrap_omnifold", "write_weights"]

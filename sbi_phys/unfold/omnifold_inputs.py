@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array, as_real, require_finite
-from sbi_phys.errors import DataError, ShapeError
+from sbi_phys.core.checks import as_array, as_real, require_finite
+from sbi_phys.core.errors import DataError, ShapeError
 
 __all__ = ["Events", "as_columns", "as_mask", "as_weights", "check_events", "check_overlap", "lowest_efficiency"]
 

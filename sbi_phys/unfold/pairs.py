@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import require_choice, require_finite
-from sbi_phys.errors import DataError, SettingError, ShapeError
-from sbi_phys.progress import Progress, or_none
-from sbi_phys.store import Store
+from sbi_phys.core.checks import require_choice, require_finite
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.store.store import Store
 from sbi_phys.unfold.inputs import bin_name, check_edges, check_mask, check_nonnegative
 from sbi_phys.unfold.response import Response
 

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array, did_you_mean, require_int, require_known, require_number
-from sbi_phys.errors import DataError, SbiPhysError, SettingError
+from sbi_phys.core.checks import as_array, did_you_mean, require_int, require_known, require_number
+from sbi_phys.core.errors import DataError, SbiPhysError, SettingError
 from sbi_phys.unfold.inputs import check_counts, check_edges, check_nonnegative
 from sbi_phys.unfold.response import Response
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_array, as_real, require_finite
-from sbi_phys.errors import DataError, ShapeError
+from sbi_phys.core.checks import as_array, as_real, require_finite
+from sbi_phys.core.errors import DataError, ShapeError
 
 __all__ = ["SOURCES", "StatisticCovariance", "WeightReplicas"]
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import require_number
-from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.checks import require_number
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
 from sbi_phys.unfold.inputs import bin_name, check_edges, check_nonnegative, frozen
 from sbi_phys.unfold.response_build import fill, integrate
 
@@ -253,9 +254,7 @@ class Response:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the matrix, truth to the right and reco upwards, and the efficiency as a line.   Read: off the diagonal = migration."""
-        from sbi_phys.unfold import plots_classical
-
-        return plots_classical.response(self, ax)
+        return figures.unfold_classical.response(self, ax)
 
 
 def as_response(response: "Response | ArrayLike") -> Response:

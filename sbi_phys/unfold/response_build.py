@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
 
-from sbi_phys.checks import as_array, require_finite, require_same_rows
-from sbi_phys.errors import DataError, ShapeError
+from sbi_phys.core.checks import as_array, require_finite, require_same_rows
+from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.unfold.inputs import bin_name, check_mask, check_nonnegative
 
 __all__ = ["Filled", "fill", "integrate"]

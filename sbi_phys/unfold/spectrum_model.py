@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbi_phys.checks import as_matrix, require_known, require_number
-from sbi_phys.errors import SettingError
+from sbi_phys.core.checks import as_matrix, require_known, require_number
+from sbi_phys.core.errors import SettingError
 from sbi_phys.priors import NormalPrior, Observable, Parameter
 from sbi_phys.unfold.inputs import check_prior
 from sbi_phys.unfold.response import Response

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve
 
-from sbi_phys.errors import ConvergenceError
+from sbi_phys.core.errors import ConvergenceError
 from sbi_phys.unfold.response import Response
 
 __all__ = ["Laplace", "LogPosterior", "SpectrumPrior", "curvature_matrix", "level_and_tilt"]

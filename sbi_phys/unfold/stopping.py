@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from sbi_phys.checks import require_choice, require_int, require_number
-from sbi_phys.rng import rng_for
+from sbi_phys.core.checks import require_choice, require_int, require_number
+from sbi_phys.core.figures import figures
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold.ibu_steps import bayes_step, iterations, scaled_prior, smoothing_kernel
 from sbi_phys.unfold.inputs import bin_name
 from sbi_phys.unfold.response import Response
@@ -81,9 +82,7 @@ class Stopping:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw worst-bin coverage and |mean pull| against iterations.   Read: the dashed line is where it stopped."""
-        from sbi_phys.unfold import plots_classical
-
-        return plots_classical.stopping(self, ax)
+        return figures.unfold_classical.stopping(self, ax)
 
 
 def choose(

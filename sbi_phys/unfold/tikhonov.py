@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import eigh
 
-from sbi_phys.checks import require_choice, require_int, require_number
-from sbi_phys.errors import DataError, SettingError
+from sbi_phys.core.checks import require_choice, require_int, require_number
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.figures import figures
 from sbi_phys.unfold.histograms import counts_of, to_hist
 from sbi_phys.unfold.ibu_steps import scaled_prior
 from sbi_phys.unfold.inputs import check_counts, check_covariance, check_nonnegative, check_prior, warn_few
@@ -57,9 +58,7 @@ class TikhonovScan:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the L-curve with the chosen point.   Read: left of the corner noise, right of it bias."""
-        from sbi_phys.unfold import plots_classical
-
-        return plots_classical.scan(self, ax)
+        return figures.unfold_classical.scan(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,9 +104,7 @@ class Tikhonov:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw unfolded counts with errors, the measured counts and the prior."""
-        from sbi_phys.unfold import plots_classical
-
-        return plots_classical.spectrum(self, ax, prior=self.prior)
+        return figures.unfold_classical.spectrum(self, ax, prior=self.prior)
 
 
 @dataclass(frozen=True, slots=True)

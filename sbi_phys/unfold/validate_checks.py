@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sbi_phys.checks import require_number
-from sbi_phys.errors import DataError
-from sbi_phys.progress import Task
-from sbi_phys.rng import rng_for
+from sbi_phys.core.checks import require_number
+from sbi_phys.core.errors import DataError
+from sbi_phys.core.progress import Task
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold.response import Response
 from sbi_phys.unfold.validate_toys import Answer, Method, in_errors
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbi_phys.calibration.inputs import ALPHA, holm
+from sbi_phys.core.figures import figures
 from sbi_phys.unfold.response import Response
 from sbi_phys.unfold.validate_checks import BottomLine, Closure, Priors, Scan
 from sbi_phys.unfold.validate_pit import EventPIT
@@ -155,9 +156,7 @@ class Validation:
 
         Read: `plots_validate` says for each what a right method looks like.
         """
-        from sbi_phys.unfold import plots_validate
-
-        return plots_validate.figures(self)
+        return figures.unfold_validate.figures(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and words."""
@@ -174,8 +173,7 @@ class Validation:
 
         Raises: StoreError (the folder can not be written).
         """
-        from sbi_phys.shards import write_aside
-        from sbi_phys.unfold import plots_validate
+        from sbi_phys.store.shards import write_aside
 
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -186,7 +184,7 @@ class Validation:
 
         write_aside(target / "validation.json", fill)
         for name, figure in self.figures().items():
-            plots_validate.save(figure, target, name)
+            figures.unfold_validate.save(figure, target, name)
         return target
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.special import bdtr, chdtrc, ndtr, ndtri, stdtr
 
 from sbi_phys.calibration.montecarlo import smallest_pvalue
-from sbi_phys.checks import require_number
+from sbi_phys.core.checks import require_number
 from sbi_phys.unfold.inputs import bin_name
 from sbi_phys.unfold.response import Response
 from sbi_phys.unfold.validate_checks import BottomLine, Closure, Priors

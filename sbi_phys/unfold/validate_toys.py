@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sbi_phys.checks import as_array
-from sbi_phys.errors import DataError, SettingError, ShapeError
-from sbi_phys.progress import Task
-from sbi_phys.rng import rng_for
+from sbi_phys.core.checks import as_array
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.progress import Task
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold.response import Response
 from sbi_phys.unfold.smooth_truth import deviance
 

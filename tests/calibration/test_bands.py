@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import binom, kstest
 
 from sbi_phys.calibration.bands import _corridor, band_counts, curve_pvalue, pointwise_level, rank_grid, staying_probability
-from sbi_phys.errors import SettingError, ShapeError
+from sbi_phys.core.errors import SettingError, ShapeError
 
 Z = np.arange(1, 100) / 100
 

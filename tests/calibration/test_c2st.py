@@ -4,7 +4,7 @@ from scipy.special import ndtr
 
 from sbi_phys.calibration import c2st
 from sbi_phys.calibration.c2st import N_FOLDS, _folds, _scaled
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 
 
 def test_accuracy_of_shifted_gaussians_is_that_of_the_best_classifier():

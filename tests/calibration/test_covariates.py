@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sbi_phys.calibration.covariates import check_x, normal_scores, random_features, standardised
-from sbi_phys.errors import DataError, ShapeError
+from sbi_phys.core.errors import DataError, ShapeError
 
 
 @given(st.integers(10, 60), st.floats(-1e3, 1e3), st.floats(1e-3, 1e3))

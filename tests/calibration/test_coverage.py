@@ -3,7 +3,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from sbi_phys.calibration import coverage
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 
 
 def gaussian(rng, *, n=500, n_draws=99, d=2, width=1.0, shift=0.0):

@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import ks_2samp, wasserstein_distance
 
 from sbi_phys.calibration.distances import marginal_ks, mmd, sliced_wasserstein
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 
 TESTS = {
     "mmd": lambda a, b, seed: mmd(a, b, seed=seed, n_permutations=39),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sbi_phys.calibration.feature_space import feature_space
-from sbi_phys.errors import DataError
+from sbi_phys.core.errors import DataError
 
 
 def test_whitening_is_unit_covariance_whatever_the_units():

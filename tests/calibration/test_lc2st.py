@@ -4,7 +4,7 @@ from scipy.special import expit
 from sklearn.naive_bayes import GaussianNB
 
 from sbi_phys.calibration.lc2st import LC2STModel, lc2st, train_lc2st
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.priors import Parameter
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sbi_phys.calibration.lc2st_features import MAX_TERMS, Terms, affordable, polynomial, reduction, residuals, whitened
-from sbi_phys.errors import DataError
+from sbi_phys.core.errors import DataError
 
 
 @pytest.mark.parametrize("terms", [Terms(True, True), Terms(False, True), Terms(True, False), Terms(False, False)])

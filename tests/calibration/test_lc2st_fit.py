@@ -3,7 +3,7 @@ import pytest
 
 from sbi_phys.calibration.lc2st_features import Terms
 from sbi_phys.calibration.lc2st_fit import Classifier, _exchanged, _latent_rows, check_kind, fit_all
-from sbi_phys.errors import SettingError
+from sbi_phys.core.errors import SettingError
 
 
 def test_exchange_keeps_each_row_and_gives_each_member_the_first_place_equally_often():

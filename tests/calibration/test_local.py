@@ -5,7 +5,7 @@ from scipy.stats import beta
 
 from sbi_phys.calibration.coverage import coverage
 from sbi_phys.calibration.local import local_coverage
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.priors import Parameter
 
 NOISE = 0.7

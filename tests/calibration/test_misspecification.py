@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sbi_phys.calibration.misspecification import misspecification
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 
 
 def banana(rng, n):

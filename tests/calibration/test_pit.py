@@ -5,7 +5,7 @@ from scipy.special import ndtri
 
 from sbi_phys.calibration.pit import pit_regression
 from sbi_phys.calibration.sbc import sbc
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 
 
 def conjugate(rng, *, n=500, n_draws=100, d=1, k=1, width=1.0, shift=0.0, scale=None, prior=False):

@@ -4,7 +4,7 @@ from matplotlib.axes import Axes
 from scipy.stats import kstest
 
 from sbi_phys.calibration.posterior_sbc import augmented_draws, posterior_sbc
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 
 NOISE, X_OBS = 0.5, 0.8
 GAIN = 1 / (1 + NOISE**2)

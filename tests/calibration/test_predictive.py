@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import chi2
 
 from sbi_phys.calibration import predictive_pvalue
-from sbi_phys.errors import DataError, NonFiniteError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 
 
 def test_number_by_hand_and_its_error():

@@ -3,7 +3,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from sbi_phys.calibration.pulls import pulls
-from sbi_phys.errors import DataError, NonFiniteError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.priors import Parameter
 
 

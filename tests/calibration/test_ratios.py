@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 from scipy.stats import binom
 from sklearn.metrics import roc_auc_score
 
+from sbi_phys.calibration.ratio_recalibration import recalibrate_ratio
 from sbi_phys.calibration.ratios import _weighted_auc, check_ratio, mean_ratio, reliability, reweighting_auc
-from sbi_phys.calibration.ratios_repair import recalibrate_ratio
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 
 
 def events(rng, n1=1000, n0=1000, shift=1.0, k=1):

@@ -4,7 +4,7 @@ from matplotlib.axes import Axes
 from scipy.stats import chisquare
 
 from sbi_phys.calibration import sbc
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.priors import Parameter
 
 

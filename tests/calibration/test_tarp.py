@@ -3,7 +3,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from sbi_phys.calibration.tarp import tarp
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 
 
 def conjugate(rng, *, n=500, n_draws=100, d=1, noise=0.5, width=1.0, shift=0.0, prior=False):

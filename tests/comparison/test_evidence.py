@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from sbi_phys.comparison import compare_evidence, importance_evidence
-from sbi_phys.errors import ConvergenceError, SettingError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import ConvergenceError, SettingError
+from sbi_phys.core.rng import rng_for
 from tests.toys import LinearGaussian
 
 NARROW, WIDE = LinearGaussian(dim=2, n_columns=5, prior_sd=0.3), LinearGaussian(dim=2, n_columns=5, prior_sd=1.0)

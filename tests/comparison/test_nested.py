@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import chi2, kstest, norm
 
 from sbi_phys.comparison import nested_test
-from sbi_phys.errors import DataError, SettingError, ShapeError, SupportError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, SettingError, ShapeError, SupportError
+from sbi_phys.core.rng import rng_for
 from simulators import OnOff
 from tests.toys import LinearGaussian
 

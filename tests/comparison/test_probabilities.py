@@ -6,8 +6,8 @@ from scipy.special import expit
 from scipy.stats import binom
 
 from sbi_phys.comparison import check_probabilities
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.rng import rng_for
 
 
 def two_models(n, rng, sharpen=1.0, shift=0.0):

@@ -3,8 +3,8 @@ import pytest
 from scipy.stats import norm
 
 from sbi_phys.confidence import coverage_map
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.rng import rng_for
 
 
 def wilks_at_a_bound(n, seed):

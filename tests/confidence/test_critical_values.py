@@ -5,8 +5,8 @@ from scipy.stats import chi2
 
 from sbi_phys.confidence import learn_critical_values, learn_pvalues
 from sbi_phys.confidence.critical_values import _linear_quantile, _programme, pinball
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.rng import rng_for
 
 
 def scaled(n, seed=0):

@@ -7,7 +7,7 @@ from scipy.stats import poisson
 
 from sbi_phys.confidence import acceptance, feldman_cousins, feldman_cousins_gaussian, limits
 from sbi_phys.confidence.feldman_cousins import FeldmanCousins, _before, _content
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 
 # arXiv:physics/9711021, table IV: 90 %
 PUBLISHED = {

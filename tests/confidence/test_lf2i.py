@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from sbi_phys.confidence import LRT, Waldo, coverage_map, feldman_cousins_gaussian, lf2i
-from sbi_phys.errors import DataError, SettingError, SupportError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, SettingError, SupportError
+from sbi_phys.core.rng import rng_for
 from tests.confidence import on_off_toy as toy
 
 

@@ -3,8 +3,8 @@ import pytest
 from scipy.stats import norm
 
 from sbi_phys.confidence import LRT, FeldmanCousins, expected_limits, feldman_cousins, limits, neyman
-from sbi_phys.errors import DataError, SettingError, SupportError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, SettingError, SupportError
+from sbi_phys.core.rng import rng_for
 
 
 def gaussian(theta, n, rng):

@@ -6,8 +6,8 @@ import pytest
 from scipy.stats import chi2, norm
 
 from sbi_phys.confidence import LRT, Profiled, feldman_cousins, feldman_cousins_gaussian, neyman
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.rng import rng_for
 from tests.confidence import on_off_toy as toy
 
 

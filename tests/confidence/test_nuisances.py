@@ -6,8 +6,8 @@ from scipy.stats import chi2, norm, poisson
 from scipy.stats import t as student
 
 from sbi_phys.confidence import LRT, lf2i, neyman
-from sbi_phys.errors import SettingError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import SettingError
+from sbi_phys.core.rng import rng_for
 from tests.confidence import on_off_toy as toy
 
 DEGREES = 4

@@ -6,7 +6,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import poisson
 
 from sbi_phys.confidence import OnOff, counting_cls, counting_wilks, feldman_cousins, li_ma, on_off, on_off_coverage, on_off_wilks
-from sbi_phys.errors import DataError, SettingError
+from sbi_phys.core.errors import DataError, SettingError
 
 
 @pytest.mark.parametrize(

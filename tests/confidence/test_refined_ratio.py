@@ -6,7 +6,7 @@ from scipy.special import chdtri
 from scipy.stats import norm
 
 from sbi_phys.confidence import RefinedLRT, fit, lf2i
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
 
 COVARIANCE = np.array([[1.0, 0.98], [0.98, 1.0]]) * 0.02**2
 PRECISION = np.linalg.inv(COVARIANCE)

@@ -3,8 +3,8 @@ import pytest
 from scipy.stats import norm
 
 from sbi_phys.confidence import LRT, Profiled, Waldo, limits, neyman, posterior_moments, waldo
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.rng import rng_for
 
 
 def log_likelihood(theta, data):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from benchmarks.arrival_directions import DELTAS, FRACTIONS, SIM, features, joined, learn, profile, statistic
-from sbi_phys.rng import rng_for
+from sbi_phys.core.rng import rng_for
 
 BLUR = 15.0
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import sbi_phys as sp
-from sbi_phys.errors import SettingError, SimulatorMismatchError, SupportError
+from sbi_phys.core.errors import SettingError, SimulatorMismatchError, SupportError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.emulator import Emulator
-from sbi_phys.protocol import check_simulator, simulator_identity
-from sbi_phys.rng import rng_for
+from sbi_phys.simulation.protocol import check_simulator
+from sbi_phys.store.identity import simulator_identity
 from tests.toys import LinearGaussian
 
 SIM = LinearGaussian(dim=2)

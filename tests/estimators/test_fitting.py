@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import sbi_phys as sp
-from sbi_phys.batches import MemoryBatches
-from sbi_phys.errors import DataError, SettingError
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.progress import NoProgress
+from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.fitting import fit_ensemble, require_prior, stores_or_data, train_member
-from sbi_phys.progress import NoProgress
-from sbi_phys.rng import rng_for
+from sbi_phys.training.batches import MemoryBatches
 from tests.toys import LinearGaussian
 
 SIM = LinearGaussian(dim=2)

@@ -9,12 +9,12 @@ import torch
 from scipy.stats import multinomial, poisson
 
 import sbi_phys as sp
-from sbi_phys.errors import DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.errors import DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.nle import NLE
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FLOWS, FlowConfig
 from sbi_phys.priors import Prior
-from sbi_phys.rng import rng_for
 from sbi_phys.samplers.grid import grid_posterior
 from tests.toys import LinearGaussian
 
@@ -149,7 +149,7 @@ def test_a_set_is_the_sum_over_its_events(trained: NLE, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("event_set", [False, True])
 def test_gradient_against_differences(trained: NLE, counting: NLE, event_set: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbi_phys.estimators.likelihood_net._GRADIENT_ROWS", 30)  # several chunks
+    monkeypatch.setattr("sbi_phys.nets.likelihood._GRADIENT_ROWS", 30)  # several chunks
     for nle, (theta, x) in ((trained, training_set(12, seed=4)), (counting, rates(12, seed=4))):
         data = x if event_set else x[0]
         u = nle.prior.to_unbounded(theta)[:7]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sbi_phys as sp
-from sbi_phys.errors import (
+from sbi_phys.core.errors import (
     DataError,
     ModelFileError,
     NonFiniteError,
@@ -17,10 +17,10 @@ from sbi_phys.errors import (
     SimulatorMismatchError,
     SupportError,
 )
+from sbi_phys.core.rng import rng_for
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FLOWS, FlowConfig
 from sbi_phys.priors import standard_normal_log_prob
-from sbi_phys.rng import rng_for
 from tests.toys import LinearGaussian
 
 SIM = LinearGaussian(dim=2)

@@ -9,14 +9,14 @@ from scipy.special import expit
 from torch import Tensor, nn
 
 import sbi_phys as sp
-from sbi_phys.errors import DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.errors import DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators import nre as module
 from sbi_phys.estimators.npe import load
 from sbi_phys.estimators.nre import NRE
 from sbi_phys.nets.classifier import ClassifierConfig
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.priors import standard_normal_log_prob
-from sbi_phys.rng import rng_for
 from sbi_phys.samplers.importance import importance_sample
 from tests.toys import LinearGaussian
 

@@ -7,10 +7,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from sbi_phys.errors import ConvergenceError
+from sbi_phys.core.errors import ConvergenceError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.ratio_mean import WANTED, Gaussians, joined, mean_over_prior
 from sbi_phys.priors import standard_normal_log_prob
-from sbi_phys.rng import rng_for
 
 Array = NDArray[np.float64]
 OFFSET = np.array([3.0, -40.0, 0.0, 700.0])

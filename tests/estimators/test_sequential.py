@@ -7,11 +7,11 @@ import pytest
 from scipy import stats
 
 import sbi_phys as sp
-from sbi_phys.errors import DataError, SettingError
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.sequential import TruncatedPrior, truncated_rounds
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
-from sbi_phys.rng import rng_for
 from tests.toys import LinearGaussian
 
 

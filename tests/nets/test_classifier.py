@@ -6,10 +6,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from sbi_phys.errors import SettingError, ShapeError
+from sbi_phys.core.errors import SettingError, ShapeError
+from sbi_phys.core.rng import torch_rng_for
 from sbi_phys.nets.classifier import ClassifierConfig, PairClassifier, solve_last_layer
 from sbi_phys.nets.embed import EmbeddingConfig
-from sbi_phys.rng import torch_rng_for
 
 SMALL = ClassifierConfig(hidden=16, n_blocks=2, n_features=8, rank=5)
 EMBEDDING = EmbeddingConfig(hidden=16, n_blocks=1, n_features=8)

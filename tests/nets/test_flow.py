@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sbi_phys.errors import SettingError
+from sbi_phys.core.errors import SettingError
 from sbi_phys.nets.flow import FLOWS, ConditionalFlow, FlowConfig, coupling_splits
 from sbi_phys.nets.layers import AffineCoupling, GaussianLayer
 

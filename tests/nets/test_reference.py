@@ -6,9 +6,9 @@ import torch
 from scipy.stats import multivariate_normal
 from torch import Tensor, nn
 
+from sbi_phys.core.rng import torch_rng_for
 from sbi_phys.nets.layers import GaussianLayer
 from sbi_phys.nets.reference import LikelihoodReference, PosteriorReference
-from sbi_phys.rng import torch_rng_for
 
 
 def moved(module: nn.Module, scale: float = 0.3) -> nn.Module:

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from sbi_phys.dataset import XScaler
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.npe import NPE
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.sets import DeepSet, SetAttention, pad_sets, take_scaling
 from sbi_phys.priors import NormalPrior, Parameter
-from sbi_phys.rng import rng_for
-from sbi_phys.train import TrainConfig
+from sbi_phys.training.loop import TrainConfig
+from sbi_phys.training.scaling import XScaler
 
 SMALL = EmbeddingConfig(hidden=16, n_blocks=1, n_features=5)
 KINDS = {"deep set": lambda: DeepSet(2, hidden=16, n_pooled=8, config=SMALL), "attention": lambda: SetAttention(2, hidden=16, config=SMALL)}

@@ -3,8 +3,9 @@ import os
 import numpy as np
 import pytest
 
-from sbi_phys.report import figures, tables
+from sbi_phys.plotting import figures
 from sbi_phys.report import html as page
+from sbi_phys.report import tables
 from tests.report.browser import check_report, missing_browser
 from tests.report.demo_data import PARAMETERS, PUBLISHED, draws, history
 

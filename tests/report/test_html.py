@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbi_phys.errors import DataError, SettingError
+from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.report import html as page
 from sbi_phys.report.tables import posterior_table, rows_to_table
 from tests.report.demo_data import PARAMETERS, draws

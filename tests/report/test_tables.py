@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbi_phys.errors import DataError, NonFiniteError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.priors import Parameter
 from sbi_phys.report import tables
 from tests.report.demo_data import PARAMETERS, PUBLISHED, draws

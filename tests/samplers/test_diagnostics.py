@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.signal import lfilter
 
-from sbi_phys.errors import DataError, NonFiniteError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.samplers.diagnostics import autocorrelation_time, split_r_hat
 
 

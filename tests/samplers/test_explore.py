@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sbi_phys.errors import DataError
-from sbi_phys.progress import NO_PROGRESS
+from sbi_phys.core.errors import DataError
+from sbi_phys.core.progress import NO_PROGRESS
 from sbi_phys.samplers.explore import explore
 from sbi_phys.samplers.importance import importance_sample
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sbi_phys.errors import ConvergenceError, NonFiniteError, ShapeError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import ConvergenceError, NonFiniteError, ShapeError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.samplers.grid import grid_posterior
 
 

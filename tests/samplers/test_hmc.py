@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sbi_phys.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.samplers.hmc import run_hmc
 
 

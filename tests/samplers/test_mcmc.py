@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sbi_phys.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.samplers.mcmc import run_emcee, spread_start
 
 

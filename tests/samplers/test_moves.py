@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sbi_phys.errors import SettingError
+from sbi_phys.core.errors import SettingError
 from sbi_phys.samplers.moves import Independence, Mixture, default_moves, fit_mixture, in_groups, snooker_proposal
 
 

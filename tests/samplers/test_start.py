@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.samplers.start import Checked, spread_start
 
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy.stats import kstest, poisson
 
-from sbi_phys.protocol import check_simulator, load_simulator
-from sbi_phys.rng import rng_for
+from sbi_phys.core.rng import rng_for
+from sbi_phys.simulation.protocol import check_simulator, load_simulator
 from simulators import CountsError, EventSpectrum, SimulatorSettingError, SourceSpectrum
 
 GRID = np.linspace(18.7, 21.6, 5801)

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from scipy.stats import kstest, poisson
 
-from sbi_phys.errors import SupportError
-from sbi_phys.protocol import check_simulator, load_simulator
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import SupportError
+from sbi_phys.core.rng import rng_for
+from sbi_phys.simulation.protocol import check_simulator, load_simulator
 from simulators import CountsError, LineSearch, SimulatorSettingError
 
 GRID = np.linspace(1, 10, 4001)

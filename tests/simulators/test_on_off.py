@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import poisson
 
-from sbi_phys.errors import SupportError
-from sbi_phys.protocol import check_simulator, load_simulator
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import SupportError
+from sbi_phys.core.rng import rng_for
+from sbi_phys.simulation.protocol import check_simulator, load_simulator
 from simulators import CountsError, OnOff, SimulatorSettingError
 
 SIM = OnOff()

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from sbi_phys.rng import rng_for
+from sbi_phys.core.rng import rng_for
 
 Array = NDArray[np.float64]
 

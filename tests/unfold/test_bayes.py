@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.stats import gamma, kstest, multivariate_normal
 from scipy.stats import t as student
 
-from sbi_phys.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.samplers.diagnostics import split_r_hat
 from sbi_phys.unfold import Response, tikhonov
 from sbi_phys.unfold.bayes import bayesian_unfold

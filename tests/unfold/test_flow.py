@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import kstest, norm, wasserstein_distance
 
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.nets.flow import FlowConfig
-from sbi_phys.rng import rng_for
-from sbi_phys.train import TrainConfig
+from sbi_phys.training.loop import TrainConfig
 from sbi_phys.unfold.flow import FlowUnfolder
 from sbi_phys.unfold.flow_bootstrap import bootstrap_flow
 from tests.unfold.omnifold_oracle import gaussian_recursion, moments

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from sbi_phys.errors import SbiPhysError, SettingError, ShapeError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import SbiPhysError, SettingError, ShapeError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import Response, forward_fold
 from sbi_phys.unfold.flux import bin_integral, broken_power_law, parameter_names
 

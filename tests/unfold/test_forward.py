@@ -5,10 +5,10 @@ import pytest
 from scipy.special import expit
 from scipy.stats import norm
 
-from sbi_phys.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.nets.flow import FlowConfig
-from sbi_phys.rng import rng_for
-from sbi_phys.train import TrainConfig
+from sbi_phys.training.loop import TrainConfig
 from sbi_phys.unfold import Response, ibu
 from sbi_phys.unfold.bayes import bayesian_unfold
 from sbi_phys.unfold.forward import ForwardUnfolder, gathered

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from sbi_phys.errors import DataError, SbiPhysError, SettingError, ShapeError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, SbiPhysError, SettingError, ShapeError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import Response, forward_fold, ibu, tikhonov
 from sbi_phys.unfold.bayes import bayesian_unfold
 from sbi_phys.unfold.histograms import counts_of, edges_of, is_histogram, to_hist

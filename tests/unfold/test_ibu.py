@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import Response, StoppingRule, ibu
 from tests.unfold import steep_toy
 

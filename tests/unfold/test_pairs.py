@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sbi_phys.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.priors import BoxPrior, Observable, Parameter
-from sbi_phys.simulate import simulate
-from sbi_phys.store import Store
+from sbi_phys.simulation.campaign import simulate
+from sbi_phys.store.store import Store
 from sbi_phys.unfold import Response
 from sbi_phys.unfold.pairs import read_pairs, response_from_store
 

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.special import ndtr
 
-from sbi_phys.errors import DataError, NonFiniteError, SettingError, ShapeError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold.response import Response, as_response
 
 EDGES = np.array([0.0, 1.0, 2.0, 4.0])

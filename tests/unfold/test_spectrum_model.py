@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from sbi_phys.errors import DataError, SettingError
-from sbi_phys.protocol import check_simulator, load_simulator, simulator_identity
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.rng import rng_for
+from sbi_phys.simulation.protocol import check_simulator, load_simulator
+from sbi_phys.store.identity import simulator_identity
 from sbi_phys.unfold import Response
 from sbi_phys.unfold.bayes import bayesian_unfold
 from sbi_phys.unfold.spectrum_model import SpectrumModel

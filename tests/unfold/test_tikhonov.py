@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from sbi_phys.errors import DataError, SettingError, ShapeError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import Response, tikhonov
 from tests.unfold import steep_toy
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sbi_phys.progress import NO_PROGRESS
-from sbi_phys.rng import rng_for
+from sbi_phys.core.progress import NO_PROGRESS
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold.response import Response
 from sbi_phys.unfold.tikhonov import tikhonov
 from sbi_phys.unfold.validate_checks import (

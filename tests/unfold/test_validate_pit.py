@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sbi_phys.errors import DataError, ShapeError
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold.validate_pit import event_pit
 
 PRIOR = np.array([[1.0, 0.6], [0.6, 1.0]])

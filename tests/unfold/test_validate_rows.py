@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, t
 
-from sbi_phys.rng import rng_for
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold.validate_rows import Criteria, toy_checks
 from sbi_phys.unfold.validate_toys import Toys
 from tests.unfold import validate_oracle as oracle

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from sbi_phys.errors import DataError
-from sbi_phys.progress import NO_PROGRESS
-from sbi_phys.rng import rng_for
+from sbi_phys.core.errors import DataError
+from sbi_phys.core.progress import NO_PROGRESS
+from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold.validate_toys import LIMIT, Method, Toys, distance, in_errors, redrawn, run_toys
 from tests.unfold import validate_oracle as oracle
 

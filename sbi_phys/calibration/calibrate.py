@@ -1,0 +1,381 @@
+r"""Every calibration test in one call: draw, test, correct for the number of tests, and say in words what was found.
+
+    report = sp.calibrate(npe, simulator, n=1000, x_obs=x_obs)     # or a store, or (theta, x) that the network has not seen
+    print(report.summary())
+    report = sp.calibrate(draws, (theta, x))                       # draws (n, l, d) of any other tool, or an ArviZ object of them
+
+The tests of calibration are a family: `adjusted` holds Holm's p-values, so that an exact posterior fails one of them, whichever,
+in 5 % of calls. What is said of the observation (is it like the simulations) is told apart from what is said of the posterior.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sbi_phys.calibration.coverage import coverage
+from sbi_phys.calibration.inputs import ALPHA, check_pairs, draws_from_arviz, holm
+from sbi_phys.calibration.lc2st import train_lc2st
+from sbi_phys.calibration.local import local_coverage
+from sbi_phys.calibration.misspecification import misspecification
+from sbi_phys.calibration.pit import pit_regression
+from sbi_phys.calibration.posterior_sbc import posterior_sbc
+from sbi_phys.calibration.pulls import pulls
+from sbi_phys.calibration.sbc import sbc
+from sbi_phys.calibration.tarp import tarp
+from sbi_phys.core.checks import as_real, require_int
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.progress import Progress, Task, or_none
+from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.priors import Parameter
+from sbi_phys.simulation.protocol import Simulator
+from sbi_phys.store.store import Store
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Calibration", "calibrate"]
+
+Array = NDArray[np.float64]
+
+_CHUNK_DRAWS = 200_000  # posterior draws made at once
+_REPLICAS, _REPLICA_DRAWS = 200, 1000  # of posterior SBC
+_FEATURE_ROWS = 5000
+# what each test is about, in the order of the page
+TITLES = {
+    "sbc": "Ranks of single parameters (SBC)",
+    "coverage": "Coverage of joint credible regions",
+    "intervals": "Coverage of single intervals",
+    "tarp": "Regions about random points (TARP)",
+    "pulls": "Pulls: mean and width",
+    "pit_regression": "Ranks against x (PIT regression)",
+    "local_coverage": "Coverage in places",
+    "lc2st": "At the observation: L-C2ST",
+    "posterior_sbc": "At the observation: posterior SBC",
+    "misspecification": "Is the observation like the simulations?",
+}
+OF_THE_DATA = ("misspecification",)
+AT_THE_OBSERVATION = frozenset({"lc2st", "posterior_sbc"})  # what they find, the other tests may average away
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """What `calibrate` found.
+
+    results: by name (`TITLES`), each with .pvalue, .summary() and .plot(). skipped: name -> why. n simulations, n_draws each.
+    seconds: of the draws and of each test. names: of the parameters.
+    """
+
+    names: tuple[str, ...]
+    n: int
+    n_draws: int
+    results: Mapping[str, Any]
+    skipped: Mapping[str, str]
+    seconds: Mapping[str, float] = field(compare=False)
+
+    @property
+    def pvalues(self) -> dict[str, float]:
+        """p-value of each test of calibration, for itself."""
+        return {name: float(r.pvalue) for name, r in self.results.items() if name not in OF_THE_DATA}
+
+    @property
+    def adjusted(self) -> dict[str, float]:
+        """Holm's p-values of the tests of calibration."""
+        return holm(self.pvalues)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Tests that reject at 5 % after the correction."""
+        return tuple(name for name, p in self.adjusted.items() if p <= ALPHA)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no test rejects; the observation's likeness to the simulations is not part of it."""
+        return not self.failed
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        n_tests = len(self.pvalues)
+        if self.passed:
+            smallest = min(self.adjusted.values())
+            return f"No test of {n_tests} finds the posterior wrong (smallest p = {smallest:.3g} after correction for {n_tests} tests)."
+        worst = min(self.failed, key=lambda name: self.adjusted[name])
+        return (
+            f"{len(self.failed)} of {n_tests} tests find the posterior wrong: {', '.join(self.failed)}; "
+            f"smallest p = {self.adjusted[worst]:.2g} after correction ({worst})."
+        )
+
+    @property
+    def likeness(self) -> str:
+        """One sentence on the observation, or nothing."""
+        found = self.results.get("misspecification")
+        if found is None:
+            return ""
+        words = "is like the simulations" if found.pvalue > ALPHA else "is unlike the simulations: the network extrapolates there"
+        return f"The observation {words} (p = {found.pvalue:.3g})."
+
+    def summary(self) -> str:
+        """Every result in words, the verdict first."""
+        lines = [self.verdict, *([self.likeness] if self.likeness else []), ""]
+        for name, result in self.results.items():
+            lines += [f"{TITLES[name]} [{name}]", result.summary(), ""]
+        lines += [f"left out: {name}: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines).rstrip()
+
+    def figures(self) -> "dict[str, Figure]":
+        """A figure for each result, by name."""
+        from matplotlib.figure import Figure
+
+        made = {}
+        for name, result in self.results.items():
+            figure = Figure(figsize=(6.2, 4.4), layout="constrained")
+            result.plot(figure.add_subplot())
+            made[name] = figure
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and words."""
+        return {
+            "verdict": self.verdict, "likeness": self.likeness, "passed": self.passed, "failed": list(self.failed), "n": self.n,
+            "n_draws": self.n_draws, "parameters": list(self.names), "pvalues": self.pvalues, "adjusted": self.adjusted,
+            "misspecification_pvalue": float(self.results["misspecification"].pvalue) if "misspecification" in self.results else None,
+            "skipped": dict(self.skipped), "seconds": dict(self.seconds), "words": {k: r.summary() for k, r in self.results.items()},
+        }  # fmt: skip
+
+    def write(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON, aside and renamed."""
+        from sbi_phys.store.shards import write_aside
+
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+
+        def fill(sink: Any) -> None:
+            sink.write(text.encode())
+
+        write_aside(Path(path), fill)
+
+
+def calibrate(
+    posterior: Any,
+    simulations: Simulator | Store | str | Path | tuple[ArrayLike, ArrayLike],
+    n: int = 1000,
+    *,
+    n_draws: int = 1000,
+    x_obs: ArrayLike | None = None,
+    simulator: Simulator | None = None,
+    by: Sequence[str] | None = None,
+    names: Sequence[str | Parameter] | None = None,
+    seed: int = 0,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Calibration:
+    r"""Run every test of calibration that the given things allow.
+
+    Args:
+        posterior: an estimator with `sample(x, n, seed)` (its `log_prob_draws`, `latent`, `embed` and `prior` are used if it has them);
+            or draws (n, l, d) of another tool, row by row those of `simulations`; or an ArviZ object whose posterior group has a
+            variable for each parameter, with a dimension for simulations beside chain and draw.
+        simulations: a simulator, to draw n new ones; or a store, or (theta (n, d), x (n, ...)), that the posterior has not been
+            trained on.
+        n: simulations, at most so many of those given.
+        n_draws: posterior draws for each (of an estimator).
+        x_obs: the observation, for the tests at it.
+        simulator: for the tests at the observation that make new simulations, where `simulations` is not one itself.
+        by: one or two parameters over whose posterior means coverage is mapped; default the first two.
+        names: of the parameters, where only arrays are given.
+        seed: of everything random.
+        workers: processes for L-C2ST.
+        progress: default none.
+
+    Returns: Calibration.
+    Raises: ShapeError, NonFiniteError, DataError (too few simulations), SettingError, StoreError.
+    Read: `.verdict`; then the first failed result's own summary.
+    """
+    draw = _Drawn(posterior, simulations, n, n_draws, x_obs, names, seed)
+    draw.simulator = simulator or draw.simulator
+    with or_none(progress).task("calibrate", 1 + len(TITLES)) as task:
+        with draw.timed("draws", task):
+            draw.make()
+        results = _run_tests(draw, by, workers, task)
+    return Calibration(
+        names=tuple(p.name if isinstance(p, Parameter) else p for p in draw.names or [f"theta_{i}" for i in range(draw.theta.shape[1])]),
+        n=len(draw.theta),
+        n_draws=draw.draws.shape[1],
+        results=results,
+        skipped=draw.skipped,
+        seconds=draw.seconds,
+    )
+
+
+class _Drawn:
+    """Truths, observations and draws of one call, with the densities that the tests want."""
+
+    def __init__(self, posterior: Any, simulations: Any, n: int, n_draws: int, x_obs: Any, names: Any, seed: int) -> None:
+        self.posterior, self.simulations, self.seed = posterior, simulations, require_int("seed", seed, low=0)
+        self.n, self.n_draws = require_int("n", n, low=10), require_int("n_draws", n_draws, low=10)
+        self.x_obs = None if x_obs is None else as_real("x_obs", x_obs)
+        self.is_estimator = hasattr(posterior, "sample") and callable(posterior.sample)
+        prior = getattr(posterior, "prior", None)
+        self.names = names if names is not None else getattr(prior, "parameters", getattr(simulations, "parameters", None))
+        self.simulator: Any = simulations if hasattr(simulations, "simulate") else None
+        self.skipped: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.log_theta: Array | None = None
+        self.log_draws: Array | None = None
+
+    @contextmanager
+    def timed(self, name: str, task: Task) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - begin
+        task.advance(1, name)
+
+    def make(self) -> None:
+        """Truths and observations, then draws in batches, then densities."""
+        self.theta, self.x = self._pairs()
+        if not self.is_estimator:
+            draws = draws_from_arviz(self.posterior, self.names) if hasattr(self.posterior, "posterior") else self.posterior
+            self.theta, self.draws = check_pairs(self.theta, draws)
+            return
+        if self.x is None:
+            raise DataError("x is missing; expected simulations = (theta, x), a simulator or a store, for an estimator to draw from")
+        step = max(1, _CHUNK_DRAWS // self.n_draws)
+        parts, densities = [], []
+        for k, start in enumerate(range(0, len(self.theta), step)):
+            x = self.x[start : start + step]
+            parts.append(np.asarray(self.posterior.sample(x, self.n_draws, seed=seed_for(self.seed, "calibrate", k))))
+            if hasattr(self.posterior, "log_prob_draws"):
+                densities.append(self.posterior.log_prob_draws(parts[-1], x))
+        self.theta, self.draws = check_pairs(self.theta, np.concatenate(parts))
+        if densities:
+            self.log_draws = np.concatenate(densities)
+            self.log_theta = np.asarray(self.posterior.log_prob(self.theta, self.x))
+
+    def _pairs(self) -> tuple[Array, Array | None]:
+        given = self.simulations
+        if isinstance(given, str | Path):
+            given = Store(given)
+        if isinstance(given, Store):
+            theta, x = given.read()
+            return theta[: self.n], x[: self.n].astype(np.float64)
+        if isinstance(given, tuple | list) and len(given) == 2:
+            theta = as_real("theta", given[0])[: self.n]
+            return theta, None if given[1] is None else as_real("x", given[1])[: self.n]
+        if hasattr(given, "simulate") and hasattr(given, "prior"):
+            if not self.is_estimator:
+                raise SettingError("draws were given with a simulator; expected the (theta, x) that they are draws for")
+            theta = given.prior.sample(self.n, rng_for(self.seed, "calibrate theta"))
+            x = np.asarray(given.simulate(theta, rng_for(self.seed, "calibrate x")), dtype=np.float64)
+            good = np.isfinite(x.reshape(len(x), -1)).all(axis=1)
+            return theta[good], x[good]
+        raise SettingError(f"simulations is a {type(given).__name__}; expected a simulator, a store, its path, or (theta, x)")
+
+
+def _run_tests(draw: _Drawn, by: Sequence[str] | None, workers: int, task: Task) -> dict[str, Any]:
+    theta, draws, x, seed, names = draw.theta, draw.draws, draw.x, draw.seed, draw.names
+    chosen: Any = list(by) if by is not None else list(range(min(2, theta.shape[1])))
+    tests: dict[str, Callable[[], Any]] = {
+        "sbc": lambda: sbc(theta, draws, names, _densities(draw), seed=seed),
+        "coverage": lambda: coverage(theta, draws, draw.log_theta, draw.log_draws, seed=seed),
+        "intervals": lambda: coverage(theta, draws, names=names, seed=seed),
+        "tarp": lambda: tarp(theta, draws, x, seed=seed),
+        "pulls": lambda: pulls(theta, draws, names, seed=seed),
+        "pit_regression": lambda: pit_regression(theta, draws, np.asarray(x), names=names, x_names=_column_names(draw), seed=seed),
+        "local_coverage": lambda: local_coverage(
+            theta, draws, chosen, names=names, seed=seed, log_prob_theta=draw.log_theta, log_prob_draws=draw.log_draws
+        ),
+        "lc2st": lambda: _lc2st(draw, workers),
+        "posterior_sbc": lambda: _posterior_sbc(draw),
+        "misspecification": lambda: _misspecification(draw),
+    }
+    needs = {
+        "coverage": (draw.log_draws, "the posterior has no log_prob_draws: joint regions need densities"),
+        "pit_regression": (x, "x is not known"),
+        "lc2st": (x if draw.x_obs is not None else None, "x or x_obs is not known"),
+        "posterior_sbc": (
+            draw.x_obs if draw.simulator is not None and draw.log_draws is not None else None,
+            "needs x_obs, a simulator and an estimator with densities",
+        ),
+        "misspecification": (x if draw.x_obs is not None else None, "x or x_obs is not known"),
+    }
+    results = {}
+    for name, test in tests.items():
+        needed, why = needs.get(name, (True, ""))
+        if needed is None:
+            draw.skipped[name] = why
+            task.advance(1)
+            continue
+        with draw.timed(name, task):
+            results[name] = test()
+    return results
+
+
+def _column_names(draw: _Drawn) -> list[str] | None:
+    """Names of x's columns, from the observables that the posterior or the simulator knows."""
+    observables = getattr(draw.posterior, "observables", None) or getattr(draw.simulator, "observables", None)
+    if observables is None or draw.x is None or draw.x.ndim != 2 or draw.x.shape[1] != sum(o.size for o in observables):
+        return None
+    return [f"{o.name}[{i}]" if o.size > 1 else o.name for o in observables for i in range(o.size)]
+
+
+def _densities(draw: _Drawn) -> dict[str, tuple[Array, Array]] | None:
+    if draw.log_theta is None or draw.log_draws is None:
+        return None
+    return {"log density": (draw.log_theta, draw.log_draws)}
+
+
+def _features(draw: _Drawn, x: Array) -> Array:
+    """What the network makes of x, or x itself: both are functions of x alone."""
+    embed = getattr(draw.posterior, "embed", None)
+    found: Array = np.asarray(embed(x)) if embed is not None else x.reshape(len(x), -1)
+    return found
+
+
+def _lc2st(draw: _Drawn, workers: int) -> Any:
+    assert draw.x is not None
+    assert draw.x_obs is not None
+    rows, observed = _features(draw, draw.x), _features(draw, draw.x_obs[None])[0]
+    latent = draw.posterior.latent(draw.theta, draw.x) if hasattr(draw.posterior, "latent") else None
+    at_obs = None
+    if draw.is_estimator:
+        at_obs = np.asarray(draw.posterior.sample(draw.x_obs, 1000, seed=seed_for(draw.seed, "lc2st")))
+    if latent is not None and at_obs is not None:
+        at_latent = draw.posterior.latent(at_obs, np.repeat(draw.x_obs[None], len(at_obs), axis=0))
+        model = train_lc2st(None, None, rows, latent_theta=latent, names=_free_names(draw, latent), seed=draw.seed, workers=workers)
+        return model.at(observed, at_obs if at_obs.shape == at_latent.shape else None, latent_obs=at_latent)
+    if at_obs is None:
+        raise SettingError("x_obs was given with arrays of draws; expected an estimator, which can be asked for draws at x_obs")
+    return train_lc2st(draw.theta, draw.draws, rows, names=draw.names, seed=draw.seed, workers=workers).at(observed, at_obs)
+
+
+def _free_names(draw: _Drawn, latent: Array) -> Any:
+    return draw.names if draw.names is not None and len(draw.names) == latent.shape[1] else None
+
+
+def _posterior_sbc(draw: _Drawn) -> Any:
+    """Replications of the observation: theta' from its posterior, x' from the simulator, ranks given both."""
+    assert draw.x_obs is not None
+    posterior, rng = draw.posterior, rng_for(draw.seed, "posterior sbc")
+    draws = np.asarray(posterior.sample(draw.x_obs, _REPLICA_DRAWS, seed=seed_for(draw.seed, "posterior sbc")))
+    theta = draws[rng.integers(len(draws), size=_REPLICAS)]
+    x = np.asarray(draw.simulator.simulate(theta, rng), dtype=np.float64)
+    log_prior = draw.simulator.prior.log_prob(draws)
+    log_q = posterior.log_prob_draws(np.broadcast_to(draws, (_REPLICAS, *draws.shape)), x)
+    return posterior_sbc(theta, draws, log_q - log_prior, draw.names, seed=draw.seed)
+
+
+def _misspecification(draw: _Drawn) -> Any:
+    assert draw.x is not None
+    assert draw.x_obs is not None
+    rows = draw.x
+    if draw.simulator is not None:
+        theta = draw.simulator.prior.sample(_FEATURE_ROWS, rng_for(draw.seed, "features theta"))
+        rows = np.asarray(draw.simulator.simulate(theta, rng_for(draw.seed, "features x")), dtype=np.float64)
+        rows = rows[np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)]
+    return misspecification(_features(draw, rows), _features(draw, draw.x_obs[None])[0], seed=draw.seed)

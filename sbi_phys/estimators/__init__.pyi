@@ -1,0 +1,13 @@
+from .density_sampling import PosteriorDraws as PosteriorDraws
+from .density_sampling import sample_posterior as sample_posterior
+from .extended_likelihood import ExtendedLikelihood as ExtendedLikelihood
+from .hypotheses import TwoHypotheses as TwoHypotheses
+from .mined import SALLY as SALLY
+from .mined import MinedRatio as MinedRatio
+from .nle import NLE as NLE
+from .npe import NPE as NPE
+from .npe import load as load
+from .nre import NRE as NRE
+from .sequential import truncated_rounds as truncated_rounds
+from .set_npe import SetNPE as SetNPE
+from .set_npe import likelihood_embedding as likelihood_embedding

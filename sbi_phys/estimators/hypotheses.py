@@ -1,0 +1,337 @@
+r"""Ratio of two hypotheses: log r(x | theta0, theta1) = log p(x | theta0) - log p(x | theta1), parametrised or fixed.
+
+Events drawn from theta0 (numerator) and from theta1 (reference), where the pair (theta0, theta1) varies from row to row, are told apart
+by a classifier that is given both thetas:
+
+    minimise  mean_0 log(1 + e^-f) + mean_1 log(1 + e^f),      f = g(x, theta0) - g(x, theta1),      f* = log r
+
+The difference of one function g is what every exact ratio is. Learned in this form, r(x | a, b) r(x | b, c) = r(x | a, c) and
+r(x | a, b) = 1 / r(x | b, a) hold exactly, and training against one fixed theta1 is enough for the ratio of any two theta0. Two
+hypotheses without parameters have f = g(x). Afterwards the last layer is solved exactly (`nets.classifier`).
+
+Source: Cranmer, Pavez & Louppe 2015, arXiv:1506.02169.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sbi_phys.core.checks import as_matrix, as_real, require_finite, require_int
+from sbi_phys.core.device import resolve_device
+from sbi_phys.core.errors import DataError, SettingError, ShapeError, SupportError
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.estimators.fitting import History, fit_ensemble, train_member
+from sbi_phys.estimators.model_file import FILE, common_content, common_settings, with_weights
+from sbi_phys.nets.classifier import ClassifierConfig, LabelledFeatures, PairClassifier, solve_last_layer
+from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.sets import take_scaling
+from sbi_phys.priors import Observable
+from sbi_phys.training.batches import MemoryBatches
+from sbi_phys.training.checkpoint import write_file
+from sbi_phys.training.loop import Loss, TrainConfig
+from sbi_phys.training.ranks import current_ranks
+from sbi_phys.training.scaling import XScaler, count_columns, split_rows
+
+__all__ = ["Events", "HypothesisRatio", "TwoHypotheses", "as_events", "cross_entropy", "standard_units"]
+
+Array = NDArray[np.float64]
+
+MIN_EVENTS = 20
+_ROWS = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Training rows: x (n, ...), the thetas of both hypotheses (n, d) (d = 0 for none), and what a loss needs besides, (n, ...) each."""
+
+    x: Array
+    theta0: Array
+    theta1: Array
+    extra: tuple[Array, ...]
+
+
+class HypothesisRatio:
+    """What all estimators of log r(x | theta0, theta1) share: scaling, members, evaluation; `fit` is theirs.
+
+    Args: seed, network, embedding, n_ensemble (the log ratio is the mean over the members, so that it stays a difference), device,
+    x_transform, observables: as for `NRE`. config: of the training loop; None chooses from the number of rows.
+    Raises: SettingError.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        network: ClassifierConfig | None = None,
+        embedding: EmbeddingConfig | nn.Module | None = None,
+        n_ensemble: int = 1,
+        device: str | torch.device = "auto",
+        x_transform: str = "auto",
+        observables: Sequence[Observable] | None = None,
+        config: TrainConfig | None = None,
+    ) -> None:
+        if network is not None and not isinstance(network, ClassifierConfig):
+            raise SettingError(f"network is a {type(network).__name__}; expected None or ClassifierConfig(...)")
+        self.seed = require_int("seed", seed, low=0)
+        self.network = network or ClassifierConfig()
+        self.embedding = EmbeddingConfig(hidden=64, n_blocks=1, n_features=32) if embedding is None else embedding
+        self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
+        self.device = resolve_device(device)
+        self.x_transform = x_transform
+        self.observables = tuple(observables) if observables is not None else None
+        self.config = config
+        self.history: list[History] = []
+        self._scaler: XScaler | None = None
+        self._centre, self._width = np.zeros(0), np.ones(0)
+        self._boxes: list[tuple[Array, Array]] = []
+        self._nets: list[PairClassifier] = []
+
+    @property
+    def dim(self) -> int:
+        """Number of parameters, 0 for two fixed hypotheses."""
+        return len(self._centre)
+
+    def _train(self, events: Events, loss: Loss, progress: Progress | None, *, solve: bool = False) -> None:
+        """Scale, train every member, keep the result; solve: extra holds the two weights of the cross entropy."""
+        config = self.config or _default_config(len(events.x))
+        first, _ = split_rows(len(events.x), config.validation_fraction, seed_for(self.seed, "member", 0))
+        scaler = XScaler.fit(events.x[first], count_columns(events.x, self.x_transform, self.observables))
+        if (scaler.counts & (events.x < 0).any(axis=0)).any():
+            raise DataError("x has negative values in columns declared as counts; expected counts >= 0")
+        both = np.concatenate([events.theta0, events.theta1])
+        self._boxes = [_box(t) for t in (events.theta0, events.theta1)]
+        self._centre, self._width = standard_units(both)
+        rows = [scaler.apply(events.x), self._inputs(events.theta0), self._inputs(events.theta1)]
+        rows += [torch.from_numpy(e.astype(np.float32)) for e in events.extra]
+
+        def member(k: int) -> tuple[PairClassifier, History]:
+            net, records = self._fit_member(k, [t.to(self.device) for t in rows], scaler, config, loss, or_none(progress))
+            if solve:
+                _solve_head(net, *self._split(k, rows, config))
+            return net, records
+
+        nets, history = fit_ensemble(self.n_ensemble, member)
+        self._scaler, self._nets, self.history = scaler, nets, history
+
+    def _split(self, k: int, rows: Sequence[Tensor], config: TrainConfig) -> tuple[list[Tensor], list[Tensor]]:
+        parts = split_rows(len(rows[0]), config.validation_fraction, seed_for(self.seed, "member", k))
+        train, valid = ([t[torch.from_numpy(chosen)].to(self.device) for t in rows] for chosen in parts)
+        return train, valid
+
+    def _fit_member(
+        self, k: int, rows: Sequence[Tensor], scaler: XScaler, config: TrainConfig, loss: Loss, progress: Progress
+    ) -> tuple[PairClassifier, History]:
+        train, valid = self._split(k, rows, config)
+        net = self._new_net(k, scaler.shape)
+        take_scaling(net.embedding, scaler)
+        batches = MemoryBatches(train, valid, seed=seed_for(self.seed, "member", k), ranks=current_ranks())
+        return net, train_member(loss, net, batches, config, seed=self.seed, member=(k, self.n_ensemble), progress=progress)
+
+    def _new_net(self, k: int, x_shape: tuple[int, ...]) -> PairClassifier:
+        seed = seed_for(self.seed, "member", k)
+        return PairClassifier(self.dim, x_shape, self.network, self.embedding, seed=seed).to(self.device)
+
+    def _inputs(self, theta: Array) -> Tensor:
+        return torch.from_numpy(((theta - self._centre) / self._width).astype(np.float32))
+
+    def log_ratio(self, x: ArrayLike, theta0: ArrayLike | None = None, theta1: ArrayLike | None = None) -> Array:
+        """Log p(x | theta0) - log p(x | theta1), nats -> (m,).
+
+        Args: x (k,) or (m, k); theta0, theta1 (d,) or (m, d), None where the hypotheses have no parameters. One row serves for all m.
+        Raises: SupportError (a theta outside the ranges that were trained on), ShapeError, NonFiniteError, DataError, SettingError.
+        """
+        if self._scaler is None:
+            raise SettingError(f"this {type(self).__name__} is not trained; expected .fit(...) first")
+        array, _ = self._scaler.check("x", x)
+        thetas = [self._checked_theta(name, value) for name, value in (("theta0", theta0), ("theta1", theta1))]
+        sizes = {"x": len(array), "theta0": len(thetas[0]), "theta1": len(thetas[1])}
+        m = max(sizes.values())
+        if min(sizes.values()) == 0:
+            raise DataError(f"{', '.join(f'{k} has {v} rows' for k, v in sizes.items())}; expected at least one")
+        if any(n not in (1, m) for n in sizes.values()):
+            raise ShapeError(f"rows differ: {', '.join(f'{k} has {v}' for k, v in sizes.items())}; expected the same number, or one")
+        rows = [t.expand(m, *t.shape[1:]) for t in (self._scaler.apply(array), *map(self._inputs, thetas))]
+        return self._evaluate(rows)
+
+    @torch.inference_mode()
+    def _evaluate(self, rows: Sequence[Tensor]) -> Array:
+        parts = []
+        for chunk in zip(*(t.split(_ROWS) for t in rows), strict=True):
+            moved = [t.to(self.device) for t in chunk]
+            parts.append(torch.stack([net.difference(*moved).double() for net in self._nets]).mean(dim=0).cpu())
+        return torch.cat(parts).numpy()
+
+    def _checked_theta(self, name: str, value: ArrayLike | None) -> Array:
+        if (value is None) != (self.dim == 0):
+            expected = "none, the hypotheses have no parameters" if self.dim == 0 else f"an array of {self.dim} columns"
+            raise SettingError(f"{name} is {'None' if value is None else 'given'}; expected {expected}")
+        if value is None:
+            return np.zeros((1, 0))
+        theta = as_matrix(name, value, self.dim)
+        inside = np.any([np.all((theta >= low) & (theta <= high), axis=1) for low, high in self._boxes], axis=0)
+        if not inside.all():
+            i = int(np.argmin(inside))
+            ranges = " or ".join(f"{np.round(low, 6).tolist()} to {np.round(high, 6).tolist()}" for low, high in self._boxes)
+            raise SupportError(
+                f"{name} has {int((~inside).sum())} of {len(theta)} rows outside what was trained on; "
+                f"the first is row {i}: {theta[i].tolist()}, expected {ranges}"
+            )
+        return theta
+
+    def _own_settings(self) -> dict[str, Any]:
+        """Settings of the class that the others do not have."""
+        return {}
+
+    def save(self, path: str | Path) -> None:
+        """Write the model: weights, scaling, settings, ranges and history; `sp.load` reads it.   Raises: ModelFileError, SettingError."""
+        if self._scaler is None:
+            raise SettingError(f"this {type(self).__name__} is not trained; expected .fit(...) first")
+        ranges = {"centre": self._centre, "width": self._width, "boxes": np.array(self._boxes)}
+        content = common_content(self) | {
+            "own": self._own_settings(),
+            "network": asdict(self.network),
+            "scaler": self._scaler.to_dict(),
+            "ranges": {name: torch.from_numpy(np.array(value)) for name, value in ranges.items()},
+        }
+        write_file(path, *FILE, content)
+
+    @classmethod
+    def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> Self:
+        own = content["own"] | {"network": ClassifierConfig(**content["network"])}
+        model = cls(**common_settings(path, content, embedding), **own, device=device)
+        model._scaler = XScaler.from_dict(content["scaler"])
+        model._centre, model._width, boxes = (content["ranges"][name].numpy() for name in ("centre", "width", "boxes"))
+        model._boxes = [(low, high) for low, high in boxes]
+        model.history = content["history"]
+        model._nets = with_weights([model._new_net(k, model._scaler.shape) for k in range(model.n_ensemble)], content)
+        return model
+
+
+class TwoHypotheses(HypothesisRatio):
+    """Classifier of events from theta0 against events from theta1: log r(x | theta0, theta1).
+
+    Args: as `HypothesisRatio`.   Raises: SettingError.
+    """
+
+    def fit(
+        self,
+        theta0: ArrayLike | None,
+        x0: ArrayLike,
+        theta1: ArrayLike | None,
+        x1: ArrayLike,
+        *,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Train on events x0 (n0, ...) ~ p(x | theta0) and x1 (n1, ...) ~ p(x | theta1).
+
+        Args: theta0, theta1: None for two hypotheses without parameters; (d,) for a fixed one; (n0, d), (n1, d) for one theta per event.
+        Row i of theta0 and of theta1 are a pair of hypotheses, so that n0 = n1 if both vary; if only one varies, its values are
+        also given, in random order, to the other's events.
+        The priors of the two classes are equal whatever n0 and n1.
+        Raises: ShapeError, NonFiniteError, DataError (fewer than 20 events, mixed None), TrainingError.
+        """
+        first, second = as_events("x0", x0), as_events("x1", x1)
+        if first.shape[1:] != second.shape[1:]:
+            raise ShapeError(f"x0 has rows of shape {first.shape[1:]}, x1 of {second.shape[1:]}; expected the same")
+        n0, n1 = len(first), len(second)
+        a, b = self._thetas(theta0, theta1, n0, n1)
+        numerator = np.repeat([1.0, 0.0], [n0, n1])
+        weights = (numerator * (n0 + n1) / (2 * n0), (1 - numerator) * (n0 + n1) / (2 * n1))
+        self._train(Events(np.concatenate([first, second]), a, b, weights), cross_entropy, progress, solve=True)
+        return self
+
+    def _thetas(self, theta0: ArrayLike | None, theta1: ArrayLike | None, n0: int, n1: int) -> tuple[Array, Array]:
+        """Both hypotheses of all n0 + n1 events."""
+        if (theta0 is None) != (theta1 is None):
+            raise DataError(f"theta{0 if theta0 is None else 1} is None and the other is not; expected both or neither")
+        if theta0 is None or theta1 is None:
+            return np.zeros((n0 + n1, 0)), np.zeros((n0 + n1, 0))
+        a, b = _parameters("theta0", theta0, n0), _parameters("theta1", theta1, n1)
+        if a.shape[1] != b.shape[1]:
+            raise ShapeError(f"theta0 has {a.shape[1]} columns and theta1 has {b.shape[1]}; expected the same")
+        if len(a) > 1 and len(b) > 1:
+            if n0 != n1:
+                raise ShapeError(f"theta0 has {n0} rows and theta1 has {n1}; expected the same number where both vary")
+            return np.concatenate([a, a]), np.concatenate([b, b])
+        rng = rng_for(self.seed, "thetas")
+        return _spread(a, n0, n1, rng), _spread(b, n1, n0, rng)[np.r_[n1 : n0 + n1, 0:n1]]
+
+
+def _spread(theta: Array, own: int, other: int, rng: np.random.Generator) -> Array:
+    """Theta of its own events, then for the others', (own + other, d)."""
+    if len(theta) == 1:
+        return np.repeat(theta, own + other, axis=0)
+    turns = math.ceil(other / own)
+    drawn = np.concatenate([rng.permutation(own) for _ in range(turns)])[:other]
+    return np.concatenate([theta, theta[drawn]])
+
+
+def _box(theta: Array) -> tuple[Array, Array]:
+    """Range (d,) of theta (n, d), wider by 1 % on either side: the ends of a prior are not reached by its draws."""
+    low, high = theta.min(axis=0), theta.max(axis=0)
+    margin = 0.01 * (high - low) + 1e-9 * (1 + np.abs(theta).max(axis=0))
+    return low - margin, high + margin
+
+
+def standard_units(theta: Array) -> tuple[Array, Array]:
+    """Mean and sd (d,) of theta (n, d); a column that does not vary keeps its unit."""
+    centre, width = theta.mean(axis=0), theta.std(axis=0)
+    return centre, np.where(width > 1e-12 * (1 + np.abs(centre)), width, 1.0)
+
+
+def as_events(name: str, x: Any) -> Array:
+    """Return x as finite (n, ...) float64; (n,) is one column.   Raises: ShapeError, NonFiniteError, DataError (fewer than 20 rows)."""
+    array = as_real(name, x)
+    if array.ndim == 1:
+        array = array[:, None]
+    if array.ndim < 2 or 0 in array.shape[1:]:
+        raise ShapeError(f"{name} has shape {array.shape}; expected (n, ...) with at least one value per event")
+    if len(array) < MIN_EVENTS:
+        raise DataError(f"{name} has {len(array)} events; expected at least {MIN_EVENTS}")
+    require_finite(name, array)
+    return array
+
+
+def _parameters(name: str, value: ArrayLike, n: int) -> Array:
+    """Theta as (n, d) or, of one fixed hypothesis, (1, d); (n,) is one column."""
+    array = as_real(name, value)
+    if array.ndim == 0 or (array.ndim == 1 and len(array) != n):
+        array = array.reshape(1, -1)
+    elif array.ndim == 1:
+        array = array[:, None]
+    if array.ndim != 2 or array.shape[1] == 0 or len(array) not in (1, n):
+        raise ShapeError(f"{name} has shape {np.shape(value)}; expected ({n}, d), one row per event, or (d,) for all")
+    require_finite(name, array)
+    return array
+
+
+def _default_config(n: int) -> TrainConfig:
+    """About eighty steps an epoch, until batches would be too large."""
+    batch = int(np.clip(2 ** round(math.log2(n / 80)), 32, 1024))
+    return TrainConfig(batch_size=min(batch, max(1, n // 2)), max_epochs=12, patience=12)
+
+
+def cross_entropy(net: nn.Module, x: Tensor, u0: Tensor, u1: Tensor, w1: Tensor, w0: Tensor) -> Tensor:
+    """Weighted cross entropy of the difference, one value per row."""
+    assert isinstance(net, PairClassifier)
+    f = net.difference(x, u0, u1)
+    return w1 * F.softplus(-f) + w0 * F.softplus(f)
+
+
+@torch.no_grad()
+def _solve_head(net: PairClassifier, train: Sequence[Tensor], valid: Sequence[Tensor]) -> None:
+    def labelled(rows: Sequence[Tensor]) -> list[LabelledFeatures]:
+        chunks = zip(*(t.split(_ROWS) for t in rows), strict=True)
+        return [(net.difference_features(x, u0, u1), w1, w0) for x, u0, u1, w1, w0 in chunks]
+
+    # the constant cancels in a difference
+    solve_last_layer(net.head, labelled(train), labelled(valid), intercept=net.dim == 0)

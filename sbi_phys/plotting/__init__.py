@@ -1,0 +1,1 @@
+"""Figures: functions that take a result and return matplotlib Axes or Figures."""

@@ -1,0 +1,83 @@
+"""What theta and x consist of: named parameters and blocks of observables, with units and labels."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sbi_phys.core.checks import require_choice, require_int
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+
+__all__ = ["Observable", "Parameter", "observables_from_dicts", "observables_to_dicts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A named parameter: range, unit and LaTeX label.
+
+    Args: name, a plain identifier; low < high, in `unit`, infinite where unbounded; unit, '' if dimensionless;
+    latex, without dollar signs, the name if empty.   Raises: SettingError.
+    """
+
+    name: str
+    low: float = -math.inf
+    high: float = math.inf
+    unit: str = ""
+    latex: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the name and the range."""
+        if not self.name or not str(self.name).replace("_", "a").isalnum():
+            raise SettingError(f"parameter name is {self.name!r}; expected letters, digits and underscores")
+        if not self.low < self.high:
+            raise SettingError(f"parameter {self.name} has low={self.low}, high={self.high}; expected low < high")
+        object.__setattr__(self, "low", float(self.low))
+        object.__setattr__(self, "high", float(self.high))
+
+    @property
+    def label(self) -> str:
+        """Axis label: LaTeX and the unit in brackets."""
+        symbol = f"${self.latex}$" if self.latex else self.name
+        return f"{symbol} [{self.unit}]" if self.unit else symbol
+
+
+@dataclass(frozen=True, slots=True)
+class Observable:
+    """A named block of columns of x: `size` columns, unit, LaTeX label, kind and, for histograms, the bin edges.
+
+    Args: kind, 'counts' (whole numbers, variance-stabilised before they enter a network) or 'real';
+    edges (size + 1,), in `edges_unit`, or () where the columns are no bins.   Raises: SettingError, ShapeError.
+    """
+
+    name: str
+    size: int
+    unit: str = ""
+    latex: str = ""
+    kind: str = "real"
+    edges: tuple[float, ...] = ()
+    edges_unit: str = ""
+
+    def __post_init__(self) -> None:
+        """Check size, kind and edges."""
+        require_int(f"size of observable {self.name}", self.size, low=1)
+        require_choice(f"kind of observable {self.name}", self.kind, ("counts", "real"))
+        if self.edges and len(self.edges) != self.size + 1:
+            raise ShapeError(f"observable {self.name} has {len(self.edges)} edges; expected size + 1 = {self.size + 1}")
+        object.__setattr__(self, "edges", tuple(float(e) for e in self.edges))
+
+
+def observables_to_dicts(observables: tuple[Observable, ...]) -> list[dict[str, Any]]:
+    """Plain JSON values of observables; infinite edges become the text 'inf', since JSON has no infinity."""
+    out = []
+    for o in observables:
+        plain = asdict(o)
+        plain["edges"] = [e if math.isfinite(e) else str(e) for e in o.edges]
+        out.append(plain)
+    return out
+
+
+def observables_from_dicts(dicts: list[dict[str, Any]]) -> tuple[Observable, ...]:
+    """Inverse of `observables_to_dicts`.   Raises: DataError."""
+    try:
+        return tuple(Observable(**{**d, "edges": tuple(float(e) for e in d.get("edges", ()))}) for d in dicts)
+    except (TypeError, ValueError, AttributeError) as err:
+        raise DataError(f"observables {dicts!r} are not a list of descriptions of Observable: {err}") from err

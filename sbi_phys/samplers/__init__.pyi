@@ -1,0 +1,14 @@
+from .diagnostics import autocorrelation_time as autocorrelation_time
+from .diagnostics import split_r_hat as split_r_hat
+from .grid import GridPosterior as GridPosterior
+from .grid import grid_posterior as grid_posterior
+from .hmc import HMCResult as HMCResult
+from .hmc import run_hmc as run_hmc
+from .importance import ImportanceResult as ImportanceResult
+from .importance import Proposal as Proposal
+from .importance import effective_size as effective_size
+from .importance import importance_sample as importance_sample
+from .importance import pareto_smooth as pareto_smooth
+from .importance import resample_indices as resample_indices
+from .mcmc import MCMCResult as MCMCResult
+from .mcmc import run_emcee as run_emcee

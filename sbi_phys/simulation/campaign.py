@@ -1,0 +1,210 @@
+r"""Simulations on disk: theta_i ~ p(theta), x_i ~ p(x | theta_i), in shards, over any `concurrent.futures.Executor`.
+
+    store = simulate(simulator, 100_000, "runs/spectra", seed=0, workers=2)
+    theta, x = store.read()
+
+Every shard follows from (seed, shard), so the bytes on disk are those of an undisturbed run with one worker, whatever
+happened: several workers, a kill, a full disk, a power cut. The same call again continues, and a larger n adds rows.
+
+    simulate(simulator, 100_000, "/shared/spectra", seed=0, shards="3/25")      one of 25 array jobs on the same folder
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sbi_phys.core.checks import as_matrix, require_choice, require_int, require_number
+from sbi_phys.core.errors import DataError, SettingError, ShapeError, SimulatorMismatchError, StoreError
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.priors import Prior, prior_from_dict
+from sbi_phys.priors.parameters import observables_to_dicts
+from sbi_phys.simulation.dispatch import Campaign, complete
+from sbi_phys.simulation.protocol import Simulator, check_simulator, load_simulator
+from sbi_phys.simulation.workers import close_sandboxes
+from sbi_phys.store.identity import simulator_identity
+from sbi_phys.store.layout import Layout
+from sbi_phys.store.locks import ArrayLock, StoreLock
+from sbi_phys.store.manifest import remove_litter
+from sbi_phys.store.plan import Plan, existing_header, plan_store
+from sbi_phys.store.shards import Header
+from sbi_phys.store.store import Store
+
+__all__ = ["Simulator", "check_simulator", "load_simulator", "simulate", "simulator_identity"]
+
+# Rows of a shard unless asked otherwise. Not a function of n: asking for more rows later must lead to the same folder.
+_SHARD_ROWS, _SHARD_BYTES = 4096, 64 * 2**20
+
+
+def simulate(
+    simulator: Simulator,
+    n: int | None,
+    path: str | os.PathLike[str],
+    *,
+    prior: Prior | None = None,
+    theta: ArrayLike | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    send_back: bool | None = None,
+    shard_size: int | None = None,
+    dtype: str = "float32",
+    layout: Layout | None = None,
+    shards: range | str | int | None = None,
+    timeout: float | None = None,
+    isolate: bool = False,
+    progress: Progress | None = None,
+) -> Store:
+    r"""Draw n rows theta ~ p(theta), x ~ p(x | theta) and keep them in the store at `path`, continuing what is there.
+
+    Rows that fail (the simulator raises, or x is not finite) are kept and flagged with the reason, never dropped. A script that
+    uses workers needs the usual guard `if __name__ == "__main__":`, as each worker imports it.
+
+    Args:
+        simulator: a `Simulator`; with workers, of a class at the top of a module that they can import.
+        n: rows of the finished store, those already there included; a store that holds more keeps them. None: those of theta.
+        path: folder of the store, made if it is not there.
+        prior: p(theta), default `simulator.prior`; another prior must have the same parameters.
+        theta: (n, d), parameters' units, within the prior: simulate there instead of drawing. The seed then drives x alone:
+            give each round of a sequence another one, else row i of every round has the same noise.
+        seed: integer >= 0. Theta of shard i come from the generator (seed, "theta", i), x from (seed, "x", i).
+        workers: processes; default one a core, or none if the rest takes under 3 s. With an executor: tasks it takes at once.
+        executor: any `concurrent.futures.Executor`; it is not shut down.
+        send_back: whether its workers send shards back instead of writing them; None: those do that do not see the folder.
+        shard_size: rows of a file, what a worker takes at once and what a kill loses; default 4096, at most 64 MiB.
+        dtype: of x on disk, 'float32' or 'float64'. Counts above 2^24 that float32 would change are refused.
+        layout: compression, chunks, dtypes and shapes of single observables; default that of the store at `path`, else none.
+        shards: write these alone, beside other such calls: a range, '0:64', '7' or '3/100' (`storage.plan.shard_range`).
+        timeout: seconds of one row alone; the simulator then runs in a process of its own, which is ended and replaced.
+        isolate: the same without a limit. A row at which it crashes or exits is flagged.
+        progress: default none.
+
+    Returns: the store, complete unless `shards` names some.
+    Raises: SettingError, SimulatorMismatchError, ShapeError, NonFiniteError, SupportError (theta), DataError (all rows of a shard fail,
+        x does not fit the dtype), StoreError (folder of other settings, locked or read-only, shards of another job, dying workers).
+    """
+    check_simulator(simulator)
+    prior = _check_prior(simulator, prior)
+    n, given = _check_rows(prior, n, theta)
+    workers, progress = _check_workers(workers, executor), or_none(progress)
+    timeout = None if timeout is None else require_number("timeout", timeout, low=0, open_low=True)
+    folder = Path(path)
+    _make_folder(folder)
+    with ExitStack() as on_exit:
+        header = partial(_header, simulator, prior, seed, shard_size, dtype, layout, given, folder)
+        found = _enter(folder, lambda: plan_store(folder, header(), n, given, shards), shards, on_exit)
+        part = None if shards is None else found.shards
+        isolate = isolate or timeout is not None
+        run = Campaign(
+            folder, found.manifest, simulator, given, found.todo, timeout=timeout, isolate=isolate, send_back=send_back, shards=part
+        )
+        on_exit.callback(close_sandboxes)
+        complete(run, workers, executor, progress)
+    return Store(folder)
+
+
+def _enter(folder: Path, plan: Callable[[], Plan], shards: object, on_exit: ExitStack) -> Plan:
+    """Lock the folder, whole or the shards of an array job, clear away what killed runs left there, and plan."""
+    if shards is None:
+        on_exit.enter_context(StoreLock(folder))
+        remove_litter(folder)
+        on_exit.callback(remove_litter, folder)
+        return plan()
+    lock = on_exit.enter_context(ArrayLock(folder))
+    with lock.planning():
+        found = plan()
+        lock.claim(found.shards)
+    remove_litter(folder, found.shards)
+    on_exit.callback(remove_litter, folder, found.shards)
+    return found
+
+
+def _check_workers(workers: int | None, executor: Executor | None) -> int | None:
+    if executor is not None and not isinstance(executor, Executor):
+        raise SettingError(f"executor is {executor!r}; expected a concurrent.futures.Executor or None")
+    return None if workers is None else require_int("workers", workers, low=1)
+
+
+def _check_prior(simulator: Simulator, prior: Prior | None) -> Prior:
+    if prior is None:
+        return simulator.prior
+    if not isinstance(prior, Prior):
+        raise SettingError(f"prior is {prior!r}; expected a Prior or None")
+    if prior.names != simulator.prior.names:
+        raise SimulatorMismatchError(f"prior has parameters {prior.names}; expected those of the simulator, {simulator.prior.names}")
+    return prior
+
+
+def _check_rows(prior: Prior, n: int | None, theta: ArrayLike | None) -> tuple[int, NDArray[np.float64] | None]:
+    if theta is None:
+        if n is None:
+            raise SettingError("n is None; expected the number of rows, or theta")
+        return require_int("n", n, low=1), None
+    given = as_matrix("theta", theta, prior.dim, prior.names)
+    if given.shape[0] == 0:
+        raise DataError("theta has no rows; expected at least one")
+    if n is not None and require_int("n", n, low=1) != given.shape[0]:
+        raise ShapeError(f"theta has {given.shape[0]} rows and n is {n}; expected the same, or n=None")
+    prior.require_contains(given)
+    return given.shape[0], given
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise StoreError(f"{folder} can not be made: {err.strerror}; expected a path where a folder may be made") from err
+
+
+def _header(
+    simulator: Simulator,
+    prior: Prior,
+    seed: int,
+    shard_size: int | None,
+    dtype: str,
+    layout: Layout | None,
+    given: NDArray[np.float64] | None,
+    folder: Path,
+) -> Header:
+    """Header of the store this call is about; shard size and layout that are not asked for are those of the store that is there."""
+    require_choice("dtype", dtype, ("float32", "float64"))
+    description = prior.to_dict()
+    try:
+        same = prior_from_dict(description) == prior
+    except DataError:
+        same = False
+    if not same:
+        raise SettingError(f"prior {prior!r} can not be rebuilt from its to_dict(); expected one of the priors of sbi_phys.priors")
+    observables = observables_to_dicts(simulator.observables)
+    there = existing_header(folder) if shard_size is None or layout is None else None
+    if shard_size is None:
+        row_bytes = 8 * prior.dim + np.dtype(dtype).itemsize * sum(o.size for o in simulator.observables)
+        shard_size = there.shard_size if there is not None else max(1, min(_SHARD_ROWS, _SHARD_BYTES // row_bytes))
+    return Header(
+        simulator=simulator_identity(simulator),
+        prior=description,
+        observables=observables,
+        seed=require_int("seed", seed, low=0, high=2**63 - 1),
+        shard_size=require_int("shard_size", shard_size, low=1),
+        dtype=dtype,
+        theta="prior" if given is None else "given",
+        layout=_check_layout(layout, observables, dtype) if layout is not None or there is None else there.layout,
+    )
+
+
+def _check_layout(layout: Layout | None, observables: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
+    if layout is None:
+        return {}
+    if not isinstance(layout, Layout):
+        raise SettingError(f"layout is {layout!r}; expected a sbi_phys.store.layout.Layout or None")
+    if layout.sets:
+        raise SettingError(
+            f"layout has the ragged sets {sorted(layout.sets)}; expected none: simulators return one row of x for each theta"
+        )
+    return layout.check(observables, dtype).plain()

@@ -1,0 +1,357 @@
+"""Values and checksums as they stand in the files of a store: attributes as fixed-length UTF-8, CRC-32 for every dataset, a label.
+
+CRC-32 finds every burst of up to 32 wrong bits, and any other damage but for one case in 4e9. It guards against disks and
+networks, not against forgery. It is the fastest checksum of the standard library; where the package isal is installed, the
+same numbers come five times as fast.
+
+The label stands before the HDF5 content of a shard, in HDF5's user block, which other programs skip:
+
+    sbi_phys shard label {"header": ..., "shard": 3, "rows": 4096, ...} crc32:1f2e3d4c
+
+It spares opening files: one short read tells the counts, one plain read of the file whether it is whole. Values that lie in
+one run of bytes have a checksum each, that of their dataset; `rest` covers every other byte behind the block. Where a label
+does not fit its file, or there is none, the HDF5 content is what counts.
+
+Files are written aside, synced and renamed (`write_aside`).
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from sbi_phys.core.errors import StoreError
+from sbi_phys.store.layout import hdf5_type
+
+try:
+    from isal.isal_zlib import crc32  # type: ignore[import-not-found,unused-ignore]
+except ImportError:
+    from zlib import crc32
+
+__all__ = [
+    "MARK",
+    "MOST_RANGES",
+    "Label",
+    "Sink",
+    "array_checksum",
+    "array_seed",
+    "attribute",
+    "block_size",
+    "check_label",
+    "difference",
+    "header_checksum",
+    "legacy_checksum",
+    "plain",
+    "read_ahead",
+    "read_attributes",
+    "read_label",
+    "reason_kind",
+    "set_attributes",
+    "sync_folder",
+    "text_checksum",
+    "to_json",
+    "write_aside",
+]
+
+
+_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?([eE][-+]?\d+)?")
+
+
+def to_json(value: Any) -> str:
+    """JSON text of a value, the same for equal values."""
+    return json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+
+
+def attribute(value: Any) -> Any:
+    """Return a JSON-like value as what HDF5 stores: integers as int64, a bool as uint8, all else as UTF-8 text."""
+    if isinstance(value, bool):
+        return np.uint8(value)
+    if isinstance(value, int):
+        return np.int64(value)
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        encoded = [v.encode() for v in value]
+        # HDF5 has no strings of length zero
+        return np.array(encoded, dtype=f"S{max(1, *map(len, encoded), 1)}")
+    return np.bytes_((value if isinstance(value, str) else to_json(value)).encode())
+
+
+def plain(value: Any) -> Any:
+    """Inverse of `attribute`, but for JSON, which stays text."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, np.ndarray):
+        return [plain(v) for v in value.tolist()]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def set_attributes(file: h5py.h5f.FileID, values: Mapping[str, Any]) -> None:
+    """Write encoded attributes of the root group: through HDF5's own calls, h5py's cost as much as the data of a small shard."""
+    scalar = h5py.h5s.create(h5py.h5s.SCALAR)
+    for name, value in values.items():
+        array = np.asarray(value)
+        kind = hdf5_type(array.dtype.str)
+        space = h5py.h5s.create_simple(array.shape) if array.ndim else scalar
+        h5py.h5a.create(file, name.encode(), kind, space).write(array, mtype=kind)
+
+
+def read_attributes(file: h5py.File) -> dict[str, Any]:
+    """Attributes of the root group as they stand there, all in one go: h5py takes five times as long."""
+    values: dict[str, Any] = {}
+    root = file.id
+    for i in range(h5py.h5a.get_num_attrs(root)):
+        item = h5py.h5a.open(root, index=i)
+        name, dtype = item.name.decode(), item.dtype
+        if dtype.kind not in "iuS":  # none of ours
+            values[name] = file.attrs[name]
+            continue
+        array = np.empty(item.shape, dtype=dtype)
+        item.read(array)
+        values[name] = array if array.ndim else array[()]
+    return values
+
+
+def array_checksum(array: NDArray[Any], name: str = "", crc: int = 0) -> int:
+    """CRC-32 over name, shape, dtype and bytes of an array."""
+    array = np.ascontiguousarray(array)
+    return crc32(array.view(np.uint8).data if array.size else b"", array_seed(array, name, crc))
+
+
+def array_seed(array: NDArray[Any], name: str = "", crc: int = 0) -> int:
+    """CRC-32 over name, shape and dtype of an array, with which that over its bytes begins."""
+    return crc32(f"{name} {array.shape} {array.dtype.str}".encode(), crc)
+
+
+def text_checksum(text: str | bytes) -> str:
+    """CRC-32 of a text as it stands in a file."""
+    return f"crc32:{crc32(text.encode() if isinstance(text, str) else text):08x}"
+
+
+def header_checksum(attributes: Mapping[str, Any]) -> str:
+    """CRC-32 over all attributes but the checksum itself; those of the datasets are among them."""
+    return text_checksum(to_json({name: plain(value) for name, value in attributes.items() if name != "checksum"}))
+
+
+def legacy_checksum(attributes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Checksum of schema 1: one CRC-32 over all attributes and then all arrays."""
+    text = to_json({name: plain(value) for name, value in attributes.items() if name != "checksum"})
+    crc = crc32(text.encode())
+    for name in ("theta", "x", "status", "failed_row", "reason"):
+        crc = array_checksum(arrays[name], name, crc)
+    return f"crc32:{crc:08x}"
+
+
+def reason_kind(reason: str) -> str:
+    """A reason with its numbers taken out, so that equal failures of different rows count as one kind."""
+    return _NUMBER.sub("#", reason)[:120]
+
+
+def difference(mine: Any, theirs: Any) -> tuple[str, str]:
+    """Two values as short text: of dicts, only the first entry that differs."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in [*mine, *(k for k in theirs if k not in mine)]:
+            if mine.get(key) != theirs.get(key):
+                inner = difference(mine.get(key), theirs.get(key))
+                return f"{key} = {inner[0]}", f"{key} = {inner[1]}"
+    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            if a != b:
+                inner = difference(a, b)
+                return f"[{i}] {inner[0]}", f"[{i}] {inner[1]}"
+    short = [text if len(text) <= 200 else text[:200] + " ..." for text in map(repr, (mine, theirs))]
+    return short[0], short[1]
+
+
+MARK = b"sbi_phys shard label "
+_PIECE = 2**18  # bytes read at once: stays in the processor's cache
+_MOST = 4096  # bytes of the largest block
+MOST_RANGES = 40  # runs of bytes with a checksum of their own; a shard of more datasets has none
+
+Range = tuple[int, int, int, int]  # first byte, bytes, the CRC-32 to begin with, the CRC-32 at the end
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a shard says of itself.
+
+    Fields: header, digest of the store's header; shard, rows, n_failed; kinds, failed rows by kind of reason (None: too many
+    to stand here); content, checksum of theta and x; block, bytes before the HDF5 content; size of the file; ranges; rest.
+    """
+
+    header: str
+    shard: int
+    rows: int
+    n_failed: int
+    kinds: Mapping[str, int] | None
+    content: str
+    block: int
+    size: int
+    ranges: Sequence[Range]
+    rest: int
+
+    def encode(self) -> bytes:
+        """The block: text, its own checksum, zeros."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        text = MARK + to_json(values).encode() + b" "
+        return (text + text_checksum(text).encode()).ljust(self.block, b"\0")
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self | None:
+        """Inverse of `encode`, from the first bytes of a file; None if they hold no label, or a damaged one."""
+        whole = data.partition(b"\0")[0]
+        text, mark, crc = whole.rpartition(b"crc32:")
+        if not text.startswith(MARK) or text_checksum(text).encode() != mark + crc:
+            return None
+        try:
+            values = json.loads(text[len(MARK) :])
+            label = cls(**{name: values[name] for name in cls.__slots__})
+        except (ValueError, KeyError, TypeError):
+            return None
+        return label if whole == data[: label.block].rstrip(b"\0") else None
+
+    def with_rest(self, file: io.FileIO) -> "Label":
+        """The label of a file that has just been written: its size, and the checksum of what no range covers."""
+        size, rest, at = os.fstat(file.fileno()).st_size, 0, self.block
+        gaps = size - self.block - sum(length for _, length, _, _ in self.ranges)
+        piece = memoryview(bytearray(max(1, min(gaps, _PIECE))))
+        for start, length, _, _ in [*self.ranges, (size, 0, 0, 0)]:
+            file.seek(at)
+            rest = _crc(file, start - at, rest, piece)
+            at = start + length
+        return replace(self, size=size, rest=rest)
+
+    def fits(self, file: BinaryIO) -> bool:
+        """Whether every byte of the open file is what the label says.   Raises: OSError."""
+        if os.fstat(file.fileno()).st_size != self.size:
+            return False
+        rest, at, piece = 0, self.block, memoryview(bytearray(min(_PIECE, max(self.size, 1))))
+        file.seek(at)
+        for start, length, seed, expected in [*self.ranges, (self.size, 0, 0, 0)]:
+            rest = _crc(file, start - at, rest, piece)
+            if _crc(file, length, seed, piece) != expected:
+                return False
+            at = start + length
+        return rest == self.rest
+
+
+def block_size(n_ranges: int, kinds: Mapping[str, int]) -> tuple[int, Mapping[str, int] | None]:
+    """Bytes of the block, a power of two as HDF5 asks for, and the kinds if they fit into it."""
+    words = to_json(dict(kinds))
+    for shown in (kinds, None):
+        need = 400 + 64 * n_ranges + (len(words.encode()) if shown else 4)
+        block = 512
+        while block < need:
+            block *= 2
+        if block <= _MOST:
+            break
+    return block, shown
+
+
+def read_label(path: Path) -> Label | None:
+    """The label of a file of the size that it says; None if there is none that is whole, or the file can not be read."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            label = Label.decode(os.pread(handle, _MOST, 0))
+            return label if label is None or os.fstat(handle).st_size == label.size else None
+        finally:
+            os.close(handle)
+    except OSError:
+        return None
+
+
+def check_label(path: Path) -> tuple[Label | None, bool]:
+    """The label of a file, None if there is none that is whole, and whether every byte fits it.   Raises: OSError."""
+    with open(path, "rb", buffering=0) as file:
+        label = Label.decode(file.read(_MOST))
+        return label, label is not None and label.fits(file)
+
+
+def read_ahead(path: Path) -> None:
+    """Let the disk begin to read a file that is wanted soon, where the system can do so."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
+
+
+def _crc(file: Any, length: int, crc: int, piece: memoryview) -> int:
+    """CRC-32 of the next bytes of a file; -1 if it ends before."""
+    while length:
+        got = file.readinto(piece[: min(length, len(piece))])
+        if not got:
+            return -1
+        crc = crc32(piece[:got], crc)
+        length -= got
+    return crc
+
+
+class Sink(io.FileIO):
+    """A file that remembers its first write error and swallows the rest.
+
+    HDF5 can not close a file whose writes fail (it keeps the handle and complains again when the interpreter ends), so
+    the error is kept from it and raised by `write_aside` once HDF5 has let go.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of it, or remember why not."""
+        view = memoryview(data).cast("B")
+        if self.failure is None:
+            try:
+                sent = 0
+                while sent < len(view):
+                    sent += self._send(view[sent:])
+            except OSError as err:
+                self.failure = err
+        return len(view)
+
+    def _send(self, view: memoryview) -> int:
+        return super().write(view) or 0
+
+
+def write_aside(path: Path, fill: Callable[[Sink], None]) -> None:
+    """Write a file under a temporary name in the same folder, sync it, and rename it to `path`.
+
+    Raises: StoreError where the disk is full or the folder can not be written; the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with Sink(temporary, "w+") as sink:
+            try:
+                fill(sink)
+            except Exception:
+                if sink.failure is None:
+                    raise
+            if sink.failure is not None:
+                raise sink.failure
+            os.fsync(sink.fileno())
+        # the folder itself is not synced here: a rename that a power cut undoes leaves a shard to be made again
+        os.replace(temporary, path)
+    except OSError as err:
+        raise StoreError(
+            f"{path} could not be written: {err.strerror or err}; shards that are finished are intact, the same call continues after them"
+        ) from err
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,212 @@
+r"""How the columns of a shard lie in its file: dtype and shape of each observable, ragged sets, chunks, compression.
+
+Without a layout, x is one contiguous dataset (n, k): a training reader takes blocks of neighbouring rows, which are then
+one run of bytes, and nothing lies between it and the disk. Compressed datasets must be chunked; a chunk holds whole rows,
+as many as fit into 256 KiB, so that a block of rows touches no chunk but its own (HDF5's cache holds 1 MiB a dataset).
+Bytes are shuffled before compression: the exponents of neighbouring numbers are alike, their last digits are not.
+
+With a dtype for some observable, each lies in its own dataset `x_0`, `x_1`, ..., and `x` is a virtual dataset over them,
+converted by HDF5 as it is read: every reader of `x` works as before. An event set of varying length is two datasets,
+`set_0` (m, c), the members of all rows end to end, and `set_0_offsets` (n + 1,): row i has members offsets[i] to offsets[i + 1].
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Self
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from sbi_phys.core.checks import require_choice, require_int, require_known
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
+
+__all__ = ["DTYPES", "Layout", "Ragged", "add_dataset", "add_virtual_x", "columns_of", "hdf5_type", "split_x"]
+
+DTYPES = ("float16", "float32", "float64")
+_CHUNK_BYTES = 2**18
+_SMALL = 4096  # bytes below which a dataset is left alone: a chunk's index would be larger than what is saved
+_COMPRESSION = re.compile(r"^(lzf|gzip(:[1-9])?)?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Sets of varying length: values (m, c), members of all rows end to end; row i has those from offsets[i] to offsets[i + 1].
+
+    Raises: ShapeError, DataError where offsets (n + 1,) do not begin with 0, fall, or end elsewhere than at m.
+    """
+
+    values: NDArray[Any]
+    offsets: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        """Check that offsets fit the values."""
+        offsets = np.asarray(self.offsets)
+        if offsets.ndim != 1 or offsets.size < 1 or offsets.dtype.kind not in "iu":
+            raise ShapeError(f"offsets have shape {offsets.shape} and dtype {offsets.dtype}; expected (n + 1,) integers")
+        if offsets[0] != 0 or offsets[-1] != len(self.values) or (np.diff(offsets.astype(np.int64)) < 0).any():
+            raise DataError(
+                f"offsets run from {offsets[0]} to {offsets[-1]}; expected 0 to {len(self.values)}, the number of members, never falling"
+            )
+        object.__setattr__(self, "offsets", offsets.astype(np.int64, copy=False))
+
+    def __len__(self) -> int:
+        return self.offsets.size - 1
+
+    def row(self, i: int) -> NDArray[Any]:
+        """Members of row i (m_i, c)."""
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    def take(self, rows: NDArray[Any]) -> "Ragged":
+        """Sets of the given rows, in that order."""
+        parts = [self.row(int(i)) for i in rows]
+        return Ragged.of(parts) if parts else Ragged(self.values[:0], np.zeros(1, dtype=np.int64))
+
+    @classmethod
+    def of(cls, sets: Sequence[NDArray[Any]]) -> Self:
+        """From a list of arrays (m_i, c), one a row.   Raises: DataError for an empty list."""
+        if not len(sets):
+            raise DataError("a ragged set has no rows; expected at least one")
+        return cls(np.concatenate(sets), np.cumsum([0, *map(len, sets)], dtype=np.int64))
+
+    @classmethod
+    def join(cls, parts: Sequence["Ragged"]) -> Self:
+        """Rows of several, one after the other."""
+        starts = np.cumsum([0, *(len(p.values) for p in parts)])
+        offsets = [p.offsets[1:] + start for p, start in zip(parts, starts[:-1], strict=True)]
+        return cls(np.concatenate([p.values for p in parts]), np.concatenate([[0], *offsets]).astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How rows are stored.
+
+    Args:
+        compression: '', 'lzf' (fast), 'gzip' or 'gzip:1' to 'gzip:9'. Equal bytes need equal versions of h5py then.
+        chunk_rows: rows of a chunk; 0: as many as fit into 256 KiB where there is compression, else no chunks.
+        dtypes: dtype of single observables, 'float16', 'float32' or 'float64', none wider than that of the store.
+        shapes: shapes of single observables of higher rank, e.g. {"image": (16, 16)}; x holds them flattened.
+        sets: names of ragged sets -> names of the columns of their members.
+
+    Raises: SettingError.
+    """
+
+    compression: str = ""
+    chunk_rows: int = 0
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check every setting that needs no header."""
+        if not isinstance(self.compression, str) or not _COMPRESSION.match(self.compression):
+            raise SettingError(f"compression is {self.compression!r}; expected '', 'lzf', 'gzip' or 'gzip:1' to 'gzip:9'")
+        require_int("chunk_rows", self.chunk_rows, low=0)
+        for name, dtype in self.dtypes.items():
+            require_choice(f"dtype of {name}", dtype, DTYPES)
+
+    def check(self, observables: Sequence[Mapping[str, Any]], dtype: str) -> Self:
+        """Return self if it fits these observables and the dtype of x.   Raises: SettingError, ShapeError."""
+        sizes = {str(o["name"]): int(o["size"]) for o in observables}
+        require_known("dtypes", self.dtypes, sizes)
+        require_known("shapes", self.shapes, sizes)
+        for name, own in self.dtypes.items():
+            if np.dtype(own).itemsize > np.dtype(dtype).itemsize:
+                raise SettingError(f"dtype of {name} is {own}; expected none wider than that of the store, {dtype}")
+        for name, shape in self.shapes.items():
+            if math.prod(shape) != sizes[name]:
+                raise ShapeError(f"shape of {name} is {tuple(shape)}, {math.prod(shape)} values; expected {sizes[name]}")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """What differs from the default, as JSON values."""
+        values: dict[str, Any] = {"compression": self.compression, "chunk_rows": self.chunk_rows, "dtypes": dict(self.dtypes)}
+        values["shapes"] = {name: [int(s) for s in shape] for name, shape in self.shapes.items()}
+        values["sets"] = {name: [str(c) for c in columns] for name, columns in self.sets.items()}
+        return {name: value for name, value in values.items() if value}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `plain`.   Raises: SettingError for a key this version does not know."""
+        require_known("layout", values, ("compression", "chunk_rows", "dtypes", "shapes", "sets"))
+        return cls(**values)
+
+
+def columns_of(observables: Sequence[Mapping[str, Any]]) -> dict[str, slice]:
+    """Columns of x that each observable takes."""
+    ends = np.cumsum([0, *(int(o["size"]) for o in observables)]).tolist()
+    return {str(o["name"]): slice(a, b) for o, a, b in zip(observables, ends[:-1], ends[1:], strict=True)}
+
+
+def split_x(layout: Layout, observables: Sequence[Mapping[str, Any]], x: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Datasets that x (n, k) is stored in: 'x' alone, or 'x_0', 'x_1', ... where observables have dtypes of their own.
+
+    Raises: DataError where a finite number does not fit into the narrower dtype, or a whole count would change.
+    """
+    if not layout.dtypes:
+        return {"x": x}
+    out = {}
+    counts = {str(o["name"]) for o in observables if o.get("kind") == "counts"}
+    for i, (name, block) in enumerate(columns_of(observables).items()):
+        with np.errstate(over="ignore"):
+            part = np.ascontiguousarray(x[:, block], dtype=np.dtype(layout.dtypes.get(name, x.dtype.name)).newbyteorder("<"))
+        lost = ~np.isfinite(part) & np.isfinite(x[:, block])
+        if name in counts and part.dtype.itemsize < x.dtype.itemsize:
+            lost |= np.isfinite(part) & (part != x[:, block]) & (x[:, block] == np.rint(x[:, block]))
+        if lost.any():
+            row, column = (int(v) for v in np.argwhere(lost)[0])
+            raise DataError(
+                f"{name}[{column}] of row {row} is {x[row, block][column]:g}, which {part.dtype.name} can not hold; use a wider one"
+            )
+        out[f"x_{i}"] = part
+    return out
+
+
+@lru_cache(maxsize=256)
+def hdf5_type(dtype: str) -> h5py.h5t.TypeID:
+    """HDF5's description of the dtype `np.dtype.str`: kept, as making one takes as long as writing an attribute."""
+    return h5py.h5t.py_create(np.dtype(dtype), logical=True)
+
+
+def add_dataset(file: h5py.h5f.FileID, name: str, array: NDArray[Any], layout: Layout) -> int | None:
+    """Create one dataset: contiguous, or in chunks of whole rows where the layout compresses.
+
+    Returns: the byte of the file at which its values begin, None where they are not one run of bytes.
+    """
+    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plan.set_obj_track_times(False)
+    plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    chunked = bool(layout.compression or layout.chunk_rows) and array.nbytes >= _SMALL
+    if chunked:
+        row_bytes = array.nbytes // array.shape[0]
+        rows = min(layout.chunk_rows or max(1, _CHUNK_BYTES // row_bytes), array.shape[0])
+        plan.set_chunk((rows, *array.shape[1:]))
+        method, _, level = layout.compression.partition(":")
+        if method and array.dtype.itemsize > 1:
+            plan.set_shuffle()
+        if method == "gzip":
+            plan.set_deflate(int(level or 4))
+        elif method == "lzf":
+            plan.set_filter(h5py.h5z.FILTER_LZF, h5py.h5z.FLAG_OPTIONAL)
+    made = h5py.h5d.create(file, name.encode(), hdf5_type(array.dtype.str), h5py.h5s.create_simple(array.shape), plan)
+    if not array.size:
+        return None
+    made.write(h5py.h5s.ALL, h5py.h5s.ALL, array)
+    return None if chunked else made.get_offset()
+
+
+def add_virtual_x(file: h5py.h5f.FileID, blocks: Mapping[str, NDArray[Any]], dtype: Any) -> None:
+    """Create `x` as a virtual dataset (n, k) over the blocks of columns in the same file."""
+    rows, columns = next(iter(blocks.values())).shape[0], sum(b.shape[1] for b in blocks.values())
+    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plan.set_obj_track_times(False)  # h5py's own call for virtual datasets writes the time, and bytes would differ
+    start = 0
+    for name, block in blocks.items():
+        place = h5py.h5s.create_simple((rows, columns))
+        place.select_hyperslab((0, start), block.shape)
+        plan.set_virtual(place, b".", name.encode(), h5py.h5s.create_simple(block.shape))
+        start += block.shape[1]
+    h5py.h5d.create(file, b"x", hdf5_type(np.dtype(dtype).str), h5py.h5s.create_simple((rows, columns)), plan)

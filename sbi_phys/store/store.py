@@ -1,0 +1,342 @@
+"""A simulation store: a folder of HDF5 shards and a manifest, read without holding it in memory or keeping files open.
+
+    store.json            the manifest: what all shards share, and how many rows were asked for
+    shard-00000.h5 ...    rows i * shard_size to (i + 1) * shard_size (sbi_phys.store.shards has the schema)
+    .lock                 held by the process that writes; the system drops it when that process dies
+    .shards-0-64.lock     held by an array job that writes these shards alone (sbi_phys.store.locks)
+    .index.json           a cache of counts, made where there are many shards; may be deleted
+
+The folder follows from (simulator, prior, seed, shard_size, dtype, n) alone: it is the same for any number of workers, after
+any number of interruptions, and whether n rows were asked for at once or in steps. Asking for more rows adds shards;
+only a last shard that was shorter than shard_size is made again (its theta begin with the same rows, its x are other
+draws, since a simulator's draws depend on how many rows it is given at once).
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sbi_phys.core.checks import require_known
+from sbi_phys.core.errors import DataError, SimulatorMismatchError, StoreError
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.priors import Observable, Parameter, Prior, prior_from_dict
+from sbi_phys.priors.parameters import observables_from_dicts, observables_to_dicts
+from sbi_phys.store.identity import simulator_identity
+from sbi_phys.store.index import Index
+from sbi_phys.store.layout import Layout, Ragged
+from sbi_phys.store.manifest import MANIFEST, Manifest, StoreLock, list_shards, read_manifest, remove_litter, write_manifest
+from sbi_phys.store.shards import ShardData, open_shard, read_arrays, read_facts, require_place, shard_name, verify_shard
+from sbi_phys.store.subset import split_store, subset_store
+
+__all__ = [
+    "MANIFEST",
+    "Failure",
+    "Manifest",
+    "Problem",
+    "Store",
+    "StoreLock",
+    "list_shards",
+    "read_manifest",
+    "remove_litter",
+    "write_manifest",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A row that failed: its number in the store, its status (1 non-finite x, 2 raised) and the reason."""
+
+    row: int
+    status: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What `Store.problems` found: the shard's number, its file and what is wrong with it."""
+
+    shard: int
+    file: str
+    what: str
+
+
+class Store:
+    """Simulations (theta, x) on disk. Files are opened for each operation, so a Store may be kept, copied and sent around.
+
+    Args: path of the folder.   Raises: StoreError if it is missing, foreign, damaged or of a newer schema.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._manifest = read_manifest(self.path)
+        self._index = Index(self.path)
+
+    @property
+    def prior(self) -> Prior:
+        """Prior that theta was drawn from (or lies in)."""
+        return prior_from_dict(self._manifest.header.prior)
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Columns of theta."""
+        return self.prior.parameters
+
+    @property
+    def observables(self) -> tuple[Observable, ...]:
+        """Blocks of columns of x, in order."""
+        return observables_from_dicts(self._manifest.header.observables)
+
+    @property
+    def seed(self) -> int:
+        """Seed that all rows follow from."""
+        return self._manifest.header.seed
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Class path and settings of the simulator."""
+        return dict(self._manifest.header.simulator)
+
+    @property
+    def theta_kind(self) -> str:
+        """Where theta come from: 'prior', 'given', or 'merged', 'split' (still draws of the prior), 'subset', 'imported'."""
+        return self._manifest.header.theta
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a merged, split, cut or imported store was made from; empty for one that simulate made."""
+        return dict(self._manifest.header.origin)
+
+    @property
+    def layout(self) -> Layout:
+        """How rows are stored: compression, own dtypes and shapes of observables, ragged sets."""
+        return Layout.from_plain(self._manifest.header.layout)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of x."""
+        return np.dtype(self._manifest.header.dtype)
+
+    @property
+    def shard_size(self) -> int:
+        """Rows of every shard but the last."""
+        return self._manifest.header.shard_size
+
+    @property
+    def n_requested(self) -> int:
+        """Rows asked for, finished or not."""
+        return self._manifest.n
+
+    @property
+    def n_shards(self) -> int:
+        """Shards of the finished store."""
+        return self._manifest.n_shards
+
+    @property
+    def n_rows(self) -> int:
+        """Rows on disk, failed ones included."""
+        return sum(self._manifest.rows(i) for i in list_shards(self.path))
+
+    @property
+    def n_failed(self) -> int:
+        """Rows on disk whose status is not 0."""
+        return self._index.n_failed(i for i in list_shards(self.path) if self._manifest.rows(i))
+
+    @property
+    def n_ok(self) -> int:
+        """Rows on disk that hold a finite x."""
+        return self.n_rows - self.n_failed
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Numbers of the shards that are not there (yet)."""
+        present = set(list_shards(self.path))
+        return tuple(i for i in range(self.n_shards) if i not in present)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows asked for are on disk."""
+        return not self.missing
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __repr__(self) -> str:
+        header = self._manifest.header
+        state = "complete" if self.complete else f"{len(self.missing)} of {self.n_shards} shards missing"
+        columns = f"{len(header.parameters)} parameters, {header.n_columns} columns of {header.dtype}"
+        return f"Store({str(self.path)!r}: {self.n_rows} rows, {columns}, {header.simulator['class']}, seed {self.seed}, {state})"
+
+    def read(
+        self, columns: Sequence[str] | None = None, *, valid_only: bool = True, partial: bool = False
+    ) -> tuple[NDArray[np.float64], NDArray[np.floating]]:
+        """Return theta (n, d) in the parameters' units and x (n, k), row by row in the order of simulation.
+
+        Args: columns, names of observables in the order wanted, all by default; valid_only=False keeps failed rows too
+        (`status` tells which); partial=True reads what there is of an unfinished store.
+        Raises: StoreError, SettingError for an unknown observable, DataError if no row is left.
+        """
+        pick = self._pick(columns)
+        # listed once: while another process writes, shards appear between two looks
+        present = list_shards(self.path)
+        n = sum(self._manifest.rows(i) for i in present)
+        theta = np.empty((n, len(self._manifest.header.parameters)))
+        x = np.empty((n, self._manifest.header.n_columns if pick is None else pick.size), dtype=self.dtype)
+        start = 0
+        for theta_part, x_part, status in self._parts(valid_only, partial, present):
+            stop = start + status.size
+            theta[start:stop], x[start:stop] = theta_part, x_part if pick is None else x_part[:, pick]
+            start = stop
+        if start == 0:
+            raise DataError(f"{self.path} has no {'valid ' if valid_only else ''}rows ({n} on disk); expected at least one")
+        return theta[:start], x[:start]
+
+    def shards(
+        self, *, valid_only: bool = False, partial: bool = False
+    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.floating], NDArray[np.uint8]]]:
+        """Iterate over (theta, x, status) one shard at a time, in order; arguments as in `read`.
+
+        Raises: StoreError for a missing shard, and for one of another store.
+        """
+        yield from self._parts(valid_only, partial, None)
+
+    def _parts(
+        self, valid_only: bool, partial: bool, present: list[int] | None
+    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.floating], NDArray[np.uint8]]]:
+        for _, data in self._data(partial, present=present):
+            ok = data.status == 0
+            if valid_only and not ok.all():
+                yield data.theta[ok], data.x[ok], data.status[ok]
+            else:
+                yield data.theta, data.x, data.status
+
+    def subset(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        rows: ArrayLike | None = None,
+        where: Mapping[str, tuple[float, float]] | None = None,
+        progress: Progress | None = None,
+    ) -> "Store":
+        """Write some rows to a new store at `path`, in the order of this one, and return it.
+
+        Args: rows, numbers of rows, or a mask of all (n_requested,); where, {parameter: (low, high)}, ends included.
+        Both: rows that meet both. Failed rows are kept if their theta is asked for.
+        Raises: SettingError, StoreError (incomplete, `path` exists), DataError if no row is left.
+        """
+        return Store(subset_store(self.path, path, rows=rows, where=where, progress=progress))
+
+    def split(
+        self, paths: Sequence[str | os.PathLike[str]], fractions: Sequence[float], *, seed: int = 0, progress: Progress | None = None
+    ) -> tuple["Store", ...]:
+        """Write disjoint random parts to new stores: part k has round(N F_k) - round(N F_{k-1}) rows, F_k = f_1 + ... + f_k.
+
+        Fractions sum to at most 1. Which row goes where follows from (seed, number of rows) alone.
+        Raises: SettingError, StoreError, DataError for a part without rows.
+        """
+        return tuple(Store(p) for p in split_store(self.path, paths, fractions, seed=seed, progress=progress))
+
+    def observable(self, name: str, *, valid_only: bool = True, partial: bool = False) -> NDArray[Any]:
+        """One observable of all rows in its own shape, (n, *shape): (n, size) unless the layout gives it another.
+
+        Raises: SettingError for an unknown name, StoreError, DataError.
+        """
+        _, x = self.read([name], valid_only=valid_only, partial=partial)
+        shape = self.layout.shapes.get(name, (x.shape[1],))
+        return x.reshape(-1, *shape).astype(self.layout.dtypes.get(name, x.dtype), copy=False)
+
+    def sets(self, name: str, *, valid_only: bool = True, partial: bool = False) -> Ragged:
+        """One ragged event set of all rows.   Raises: SettingError for an unknown name, StoreError."""
+        require_known("sets", [name], self.layout.sets)
+        parts = [(d.sets[name], d.status == 0) for _, d in self._data(partial)]
+        return Ragged.join([r.take(np.flatnonzero(ok)) if valid_only and not ok.all() else r for r, ok in parts])
+
+    def status(self, *, partial: bool = False) -> NDArray[np.uint8]:
+        """Return the status of every row (n,): 0 ok, 1 non-finite x, 2 the simulator raised.   Raises: StoreError."""
+        parts = [data.status for _, data in self._data(partial)]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8)
+
+    def failures(self, *, partial: bool = False) -> list[Failure]:
+        """Return the failed rows with their reasons, in order.   Raises: StoreError."""
+        out = []
+        for index, data in self._data(partial, only_failed=True):
+            first = index * self.shard_size
+            out += [Failure(first + row, int(data.status[row]), reason) for row, reason in data.reasons.items()]
+        return out
+
+    def problems(self, *, progress: Progress | None = None) -> list[Problem]:
+        """Read everything and return what is wrong: missing, truncated, damaged, foreign and surplus shards."""
+        found = []
+        present = list_shards(self.path)
+        with or_none(progress).task("verify", self.n_shards) as task:
+            for index in range(max([self.n_shards, *(i + 1 for i in present)])):
+                path = self.path / shard_name(index)
+                try:
+                    if index >= self.n_shards and index in present:
+                        raise StoreError(f"{path} lies past the end of the store ({self.n_requested} rows, {self.n_shards} shards)")
+                    if index < self.n_shards:
+                        verify_shard(path, self._manifest.header, index, self._manifest.rows(index))
+                except StoreError as err:
+                    found.append(Problem(index, path.name, str(err)))
+                task.advance(1, f"{len(found)} problems" if found else "")
+        return found
+
+    def verify(self, *, progress: Progress | None = None) -> None:
+        """Read everything and compare it with the checksums.   Raises: StoreError that lists what `problems` found."""
+        found = self.problems(progress=progress)
+        if found:
+            more = f" (and {len(found) - 10} more)" if len(found) > 10 else ""
+            raise StoreError(f"{self.path} has {len(found)} bad shards{more}: " + "; ".join(p.what for p in found[:10]))
+
+    def matches(self, simulator: object) -> bool:
+        """Whether the store was made with this simulator: same class, settings and observables."""
+        return self._mismatch(simulator) is None
+
+    def require_simulator(self, simulator: object) -> None:
+        """Raise SimulatorMismatchError, naming the difference, unless the store was made with this simulator."""
+        if what := self._mismatch(simulator):
+            raise SimulatorMismatchError(f"{self.path} was made with another simulator: {what}")
+
+    def _mismatch(self, simulator: object) -> str | None:
+        header = self._manifest.header
+        for name, got, expected in (
+            ("identity", simulator_identity(simulator), header.simulator),
+            ("observables", observables_to_dicts(getattr(simulator, "observables", ())), header.observables),
+        ):
+            if got != expected:
+                return f"got {name} {got!r}, expected {expected!r}"
+        return None
+
+    def _pick(self, columns: Sequence[str] | None) -> NDArray[np.intp] | None:
+        """Numbers of the columns of x that belong to the named observables."""
+        if columns is None:
+            return None
+        names = [columns] if isinstance(columns, str) else list(columns)
+        observables = self.observables
+        require_known("columns", names, [o.name for o in observables])
+        starts = np.cumsum([0, *(o.size for o in observables)])
+        blocks = {o.name: np.arange(a, a + o.size) for o, a in zip(observables, starts[:-1], strict=True)}
+        return np.concatenate([blocks[name] for name in names]) if names else np.empty(0, dtype=np.intp)
+
+    def _data(self, partial: bool, *, only_failed: bool = False, present: list[int] | None = None) -> Iterator[tuple[int, ShardData]]:
+        present = list_shards(self.path) if present is None else present
+        missing = [i for i in range(self.n_shards) if i not in set(present)]
+        if missing and not partial:
+            raise StoreError(
+                f"{self.path} is not complete: {self.n_rows} of {self.n_requested} rows are there, {shard_name(missing[0])} and "
+                f"{len(missing) - 1} more shards are missing. The same simulate call continues; partial=True reads what there is"
+            )
+        for index in present:
+            if index >= self.n_shards or (only_failed and not self._index.n_failed([index])):
+                continue
+            path = self.path / shard_name(index)
+            with open_shard(path) as file:
+                header, facts = read_facts(file, path)
+                self._manifest.header.require_equal(header, str(path))
+                require_place(facts, index, self._manifest.rows(index), path)
+                data = read_arrays(file, path)
+            yield index, data

@@ -1,0 +1,67 @@
+"""Files of weights and plain values: written aside and renamed, read without ever running code.
+
+The format is torch's zip archive restricted to tensors, numbers, text, lists and dicts (`weights_only=True`): a file
+from a stranger can be wrong, but it can not execute anything.
+"""
+
+import os
+import pickle
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sbi_phys.core.errors import ModelFileError
+
+__all__ = ["read_file", "write_file"]
+
+_MAGIC = "sbi_phys"
+
+
+def write_file(path: str | Path, kind: str, version: int, content: dict[str, Any]) -> None:
+    """Write `content` (tensors and plain values) as a file of the given kind; `path` is replaced only when complete.
+
+    Raises: ModelFileError if the folder is missing or the disk is full; the former file then stays as it was.
+    """
+    path = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as err:
+        raise ModelFileError(f"{path} can not be written: {err.strerror or err}; expected a writable folder") from err
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"format": _MAGIC, "kind": kind, "version": version, "content": content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except (OSError, RuntimeError) as err:
+        raise ModelFileError(f"{path} could not be written: {err}; the former file, if any, is unchanged") from err
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def read_file(path: str | Path, kind: str, version: int) -> dict[str, Any]:
+    """Read the content of a file of the given kind, on the CPU.
+
+    Raises: ModelFileError if the file is missing, truncated, not ours, of another kind or a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelFileError(f"{path} is not a file; expected a {kind} file written by sbi_phys")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ModelFileError(f"{path} is truncated or no sbi_phys file (no zip archive); expected a {kind} file")
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as err:
+        # the first line only: torch adds advice on how to unpickle the file after all
+        raise ModelFileError(f"{path} can not be read as a {kind} file: {str(err).splitlines()[0]}") from err
+    if not isinstance(payload, dict) or payload.get("format") != _MAGIC:
+        raise ModelFileError(f"{path} was not written by sbi_phys; expected a {kind} file")
+    if payload.get("kind") != kind:
+        raise ModelFileError(f"{path} is a {payload.get('kind')!r} file; expected {kind!r}")
+    if payload["version"] > version:
+        raise ModelFileError(f"{path} has format version {payload['version']}, newer than {version} known here; update sbi_phys")
+    content: dict[str, Any] = payload["content"]
+    return content

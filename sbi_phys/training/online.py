@@ -1,0 +1,184 @@
+r"""Training on fresh simulations: theta ~ p(theta), x ~ p(x | theta) are drawn while the network trains, each row is used once.
+
+With no row used twice there is nothing to overfit: the training loss is an unbiased estimate of the expected loss. Worth it
+where a simulation costs no more than a training step's share of it; otherwise `simulate` to a store and train on that.
+
+Chunk i of epoch e is drawn from the generators (seed, "theta", e, i) and (seed, "x", e, i): the rows follow from the seed,
+whatever the number of workers, and a resumed training goes on with the same rows as an undisturbed one.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import count
+from multiprocessing import get_context
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sbi_phys.core.checks import require_int
+from sbi_phys.core.errors import DataError
+from sbi_phys.priors import Prior
+from sbi_phys.priors.parameters import observables_to_dicts
+from sbi_phys.simulation.processes import pickle_simulator, start_worker, unpickle_simulator
+from sbi_phys.simulation.protocol import Simulator
+from sbi_phys.simulation.workers import make_rows
+from sbi_phys.store.identity import class_path, simulator_identity
+from sbi_phys.store.shards import Header
+from sbi_phys.training.ranks import Ranks
+from sbi_phys.training.scaling import XScaler, count_columns, prepare_simulations
+
+__all__ = ["OnlineBatches", "default_workers"]
+
+_CHUNK = 2048  # rows a worker makes at once
+_PILOT = "pilot"
+_CPU = torch.device("cpu")
+Rows = tuple[NDArray[np.float64], NDArray[np.floating]]
+
+
+class OnlineBatches:
+    """Fresh rows for every epoch, simulated in the background (see `batches.Batches`); a context manager.
+
+    Args: simulator, prior: theta is drawn from the prior. n: training rows of an epoch. n_valid: rows to validate on; as
+    many again set the scaling and are not trained on. x_transform: as of an estimator. seed. workers: processes that
+    simulate, 0 for a thread (a simulator that can not be sent to a process). device. ranks.
+    Attributes: scaler; n_failed, rows that failed and were replaced, first_reason.
+    Raises: SettingError, DataError (all rows of a chunk fail), SimulatorMismatchError.
+    """
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        prior: Prior,
+        n: int,
+        *,
+        n_valid: int,
+        x_transform: str = "auto",
+        seed: int = 0,
+        workers: int = 1,
+        device: torch.device = _CPU,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._n = require_int("n", n, low=1)
+        self._n_valid = require_int("n_valid", n_valid, low=2)
+        self.ranks, self.device, self.seed = ranks or Ranks(), device, seed
+        self._prior, self._simulator, self._x_transform = prior, simulator, x_transform
+        self.n_failed, self.first_reason = 0, ""
+        observables = observables_to_dicts(simulator.observables)
+        self._header = Header(simulator_identity(simulator), prior.to_dict(), observables, seed, _CHUNK, "float32", "prior")
+        workers = require_int("workers", workers, low=0)
+        self._source: Simulator | bytes = pickle_simulator(simulator) if workers else simulator
+        self._pool: Executor = (
+            ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) if workers else ThreadPoolExecutor(1)
+        )
+        # enough in flight for every worker to have the next chunk waiting
+        self._ahead = 2 * max(1, workers)
+        self._begun: dict[tuple[int, int], Future[Any]] = {}
+        try:
+            self.scaler, self.validation = self._prepare()
+        except BaseException:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the workers, and say what failed.   Warns: where rows failed, since p(theta | x) then is given success."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self.n_failed:
+            failed, self.n_failed = self.n_failed, 0
+            warnings.warn(
+                f"{failed} simulations of {class_path(self._simulator)} failed and were replaced by others; what is learned holds for "
+                f"simulations that succeed. First: {self.first_reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    @property
+    def n(self) -> int:
+        """Training rows of one epoch, over all ranks."""
+        return self._n
+
+    def fingerprint(self) -> Any:
+        """What the rows follow from."""
+        plain = self._header.plain()
+        return {"online": plain, "n": self._n, "n_valid": self._n_valid, "x_transform": self._x_transform}
+
+    def epoch(self, epoch: int, n_batches: int) -> Iterator[tuple[Tensor, ...]]:
+        """This rank's fresh rows of an epoch, in exactly n_batches batches."""
+        own = len(range(self.ranks.rank, self._n, self.ranks.size))
+        sizes = [len(part) for part in np.array_split(np.empty(own, dtype=np.int8), n_batches)]
+        chunks, left = self._chunks(epoch), (torch.empty(0), torch.empty(0))
+        for size in sizes:
+            while len(left[0]) < size:
+                fresh = self._tensors(next(chunks))
+                left = fresh if not len(left[0]) else (torch.cat([left[0], fresh[0]]), torch.cat([left[1], fresh[1]]))
+            batch, left = tuple(t[:size] for t in left), (left[0][size:], left[1][size:])
+            yield tuple(t.to(self.device, non_blocking=True) for t in batch)
+
+    def _chunks(self, epoch: int) -> Iterator[Rows]:
+        """Good rows of this rank's chunks of an epoch, without end; the first of the next epoch are begun before this one ends."""
+        for key in [k for k in self._begun if k[0] != epoch]:
+            self._begun.pop(key).cancel()
+        expected = -(-self._n // (_CHUNK * self.ranks.size))
+        for index in count():
+            for i in range(index, index + self._ahead):
+                # past the end of this epoch: chunks of the next, unless failures have made this one longer
+                key = (epoch, i) if i <= max(index, expected - 1) else (epoch + 1, i - max(index + 1, expected))
+                if key not in self._begun:
+                    self._begun[key] = self._submit(key[0], key[1] * self.ranks.size + self.ranks.rank)
+            yield self._good(self._begun.pop((epoch, index)).result())
+
+    def _submit(self, epoch: int | str, chunk: int, rows: int = _CHUNK) -> "Future[Any]":
+        return self._pool.submit(_make_chunk, self._source, self._header, epoch, chunk, rows)
+
+    def _good(self, made: tuple[NDArray[np.float64], NDArray[np.floating], NDArray[np.bool_], str]) -> Rows:
+        theta, x, good, reason = made
+        if not good.all():
+            self.n_failed += int((~good).sum())
+            self.first_reason = self.first_reason or reason
+            if not good.any():
+                raise DataError(f"all {len(good)} simulations of a chunk failed in {class_path(self._simulator)}: {reason}")
+            theta, x = theta[good], x[good]
+        return theta, x
+
+    def _prepare(self) -> tuple[XScaler, tuple[Tensor, Tensor]]:
+        # pilot rows for the scaling alone, then the validation rows: neither is ever trained on
+        parts = [self._good(self._submit(_PILOT, k, self._n_valid).result()) for k in (0, 1)]
+        _, pilot = prepare_simulations(self._prior, *parts[0])
+        counts = count_columns(pilot, self._x_transform, self._simulator.observables)
+        self.scaler = XScaler.fit(pilot, counts)
+        u, x = self._tensors(parts[1])
+        share = slice(self.ranks.rank, None, self.ranks.size)
+        return self.scaler, (u[share].to(self.device), x[share].to(self.device))
+
+    def _tensors(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        theta, x = rows
+        return torch.from_numpy(self._prior.to_unbounded(theta).astype(np.float32)), self.scaler.apply(x)
+
+
+def _make_chunk(
+    source: Simulator | bytes, header: Header, epoch: int | str, chunk: int, rows: int
+) -> tuple[NDArray[np.float64], NDArray[np.floating], NDArray[np.bool_], str]:
+    """Simulate one chunk, in a worker: theta, x, which rows are good, and the reason of the first that is not."""
+    from sbi_phys.core.rng import rng_for
+    from sbi_phys.priors import prior_from_dict
+
+    simulator = unpickle_simulator(source) if isinstance(source, bytes) else source
+    theta = prior_from_dict(header.prior).sample(rows, rng_for(header.seed, "online theta", epoch, chunk))
+    data = make_rows(simulator, theta, header, "online x", epoch, chunk)
+    return data.theta, data.x, data.status == 0, next(iter(data.reasons.values()), "")
+
+
+def default_workers() -> int:
+    """Processes that simulate beside the training: all cores but one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - 1)

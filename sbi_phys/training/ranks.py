@@ -1,0 +1,97 @@
+r"""Several processes or GPUs at one training: what `torchrun` started, and the sums between them.
+
+    torchrun --nproc-per-node 2 -m sbi_phys.workflow.cli train run.toml --out runs/mine
+
+Each rank computes the gradient of its share of a batch; one all-reduce averages them. The weights of a flow are one vector
+here (`optimize.FlatAdamW`), so that is the bucketed all-reduce of DistributedDataParallel with a single bucket, without a
+hook for each parameter. Backend: nccl on CUDA, gloo on CPU.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from sbi_phys.core.errors import SettingError
+
+__all__ = ["Ranks", "current_ranks", "process_group", "started_by_torchrun"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Place of this process among those that train together: rank of size; a training alone is 0 of 1."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def average(self, values: Tensor) -> Tensor:
+        """Mean of a tensor over all ranks, in place, the same bits on every rank."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def same_start(self, values: Tensor) -> None:
+        """Give every rank the values of the first, in place."""
+        if self.size > 1:
+            dist.broadcast(values, src=0)
+
+    def wait(self) -> None:
+        """Return when every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def current_ranks() -> Ranks:
+    """The ranks of the process group that is open, or a single one."""
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size())
+    return Ranks()
+
+
+def started_by_torchrun() -> bool:
+    """Whether the environment says that this process is one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def process_group(device: str = "auto", *, timeout_s: float = 86_400.0) -> Iterator[Ranks]:
+    """Open the process group that torchrun's environment describes, and close it; a single process gets `Ranks()`.
+
+    Args: device: as of an estimator; with CUDA, each process takes the GPU of its local rank.
+    Raises: SettingError if the environment is incomplete or has more processes than GPUs.
+    """
+    if not started_by_torchrun() or dist.is_initialized():
+        yield current_ranks()
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise SettingError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {missing} are not set; expected torchrun to start the processes")
+    cuda = torch.cuda.is_available() and str(device) != "cpu"
+    local = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        if local >= torch.cuda.device_count():
+            here = torch.cuda.device_count()
+            raise SettingError(f"local rank {local} has no GPU, {here} are here; expected --nproc-per-node at most {here}")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    try:
+        yield current_ranks()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""A run folder, its settings, its stages and the command line."""

@@ -1,0 +1,203 @@
+"""The command `sbi-phys limits`: confidence sets that cover, for counts and for a trained run.
+
+sbi-phys limits counting --n 3 --background 1.2 --level 0.9          Feldman and Cousins, beside Wilks' and CLs
+sbi-phys limits counting --n 12 --off 20 --tau 4                     the background counted off source
+sbi-phys limits runs/mine --parameter gamma                          WALDO from the run's posterior
+sbi-phys limits runs/mine --parameter gamma --statistic nre          the learned ratio, also nle and exact
+sbi-phys limits runs/mine --parameter gamma --parameter lg_rcut      a joint set
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sbi_phys.core.errors import SettingError
+
+__all__ = ["counting", "register"]
+
+Guard = Callable[[bool], AbstractContextManager[None]]
+
+What = Annotated[str, typer.Argument(metavar="counting|RUN", help="counting, or the folder of a trained run.")]
+Levels = Annotated[list[float] | None, typer.Option("--level", help="Confidence level; may be repeated. 0.9; of a run 0.683 and 0.9.")]
+Kind = Annotated[str | None, typer.Option(help="two-sided (default), upper or lower.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")]
+Number = Annotated[int | None, typer.Option("--n", help="Counts on source; with a run, simulations for the critical values (5000).")]
+Background = Annotated[float | None, typer.Option(help="counting: known background.")]
+Off = Annotated[int | None, typer.Option(help="counting: counts off source, instead of a known background.")]
+Tau = Annotated[float | None, typer.Option(help="counting: exposure off source over exposure on source.")]
+Parameters = Annotated[list[str] | None, typer.Option("--parameter", help="RUN: parameter of interest; two for a joint set.")]
+Statistic = Annotated[str | None, typer.Option(help="RUN: waldo (default), nre, nle or exact.")]
+Value = Annotated[float | None, typer.Option(help="RUN: say the p-value of this value.")]
+Physical = Annotated[str | None, typer.Option(help="RUN: ends of the range that are bounds of nature: none, low, high or both.")]
+Open = Annotated[bool, typer.Option("--open", help="RUN: an end that runs into the simulated range becomes infinite.")]
+Critical = Annotated[str | None, typer.Option(help="RUN: regression of the critical values: auto, splines-6, boosting, ...")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def register(app: typer.Typer, plain_errors: Guard) -> None:
+    """Add the command to an app; `plain_errors(debug)` is the context that words its errors."""
+
+    @app.command()
+    def limits(
+        what: What,
+        n: Number = None,
+        levels: Levels = None,
+        kind: Kind = None,
+        background: Background = None,
+        off: Off = None,
+        tau: Tau = None,
+        parameters: Parameters = None,
+        statistic: Statistic = None,
+        value: Value = None,
+        physical: Physical = None,
+        open_ends: Open = False,
+        critical: Critical = None,
+        as_json: Json = False,
+        debug: Debug = False,
+    ) -> None:
+        """Find limits and intervals that cover: of counts, or of a run's parameters with critical values from simulations."""
+        with plain_errors(debug):
+            of_counts = {"--background": background, "--off": off, "--tau": tau}
+            of_a_run = {"--parameter": parameters, "--statistic": statistic, "--value": value, "--physical": physical}
+            of_a_run |= {"--open": open_ends or None, "--critical": critical}
+            _refuse(what, of_a_run if what == "counting" else of_counts)
+            if what == "counting":
+                rows = counting(n, levels or [0.9], kind or "two-sided", background, off, tau)
+                typer.echo(json.dumps(rows) if as_json else _counting_text(rows))
+                return
+            _of_a_run(
+                Path(what),
+                {
+                    "parameters": tuple(parameters or ()), "statistic": statistic, "levels": tuple(levels) if levels else None,
+                    "kind": kind, "n": n, "physical": physical, "open_ends": open_ends or None, "value": value, "critical": critical,
+                },
+                as_json,
+            )  # fmt: skip
+
+
+def _refuse(what: str, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            belongs = "the folder of a run" if what == "counting" else "limits counting"
+            raise SettingError(f"{name} was given with {what}; expected it with {belongs}")
+
+
+def counting(n: int | None, levels: list[float], kind: str, background: float | None, off: int | None, tau: float | None) -> dict[str, Any]:
+    """Intervals of a counting experiment by every method that applies, as plain values.   Raises: SettingError, DataError."""
+    from sbi_phys.core.checks import require_choice
+
+    require_choice("--kind", kind, ("two-sided", "upper", "lower"))
+    if n is None:
+        raise SettingError("--n is not given; expected the counts on source")
+    if (background is None) == (off is None) or (off is None) != (tau is None):
+        raise SettingError("expected --background for a known background, or --off and --tau for one that was counted")
+    asked = {"n": n} | ({"background": background} if off is None else {"off": off, "tau": tau})
+    intervals = []
+    for level in levels:
+        found = _known(n, float(background or 0.0), level, kind) if off is None else _counted(n, off, float(tau or 0.0), level, kind)
+        intervals += [{"level": level, "method": method, "low": low, "high": high} for method, (low, high) in found.items()]
+    out: dict[str, Any] = asked | {"kind": kind, "intervals": [_plain(row) for row in intervals]}
+    if off is not None:
+        from sbi_phys.confidence import li_ma
+
+        out["significance"] = li_ma(n, off, float(tau or 0.0))
+    elif background is not None:
+        out["sensitivity"] = [{"level": level, "high": _sensitivity(background, level)} for level in levels]
+    return out
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if value == float("inf") else value for key, value in row.items()}
+
+
+def _known(n: int, background: float, level: float, kind: str) -> dict[str, tuple[float, float]]:
+    from sbi_phys.confidence import counting_cls, counting_wilks, feldman_cousins
+
+    low, high = feldman_cousins(n, background, level)
+    ends = float(low), float(high)
+    if kind == "upper":
+        cls = {"CLs": (0.0, counting_cls(n, background, level))}
+        return {"Feldman-Cousins, upper end": (0.0, ends[1]), **cls, "Wilks": counting_wilks(n, background, level, kind="upper")}
+    if kind == "lower":
+        return {"Feldman-Cousins, lower end": (ends[0], float("inf")), "Wilks": counting_wilks(n, background, level, kind="lower")}
+    return {"Feldman-Cousins": ends, "Wilks": counting_wilks(n, background, level)}
+
+
+def _counted(n: int, off: int, tau: float, level: float, kind: str) -> dict[str, tuple[float, float]]:
+    from sbi_phys.confidence import on_off, on_off_wilks
+
+    words = "interval" if kind == "two-sided" else kind
+    return {"profile construction": on_off(n, off, tau, level, kind=words), "Wilks": on_off_wilks(n, off, tau, level, kind=words)}
+
+
+def _sensitivity(background: float, level: float) -> float:
+    """Mean upper end without signal, as Feldman and Cousins define it."""
+    import numpy as np
+    from scipy.stats import poisson
+
+    from sbi_phys.confidence import feldman_cousins
+
+    k = np.arange(int(poisson.ppf(1 - 1e-6, background)) + 2)
+    # the plain belt: lengthened ends of all counts would take seconds, and change the mean by less than a percent
+    return float(poisson.pmf(k, background) @ np.asarray(feldman_cousins(k, background, level, monotone=False)[1]))
+
+
+def _counting_text(found: dict[str, Any]) -> str:
+    where = f"b = {found['background']:g}" if "background" in found else f"n_off = {found['off']}, tau = {found['tau']:g}"
+    lines = [f"n = {found['n']}, {where}: {found['kind']}, counts of signal"]
+    for row in found["intervals"]:
+        low, high = f"{row['low']:.3f}", "inf" if row["high"] is None else f"{row['high']:.3f}"
+        lines.append(f"  {100 * row['level']:>5.4g} %  {row['method']:<27} [{low}, {high}]")
+    if "significance" in found:
+        lines.append(f"  significance of Li and Ma {found['significance']:.2f} sd")
+    for row in found.get("sensitivity", ()):
+        lines.append(f"  mean {100 * row['level']:.4g} % upper end without signal {row['high']:.3f}")
+    return "\n".join(lines)
+
+
+def _of_a_run(folder: Path, asked: dict[str, Any], as_json: bool) -> None:
+    # threads that wait should sleep: spinning, they slow a step thirty-fold on a machine that has anything else to do
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    from sbi_phys.core.progress import RichProgress
+    from sbi_phys.workflow.limits import find_limits, open_run
+    from sbi_phys.workflow.limits_tasks import LimitsSettings
+    from sbi_phys.workflow.run import null_safe
+
+    run = open_run(folder, RichProgress())
+    if not asked["parameters"]:
+        raise SettingError(f"--parameter is not given; expected one of {', '.join(run.names)}")
+    settings = LimitsSettings(**{key: value for key, value in asked.items() if value is not None})
+    with threadpool_limits(limits=1, user_api="blas"):
+        found = find_limits(run, settings).numbers
+    typer.echo(json.dumps(null_safe(found)) if as_json else _run_text(found))
+    if not as_json:
+        typer.echo(f"\n{run.path('limits.csv')} is the table; {run.path('figures', f'limits_{settings.name}.png')} shows it")
+
+
+def _run_text(found: dict[str, Any]) -> str:
+    lines = [f"{', '.join(found['parameters'])}: {found['title']}, {found['kind']}, {found['n_simulations']} simulations"]
+    if found["nuisances"] != "none":
+        lines[0] += f", the other parameters {found['nuisances']}"
+    for row in found["levels"]:
+        for name in found["parameters"]:
+            own, wilks = (_ends(row[key][name]) for key in ("set", "wilks"))
+            lines.append(f"  {100 * row['level']:>5.4g} %  {name:<12} {own:<24} Wilks {wilks}")
+        spread = f"{100 * row['coverage']:.1f} +- {100 * row['coverage_error']:.1f} %"
+        lines.append(f"         coverage {spread} (p = {row['coverage_pvalue']:.2g}), Wilks {100 * row['wilks_coverage']:.1f} %")
+    if "value" in found:
+        lines.append(f"  p-value of {found['parameters'][0]} = {found['value']['at']:g}: {found['value']['pvalue']:.3g}")
+    return "\n".join(lines)
+
+
+def _ends(ends: list[float] | None) -> str:
+    return "empty" if ends is None else f"[{ends[0]:.4g}, {ends[1]:.4g}]"

@@ -1,0 +1,169 @@
+"""The commands `sbi-phys store ...`: what is in a store, whether it is whole, how it is mended, merged and brought up to date.
+
+sbi-phys store info runs/spectra --watch        how far a campaign is, from another terminal
+sbi-phys store verify runs/spectra              reads everything; status 1 if anything is wrong
+sbi-phys store repair runs/spectra              moves broken files aside, for simulate to make them again
+sbi-phys store merge runs/a runs/b --out runs/ab
+sbi-phys store upgrade runs/old
+
+Here too: `sbi-phys simulate --shards 0:64`, one of many array jobs that write the same folder at once.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sbi_phys.core.errors import RunFolderError, SettingError
+
+if TYPE_CHECKING:
+    from sbi_phys.store.info import Info
+    from sbi_phys.workflow.settings import Config
+    from sbi_phys.workflow.stages import Run
+
+__all__ = ["array_job", "register"]
+
+Guard = Callable[[bool], AbstractContextManager[None]]
+
+Folder = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
+Folders = Annotated[list[Path], typer.Argument(metavar="STORE STORE...", help="Two stores or more.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the new store; must not be there yet.")]
+Rows = Annotated[int | None, typer.Option("--shard-size", help="Rows of a shard of the new store; that of the first.")]
+Watch = Annotated[bool, typer.Option("--watch", help="Again and again, until the store is complete.")]
+Interval = Annotated[float, typer.Option("--interval", min=0.05, help="Seconds between looks.")]
+Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def array_job(config: "Config", out: Path, shards: str, until: str) -> None:
+    """Write some shards of a run's store, beside other jobs that write others; print what was written and what is missing.
+
+    The store is the one that `simulate` makes for these settings; what comes after takes it up once nothing is missing.
+    Raises: SettingError with another command, or for a wrong range; RunFolderError; StoreError.
+    """
+    from sbi_phys.core.progress import RichProgress
+    from sbi_phys.simulation.campaign import simulate
+    from sbi_phys.store.check import ranges_text
+    from sbi_phys.store.plan import shard_range
+    from sbi_phys.store.store import Store
+
+    where = config.run
+    if until != "simulate" or where.scheduler or where.cluster:
+        raise SettingError(f"--shards {shards} was given to {until}; expected it with simulate, and neither --scheduler nor --cluster")
+    run = _join_run(config, out)
+    settings, folder = config.simulate, run.path("simulations")
+    before = set(Store(folder).missing) if (folder / "store.json").exists() else None
+    store = simulate(
+        run.simulator,
+        settings.n,
+        folder,
+        seed=run.seed("simulate"),
+        workers=where.workers or None,
+        shard_size=min(settings.shard_size, settings.n),
+        dtype=settings.dtype,
+        layout=settings.layout(),
+        shards=shards,
+        progress=RichProgress(),
+    )
+    mine, missing = shard_range(shards, store.n_shards), store.missing
+    made = [i for i in mine if before is None or i in before]
+    typer.echo(f"shards {mine.start}:{mine.stop} are there: {len(made)} of {len(mine)} written by this job")
+    left = f"missing of all {store.n_shards}: {ranges_text(missing)}" if missing else f"all {store.n_shards} shards are there"
+    typer.echo(f"{left}; store {folder}")
+
+
+def _join_run(config: "Config", out: Path) -> "Run":
+    """The run folder, begun by this job or by another that started with it.   Raises: RunFolderError."""
+    from sbi_phys.workflow.stages import Run
+
+    for left in reversed(range(40)):
+        begun = (out / "config.toml").exists()
+        try:
+            run = Run(out, config)
+            run.begin()
+            return run
+        except RunFolderError:
+            # another job has made the folder, and writes config.toml into it just now
+            if begun or not left or not (out / "stages").is_dir():
+                raise
+            time.sleep(0.05)
+    raise AssertionError("the last try returns or raises")
+
+
+def register(app: typer.Typer, guard: Guard) -> None:
+    """Add the commands to the application; `guard(debug)` turns errors into one line."""
+    store = typer.Typer(help="Look after simulation stores.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+    @store.command()
+    def info(folder: Folder, watch: Watch = False, interval: Interval = 2.0, as_json: Json = False, debug: Debug = False) -> None:
+        """Print rows, gaps, failures by reason, bytes, rate and time left; works while another process writes."""
+        with guard(debug):
+            from sbi_phys.store.info import store_info, watch_store
+
+            if not watch:
+                _show(store_info(folder), as_json)
+                return
+            for state in watch_store(folder, interval_s=interval):
+                typer.echo(json.dumps(dataclasses.asdict(state)) if as_json else state.line())
+                sys.stdout.flush()
+
+    @store.command()
+    def verify(folder: Folder, as_json: Json = False, debug: Debug = False) -> None:
+        """Read everything and compare it with the checksums; status 1 if a file is missing, damaged or foreign."""
+        with guard(debug):
+            from sbi_phys.core.progress import RichProgress
+            from sbi_phys.store.check import check_store
+
+            found = check_store(folder, progress=RichProgress())
+            typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else found.text())
+            if not found.ok:
+                raise typer.Exit(1)
+
+    _register_changes(store, guard)
+    app.add_typer(store, name="store")
+
+
+def _register_changes(store: typer.Typer, guard: Guard) -> None:
+    """Add the commands that write."""
+
+    @store.command()
+    def repair(folder: Folder, debug: Debug = False) -> None:
+        """Move broken files into the folder `broken`; the same simulate call makes these shards again."""
+        with guard(debug):
+            from sbi_phys.core.progress import RichProgress
+            from sbi_phys.store.check import ranges_text, repair_store
+
+            done = repair_store(folder, progress=RichProgress())
+            for line in (*done.notes, *(f"moved to {name}" for name in done.moved)):
+                typer.echo(line)
+            left = f"shards to make: {ranges_text(done.to_make)}; run simulate again" if done.to_make else "the store is complete"
+            typer.echo(left)
+
+    @store.command()
+    def merge(folders: Folders, out: Out, shard_size: Rows = None, debug: Debug = False) -> None:
+        """Make one store of several of the same simulator and prior."""
+        with guard(debug):
+            from sbi_phys.core.progress import RichProgress
+            from sbi_phys.store.info import store_info
+            from sbi_phys.store.merge import merge_stores
+
+            _show(store_info(merge_stores(folders, out, shard_size=shard_size, progress=RichProgress())), False)
+
+    @store.command()
+    def upgrade(folder: Folder, debug: Debug = False) -> None:
+        """Bring shards of an older schema to the present one, in place."""
+        with guard(debug):
+            from sbi_phys.core.progress import RichProgress
+            from sbi_phys.store.upgrade import upgrade_store
+
+            typer.echo(f"{upgrade_store(folder, progress=RichProgress())} shards upgraded")
+
+
+def _show(state: "Info", as_json: bool) -> None:
+    typer.echo(json.dumps(dataclasses.asdict(state), indent=1) if as_json else state.text())

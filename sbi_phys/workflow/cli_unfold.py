@@ -1,0 +1,144 @@
+"""The command `sbi-phys unfold`: a measured spectrum by every method, side by side.
+
+sbi-phys unfold auger --out runs/unfold                                  the Auger 2020 spectrum
+sbi-phys unfold package.module:Class --out runs/mine                     a problem of one's own
+sbi-phys unfold --input counts.csv --resolution 0.15 --out runs/mine     counts in bins of lg(E/eV)
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sbi_phys.core.errors import SettingError
+
+if TYPE_CHECKING:
+    from sbi_phys.unfold.problem import Measurement
+    from sbi_phys.workflow.unfold import UnfoldRun
+    from sbi_phys.workflow.unfold_tasks import UnfoldSettings
+
+__all__ = ["register"]
+
+Guard = Callable[[bool], AbstractContextManager[None]]
+
+Problem = Annotated[str | None, typer.Argument(metavar="[PROBLEM]", help="auger, or package.module:Class; none with --input.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder; made if missing, taken up if begun.")]
+Input = Annotated[Path | None, typer.Option("--input", metavar="FILE.csv", help="Columns lg_e_low, lg_e_high, counts.")]
+Resolution = Annotated[
+    str | None, typer.Option(metavar="NUMBER|FILE.csv", help="With --input: sigma(E)/E, a number or columns lg_e, sigma.")
+]
+Exposure = Annotated[float | None, typer.Option(help="With --input: km2 sr yr; 1 if not given.")]
+Methods = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Some of folding, ibu, tikhonov, bayes, omnifold, flow.")]
+Toys = Annotated[int | None, typer.Option(help="Toys of the stopping rule of iterative Bayes.")]
+Quick = Annotated[bool, typer.Option("--quick", help="The same on fewer toys, events and replicas.")]
+Seed = Annotated[int | None, typer.Option(help="Every random number follows from it.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, or problem.KEY; may be repeated.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def register(app: typer.Typer, plain_errors: Guard) -> None:
+    """Add the command to an app; `plain_errors(debug)` is the context that words its errors."""
+
+    @app.command()
+    def unfold(
+        problem: Problem = None,
+        out: Out = Path("runs/unfold"),
+        counts: Input = None,
+        resolution: Resolution = None,
+        exposure: Exposure = None,
+        methods: Methods = None,
+        toys: Toys = None,
+        quick: Quick = False,
+        seed: Seed = None,
+        changes: Changes = None,
+        debug: Debug = False,
+    ) -> None:
+        """Unfold a measured spectrum by every method: auger is the 2020 spectrum of the Pierre Auger Observatory."""
+        with plain_errors(debug):
+            own, asked = _asked(problem, counts, resolution, exposure, changes)
+            settings = unfold_settings(quick, {"n_toys": toys, "seed": seed}, changes)
+            run = _work(own, out, settings, methods, asked)
+            _say(run)
+
+
+def _asked(
+    problem: str | None, file: Path | None, resolution: str | None, exposure: float | None, changes: list[str] | None
+) -> tuple["Measurement", dict[str, Any]]:
+    """The measurement, and how it was named.   Raises: SettingError, DataError, ShapeError."""
+    # threads that wait should sleep: spinning, they slow a step thirty-fold on a machine that has anything else to do
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # a problem of one's own lies in the working directory, which a console script does not search by itself
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    from sbi_phys.unfold.problem import load_measurement, read_measurement
+
+    own = {key.removeprefix("problem."): value for key, value in _parsed(changes) if key.startswith("problem.")}
+    if (problem is None) == (file is None):
+        raise SettingError(
+            f"problem is {problem!r} and --input is {str(file) if file else None!r}; expected one of them, e.g. unfold auger"
+        )
+    if problem is not None:
+        if resolution is not None or exposure is not None:
+            raise SettingError(f"--resolution and --exposure were given with problem {problem!r}; expected them with --input alone")
+        return load_measurement(problem, own), {"problem": problem, "problem_settings": own}
+    if own:
+        raise SettingError(f"--set problem.{next(iter(own))} was given with --input; expected it with a named problem")
+    if resolution is None:
+        raise SettingError("--input was given without --resolution; expected sigma(E)/E, a number or a CSV with columns lg_e, sigma")
+    area = 1.0 if exposure is None else exposure
+    return read_measurement(Path(str(file)), resolution, area), {"input": str(file), "resolution": resolution, "exposure": area}
+
+
+def unfold_settings(quick: bool, flags: dict[str, Any], changes: list[str] | None) -> "UnfoldSettings":
+    """Settings of a command: defaults, cut down by --quick, then --set, then the other flags.   Raises: SettingError."""
+    from dataclasses import fields
+
+    from sbi_phys.core.checks import require_known
+    from sbi_phys.workflow.unfold import QUICK
+    from sbi_phys.workflow.unfold_tasks import UnfoldSettings
+
+    values: dict[str, Any] = dict(QUICK) if quick else {}
+    values |= {key: value for key, value in _parsed(changes) if not key.startswith("problem.")}
+    values |= {key: value for key, value in flags.items() if value is not None}
+    require_known("--set", values, [f.name for f in fields(UnfoldSettings)])
+    return UnfoldSettings(**values)
+
+
+def _parsed(changes: list[str] | None) -> list[tuple[str, Any]]:
+    from sbi_phys.workflow.settings import parse_override
+
+    return [parse_override(text) for text in changes or ()]
+
+
+def _work(measurement: "Measurement", out: Path, settings: "UnfoldSettings", methods: str | None, asked: dict[str, Any]) -> "UnfoldRun":
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    from sbi_phys.core.progress import RichProgress
+    from sbi_phys.workflow.unfold import unfold_spectrum
+    from sbi_phys.workflow.unfold_methods import METHODS
+
+    chosen = tuple(METHODS) if methods is None else tuple(name.strip() for name in methods.split(",") if name.strip())
+    # one BLAS thread: the matrices are small, and the numbers must not depend on the number of cores
+    with threadpool_limits(limits=1, user_api="blas"):
+        return unfold_spectrum(measurement, out, settings, chosen, asked=asked, progress=RichProgress())
+
+
+def _say(run: "UnfoldRun") -> None:
+    """Print verdicts and a line for each method; status 1 if one of them had no answer."""
+    from sbi_phys.workflow.unfold import deviations
+    from sbi_phys.workflow.unfold_page import verdicts
+
+    away = deviations(run)
+    for name, found in run.found.items():
+        chi2, ndf = found.record["chi2"], found.record["ndf"]
+        far = f", corrections within {100 * away[name]['worst']:.2f} % (at {away[name]['at']:.2f})" if name in away else ""
+        typer.echo(f"{found.title:<20} refolded chi2 / ndf = {chi2:.2f} / {ndf:.1f}{far}, {found.record['seconds']:.1f} s")
+    for verdict in verdicts(run):
+        typer.echo(f"{verdict.sign} {verdict.words} {verdict.detail}".rstrip())
+    typer.echo(f"\n{run.path('report.html')} shows it; {run.path('spectrum.csv')} is the table; {sum(run.seconds.values()):.0f} s in all")
+    if run.failed:
+        raise typer.Exit(1)

@@ -1,0 +1,309 @@
+r"""`sbi-phys limits RUN`: confidence sets that cover, for the parameters of a trained run.
+
+    theta_i ~ prior, x_i ~ p(x | theta_i)   ->   q_i = q(x_i; theta_i)   ->   C_level(theta) by quantile regression   ->   {q(x_o) <= C}
+
+The simulations are new ones: those that a network has learned from would make it look better than it is. The last quarter of them is
+kept for the coverage of the sets, which stands beside that of Wilks' chi-square. With other parameters than those of interest,
+C is taken at the values that fit the data best (profiled); with more than three parameters in all, C is learned as a function of
+the parameters of interest alone, so that the sets cover on average over the prior of the others.
+
+limits/            simulations, one .json a call, named by parameters and statistic
+limits.json, .csv  all of them                                          figures/limits_*, figures/coverage_*
+"""
+
+import csv
+import io
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import chdtri, ndtri
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from sbi_phys.confidence import LF2I, CoverageMap, coverage_map, lf2i
+from sbi_phys.confidence.inputs import find_name, require_within
+from sbi_phys.core.errors import RunFolderError, SettingError, SupportError
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.workflow.learn import simulations
+from sbi_phys.workflow.limits_tasks import STATISTICS, LimitsSettings, make_statistic, require_model
+from sbi_phys.workflow.run import Run, versions
+from sbi_phys.workflow.settings import Config
+
+__all__ = ["COLUMNS", "STATISTICS", "Found", "LimitsSettings", "find_limits", "open_run"]
+
+Array = NDArray[np.float64]
+
+COLUMNS = (
+    "parameters", "statistic", "kind", "level", "parameter", "low", "high", "wilks_low", "wilks_high",
+    "coverage", "coverage_error", "coverage_pvalue", "wilks_coverage", "n_simulations",
+)  # fmt: skip
+POINTS = 200  # of a scan along one parameter
+PLANE = 60  # of one along each of two
+BLOCK = 500  # data sets between two signs of life
+TESTED = 4  # one in so many simulations is kept for the coverage
+ALL_PROFILED = 3  # parameters up to which critical values are learned as a function of them all
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scan:
+    """The observation's statistic q over axes of the parameters of interest, and critical values {level} beside it, as q."""
+
+    axes: tuple[Array, ...]
+    q: Array
+    critical: dict[float, Array]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """Sets, the scan of the observation, Wilks' critical values, the coverage of both by level; and the numbers of the file."""
+
+    settings: LimitsSettings
+    sets: LF2I
+    scan: Scan
+    wilks: dict[float, float]
+    coverage: dict[float, CoverageMap]
+    wilks_coverage: dict[float, CoverageMap]
+    numbers: dict[str, Any]
+
+
+def open_run(folder: Path, progress: Progress | None = None) -> Run:
+    """The run in a folder.   Raises: RunFolderError where there is none."""
+    if not (folder / "config.toml").is_file():
+        raise RunFolderError(f"{folder} has no config.toml; expected the folder of a run, as sbi-phys train --out {folder} makes it")
+    return Run(folder, Config.read(folder / "config.toml"), or_none(progress))
+
+
+def find_limits(run: Run, settings: LimitsSettings) -> Found:
+    """Simulate, learn critical values, find the sets of the observation, test their coverage; write files and figures.
+
+    Raises: SettingError (an unknown parameter, no such model in the folder), SupportError (a set that reaches the end of what was
+    simulated, a value beyond it), StoreError, DataError.
+    """
+    begin = time.perf_counter()
+    order = [find_name(name, run.names) for name in settings.parameters]
+    order += [i for i in range(len(run.names)) if i not in order]
+    require_model(run, settings)
+    observed = run.observation[None]
+    store = simulations(run, f"limits/simulations-{settings.n}", settings.n, "limits", settings.n)
+    theta, x = (np.asarray(a, dtype=np.float64) for a in store.read())
+    theta = theta[:, order]
+    learned = np.arange(len(theta)) % TESTED != 0
+    low, high = theta[learned].min(axis=0), theta[learned].max(axis=0)
+    bounds = _bounds(run, settings, order, low, high)
+    if settings.value is not None:
+        require_within("--value", np.array([[settings.value]]), low[:1], high[:1], settings.parameters)
+    statistic = make_statistic(run, settings, order, low, high)
+    # a test is no extrapolation either: what lies beyond the first sample's box is left out
+    kept = ((theta >= low) & (theta <= high)).all(axis=1)
+    theta, x, learned, tested = theta[kept], x[kept], learned[kept], ~learned[kept]
+    q, best = _evaluate(run, statistic, x, theta, len(order) - len(settings.parameters))
+    found = _sets(run, settings, statistic, order, (theta[learned], q[learned], best[learned]), bounds)
+    names = [run.simulator.parameters[i] for i in order[: found.dim]]
+    coverage, wilks_coverage, wilks = _coverage(settings, found, names, theta[tested], q[tested], best[tested])
+    highest = max(*wilks.values(), *(float(found.critical(theta[tested][:, : found.dim], level).max()) for level in settings.levels))
+    scan = _scan(found, observed, settings.levels, highest)
+    numbers = _numbers(run, settings, found, scan, (coverage, wilks_coverage), wilks)
+    numbers["seconds"] = round(time.perf_counter() - begin, 3)
+    result = Found(settings=settings, sets=found, scan=scan, wilks=wilks, coverage=coverage, wilks_coverage=wilks_coverage, numbers=numbers)
+    _write(run, result)
+    return result
+
+
+def _bounds(run: Run, settings: LimitsSettings, order: list[int], low: Array, high: Array) -> tuple[tuple[float | None, float | None], ...]:
+    """Physical bounds of each parameter; the box is widened (in place) up to those that the sample nearly reaches."""
+    first = run.simulator.parameters[order[0]]
+    left = first.low if settings.physical in ("low", "both") else None
+    right = first.high if settings.physical in ("high", "both") else None
+    for end in (left, right):
+        if end is not None and not np.isfinite(end):
+            raise SettingError(f"--physical is {settings.physical!r}, but {first.name} is not bounded there; expected a bounded end")
+    near = 0.01 * (high[0] - low[0])
+    low[0] = left if left is not None and low[0] - left <= near else low[0]
+    high[0] = right if right is not None and right - high[0] <= near else high[0]
+    return ((left, right), *((None, None) for _ in order[1:]))
+
+
+def _evaluate(run: Run, statistic: Any, x: Array, theta: Array, nuisances: int) -> tuple[Array, Array]:
+    """q_i (n,) of the simulations at their own theta, and the nuisances (n, j) that fit each best there."""
+    q, best = np.empty(len(x)), np.empty((len(x), nuisances))
+    with run.progress.task("test statistic", len(x)) as task:
+        for start in range(0, len(x), BLOCK):
+            rows = slice(start, start + BLOCK)
+            prepared = statistic.prepare(x[rows])
+            q[rows] = statistic(prepared, theta[rows])
+            if nuisances:
+                best[rows] = statistic.nuisance(prepared, theta[rows])
+            task.advance(len(q[rows]))
+    return q, best
+
+
+def _sets(run: Run, settings: LimitsSettings, statistic: Any, order: list[int], sample: tuple[Array, Array, Array], bounds: Any) -> LF2I:
+    k = len(settings.parameters)
+    dim = len(order) if len(order) <= ALL_PROFILED else k
+    # trees of a few thousand rows on several threads wait for one another most of the time
+    with run.progress.task("critical values", None), threadpool_limits(limits=1, user_api="openmp"):
+        return lf2i(
+            sample[0][:, :dim],
+            sample[1],
+            statistic,
+            settings.levels,
+            names=[run.simulator.parameters[i] for i in order[:dim]],
+            interest=k,
+            profile=statistic.nuisance if dim > k else None,
+            bounds=bounds[:dim],
+            model=settings.critical,
+            pvalues=settings.value is not None,
+            profiled=sample[2] if dim > k else None,
+            seed=run.seed("limits", "regression"),
+        )
+
+
+def _coverage(
+    settings: LimitsSettings, sets: LF2I, names: list[Any], theta: Array, q: Array, best: Array
+) -> tuple[dict[float, CoverageMap], dict[float, CoverageMap], dict[float, float]]:
+    """Coverage maps of the learned sets and of Wilks' by level, and Wilks' critical values."""
+    k, dim = len(settings.parameters), sets.dim
+    at = np.concatenate([theta[:, :k], best], axis=1)[:, :dim]
+    own, theirs, wilks = {}, {}, {}
+    for level in settings.levels:
+        wilks[level] = float(chdtri(k, 1 - level)) if settings.kind == "two-sided" else float(ndtri(level)) ** 2
+        own[level] = coverage_map(theta[:, :dim], q <= sets.critical(at, level), level, names=names)
+        theirs[level] = coverage_map(theta[:, :dim], q <= wilks[level], level, names=names)
+    return own, theirs, wilks
+
+
+def _scan(sets: LF2I, observed: Array, levels: tuple[float, ...], highest: float) -> Scan:
+    """Look all over the simulated box, and then more closely where q is not far above what any set allows."""
+    k = sets.interest
+    low, high = sets.low[:k], sets.high[:k]
+    statistic: Any = sets.statistic
+    axes = tuple(np.linspace(a, b, POINTS if k == 1 else PLANE) for a, b in zip(low, high, strict=True))
+    coarse = _mesh(axes)
+    q = statistic(statistic.repeated(observed, len(coarse)), coarse).reshape([a.size for a in axes])
+    near = q <= max(2.5 * highest, float(q.min()) + highest)
+    closer = []
+    for i, axis in enumerate(axes):
+        held, step = axis[near.any(axis=tuple(j for j in range(k) if j != i))], axis[1] - axis[0]
+        closer.append(np.linspace(max(low[i], held.min() - step), min(high[i], held.max() + step), axis.size))
+    axes = (np.unique(np.concatenate([axes[0], closer[0]])),) if k == 1 else tuple(closer)
+    points = _mesh(axes)
+    prepared = statistic.repeated(observed, len(points))
+    full = points if sets.profile is None else np.concatenate([points, statistic.nuisance(prepared, points)], axis=1)
+    shape = [a.size for a in axes]
+    critical = {level: sets.critical(full, level).reshape(shape) for level in levels}
+    return Scan(axes=axes, q=statistic(prepared, points).reshape(shape), critical=critical)
+
+
+def _mesh(axes: tuple[Array, ...]) -> Array:
+    return np.stack([g.ravel() for g in np.meshgrid(*axes, indexing="ij")], axis=-1)
+
+
+def _numbers(run: Run, settings: LimitsSettings, sets: LF2I, scan: Scan, coverage: Any, wilks: dict[float, float]) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "parameters": list(settings.parameters),
+        "statistic": settings.statistic,
+        "title": STATISTICS[settings.statistic],
+        "kind": settings.kind,
+        "n_simulations": settings.n,
+        "seed": run.config.run.seed,
+        "nuisances": _nuisances(run, sets),
+        "critical_values": sets.summary(),
+        "levels": [],
+    }
+    if settings.value is not None:
+        p = sets.pvalue(run.observation[None], [settings.value])
+        out["value"] = {"at": settings.value, "pvalue": float(p[0])}
+    for level in settings.levels:
+        own, theirs = coverage[0][level], coverage[1][level]
+        row: dict[str, Any] = {
+            "level": level,
+            "coverage": own.overall,
+            "coverage_error": float(np.sqrt(level * (1 - level) / own.n)),
+            "coverage_pvalue": own.pvalue,
+            "words": own.summary(),
+            "wilks_coverage": theirs.overall,
+            "wilks_words": theirs.summary(),
+        }
+        ends = _interval if sets.interest == 1 else _region
+        out["levels"].append(row | ends(settings, sets, scan, level, wilks[level]))
+    return out
+
+
+def _nuisances(run: Run, sets: LF2I) -> str:
+    if len(run.names) == sets.interest:
+        return "none"
+    return "profiled" if sets.dim == len(run.names) else "averaged over their prior"
+
+
+def _interval(settings: LimitsSettings, sets: LF2I, scan: Scan, level: float, wilks: float) -> dict[str, Any]:
+    """Ends of the set and of Wilks'; None where a set is empty. Infinite ends become null in the file."""
+    name, axis = settings.parameters[0], scan.axes[0]
+    margin = (scan.q - scan.critical[level])[None]
+    try:
+        found = sets.interval_of(axis, margin, level, on_edge="open" if settings.open_ends else "raise")
+    except SupportError as err:
+        raise SupportError(f"{err} (--physical says that an end is a bound of nature, --open leaves it infinite)") from err
+    theirs = sets.interval_of(axis, (scan.q - wilks)[None], level, on_edge="open")
+    return {
+        key: {name: None if one.empty[0] else [float(one.low[0]), float(one.high[0])]} for key, one in (("set", found), ("wilks", theirs))
+    }
+
+
+def _region(settings: LimitsSettings, sets: LF2I, scan: Scan, level: float, wilks: float) -> dict[str, Any]:
+    """Extent of the joint set, and of Wilks', along both parameters.   Raises: SupportError at the end of what was simulated."""
+    held = scan.q <= scan.critical[level]
+    out: dict[str, Any] = {"set": {}, "wilks": {}}
+    for i, name in enumerate(settings.parameters):
+        axis = scan.axes[i]
+        mine: Any = held.any(axis=1 - i)
+        for end, place, bound in ((sets.low[i], 0, sets.bounds[i][0]), (sets.high[i], -1, sets.bounds[i][1])):
+            if mine[place] and axis[place] == end and bound is None and not settings.open_ends:
+                raise SupportError(
+                    f"the set reaches the end of what was simulated at {name} = {end:g}; critical values are not extrapolated: "
+                    "expected a wider prior, --physical where it is a bound of nature, or --open"
+                )
+        out["set"][name] = _extent(axis, mine)
+        out["wilks"][name] = _extent(axis, (scan.q <= wilks).any(axis=1 - i))
+    return out
+
+
+def _extent(axis: Array, inside: Any) -> list[float] | None:
+    return [float(axis[inside].min()), float(axis[inside].max())] if inside.any() else None
+
+
+def _write(run: Run, found: Found) -> None:
+    from sbi_phys.plotting.figures import save_figure
+    from sbi_phys.plotting.limits import coverage_figure, limits_figure
+
+    name = found.settings.name
+    labels = [run.simulator.parameters[find_name(p, run.names)].label for p in found.settings.parameters]
+    figure = limits_figure(
+        found.scan.axes, found.scan.q, found.scan.critical, found.wilks, labels, title=STATISTICS[found.settings.statistic]
+    )
+    save_figure(figure, run.path("figures"), f"limits_{name}")
+    save_figure(coverage_figure(found.coverage, found.wilks_coverage), run.path("figures"), f"coverage_{name}")
+    run.write_json(f"limits/{name}.json", found.numbers | {"versions": versions()})
+    every = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.path("limits").glob("*.json"))]
+    run.write_json("limits.json", {"limits": every})
+    run.write_text("limits.csv", _table(every))
+    run.forget("report")
+
+
+def _table(every: list[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for one in every:
+        for row in one["levels"]:
+            for parameter in one["parameters"]:
+                ends, wilks = (row[key][parameter] or ["", ""] for key in ("set", "wilks"))
+                writer.writerow(
+                    [" ".join(one["parameters"]), one["statistic"], one["kind"], row["level"], parameter, *ends, *wilks]
+                    + [row[key] for key in ("coverage", "coverage_error", "coverage_pvalue", "wilks_coverage")]
+                    + [one["n_simulations"]]
+                )
+    return out.getvalue()

@@ -1,0 +1,189 @@
+r"""Stage `methods`: posterior, likelihood and ratio on one observation, and each against the exact answer where there is one.
+
+exact       a grid for one or two free parameters, else the Markov chains of stage `reference`, if they were run
+ratios      learned against exact log r = log p(x | theta) - log p(x) at held-out pairs, p(x) by a grid; with more parameters the
+            difference of ln L between the true theta and one a posterior's width away, which needs no p(x)
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sbi_phys.calibration import c2st
+from sbi_phys.calibration.ratios import reliability
+from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError
+from sbi_phys.estimators.nle import NLE
+from sbi_phys.estimators.npe import load
+from sbi_phys.estimators.nre import NRE
+from sbi_phys.plotting.figures import save_figure
+from sbi_phys.plotting.methods import PairRatios, methods_figure, ratios_figure
+from sbi_phys.report.tables import shift_table
+from sbi_phys.samplers.grid import grid_posterior
+from sbi_phys.workflow.infer import LogTarget, log_target
+from sbi_phys.workflow.learn import simulations
+from sbi_phys.workflow.likelihoods import METHODS, TITLES
+from sbi_phys.workflow.run import Run
+
+__all__ = ["exact_draws", "methods"]
+
+Array = NDArray[np.float64]
+
+_EDGE = 8.0  # in u: nothing of the prior lies beyond
+_C2ST_DRAWS = 2000
+_CELLS = (1_600, 5_000, 40_000)  # of the grid under one p(x), at each of its levels: more where the posterior is narrow
+_LEAST_CURVE = 40  # pairs of each kind for a reliability curve
+
+
+def methods(run: Run, numbers: dict[str, Any]) -> None:
+    """Compare what the methods say, draw it, and hold learned ratios against exact ones."""
+    found = {name: run.read_draws(file).flat for name, file in METHODS.items() if run.path(file).exists()}
+    exact, name = exact_draws(run)
+    numbers["exact"] = name
+    with run.progress.task("two-sample tests", len(found)) as task:
+        for method, theta in found.items():
+            numbers[method] = _one(run, method, theta, exact)
+            task.advance(1, text=method)
+    numbers["exact_posterior"] = None if exact is None else _moments(run, exact)
+    label = None if exact is None else (f"exact ({name})", exact)
+    figure = methods_figure({TITLES[m]: theta for m, theta in found.items()}, run.simulator.parameters, label, truth=run.truth)
+    save_figure(figure, run.path("figures"), "methods")
+    numbers["ratios"] = _ratios(run)
+
+
+def exact_draws(run: Run) -> tuple[Array | None, str]:
+    """Draws (n, d) of the exact posterior and how they were made; None and why where there is none."""
+    target, prior = log_target(run), run.simulator.prior
+    if target is not None and prior.free_dim <= 2:
+        edge = np.full(prior.free_dim, _EDGE)
+        try:
+            grid = grid_posterior(target, -edge, edge, n_cells=10_000)
+        except ConvergenceError:  # narrower than these cells
+            grid = grid_posterior(target, -edge, edge)
+        theta = prior.from_unbounded(grid.sample(run.config.infer.n_draws, run.rng("methods", "exact")))
+        run.write_draws("posterior_exact.nc", theta, {"method": "exact, by grid"})
+        return theta, "grid"
+    if run.path("reference.nc").exists() and run.record("reference") is not None:
+        return run.read_draws("reference.nc").flat, "Markov chains"
+    return None, "no exact likelihood" if target is None else "no Markov chains yet: sbi-phys infer makes them"
+
+
+def _moments(run: Run, theta: Array) -> dict[str, Any]:
+    columns = zip(run.names, np.median(theta, axis=0), theta.std(axis=0), strict=True)
+    return {name: {"median": median, "sd": sd} for name, median, sd in columns}
+
+
+def _one(run: Run, method: str, theta: Array, exact: Array | None) -> dict[str, Any]:
+    """Medians, sd, seconds and convergence of one method; C2ST and shifts against the exact draws."""
+    training, drawing = ("train", "infer") if method == "npe" else (f"train_{method}", f"infer_{method}")
+    out: dict[str, Any] = {
+        "posterior": _moments(run, theta),
+        "train_seconds": (run.record(training) or {}).get("seconds"),
+        "draw_seconds": (run.record(drawing) or {}).get("seconds"),
+        **{key: run.numbers(drawing).get(key) for key in ("sampler", "n_effective", "r_hat", "pareto_k")},
+    }
+    if exact is None:
+        return out
+    out["median_shift_sd"] = {row.name: row.shift for row in shift_table(theta, exact, run.simulator.parameters)}
+    try:
+        test = c2st(theta, exact, seed=run.seed("methods", "c2st"), max_draws=_C2ST_DRAWS, workers=run.config.run.workers or 2)
+    except DataError as err:
+        return out | {"c2st": None, "c2st_failed": str(err)}
+    return out | {"c2st": test.accuracy, "c2st_err": test.standard_error, "c2st_n": test.n}
+
+
+def _ratios(run: Run) -> dict[str, Any]:
+    """Learned against exact log ratios at held-out pairs; the figure `ratios`."""
+    models = {m: load(path, simulator=run.simulator, device=run.config.run.device)
+              for m in ("nle", "nre") if (path := run.path(f"model_{m}.pt")).exists()}  # fmt: skip
+    n = min(run.config.methods.n_pairs, run.config.calibrate.n)
+    if not models or n < 2 or not callable(getattr(run.simulator, "log_likelihood", None)):
+        why = "no learned likelihood or ratio" if not models else "calibrate.n or methods.n_pairs = 0" if n < 2 else "no exact likelihood"
+        return {"skipped": why}
+    theta, x = simulations(run, "held_out", run.config.calibrate.n, "held out").read()
+    theta, x = np.asarray(theta, dtype=np.float64)[:n], np.asarray(x, dtype=np.float64)[:n]
+    whole = run.simulator.prior.free_dim <= 2
+    pairs = _whole(run, models, theta, x) if whole else _differences(run, models, theta, x)
+    if not pairs:
+        return {"skipped": "the learned densities are not finite at held-out pairs"}
+    save_figure(ratios_figure({TITLES[m]: p for m, p in pairs.items()}, difference=not whole), run.path("figures"), "ratios")
+    out: dict[str, Any] = {"n": n, "what": "log r" if whole else "difference of ln L"}
+    for method, p in pairs.items():
+        out[method] = {"rms": p.rms, "mean": float(np.mean(p.learned - p.exact)), "exact_sd": float(p.exact.std())}
+        if p.reliability is not None:
+            out[method] |= {"reliability_pvalue": p.reliability.pvalue, "words": p.reliability.summary()}
+    return out
+
+
+def _learned(model: NLE | NRE, x: Array, theta: Array) -> Array:
+    """Up to a function of x alone."""
+    return model.log_likelihood(x, theta) if isinstance(model, NLE) else model.log_ratio(x, theta)
+
+
+def _whole(run: Run, models: dict[str, Any], theta: Array, x: Array) -> dict[str, PairRatios]:
+    """Log r of joint and marginal pairs, p(x) of each x by a grid."""
+    prior, other = run.simulator.prior, np.roll(theta, -1, axis=0)
+    edge, evidence = np.full(prior.free_dim, _EDGE), np.empty(len(x))
+    with run.progress.task("evidence of held-out data", len(x)) as task:
+        for i, row in enumerate(x):
+            evidence[i] = _evidence(LogTarget(run.simulator, row), edge)
+            task.advance(1)
+    joint, marginal = (_exact(run, x, t) - evidence for t in (theta, other))
+    out = {}
+    for method, model in models.items():
+        try:
+            if isinstance(model, NLE):
+                ours, theirs = (model.log_likelihood(x, t) - evidence for t in (theta, other))
+            else:
+                ours, theirs = model.log_ratio_pairs(theta, x, normalise=True)
+        except (NonFiniteError, ConvergenceError):
+            continue
+        curve = reliability(ours, theirs, n_bins=int(np.clip(len(x) // 15, 4, 20))) if len(x) >= _LEAST_CURVE else None
+        out[method] = PairRatios(joint, ours, marginal, theirs, curve)
+    return out
+
+
+def _evidence(target: LogTarget, edge: Array) -> float:
+    """Log p(x).   Raises: ConvergenceError."""
+    # with a tenth of the mass in a cell the sum is good to half a percent, also for a correlation of .98
+    for cells in _CELLS[:-1]:
+        try:
+            return grid_posterior(target, -edge, edge, n_cells=cells, max_cell_mass=0.1).log_evidence
+        except ConvergenceError:
+            continue
+    return grid_posterior(target, -edge, edge, n_cells=_CELLS[-1], max_cell_mass=0.1).log_evidence
+
+
+def _differences(run: Run, models: dict[str, Any], theta: Array, x: Array) -> dict[str, PairRatios]:
+    """Differences of ln L between the truth and a theta one posterior's width away; what holds at the observation sets the width."""
+    prior = run.simulator.prior
+    u, none = prior.to_unbounded(theta), np.zeros(0)
+    out = {}
+    for method, model in models.items():
+        if not run.path(METHODS[method]).exists():
+            continue
+        spread = np.cov(prior.to_unbounded(run.read_draws(METHODS[method]).flat), rowvar=False).reshape(prior.free_dim, prior.free_dim)
+        step = run.rng("methods", "differences").standard_normal(u.shape) @ np.linalg.cholesky(spread).T
+        other = prior.from_unbounded(u + step)
+        try:
+            learned = _learned(model, x, theta) - _learned(model, x, other)
+        except NonFiniteError:
+            continue
+        out[method] = PairRatios(_exact(run, x, theta) - _exact(run, x, other), learned, none, none, _curve(model, theta, x))
+    return out
+
+
+def _curve(model: NLE | NRE, theta: Array, x: Array) -> Any:
+    """Reliability of a ratio, which needs no p(x)."""
+    if not isinstance(model, NRE) or len(x) < _LEAST_CURVE:
+        return None
+    try:
+        return reliability(*model.log_ratio_pairs(theta, x, normalise=True), n_bins=10)
+    except ConvergenceError:
+        return None
+
+
+def _exact(run: Run, x: Array, theta: Array) -> Array:
+    """ln p(x | theta) row by row (n,)."""
+    likelihood: Any = run.simulator.log_likelihood  # type: ignore[attr-defined]
+    return np.array([float(likelihood(row, t[None])[0]) for row, t in zip(x, theta, strict=True)])

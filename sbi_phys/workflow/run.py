@@ -1,0 +1,274 @@
+"""A run folder: one set of settings, stages that leave a record when they are finished, files that are whole or absent.
+
+config.toml     settings; a run with others is refused      posterior.nc            the answer
+simulations/    the store                                   posterior_amortised.nc  before rounds and refinement
+rounds/         stores of the truncated rounds              reference.nc            exact MCMC
+training/       checkpoints of the training                 calibration.json  figures/  summary.json  report.html
+model.pt        the amortised network                       stages/  one record a stage: seconds, versions, numbers
+model_nle.pt, model_nre.pt, posterior_nle.nc, posterior_nre.nc, posterior_exact.nc, limits/, limits.json, limits.csv  where asked for
+
+A file is written aside and renamed, so a run that is killed anywhere goes on with the next stage, shard or epoch.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sbi_phys.core.errors import DataError, RunFolderError, SbiPhysError, SettingError
+from sbi_phys.core.files import write_aside
+from sbi_phys.core.progress import NoProgress, Progress
+from sbi_phys.core.provenance import __version__
+from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.report.arviz import attributes, chains_to_dict, group, read_netcdf, to_inference_data, write_netcdf
+from sbi_phys.simulation.protocol import Simulator, load_simulator
+from sbi_phys.workflow.settings import Config
+
+__all__ = ["Draws", "Run", "null_safe", "versions"]
+
+Array = NDArray[np.float64]
+_PACKAGES = ("torch", "nflows", "numpy", "scipy", "h5py", "arviz", "emcee", "scikit-learn", "matplotlib")
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Draws of one posterior as they stand in a NetCDF file: theta (chains, n, d) in the parameters' units, and notes."""
+
+    chains: Array
+    notes: dict[str, Any]
+
+    @property
+    def flat(self) -> Array:
+        """All chains in one: (chains * n, d)."""
+        return self.chains.reshape(-1, self.chains.shape[-1])
+
+
+@dataclass
+class Run:
+    """A folder, its settings, its simulator and a display: what every stage gets.
+
+    Args: folder: made if missing. config. progress.
+    Raises: RunFolderError (made with other settings, or not a run's), SettingError, SimulatorMismatchError.
+    """
+
+    folder: Path
+    config: Config
+    progress: Progress = field(default_factory=NoProgress)
+
+    def __post_init__(self) -> None:
+        """Check the folder against the settings; nothing is written yet."""
+        self.folder = Path(self.folder)
+        path = self.path("config.toml")
+        if path.exists():
+            self._require_same(Config.read(path))
+        elif self.folder.exists() and not self.folder.is_dir():
+            raise RunFolderError(f"{self.folder} is a file; expected a folder, new or of an earlier run")
+        elif self.folder.exists() and (foreign := sorted(p.name for p in self.folder.iterdir())):
+            shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+            raise RunFolderError(f"{self.folder} holds {shown} and no config.toml; expected an empty folder or one of an earlier run")
+
+    def begin(self) -> None:
+        """Make the folder and write the settings into it.   Raises: RunFolderError."""
+        try:
+            self.path("stages").mkdir(parents=True, exist_ok=True)
+            if not self.path("config.toml").exists():
+                self.write_text("config.toml", self.config.to_toml())
+        except OSError as err:
+            raise RunFolderError(f"{self.folder} can not be made: {err.strerror}; expected a place to write to") from err
+
+    def _require_same(self, stored: Config) -> None:
+        difference = self.config.first_difference(stored)
+        if difference is not None:
+            key, expected, got = difference
+            raise RunFolderError(
+                f"{self.folder} was made with other settings: {key} is {got!r} there, expected {expected!r}; "
+                "take another folder, or the settings in its config.toml"
+            )
+
+    @cached_property
+    def simulator(self) -> Simulator:
+        """The simulator that the settings name."""
+        chosen = self.config.simulator
+        if not chosen.spec:
+            raise SettingError("simulator.spec is empty; expected 'package.module:Class'")
+        try:
+            return load_simulator(chosen.spec, chosen.settings)
+        except SbiPhysError:
+            raise
+        except ValueError as err:  # a simulator knows nothing of this package's errors
+            raise SettingError(f"[simulator.settings] of {chosen.spec}: {err}") from err
+
+    @property
+    def names(self) -> list[str]:
+        """Parameter names, in the order of theta's columns."""
+        return [p.name for p in self.simulator.parameters]
+
+    def path(self, *parts: str) -> Path:
+        """A path in the folder."""
+        return self.folder.joinpath(*parts)
+
+    def seed(self, *key: int | str) -> int:
+        """The integer seed of a place in the run."""
+        return seed_for(self.config.run.seed, *key)
+
+    def rng(self, *key: int | str) -> np.random.Generator:
+        """The generator of a place in the run."""
+        return rng_for(self.config.run.seed, *key)
+
+    @cached_property
+    def observation(self) -> Array:
+        """The observation x (k,), checked for length and finiteness.   Raises: DataError, SettingError."""
+        x = np.asarray(self._observation(), dtype=np.float64)
+        size = sum(o.size for o in self.simulator.observables)
+        if x.shape != (size,):
+            blocks = ", ".join(f"{o.name}: {o.size}" for o in self.simulator.observables)
+            raise DataError(f"the observation has shape {x.shape}; expected ({size},) = {blocks}")
+        if not np.isfinite(x).all():
+            raise DataError(
+                f"the observation is {x[~np.isfinite(x)][0]} in column {int(np.argmin(np.isfinite(x)))}; expected finite values"
+            )
+        return x
+
+    @property
+    def truth(self) -> Array | None:
+        """The parameters (d,) behind a simulated observation, None for real data."""
+        return self._simulated_truth()[0] if self.config.infer.observation == "simulated" else None
+
+    def _simulated_truth(self) -> Array:
+        return self.simulator.prior.sample(1, self.rng("observation", "theta"))
+
+    def _observation(self) -> Any:
+        source = self.config.infer.observation
+        if source == "observed":
+            observed = getattr(self.simulator, "observed", None)
+            if observed is None:
+                raise SettingError(
+                    f"infer.observation is 'observed', but {self.config.simulator.spec} has no observed(); expected 'simulated' or a file"
+                )
+            return observed()
+        if source == "simulated":
+            return self.simulator.simulate(self._simulated_truth(), self.rng("observation", "x"))[0]
+        try:
+            return np.load(source, allow_pickle=False) if source.endswith(".npy") else np.loadtxt(source, delimiter=",", ndmin=1).ravel()
+        except (OSError, ValueError) as err:
+            raise DataError(
+                f"infer.observation {source!r} can not be read: {err}; expected a .npy, .csv or .txt file with one row"
+            ) from err
+
+    # records of finished stages
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """The record that a finished stage left, or None."""
+        path = self.path("stages", f"{stage}.json")
+        if not path.is_file():
+            return None
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as err:
+            raise RunFolderError(f"{path} is not JSON: {err}; delete it to run the stage again") from err
+        return content
+
+    def numbers(self, stage: str) -> dict[str, Any]:
+        """The numbers of a finished stage, {} if it has not run."""
+        return dict((self.record(stage) or {}).get("numbers", {}))
+
+    def forget(self, stage: str) -> None:
+        """Delete a stage's record: it will run again."""
+        self.path("stages", f"{stage}.json").unlink(missing_ok=True)
+
+    @contextmanager
+    def recording(self, stage: str) -> Iterator[dict[str, Any]]:
+        """Time a stage and write its record with the numbers put into the yielded dict; nothing is written on an error."""
+        numbers: dict[str, Any] = {}
+        begin = time.perf_counter()
+        yield numbers
+        settings = json.dumps(null_safe(self.config.to_dict()), sort_keys=True)
+        self.write_json(
+            f"stages/{stage}.json",
+            {
+                "stage": stage,
+                "seconds": round(time.perf_counter() - begin, 3),
+                "settings_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+                "versions": versions(),
+                "numbers": numbers,
+            },
+        )
+
+    def note(self, stage: str, facts: dict[str, Any]) -> None:
+        """Add to the record of a stage that is finished."""
+        self.write_json(f"stages/{stage}.json", (self.record(stage) or {}) | facts)
+
+    # files, whole or absent
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file aside and rename it."""
+        return write_aside(self.path(name), lambda aside: aside.write_text(text, encoding="utf-8"))
+
+    def write_json(self, name: str, content: Any) -> Path:
+        """Write JSON; what is not finite becomes null."""
+        return self.write_text(name, json.dumps(null_safe(content), indent=1, ensure_ascii=False) + "\n")
+
+    def write_array(self, name: str, array: Array) -> Path:
+        """Write a plain .npy file."""
+        return write_aside(self.path(name), lambda aside: np.save(aside, array, allow_pickle=False))
+
+    def read_array(self, name: str) -> Array:
+        """Read what `write_array` wrote."""
+        array: Array = np.load(self.path(name), allow_pickle=False)
+        return array
+
+    def write_draws(self, name: str, theta: Array, notes: dict[str, Any], **groups: dict[str, Any]) -> None:
+        """Write draws (n, d) or chains (c, n, d) as an ArviZ file, with the observation beside them."""
+        notes = {"seed": self.config.run.seed, "versions": versions(), **notes}
+        data = to_inference_data(
+            chains_to_dict(theta, self.names),
+            observed_data={"x": self.observation},
+            attrs=null_safe(notes),
+            parameters=self.simulator.parameters,
+            **groups,
+        )
+        write_netcdf(self.path(name), data)
+
+    def read_draws(self, name: str) -> Draws:
+        """Read what `write_draws` wrote.   Raises: DataError."""
+        data = read_netcdf(self.path(name))
+        posterior = group(data, "posterior")
+        return Draws(np.stack([posterior[n] for n in self.names], axis=-1), attributes(data))
+
+
+def versions() -> dict[str, str]:
+    """Versions of python, this package and those its numbers depend on."""
+    found = {"python": platform.python_version(), "sbi_phys": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def null_safe(value: Any) -> Any:
+    """Plain JSON values of nested dicts, lists, arrays and numbers; NaN and infinities become None."""
+    if isinstance(value, dict):
+        return {str(k): null_safe(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return null_safe(value.tolist())
+    if isinstance(value, list | tuple):
+        return [null_safe(v) for v in value]
+    if isinstance(value, np.generic):
+        return null_safe(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

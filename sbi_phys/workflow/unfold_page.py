@@ -1,0 +1,329 @@
+"""The page of an unfolding: what was asked, the spectrum, corrections against the published ones, how good it is, how it was made."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import chdtrc
+
+from sbi_phys.core.numbers import MINUS
+from sbi_phys.plotting.figures import save_figure
+from sbi_phys.plotting.unfold_figures import corrections_figure, correlations_figure, flux_figure, refolded_figure
+from sbi_phys.report.html import Block, Code, Details, FigureBlock, KeyValues, Section, Table, Text, Verdict, render_report
+from sbi_phys.workflow.unfold import UnfoldRun, deviations
+from sbi_phys.workflow.unfold_tasks import TITLES
+
+__all__ = ["verdicts", "write_page"]
+
+Array = NDArray[np.float64]
+
+
+def write_page(run: UnfoldRun) -> None:
+    """Draw the figures and write report.html."""
+    m = run.measurement
+    sections = [
+        Section("What was asked", _question(run)),
+        Section("The spectrum", _spectrum(run)),
+        Section("Corrections", _corrections(run)),
+        Section("How good is it", _quality(run)),
+        *([Section("Tests on toys", _tests(run))] if run.validation else []),
+        Section("How it was made", _making(run)),
+    ]
+    total = sum(run.seconds.values())
+    render_report(
+        run.path("report.html"),
+        f"{m.title}, unfolded",
+        f"{int(m.counts.sum())} events in {m.counts.size} bins, {len(run.found)} methods, {total:.0f} s, seed {run.settings.seed}",
+        sections,
+        verdicts=verdicts(run),
+        footer=f"sbi_phys {run.found['folding'].record['versions']['sbi_phys']}, seed {run.settings.seed}",
+    )
+
+
+def verdicts(run: UnfoldRun) -> list[Verdict]:
+    """The answers in short: corrections, fit, stopping rule, agreement of the methods, tests, and who could not answer."""
+    out = []
+    m, away = run.measurement, deviations(run)
+    if away and m.target is not None:
+        low, high, tolerance = m.target
+        worst, at = away["folding"]["worst"], away["folding"]["at"]
+        words = f"Forward folding's corrections are within {100 * worst:.2g} % of the published ones for lgE {low:g} to {high:g}"
+        detail = f"asked: {100 * tolerance:g} %; the largest difference is at {at:.2f}"
+        out.append(Verdict("good" if worst <= tolerance else "warn", words + ".", detail))
+    fit = run.found["folding"].record
+    p = float(chdtrc(fit["ndf"], fit["chi2"])) if fit["ndf"] > 0 else float("nan")
+    words = f"The fitted flux folds back to the counts with chi2 = {fit['chi2']:.1f} for {fit['ndf']:.0f} degrees of freedom"
+    out.append(Verdict("bad" if p < 1e-4 else "warn" if p < 0.01 else "good", f"{words}, p = {p:.2g}."))
+    if "ibu" in run.found:
+        n = run.found["ibu"].record["numbers"]
+        words = (
+            f"Iterative Bayes stopped at {n['n_iterations']} iterations; on toys its worst bin covers {n['coverage_worst']:.2f} of 0.683,"
+            f" with a mean pull of {n['mean_pull_worst']:.2f} at most."
+        )
+        detail = f"from the fitted flux as prior, instead of a power law, it moves by {n['prior_spread_sigma']:.2f} of its error at most"
+        out.append(Verdict("good" if n["rule_met"] else "warn", words, detail))
+    if len(run.found) > 1:
+        name, far, where = _apart(run)
+        words = f"Other methods differ from forward folding by {far:.1f} of the larger error at most ({TITLES[name]}, lgE {where:.2f})."
+        out.append(Verdict("good" if far <= 2 else "warn", words))
+    if run.validation:
+        level = "good" if run.validation["passed"] else "warn"
+        out.append(Verdict(level, run.validation["verdict"], f"{run.validation['n_toys']} toys of the fitted spectrum"))
+    out += [Verdict("bad", f"{TITLES[name]} has no answer.", words) for name, words in run.failed.items()]
+    return out
+
+
+def _apart(run: UnfoldRun) -> tuple[str, float, float]:
+    """The method, size in errors and place of the largest difference from forward folding."""
+    first = run.found["folding"]
+    found = []
+    for name, other in run.found.items():
+        if name != "folding":
+            # forward folding keeps the counts' own fluctuations, which others smooth: the larger error knows of them
+            sd = np.sqrt(np.maximum(np.diag(other.covariance), np.diag(first.covariance)))
+            away = np.divide(np.abs(other.counts - first.counts), sd, out=np.zeros_like(sd), where=sd > 0)
+            found.append((name, float(away.max()), float(run.measurement.centres[int(away.argmax())])))
+    return max(found, key=lambda row: row[1])
+
+
+def _draw(run: UnfoldRun, figure: Any, name: str, caption: str, alt: str, width: int | None = None) -> FigureBlock:
+    save_figure(figure, run.path("figures"), name)
+    return _figure(run, name, caption, alt, width)
+
+
+def _figure(run: UnfoldRun, name: str, caption: str, alt: str, width: int | None = None) -> FigureBlock:
+    return FigureBlock(run.path("figures", f"{name}.png"), caption, alt, pdf=f"figures/{name}.pdf", max_width=width)
+
+
+def _question(run: UnfoldRun) -> list[Block]:
+    m = run.measurement
+    low, high = m.reco_edges[0], m.reco_edges[-1]
+    out: list[Block] = [
+        Text(
+            f"{int(m.counts.sum())} events were measured in {m.counts.size} bins of lg(E/eV) from {low:g} to {high:g}"
+            + (f" ({m.source})" if m.source else "")
+            + ". The detector blurs the energy; which spectrum arrived?\n\n"
+            f"**Migration from below.** True bins reach from {m.truth_edges[0]:g} to {m.truth_edges[-1]:g}, beyond the measured ones on "
+            "both sides. Forward folding, the Bayesian posterior, OmniFold and the flow have the outer bins as unknowns of their own. "
+            "Iterative Bayes and Tikhonov unfold into the measured bins alone; what comes from outside is a share of each of these, taken "
+            "from the fitted flux.\n\n"
+            "**Events in bins.** OmniFold and the flow work on events, and only bins are published: every event, measured or simulated, is "
+            "put at the centre of its bin. The simulation is drawn from the response and the fitted flux."
+        )
+    ]
+    if "ibu" in run.found:
+        n, moved = run.found["ibu"].record["numbers"], run.found["ibu"].arrays["steeper_below"]
+        out.append(
+            Text(
+                f"In the first bin {100 * n['migration_below']:.1f} % of what is measured comes from outside the measured range. A "
+                f"spectrum steeper by {n['index_below']:g} in the index below the first bin moves the first three bins by "
+                f"{_signed(100 * moved[0], 2)}, {_signed(100 * moved[1], 2)} and {_signed(100 * moved[2], 3)} %."
+            )
+        )
+        caption = "Response of the measured bins, logarithmic: probability of a measured bin for a true one; line: efficiency."
+        out.append(_figure(run, "ibu_response", caption, "response matrix, diagonal band that narrows towards high energies", 560))
+    return out
+
+
+def _spectrum(run: UnfoldRun) -> list[Block]:
+    m = run.measurement
+    flux = {found.title: (run.flux(found.counts), run.flux(found.errors)) for found in run.found.values()}
+    published = None
+    if "flux" in m.published:
+        low, high = (m.published.get(f"flux_error_{side}", np.zeros(m.counts.size)) for side in ("low", "high"))
+        published = (m.published["flux"], np.stack([low, high]))
+    caption = (
+        "Unfolded flux times $E^3$. Below: ratio to "
+        + ("the published flux (grey: its statistical errors)" if published else "forward folding")
+        + "; arrows: beyond the range. Errors: central 68 % of the draws for the Bayesian posterior, one standard error for the others."
+    )
+    figure = flux_figure(m.reco_edges, flux, published, unit=m.unit)
+    return [
+        _draw(run, figure, "flux", caption, "flux times E cubed of every method with the published points and their ratio"),
+        _flux_table(run),
+        Text("`spectrum.csv` has every method bin by bin, `unfolding.json` every number with the covariances, `unfolding.nc` the draws."),
+    ]
+
+
+def _flux_table(run: UnfoldRun) -> Table:
+    m = run.measurement
+    header = ["lgE", "Counts", *(found.title[0].upper() + found.title[1:] for found in run.found.values())]
+    known = m.published.get("flux")
+    rows = []
+    for j in range(m.counts.size):
+        cells = [f"{m.reco_edges[j]:.2f} to {m.reco_edges[j + 1]:.2f}", f"{m.counts[j]:.0f}"]
+        for found in run.found.values():
+            cells.append(_pair(found.counts[j], float(np.sqrt(found.covariance[j, j]))))
+        if known is not None:
+            cells.append(f"{known[j] * m.per_flux[j]:.1f}")
+        rows.append(tuple(cells))
+    if known is not None:
+        header.append("Published")
+    return Table(tuple(header), tuple(rows), "True events in each bin, with standard errors (full covariance in unfolding.json)")
+
+
+def _corrections(run: UnfoldRun) -> list[Block]:
+    m, folded = run.measurement, run.found["folding"].arrays
+    given = m.published.get("correction")
+    others = {words: folded[f"correction_alternative_{i}"] for i, words in enumerate(m.alternatives)}
+    figure = corrections_figure(
+        m.reco_edges,
+        {found.title: run.correction(name) for name, found in run.found.items()},
+        given,
+        others={f"forward folding {words}": value for words, value in others.items()},
+        target=m.target,
+    )
+    caption = "Unfolded over measured counts. Above about lgE 19.5 methods that do not assume a form of the flux follow the fluctuations."
+    out: list[Block] = [
+        _draw(run, figure, "corrections", caption, "correction factors against energy and their distance from published ones")
+    ]
+    out += _constants(run)
+    away = deviations(run)
+    if given is None or m.target is None or not away:
+        return out
+    low, high, tolerance = m.target
+    rows = [(TITLES[name], f"{100 * a['worst']:.2f} %", f"{a['at']:.2f}") for name, a in away.items()]
+    out.append(
+        Table(("Method", "Largest difference", "At lgE"), tuple(rows), f"Corrections against the published ones, lgE {low:g} to {high:g}")
+    )
+    out += _explained(run, given, others, tolerance)
+    return out
+
+
+def _constants(run: UnfoldRun) -> list[Block]:
+    """What the constants of the detector are worth: they are changed one by one, and forward folding is repeated."""
+    m, moved = run.measurement, run.found["folding"].arrays.get("variations")
+    if moved is None:
+        return []
+    total = np.sqrt((moved**2).sum(axis=0))
+    rows = [(words, *(f"{_signed(100 * v, 2)} %" for v in row[:4])) for words, row in zip(m.variations, moved, strict=True)]
+    rows.append(("all, in quadrature", *(f"{100 * v:.2f} %" for v in total[:4])))
+    return [
+        Text(
+            f"**The detector's constants.** Changed by what they may be wrong, they move the unfolded flux by {100 * total[0]:.1f} % in "
+            f"the first bin and by {100 * total[4:].max(initial=0):.2f} % at most from the fifth on: a systematic error that is in none "
+            "of the errors on this page."
+        ),
+        Table(("If", *(f"lgE {x:.2f}" for x in m.centres[:4])), tuple(rows), "Change of the flux of forward folding in the first bins"),
+    ]
+
+
+def _explained(run: UnfoldRun, given: Array, others: dict[str, Array], tolerance: float) -> list[Block]:
+    """What the fit, the published flux itself and other detectors say of the first bins."""
+    m, folded = run.measurement, run.found["folding"].arrays
+    columns = {"Published": given, "Fitted flux": run.correction("folding")}
+    if "correction_at_start" in folded:
+        columns["Published flux, folded"] = folded["correction_at_start"]
+    for i, (words, value) in enumerate(others.items()):
+        columns[f"Fitted flux, {words}"] = value
+        if f"correction_at_start_alternative_{i}" in folded:
+            columns[f"Published flux, {words}"] = folded[f"correction_at_start_alternative_{i}"]
+    rows = []
+    for j, x in enumerate(m.centres):
+        rows.append(
+            (
+                f"{x:.2f}",
+                *(f"{v[j]:.3f}" + ("" if v is given else f" ({_signed(100 * (v[j] / given[j] - 1), 1)} %)") for v in columns.values()),
+            )
+        )
+    low, high, _ = m.target if m.target is not None else (-np.inf, np.inf, 0)
+    inside = (m.centres > low) & (m.centres < high)
+    far = {words: np.where(inside, np.abs(value / given - 1), 0.0) for words, value in others.items()}
+    said = "".join(
+        f" Forward folding {words} differs by {100 * away.max():.2f} % at most, at lgE {m.centres[int(away.argmax())]:.2f}."
+        for words, away in far.items()
+    )
+    off = np.abs(run.correction("folding")[inside] / given[inside] - 1) > tolerance
+    return [
+        Text(
+            f"Of the {int(inside.sum())} bins in question {int(off.sum())} are further off than {100 * tolerance:g} % with forward "
+            f"folding, the method of the published ones.{said} {m.note}".strip()
+        ),
+        Details("Corrections bin by bin", [Table(("lgE", *columns), tuple(rows), "In brackets: difference from the published correction")]),
+    ]
+
+
+def _quality(run: UnfoldRun) -> list[Block]:
+    m = run.measurement
+    chi2 = {f.title: f"{f.record['chi2']:.1f} / {f.record['ndf']:.1f}" for f in run.found.values()}
+    refolded = {found.title: found.arrays["refolded"] for found in run.found.values()}
+    rows = []
+    for found in run.found.values():
+        used = "not known" if found.record["effective"] is None else f"{found.record['effective']:.1f}"
+        ratio = found.record["chi2"] / found.record["ndf"] if found.record["ndf"] > 0 else float("nan")
+        error = np.median(np.sqrt(np.diag(found.covariance)) / np.maximum(found.counts, 1e-9))
+        rows.append(
+            (found.title, f"{found.record['chi2']:.2f}", used, f"{found.record['ndf']:.1f}", f"{ratio:.2f}", f"{100 * error:.1f} %")
+        )
+    header = ("Method", "Refolded chi2", "Parameters used", "ndf", "chi2 / ndf", "Median error")
+    out: list[Block] = [
+        _draw(
+            run,
+            refolded_figure(m.reco_edges, m.counts, refolded, chi2),
+            "refolded",
+            "Measured counts against what each unfolded spectrum folds back to; legend: Poisson deviance over degrees of freedom.",
+            "pulls of the measured counts from the refolded ones",
+        ),
+        Table(header, tuple(rows), "Degrees of freedom: bins less the parameters that the answer has used up, where they are known"),
+        _draw(
+            run,
+            correlations_figure(m.reco_edges, {found.title: found.correlation for found in run.found.values()}),
+            "correlations",
+            "Correlation of the unfolded bins. Those of OmniFold and of the flow come from a few replicas of the data and are noisy.",
+            "correlation matrices of all methods",
+        ),
+    ]
+    captions = {
+        "ibu_stopping": ("Iterative Bayes: coverage and mean pull of the worst bin on toys, against iterations.", "stopping rule"),
+        "tikhonov_scan": ("Tikhonov: curvature against chi-square over the strengths; marked: smallest mean global correlation.", "scan"),
+        "folding_fit": ("Forward folding: fitted flux with its error, and the corrected counts.", "fit"),
+    }
+    shown = [_figure(run, name, *captions[name], 520) for f in run.found.values() for name in f.record["figures"] if name in captions]
+    words: list[Block] = [Code(found.record["words"], found.title) for found in run.found.values() if found.record["words"]]
+    warned = [f"- {found.title}: {text}" for found in run.found.values() for text in found.record["warnings"]]
+    if warned:
+        words.append(Text("**Warnings.**\n\n" + "\n".join(warned)))
+    return [*out, Details("Each method: how strongly it smooths, and its own words", [*shown, *words])]
+
+
+def _tests(run: UnfoldRun) -> list[Block]:
+    found = run.validation
+    rows = [
+        (
+            row["name"],
+            f"{row['value']:.3g}" if isinstance(row["value"], float) else str(row["value"]),
+            row["criterion"],
+            {True: "passes", False: "fails", None: "–"}[row["passed"]],
+        )
+        for row in found["rows"]
+    ]
+    figures = [_figure(run, name, name.removeprefix("validate_"), name.replace("_", " "), 760) for name in found["figures"]]
+    return [
+        Text(
+            f"{found['n_toys']} toys of the fitted spectrum, folded with the response of the data and unfolded with the settings that the "
+            f"data chose. {found['verdict']}"
+        ),
+        Table(("Test", "Value", "Criterion", "Result"), tuple(rows), "Every test"),
+        Details("Figures", figures),
+        Details("In words", [Code(found["summary"])]),
+    ]
+
+
+def _making(run: UnfoldRun) -> list[Block]:
+    settings = {key: value for key, value in run.identity.items() if key not in ("counts", "reco_edges", "truth_edges")}
+    spent = {TITLES.get(name, name): f"{value:.1f} s" for name, value in run.seconds.items()}
+    fit = run.found["folding"].record
+    return [
+        KeyValues({key: str(value) for key, value in settings.items()}, "Settings: the same give the same numbers"),
+        KeyValues(spent, "Time of each method"),
+        KeyValues(fit["versions"], "Versions"),
+    ]
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def _pair(value: float, error: float) -> str:
+    digits = 1 if error < 10 else 0
+    return f"{value:.{digits}f} ± {error:.{digits}f}".replace("-", MINUS)

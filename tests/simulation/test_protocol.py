@@ -1,0 +1,82 @@
+import pytest
+
+from sbi_phys.core.errors import SettingError, SimulatorMismatchError
+from sbi_phys.priors import Observable
+from sbi_phys.simulation.campaign import Simulator, check_simulator, load_simulator, simulate, simulator_identity
+from tests.toys import Counts, Flaky, LinearGaussian, Misbehaving, Slow
+
+FLAKY = Flaky(1.8, -1.8)
+
+
+def broken(**changes):
+    toy = LinearGaussian()
+    for name, value in changes.items():
+        delattr(toy, name) if value is None else setattr(toy, name, value)
+    return toy
+
+
+@pytest.mark.parametrize(
+    ("simulator", "message"),
+    [
+        (LinearGaussian, "is the class LinearGaussian; expected an object"),
+        (object(), "builtins:object has no attribute 'prior'"),
+        (broken(settings=None), "has no attribute 'settings'"),
+        (broken(settings={"a": object()}), "can not be written as JSON"),
+        (broken(settings={"a": float("nan")}), "can not be written as JSON"),
+        (broken(prior="box"), "prior is 'box' .str.; expected a Prior"),
+        (broken(parameters=()), r"parameters are \(\); expected those of its prior, \('t0', 't1'\)"),
+        (broken(observables=()), r"observables are \(\); expected at least one Observable"),
+        (broken(observables=("x",)), "expected at least one Observable"),
+        (broken(observables=(Observable("x", 1), Observable("x", 1))), "repeat a name"),
+        (broken(simulate="later"), "no method simulate"),
+    ],
+)
+def test_what_is_no_simulator_is_named(tmp_path, simulator, message):
+    with pytest.raises(SimulatorMismatchError, match=message):
+        check_simulator(simulator)
+    with pytest.raises(SimulatorMismatchError, match=message):
+        simulate(simulator, 5, tmp_path, workers=1)
+
+
+def test_a_trial_finds_a_simulator_with_its_own_randomness():
+    check_simulator(LinearGaussian(), n_trial=2)
+    check_simulator(Counts(), n_trial=2)
+    check_simulator(Misbehaving("global"))  # not seen without a trial
+    with pytest.raises(SimulatorMismatchError, match=r"gave other numbers in columns \[0, 1\] for the same theta and an equal generator"):
+        check_simulator(Misbehaving("global"), n_trial=2)
+    with pytest.raises(SimulatorMismatchError, match="returned shape"):
+        check_simulator(Misbehaving("columns"), n_trial=2)
+
+
+def test_toys_are_simulators():
+    for toy in (LinearGaussian(3, 5), FLAKY, Slow(), Counts(), Misbehaving()):
+        assert isinstance(toy, Simulator)
+        identity = simulator_identity(toy)
+        assert load_simulator(identity["class"], identity["settings"]).settings == toy.settings
+    assert simulator_identity(broken(settings={"a": (1, 2)}))["settings"] == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("tests.toys", {}, "expected 'package.module:Class'"),
+        (":LinearGaussian", {}, "expected 'package.module:Class'"),
+        ("tests.toyz:LinearGaussian", {}, "module 'tests.toyz' was not found: no module named 'tests.toyz'"),
+        ("nowhere.at_all:X", {}, "no module named 'nowhere'"),
+        ("..toys:X", {}, "can not be imported"),
+        ("tests.toys:LinearGausian", {}, "no class 'LinearGausian'; it has LinearGaussian, .*did you mean 'LinearGaussian'"),
+        ("tests.toys:math", {}, "no class 'math'"),
+        ("tests.toys:LinearGaussian", {"nois": 1}, "unknown key 'nois'.*did you mean 'noise'"),
+        ("tests.toys:LinearGaussian", {"dim": "two"}, "can not be built with settings {'dim': 'two'}"),
+    ],
+)
+def test_a_wrong_name_of_a_simulator_is_explained(spec, options, message):
+    with pytest.raises(SettingError, match=message):
+        load_simulator(spec, options)
+
+
+def test_a_module_that_a_simulator_needs_and_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "needy_simulator.py").write_text("import no_such_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SettingError, match="needy_simulator needs the module 'no_such_dependency', which is not installed"):
+        load_simulator("needy_simulator:X")

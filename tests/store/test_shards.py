@@ -1,0 +1,205 @@
+import errno
+import io
+import json
+import os
+import resource
+import time
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sbi_phys.core.errors import StoreError
+from sbi_phys.store.shards import open_shard, read_arrays, read_facts, shard_name, verify_shard, write_shard
+from sbi_phys.store.store import shards
+from tests.shard_helpers import HEADER, PRIOR, digests, rows
+
+
+def test_a_shard_gives_back_what_was_written(tmp_path):
+    path, data = tmp_path / shard_name(7), rows(failed=(0, 5, 39))
+    write_shard(path, HEADER, 7, data)
+    with open_shard(path) as file:
+        header, facts = read_facts(file, path)
+        got = read_arrays(file, path)
+    assert header == HEADER
+    assert {**facts, "checksum": ""} == {"shard": 7, "rows": 40, "n_failed": 3, "package_version": shards.package_version(), "checksum": ""}
+    np.testing.assert_array_equal(got.theta, data.theta)
+    np.testing.assert_array_equal(got.x, data.x)
+    assert got.x.dtype == np.float32 and got.theta.dtype == np.float64
+    assert got.reasons == data.reasons
+    assert os.listdir(tmp_path) == [shard_name(7)]
+
+
+def test_a_shard_can_be_read_without_this_package(tmp_path):
+    path = tmp_path / shard_name(0)
+    write_shard(path, HEADER, 0, rows(failed=(2,)))
+    with h5py.File(path) as file:
+        a = file.attrs
+        assert (a["format"], a["schema"], a["seed"], a["complete"]) == (b"sbi_phys simulation store", 2, 3, 1)
+        assert [n.decode() for n in a["parameter_names"]] == ["gamma", "lg_rcut", "f_h", "f_fe", "nu"]
+        assert [n.decode() for n in a["parameter_units"]] == ["", "lg V", "", "", "é"]
+        assert a["parameter_latex"][1] == rb"\lg R"
+        assert json.loads(a["simulator"])["settings"] == {"scale": 1.5}
+        assert json.loads(a["prior"]) == PRIOR.to_dict()
+        assert json.loads(a["observables"])[0]["name"] == "n"
+        assert file["reason"][0].decode() == "row 2 ✗" and file["status"][2] == 1
+
+
+def test_equal_content_gives_equal_bytes_whatever_the_time(tmp_path):
+    write_shard(tmp_path / "a.h5", HEADER, 0, rows(failed=(1,)))
+    time.sleep(1.05)  # HDF5's own time stamps have a resolution of one second
+    write_shard(tmp_path / "b.h5", HEADER, 0, rows(failed=(1,)))
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_a_header_larger_than_hdf5s_compact_attributes_survives(tmp_path):
+    big = replace(HEADER, simulator={"class": "a:B", "settings": {"table": list(range(40_000))}})
+    write_shard(tmp_path / "a.h5", big, 0, rows())
+    verify_shard(tmp_path / "a.h5", big, 0, 40)
+    with open_shard(tmp_path / "a.h5") as file:
+        assert read_facts(file, tmp_path / "a.h5")[0] == big
+
+
+def test_long_reasons_are_cut_at_a_character(tmp_path):
+    data = replace(rows(failed=(1,)), reasons={1: "é" * 1000})
+    write_shard(tmp_path / "a.h5", HEADER, 0, data)
+    with open_shard(tmp_path / "a.h5") as file:
+        reason = read_arrays(file, tmp_path / "a.h5").reasons[1]
+    assert reason == "é" * 118 + " ..."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": np.bytes_(b"corsika")}, "is not a shard: attribute format is 'corsika'"),
+        ({"schema": 99, "package_version": np.bytes_(b"9.1")}, r"schema 99; expected 1 to 2: it was written by sbi_phys 9\.1, update"),
+        ({"schema": 0}, "schema 0; expected 1 to 2: it can not be read"),
+        ({"complete": np.uint8(0)}, "not marked complete"),
+        ({"seed": 4}, "made with another seed: got 4, expected 3"),
+        ({"shard": 1}, "holds shard 1 with 40 rows; expected shard 0 with 40 rows"),
+        ({"rows": 41}, "holds shard 0 with 41 rows; expected shard 0 with 40 rows"),
+        ({"n_failed": 1}, r"dataset failed_row has shape \(0,\); expected \(1,\)"),
+        ({"package_version": np.bytes_(b"0")}, "is damaged: its content has checksum crc32"),
+        ({"simulator": np.bytes_(b"{not json")}, "can not be read"),
+    ],
+)
+def test_a_changed_attribute_is_named(tmp_path, change, message):
+    path = tmp_path / shard_name(0)
+    write_shard(path, HEADER, 0, rows())
+    verify_shard(path, HEADER, 0, 40)
+    with h5py.File(path, "r+") as file:
+        for name, value in change.items():
+            file.attrs[name] = value
+    with pytest.raises(StoreError, match=message) as err:
+        verify_shard(path, HEADER, 0, 40)
+    assert str(path) in str(err.value)
+
+
+@pytest.mark.parametrize("name", ["theta", "x", "status", "failed_row", "reason"])
+def test_a_missing_or_changed_dataset_is_found(tmp_path, name):
+    path = tmp_path / shard_name(0)
+    write_shard(path, HEADER, 0, rows(failed=(3,)))
+    with h5py.File(path, "r+") as file:
+        raw = file[name][0].tobytes() if name == "reason" else np.asarray(file[name][0]).tobytes()
+        file[name][0] = np.frombuffer(bytes([raw[0] ^ 1]) + raw[1:], dtype=file[name].dtype).reshape(file[name].shape[1:])
+    with pytest.raises(StoreError, match="damaged"):
+        verify_shard(path, HEADER, 0, 40)
+    with h5py.File(path, "r+") as file:
+        del file[name]
+    with pytest.raises(StoreError, match="can not be read"):
+        verify_shard(path, HEADER, 0, 40)
+
+
+@pytest.fixture(scope="module")
+def shard_bytes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bytes") / "shard"
+    write_shard(path, HEADER, 0, rows(failed=(3, 30)))
+    return path.read_bytes()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fraction=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_shard_is_refused_wherever_it_ends(tmp_path, shard_bytes, fraction):
+    path = tmp_path / shard_name(0)
+    path.write_bytes(shard_bytes[: int(fraction * len(shard_bytes))])
+    with pytest.raises(StoreError, match="can not be read .*truncated, damaged or no HDF5 file"), open_shard(path):
+        pytest.fail("opened a truncated file")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_a_flipped_byte_is_found_or_changes_nothing(tmp_path, shard_bytes, where, flip):
+    path, at = tmp_path / shard_name(0), int(where * len(shard_bytes))
+    path.write_bytes(shard_bytes[:at] + bytes([shard_bytes[at] ^ flip]) + shard_bytes[at + 1 :])
+    try:
+        verify_shard(path, HEADER, 0, 40)
+    except StoreError as err:
+        assert str(path) in str(err)
+        return
+    want = rows(failed=(3, 30))  # a byte that HDF5 leaves unused
+    with open_shard(path) as file:
+        got = read_arrays(file, path)
+    np.testing.assert_array_equal(got.theta, want.theta)
+    np.testing.assert_array_equal(got.x, want.x)
+    assert got.reasons == want.reasons
+
+
+def test_every_flipped_byte_of_the_data_is_found(tmp_path, shard_bytes):
+    path, want = tmp_path / shard_name(0), rows(failed=(3, 30))
+    for array in (want.theta, want.x, want.status):
+        start = shard_bytes.index(array.tobytes())
+        for at in range(start, start + array.nbytes, 97):
+            path.write_bytes(shard_bytes[:at] + bytes([shard_bytes[at] ^ 4]) + shard_bytes[at + 1 :])
+            with pytest.raises(StoreError, match="damaged"):
+                verify_shard(path, HEADER, 0, 40)
+
+
+@pytest.mark.parametrize("room", [0, 1, 100, 1000, 3000])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, room):
+    left = room
+
+    def send(self, view):
+        nonlocal left
+        if len(view) > left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left -= len(view)
+        return io.FileIO.write(self, view)
+
+    write_shard(tmp_path / "old.h5", HEADER, 0, rows())
+    before = digests(tmp_path)
+    monkeypatch.setattr(shards.Sink, "_send", send)
+    for name in ("new.h5", "old.h5"):
+        with pytest.raises(StoreError, match=f"{name} could not be written: No space left on device; shards that are finished are intact"):
+            write_shard(tmp_path / name, HEADER, 0, rows(seed=1))
+    assert digests(tmp_path) == before
+
+
+def test_a_write_that_the_system_refuses_half_way(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))  # a real limit: the kernel takes part of a write, then none
+        with pytest.raises(StoreError, match="could not be written: File too large"):
+            write_shard(tmp_path / "a.h5", replace(HEADER, shard_size=2000), 0, rows(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_has_its_name_only_when_it_is_complete(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(os.listdir(tmp_path)))
+    write_shard(tmp_path / "a.h5", HEADER, 0, rows())
+    assert [[name.endswith(".tmp") for name in names] for names in seen] == [[True]]  # written and synced under another name
+    monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(StoreError, match="could not be written: Input/output error"):
+        write_shard(tmp_path / "b.h5", HEADER, 0, rows())
+    assert os.listdir(tmp_path) == ["a.h5"]
+
+
+def test_an_error_of_hdf5_itself_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(ValueError, match="bad content"):
+        shards.write_aside(tmp_path / "a", lambda sink: (_ for _ in ()).throw(ValueError("bad content")))
+    assert os.listdir(tmp_path) == []

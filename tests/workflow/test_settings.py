@@ -1,0 +1,125 @@
+"""TOML in and out; a typo is an error that suggests the right word."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sbi_phys.core.errors import SettingError
+from sbi_phys.workflow.settings import _QUICK, Config, parse_override
+
+
+def test_defaults_survive_the_way_through_toml(tmp_path):
+    config = Config().override(
+        {"simulator.spec": "some.module:Thing", "simulator.settings": {"bins": 3, "names": ["a", "b"], "deep": {"x": 1.5}}}
+    )
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml())
+    assert Config.read(path) == config
+    assert config.first_difference(Config.read(path)) is None
+
+
+@given(
+    n=st.integers(1, 10**9),
+    seed=st.integers(0, 2**40),
+    rate=st.floats(1e-8, 1.0),
+    title=st.text(st.characters(exclude_categories=["Cs", "Cc"])),
+)
+def test_any_value_survives_the_way_through_toml(tmp_path_factory, n, seed, rate, title):
+    config = Config().override({"simulate.n": n, "run.seed": seed, "train.learning_rate": rate, "run.title": title})
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert Config.read(path) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[train]\nlearning_rte = 1e-3", r"\[train\] has an unknown key 'learning_rte'.*did you mean 'learning_rate'"),
+        ("[trian]\n", "unknown key 'trian'.*did you mean 'train'"),
+        ("[simulate]\nn = 'many'", "simulate.n is 'many' .str.; expected an integer"),
+        ("[simulate]\nn = true", "simulate.n is True .bool.; expected an integer"),
+        ("[simulate]\nn = 1.5", "simulate.n is 1.5"),
+        ("[simulate]\nn = 0", "simulate.n is 0; expected"),
+        ("[simulate]\ncompression = 'zip'", "compression is 'zip'; expected '', 'lzf'"),
+        ("[simulate]\ndtype = 'int8'", "simulate.dtype is 'int8'"),
+        ("[simulate.dtypes]\ncounts = 'int8'", "dtype of counts is 'int8'"),
+        ("[flow]\nkind = 'spilne'", "flow kind is 'spilne'.*did you mean 'spline'"),
+        ("[reference]\nmethod = 'nuts'", "expected one of emcee, none"),
+        ("[run]\ntitle = 3", "run.title is 3 .int.; expected str"),
+        ("[simulator]\nsettings = 3", "simulator.settings is 3 .int.; expected dict"),
+        ("[simulator]\nspec = 'no_colon'", "expected 'package.module:Class'"),
+        ("train = 3", r"expected a table \[train\]"),
+        ("[train\n", "is not TOML"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path, text, complaint):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(SettingError, match=complaint) as caught:
+        Config.read(path)
+    assert "run.toml" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SettingError, match="absent.toml.*No such file.*expected a TOML file"):
+        Config.read(tmp_path / "absent.toml")
+
+
+def test_override_changes_one_value_and_leaves_the_original():
+    config = Config()
+    changed = config.override({"train.patience": 3, "simulator.settings.bins": 7})
+    assert (changed.train.patience, changed.simulator.settings) == (3, {"bins": 7})
+    assert config == Config()
+    assert changed.override({"simulator.settings.cuts": [1, 2]}).simulator.settings == {"bins": 7, "cuts": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("key", "complaint"), [("patience", "names no table"), ("tarin.patience", "'train'"), ("train.patienec", "'patience'")]
+)
+def test_override_of_an_unknown_key(key, complaint):
+    with pytest.raises(SettingError, match=complaint):
+        Config().override({key: 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("simulate.n=10", ("simulate.n", 10)),
+        ("flow.kind=affine", ("flow.kind", "affine")),
+        ('run.title="a = b"', ("run.title", "a = b")),
+        ("run.title=a = b", ("run.title", "a = b")),
+        ("simulator.settings.bins = [1, 2]", ("simulator.settings.bins", [1, 2])),
+    ],
+)
+def test_parse_override(text, expected):
+    assert parse_override(text) == expected
+
+
+def test_parse_override_without_value():
+    with pytest.raises(SettingError, match="expected table.key=value"):
+        parse_override("simulate.n")
+
+
+def test_quick_only_ever_cuts_down():
+    full = Config().override({"simulate.n": 500_000, "rounds.n_rounds": 3, "calibrate.n": 20})
+    quick, before = full.quick().flat(), full.flat()
+    assert quick["calibrate.n"] == 20 and quick["rounds.n_rounds"] == 1
+    assert quick["train.max_epochs"] == _QUICK["train.max_epochs"]  # 0, the automatic choice, counts as many
+    assert all(quick[key] == before[key] for key in before if key not in _QUICK)
+    assert full.quick().quick() == full.quick()
+    assert Config().quick().rounds.n_rounds == 0  # what is switched off stays off
+    assert set(_QUICK) <= set(before)
+
+
+def test_first_difference_names_key_and_values_but_not_device_or_workers():
+    config = Config()
+    assert config.first_difference(config.override({"run.device": "cuda", "run.workers": 7})) is None
+    assert config.first_difference(config.override({"train.patience": 2})) == ("train.patience", config.train.patience, 2)
+    assert config.first_difference(config.override({"simulator.settings": {"bins": 2}})) == ("simulator.settings", {}, {"bins": 2})
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().run.seed = 3

@@ -1,0 +1,301 @@
+"""The whole row of stages on a simulator whose posterior is known: right, resumable, and refusing what does not belong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sbi_phys.core.errors import DataError, RunFolderError, SettingError
+from sbi_phys.workflow.run import null_safe
+from sbi_phys.workflow.settings import Config
+from sbi_phys.workflow.stages import STAGES, Beside, Run, run_stages
+from sbi_phys.workflow.summary import seconds
+from sbi_phys.workflow.verdicts import verdicts
+from tests.report.browser import check_report, missing_browser
+from tests.toys import LinearGaussian
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "simulator.spec": "tests.toys:LinearGaussian",
+    "run.workers": 1,
+    "run.device": "cpu",
+    "simulate.n": 600,
+    "train.max_epochs": 6,
+    "train.batch_size": 64,
+    "flow.n_layers": 1,
+    "flow.hidden": 16,
+    "embedding.hidden": 16,
+    "infer.observation": "simulated",
+    "infer.n_draws": 1000,
+    "infer.n_refine": 20_000,
+    "reference.n_walkers": 24,
+    "reference.n_samples": 1000,
+    "calibrate.n": 50,
+    "calibrate.n_draws": 50,
+    "check.n": 200,
+}
+NEEDED = {
+    "posterior",
+    "reference",
+    "c2st_amortised",
+    "c2st_final",
+    "importance_ess_fraction",
+    "predictive_pvalue",
+    "coverage",
+    "sbc_pvalues",
+    "seconds",
+    "n_simulations",
+    "versions",
+}
+
+
+def tiny(**changes) -> Config:
+    return Config().override(TINY | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Run:
+    return run_stages(tiny(), tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_the_answer_is_the_exact_posterior(whole):
+    simulator = LinearGaussian()
+    mean, covariance = simulator.posterior(whole.observation)
+    sd = np.sqrt(np.diag(covariance))
+    for file in ("posterior.nc", "reference.nc"):
+        theta = whole.read_draws(file).flat
+        assert theta.shape == (1000, 2)
+        assert np.all(np.abs(theta.mean(axis=0) - mean) < 0.15 * sd)
+        assert np.all(np.abs(theta.std(axis=0) / sd - 1) < 0.1)
+    found = json.loads((whole.folder / "summary.json").read_text())
+    # the evidence of a linear Gaussian: x ~ N(0, A A^T + noise^2 I)
+    spread = simulator.matrix @ simulator.matrix.T + simulator.noise**2 * np.eye(2)
+    exact = -0.5 * (whole.observation @ np.linalg.solve(spread, whole.observation) + np.linalg.slogdet(2 * np.pi * spread)[1])
+    assert abs(found["log_evidence"] - exact) < 5 * max(found["log_evidence_err"], 0.01)
+    assert found["c2st_final"] < 0.56 and found["mcmc"]["converged"] is True
+    assert found["truth"] == dict(zip(["t0", "t1"], whole.truth, strict=True))
+
+
+def test_summary_has_what_others_rely_on(whole):
+    found = json.loads((whole.folder / "summary.json").read_text())
+    assert set(found) >= NEEDED
+    for name in ("posterior", "reference"):
+        assert set(found[name]["t0"]) == {"mean", "sd", "q05", "q16", "q50", "q84", "q95"}
+    assert set(found["coverage"]) >= {"level", "observed"}
+    assert found["n_simulations"] == 600
+    assert set(found["seconds"]) == {*STAGES, "total"} - {"report"}
+    assert 0 < found["predictive_pvalue"] <= 1 and 0 < found["importance_ess_fraction"] <= 1
+
+
+def test_every_file_is_there(whole):
+    for name in ("config.toml", "model.pt", "calibration.json", "report.html", "posterior.csv", *(f"stages/{s}.json" for s in STAGES)):
+        assert (whole.folder / name).stat().st_size > 0, name
+    pictures = {p.stem for p in whole.folder.glob("figures/*.png")}
+    assert pictures >= {"corner", "loss", "calibration", "misfit", "predictive", "weights"}
+    assert pictures == {p.stem for p in whole.folder.glob("figures/*.pdf")}
+    assert not list(whole.folder.rglob("*.tmp*"))
+    assert Config.read(whole.folder / "config.toml") == whole.config
+
+
+def test_a_second_run_does_nothing(whole):
+    before = {p: p.stat().st_mtime_ns for p in whole.folder.rglob("*") if p.is_file()}
+    run_stages(tiny(run__workers=2), whole.folder)  # the number of workers is no part of what a run means
+    assert {p: p.stat().st_mtime_ns for p in whole.folder.rglob("*") if p.is_file()} == before
+
+
+def test_other_settings_are_refused_by_name(whole):
+    with pytest.raises(RunFolderError, match="train.max_epochs is 6 there, expected 7"):
+        run_stages(tiny(train__max_epochs=7), whole.folder)
+
+
+def test_a_lost_file_is_made_again_and_what_hangs_on_it_is_out_of_date(tmp_path, whole):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole.folder, folder)
+    (folder / "posterior.nc").unlink()
+    kept = (folder / "model.pt").stat().st_mtime_ns
+    run = run_stages(tiny(), folder, ["refine"])
+    assert (folder / "model.pt").stat().st_mtime_ns == kept
+    assert np.array_equal(run.read_draws("posterior.nc").chains, whole.read_draws("posterior.nc").chains)
+    assert [name for name in STAGES if run.record(name) is None] == ["compare", "check", "report"]
+
+
+def test_the_reference_runs_beside_the_rounds_and_is_the_same(tmp_path, whole):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole.folder, folder)
+    for name in ("rounds", "reference"):
+        (folder / "stages" / f"{name}.json").unlink()
+    (folder / "reference.nc").unlink()
+    run = run_stages(tiny(run__workers=2), folder, ["compare"])
+    assert np.array_equal(run.read_draws("reference.nc").chains, whole.read_draws("reference.nc").chains)
+    assert run.numbers("compare")["final"] == whole.numbers("compare")["final"]
+    assert run.record("reference")["waited"] >= 0
+    assert seconds(run)["total"] < sum(v for k, v in seconds(run).items() if k != "total") + run.record("reference")["waited"]
+
+
+def test_a_stage_that_dies_beside_is_an_error_and_nothing_is_left_running(tmp_path, whole):
+    with pytest.raises(RunFolderError, match="expected an empty folder"), Beside(tmp_path, tiny(run__workers=2)) as beside:
+        (tmp_path / "foreign.txt").write_text("x")
+        beside.begin("reference")
+        beside.begin("reference")  # it is at work already
+        assert "reference" in beside
+        beside.wait("reference")
+    with Beside(tmp_path, tiny(run__workers=1)) as alone:
+        alone.begin("reference")  # no core for it
+        assert "reference" not in alone
+
+
+def test_killed_in_training_it_ends_like_an_undisturbed_run(tmp_path, whole):
+    folder = tmp_path / "killed"
+    toml = tmp_path / "tiny.toml"
+    toml.write_text(tiny().to_toml())
+    words = [sys.executable, "-m", "sbi_phys.workflow.cli", "train", str(toml), "--out", str(folder)]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        end = time.monotonic() + 60
+        while not (folder / "training").is_dir() or not os.listdir(folder / "training"):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (folder / "stages" / "train.json").exists()
+    run = run_stages(tiny(), folder, ["refine"])
+    for stage in ("simulate", "train", "infer", "refine"):  # the later ones see nothing of the training but through these
+        assert null_safe(run.numbers(stage)) == null_safe(whole.numbers(stage)), stage
+    assert np.array_equal(run.read_draws("posterior.nc").flat, whole.read_draws("posterior.nc").flat)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(bool(missing_browser()), reason=missing_browser())
+def test_the_report_opens_in_a_browser(whole):
+    found = check_report(whole.folder / "report.html")
+    assert found.problems == []
+    assert found.sections >= 5 and found.images >= 6
+
+
+def test_foreign_files_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(RunFolderError, match="holds thesis.tex and no config.toml"):
+        run_stages(tiny(), tmp_path)
+    with pytest.raises(RunFolderError, match="is a file; expected a folder"):
+        run_stages(tiny(), tmp_path / "thesis.tex")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "complaint"),
+    [
+        ({"simulator__spec": "tests.toys:LinearGausian"}, SettingError, "did you mean 'LinearGaussian'"),
+        ({"simulator__spec": ""}, SettingError, "simulator.spec is empty"),
+        ({"simulator__settings": {"dmi": 3}}, SettingError, "did you mean 'dim'"),
+        ({"run__device": "cuda:99"}, SettingError, "device is 'cuda:99'"),
+        ({"infer__observation": "observed"}, SettingError, r"has no observed\(\)"),
+        ({"infer__observation": "absent.npy"}, DataError, "'absent.npy' can not be read"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(tmp_path, changes, error, complaint):
+    with pytest.raises(error, match=complaint):
+        run_stages(tiny(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"), [("1,2,3", r"shape \(3,\); expected \(2,\) = x: 2"), ("1,nan", "nan in column 1"), ("a,b", "can not be read")]
+)
+def test_an_observation_that_does_not_fit(tmp_path, row, complaint):
+    (tmp_path / "x.csv").write_text(row)
+    with pytest.raises(DataError, match=complaint):
+        run_stages(tiny(infer__observation=str(tmp_path / "x.csv")), tmp_path / "run")
+
+
+def test_an_observation_from_a_file(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([0.5, -0.5]))
+    run = Run(tmp_path / "run", tiny(infer__observation=str(tmp_path / "x.npy")))
+    assert run.observation.tolist() == [0.5, -0.5] and run.truth is None
+
+
+def test_an_unknown_stage_is_named(tmp_path):
+    with pytest.raises(SettingError, match="did you mean 'train'"):
+        run_stages(tiny(), tmp_path / "run", ["trian"])
+
+
+def test_null_safe_leaves_nothing_that_json_can_not_hold():
+    value = {"a": np.array([1.0, np.nan]), "b": (np.float32(2), float("inf")), 3: [np.int64(4), None, True], "p": Path("x")}
+    assert null_safe(value) == {"a": [1.0, None], "b": [2.0, None], "3": [4, None, True], "p": "x"}
+    json.dumps(null_safe(value), allow_nan=False)
+
+
+class Liar(LinearGaussian):
+    """LinearGaussian whose likelihood is that of other, very precise data: no network can have learned it."""
+
+    def log_likelihood(self, x, theta):
+        return 1e6 * super().log_likelihood(x, theta)
+
+
+def test_a_refinement_that_leaves_nothing_keeps_the_network_and_says_so(tmp_path):
+    config = tiny(simulator__spec="tests.workflow.test_stages:Liar", infer__n_refine=500, reference__method="none", calibrate__n=0)
+    run = run_stages(config, tmp_path / "run", ["refine"])
+    numbers = run.numbers("refine")
+    assert numbers["ess"] < 100 and numbers["refined"] is False and numbers["log_evidence"] is None
+    assert len(np.unique(run.read_draws("posterior.nc").flat, axis=0)) == 1000
+
+
+def judged(**changes) -> list[str]:
+    found = {
+        "c2st_final": 0.51,
+        "c2st_amortised": 0.7,
+        "max_median_shift_sd": 0.02,
+        "mcmc": {"converged": True},
+        "refined": True,
+        "importance_ess_fraction": 0.4,
+        "importance_ess": 40_000.0,
+        "importance_pareto_k": 0.3,
+        "calibration": {"adjusted": {"sbc": 0.5, "tarp": 0.7}, "passed": True, "verdict": "fine"},
+        "predictive_pvalue": 0.4,
+        "predictive_statistic": "deviance",
+        "misspecification": {"quantile": 0.5, "pvalue": 0.4},
+    }
+    return [verdict.level for verdict in verdicts(found | changes)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "levels"),
+    [
+        ({}, ["good"] * 5),
+        ({"c2st_final": 0.6}, ["bad", *["good"] * 4]),
+        ({"max_median_shift_sd": 0.2}, ["bad", *["good"] * 4]),
+        ({"mcmc": {"converged": False}}, ["warn", *["good"] * 4]),
+        ({"c2st_final": None, "max_median_shift_sd": None}, ["warn", *["good"] * 4]),
+        ({"c2st_final": None}, ["bad", *["good"] * 4]),
+        ({"importance_pareto_k": 0.9}, ["good", "warn", *["good"] * 3]),
+        ({"refined": False}, ["good", "bad", *["good"] * 3]),
+        ({"importance_ess_fraction": None}, ["good", "warn", *["good"] * 3]),
+        (
+            {"calibration": {"adjusted": {"sbc": 1e-5}, "failed": ["sbc"], "passed": False, "verdict": "no"}},
+            ["good", "good", "bad", "good", "good"],
+        ),
+        (
+            {"calibration": {"adjusted": {"sbc": 0.01}, "failed": ["sbc"], "passed": False, "verdict": "no"}},
+            ["good", "good", "warn", "good", "good"],
+        ),
+        (
+            {"calibration": {"adjusted": {"sbc": 0.5, "lc2st": 1e-9}, "failed": ["lc2st"], "passed": False, "verdict": "no"}},
+            ["good", "good", "warn", "good", "good"],
+        ),
+        ({"calibration": {"adjusted": None}}, ["good", "good", "warn", "good", "good"]),
+        ({"predictive_pvalue": 1e-4}, ["good", "good", "good", "bad", "good"]),
+        ({"misspecification": {"quantile": 0.97, "pvalue": 0.4}}, ["good", "good", "good", "good", "warn"]),
+        ({"misspecification": {"quantile": 1.0, "pvalue": None}}, ["good", "good", "good", "good", "bad"]),
+        ({"misspecification": {"quantile": 0.5, "pvalue": 0.003}}, ["good", "good", "good", "good", "bad"]),
+        ({"misspecification": {"quantile": None, "pvalue": None}}, ["good", "good", "good", "good", "warn"]),
+    ],
+)
+def test_verdicts_say_what_the_numbers_mean(changes, levels):
+    assert judged(**changes) == levels
