@@ -19,19 +19,16 @@ Source: Sailynoja, Burkner & Vehtari 2022, arXiv:2103.10522 (the band); Moscovic
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import bdtrik, betainc, betaincc, gammaln
 
 from sbi_phys.core.checks import as_array, require_int, require_number
 from sbi_phys.core.errors import SettingError
+from sbi_phys.core.types import Array, ArrayLike, Integers
 
 __all__ = ["band_counts", "curve_pvalue", "pointwise_level", "rank_grid", "staying_probability"]
 
-Array = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
-
-def rank_grid(n_draws: int, n_points: int = 100) -> Counts:
+def rank_grid(n_draws: int, n_points: int = 100) -> Integers:
     """Whole numbers k, 0 < k <= L, at which #{rank < k} is counted: at most n_points - 1 of them, evenly spread.
 
     Args: n_draws = L, ranks run over 0..L. n_points, the number of intervals that the unit interval is cut into.
@@ -80,19 +77,19 @@ def _check(n: int, z: ArrayLike) -> tuple[int, Array]:
     return require_int("n", n, low=1), levels
 
 
-def _below(k: Array | Counts, n: int, z: Array) -> Array:
+def _below(k: Array | Integers, n: int, z: Array) -> Array:
     """P(B <= k) of Binomial(n, z); k may be any whole number."""
     inside = np.clip(k, 0, n - 1)
     return np.where(k < 0, 0.0, np.where(k >= n, 1.0, betaincc(inside + 1.0, n - inside, z)))
 
 
-def _above(k: Array | Counts, n: int, z: Array) -> Array:
+def _above(k: Array | Integers, n: int, z: Array) -> Array:
     """P(B >= k) of Binomial(n, z), with all digits in the far tail."""
     inside = np.clip(k, 1, n)
     return np.where(k < 1, 1.0, np.where(k > n, 0.0, betainc(inside, n - inside + 1.0, z)))
 
 
-def _corridor(n: int, levels: Array, gamma: float) -> tuple[Counts, Counts]:
+def _corridor(n: int, levels: Array, gamma: float) -> tuple[Integers, Integers]:
     # Counts whose two-sided level is >= gamma: P(B <= c) >= gamma / 2 and P(B >= c) >= gamma / 2.
     # The quantile function rounds; a step of one either way is settled with the probabilities themselves.
     half = gamma / 2
@@ -135,7 +132,7 @@ def pointwise_level(n: int, z: ArrayLike, coverage: float = 0.95) -> float:
     return _level(n, tuple(levels.tolist()), coverage)
 
 
-def band_counts(n: int, z: ArrayLike, coverage: float = 0.95) -> Counts:
+def band_counts(n: int, z: ArrayLike, coverage: float = 0.95) -> Integers:
     """Simultaneous band (k, 2) of the counts c_i, edges included: all K counts of uniform values lie in it with this probability.
 
     Args: as in `pointwise_level`.   Raises: ShapeError, SettingError.

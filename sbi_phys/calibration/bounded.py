@@ -4,15 +4,13 @@ both ends: t = log((theta - a) / (b - theta));   one end: t = +-log(|theta - end
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
 from sbi_phys.core.checks import as_real
 from sbi_phys.core.errors import NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.types import Array, ArrayLike
 
 __all__ = ["check_bounds", "from_line", "to_line"]
-
-Array = NDArray[np.float64]
 
 
 def check_bounds(bounds: ArrayLike | None, dim: int) -> Array:

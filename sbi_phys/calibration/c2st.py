@@ -19,20 +19,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from sbi_phys.core.checks import as_array, require_int
 from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array, ArrayLike, Integers, Mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["C2ST", "c2st"]
 
-Array = NDArray[np.float64]
 
 N_FOLDS = 5
 ENOUGH = 2000
@@ -136,7 +136,7 @@ def _subsample(x: Array, n: int, rng: np.random.Generator) -> Array:
     return x[rng.permutation(x.shape[0])[:n]]
 
 
-def _folds(x: Array, rng: np.random.Generator) -> NDArray[np.int64]:
+def _folds(x: Array, rng: np.random.Generator) -> Integers:
     """Fold of each row, equal sizes up to one; copies of a row share a fold."""
     _, group = np.unique(x, axis=0, return_inverse=True)
     group = rng.permutation(int(group.max()) + 1)[group.reshape(-1)]
@@ -150,7 +150,7 @@ def _folds(x: Array, rng: np.random.Generator) -> NDArray[np.int64]:
     return folds
 
 
-def _fold_accuracies(x: NDArray[np.float32], y: NDArray[np.int64], folds: NDArray[np.int64], seed: int, workers: int) -> Array:
+def _fold_accuracies(x: NDArray[np.float32], y: Integers, folds: Integers, seed: int, workers: int) -> Array:
     from joblib import Parallel, delayed
 
     # processes, not threads: the steps are so small that threads would wait for the interpreter
@@ -158,7 +158,7 @@ def _fold_accuracies(x: NDArray[np.float32], y: NDArray[np.int64], folds: NDArra
     return np.array(Parallel(n_jobs=workers)(jobs))
 
 
-def _accuracy(x: NDArray[np.float32], y: NDArray[np.int64], test: NDArray[np.bool_], seed: int) -> float:
+def _accuracy(x: NDArray[np.float32], y: Integers, test: Mask, seed: int) -> float:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.coverage import coverage
 from sbi_phys.calibration.inputs import ALPHA, check_pairs, draws_from_arviz, holm
@@ -33,6 +32,7 @@ from sbi_phys.core.checks import as_real, require_int
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
 from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.store.store import Store
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibration", "calibrate"]
 
-Array = NDArray[np.float64]
 
 _CHUNK_DRAWS = 200_000  # posterior draws made at once
 _REPLICAS, _REPLICA_DRAWS = 200, 1000  # of posterior SBC

@@ -2,20 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import check_names
 from sbi_phys.core.checks import as_real, require_choice, require_finite, require_int
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.types import AnyArray, Array, ArrayLike, Integers, Mask
 from sbi_phys.priors import Parameter
 
 __all__ = ["Cells", "candidate_ranks", "make_cells", "read_by"]
 
-Array = NDArray[np.float64]
-Counts = NDArray[np.int64]
 Names = tuple[tuple[str, ...], tuple[str, ...]]
 
 MIN_ROWS_PER_CELL = 5
@@ -25,7 +22,7 @@ MIN_ROWS_PER_CELL = 5
 class Cells:
     """Cell of every value, index (n, 1) or, where each of the l + 1 values has its own, (n, l + 1); edges low, high (c, q)."""
 
-    index: Counts
+    index: Integers
     low: Array
     high: Array
 
@@ -34,7 +31,7 @@ class Cells:
         """Whether a row's cell is the same whichever of its values is the truth."""
         return self.index.shape[1] == 1
 
-    def sums(self, values: Array | NDArray[np.bool_], candidate: int) -> NDArray[Any]:
+    def sums(self, values: Array | Mask, candidate: int) -> AnyArray:
         """Sum of values (n,) over the rows of each cell -> (c,), with that candidate (0: the truth) of each row."""
         return np.bincount(self.index[:, candidate], weights=values, minlength=self.low.shape[0])
 
@@ -123,7 +120,7 @@ def make_cells(values: Array, n_bins: int | None) -> Cells:
     return Cells(index=index, low=box[:, :2], high=box[:, 2:])
 
 
-def _cut(values: Array, chosen: NDArray[np.bool_], n_bins: int) -> tuple[Counts, Array]:
+def _cut(values: Array, chosen: Mask, n_bins: int) -> tuple[Integers, Array]:
     """Bin of every value (only those chosen count) and the edges (b + 1,), about equal numbers of the chosen in each."""
     inside = values[chosen]
     lowest = inside.min()
@@ -134,7 +131,7 @@ def _cut(values: Array, chosen: NDArray[np.bool_], n_bins: int) -> tuple[Counts,
     return np.searchsorted(cuts, values, side="right").astype(np.int64), np.concatenate([[lowest], cuts, [inside.max()]])
 
 
-def candidate_ranks(values: Array, rng: np.random.Generator) -> Counts:
+def candidate_ranks(values: Array, rng: np.random.Generator) -> Integers:
     """Rank 0..l of each of the l + 1 values of every row among the others, ties in random order -> (n, l + 1)."""
     shuffle = rng.random(values.shape).argsort(axis=1)
     order = np.take_along_axis(values, shuffle, axis=1).argsort(axis=1, kind="stable")

@@ -23,20 +23,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
 from sbi_phys.core.checks import as_array, as_real, require_choice, require_int, require_number, require_same_rows
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array, ArrayLike, Mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["ConformalRegions", "conformal_regions", "hpd_content"]
 
-Array = NDArray[np.float64]
 SCORES = ("density", "hpd")
 MIN_TRAINING = 50  # below this a learned quantile is noise
 
@@ -72,9 +71,7 @@ class ConformalRegions:
         """Mark for tables and figures."""
         return "repaired: conformal regions" + (", conditional on x" if self.n_features else "")
 
-    def contains(
-        self, log_prob: ArrayLike, log_prob_draws: ArrayLike | None = None, features: ArrayLike | None = None
-    ) -> NDArray[np.bool_]:
+    def contains(self, log_prob: ArrayLike, log_prob_draws: ArrayLike | None = None, features: ArrayLike | None = None) -> Mask:
         """Whether points lie in the region of their observation.
 
         Args:
@@ -240,7 +237,7 @@ def _raw_coverage(at_theta: Array, log_prob_draws: ArrayLike | None, level: floa
     return p, float(np.sqrt(max(p * (1 - p), 1 / at_theta.size) / at_theta.size))
 
 
-def _training_rows(n: int, share: float, seed: int) -> NDArray[np.bool_]:
+def _training_rows(n: int, share: float, seed: int) -> Mask:
     share = require_number("train_share", share, low=0, high=1, open_low=True, open_high=True)
     n_train = round(share * n)
     if n_train < MIN_TRAINING:

@@ -1,16 +1,15 @@
 """Observations x as covariates of a calibration test: checked, made comparable, and turned into functions of x."""
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 from scipy.stats import rankdata
 
 from sbi_phys.core.checks import as_real, require_finite
 from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.types import Array, ArrayLike
 
 __all__ = ["check_x", "normal_scores", "random_features", "standardised"]
 
-Array = NDArray[np.float64]
 
 CLIP = 4.0  # a z-score beyond this belongs to a heavy tail; the normal score keeps its order
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.bands import band_counts, curve_pvalue, rank_grid
 from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, count_below, holm, require_varying
@@ -26,6 +25,7 @@ from sbi_phys.core.checks import as_array
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Coverage", "coverage"]
 
-Array = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
 HPD = "highest-density regions"
 CENTRAL = "central intervals"
@@ -55,7 +53,7 @@ class Coverage:
     level: Array
     observed: Array
     band: Array
-    ranks: Counts
+    ranks: Integers
     n_draws: int
     pvalues: dict[str, float]
     pvalue: float
@@ -163,7 +161,7 @@ def coverage(
     )
 
 
-def _steps(levels: ArrayLike | None, n_draws: int) -> Counts:
+def _steps(levels: ArrayLike | None, n_draws: int) -> Integers:
     if levels is None:
         return rank_grid(n_draws)
     wanted = np.atleast_1d(as_array("levels", np.atleast_1d(np.asarray(levels)), (None,)))
@@ -172,7 +170,7 @@ def _steps(levels: ArrayLike | None, n_draws: int) -> Counts:
     return np.unique(np.clip(np.rint(wanted * (n_draws + 1)), 1, n_draws).astype(np.int64))
 
 
-def _density_ranks(log_prob_theta: ArrayLike, log_prob_draws: ArrayLike, n: int, n_draws: int, seed: int) -> Counts:
+def _density_ranks(log_prob_theta: ArrayLike, log_prob_draws: ArrayLike, n: int, n_draws: int, seed: int) -> Integers:
     at_truth = as_array("log_prob_theta", log_prob_theta, (n,), finite=False)
     at_draws = as_array("log_prob_draws", log_prob_draws, (n, n_draws), finite=False)
     for name, array in (("log_prob_theta", at_truth), ("log_prob_draws", at_draws)):
@@ -184,7 +182,7 @@ def _density_ranks(log_prob_theta: ArrayLike, log_prob_draws: ArrayLike, n: int,
     return count_below(-at_truth, -at_draws, rng_for(seed, "coverage ties"))
 
 
-def _central_ranks(truth: Array, samples: Array, names: tuple[str, ...], seed: int) -> Counts:
+def _central_ranks(truth: Array, samples: Array, names: tuple[str, ...], seed: int) -> Integers:
     out = []
     for j, name in enumerate(names):
         require_varying(name, truth[:, j], samples[:, :, j])

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import ALPHA, check_names, combine, holm
 from sbi_phys.core.checks import as_array, as_real, require_int, require_number
 from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MMD", "MarginalKS", "SlicedWasserstein", "marginal_ks", "mmd", "sliced_wasserstein"]
 
-Array = NDArray[np.float64]
 
 MIN_DRAWS = 5
 CHUNK = 4_000_000  # numbers in one block of the permutations
@@ -311,7 +310,7 @@ def _pooled(first: Array, second: Array) -> Array:
     return np.asarray(pooled[:, keep] / sd[keep])
 
 
-def _shares(n: int, m: int, n_permutations: int, rng: np.random.Generator) -> list[NDArray[np.bool_]]:
+def _shares(n: int, m: int, n_permutations: int, rng: np.random.Generator) -> list[Mask]:
     """Blocks of rows (.., n + m), True where a pooled row is given to a: the observed sharing first, then random ones."""
     observed = np.arange(n + m) < n
     labels = np.concatenate([observed[None], rng.permuted(np.tile(observed, (n_permutations, 1)), axis=1)])

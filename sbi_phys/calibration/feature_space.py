@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.rng import seed_for
+from sbi_phys.core.types import Array
 
 __all__ = ["FeatureSpace", "feature_space"]
 
-Array = NDArray[np.float64]
 
 MIXTURE_DIM = 20  # leading components that the mixture sees: its covariances have the square of that many entries
 MIXTURES = (1, 2, 3, 5, 8, 12, 18)  # numbers of Gaussians that BIC chooses from

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_array, as_real, require_finite
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.priors import Parameter
 
 __all__ = [
@@ -23,8 +23,6 @@ __all__ = [
     "verdict_words",
 ]
 
-Array = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
 ALPHA = 0.05  # level at which results are put in words; the p-values themselves do not depend on it
 MIN_ROWS = 10  # below this no test of uniformity has any power
@@ -98,7 +96,7 @@ def require_varying(name: str, values: Array, draw_values: Array) -> None:
         raise DataError(f"parameter {name!r} is constant ({values[0]:g}) in theta and in every draw; expected a varying one, leave it out")
 
 
-def count_below(values: Array, draw_values: Array, rng: np.random.Generator) -> Counts:
+def count_below(values: Array, draw_values: Array, rng: np.random.Generator) -> Integers:
     """Rank of each value among its draws, 0..l: draws below it, and of the draws equal to it a random share.
 
     Args: values (n,). draw_values (n, l).

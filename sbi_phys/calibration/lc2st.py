@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import ALPHA, check_names, verdict_words
 from sbi_phys.calibration.lc2st_features import Reduction, Residuals, affordable, reduction, residuals, whitened
@@ -34,6 +33,7 @@ from sbi_phys.core.checks import as_array, as_real, require_choice, require_fini
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LC2ST", "LC2STModel", "lc2st", "train_lc2st"]
 
-Array = NDArray[np.float64]
 
 MIN_PAIRS = 50
 MIN_POINTS = 20

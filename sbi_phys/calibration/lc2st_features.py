@@ -20,13 +20,12 @@ rejects in 60 of 60 repetitions on both sides (h = 39), the network 'mlp' in 8 a
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.errors import DataError
+from sbi_phys.core.types import Array
 
 __all__ = ["Reduction", "Residuals", "Terms", "affordable", "polynomial", "reduction", "residuals", "whitened"]
 
-Array = NDArray[np.float64]
 
 X_LIMIT = 3.0  # components of x beyond so many sd are held at it: squares of outliers would steer the fit
 MAX_TERMS = 160  # time grows with their square

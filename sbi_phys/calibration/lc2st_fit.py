@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.calibration.lc2st_features import W_LIMIT, X_LIMIT, Terms, polynomial
 from sbi_phys.core.errors import SettingError
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array
 
 __all__ = ["Classifier", "check_kind", "fit_all"]
 
-Array = NDArray[np.float64]
 
 BLOCK = 10  # ensembles in one job; it costs some milliseconds to start
 

@@ -26,10 +26,9 @@ Source: coverage as a function of theta: Dey et al. 2022 (arXiv:2205.14568), Mas
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri
 from scipy.stats import beta, binom
 
@@ -40,6 +39,7 @@ from sbi_phys.core.checks import as_array
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import AnyArray, Array, ArrayLike, Integers, Mask
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalCoverage", "local_coverage"]
 
-Array = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
 HPD = "highest-density regions"
 CENTRAL = "central intervals"
@@ -77,7 +75,7 @@ class LocalCoverage:
     level: Array
     cell_low: Array
     cell_high: Array
-    count: Counts
+    count: Integers
     observed: Array
     low: Array
     high: Array
@@ -218,7 +216,7 @@ def local_coverage(
     )
 
 
-def _steps(level: float | ArrayLike, n_draws: int) -> Counts:
+def _steps(level: float | ArrayLike, n_draws: int) -> Integers:
     wanted = as_array("level", np.atleast_1d(np.asarray(level)), (None,))
     if wanted.size == 0 or np.any((wanted <= 0) | (wanted >= 1)):
         raise SettingError(f"level is {wanted.tolist()}; expected contents within (0, 1)")
@@ -247,7 +245,7 @@ def _regions(
     return [-np.concatenate([first[:, None], rest], axis=1)], (HPD,), (HPD,)
 
 
-def _places(values: Array, truth_alone: bool, central: bool, rng: np.random.Generator) -> Counts:
+def _places(values: Array, truth_alone: bool, central: bool, rng: np.random.Generator) -> Integers:
     """Place 0..l of the truth (first column), or of every value were it the truth, from the middle of the region outwards."""
     rank = count_below(values[:, 0], values[:, 1:], rng)[:, None] if truth_alone else candidate_ranks(values, rng)
     n_draws = values.shape[1] - 1
@@ -255,7 +253,7 @@ def _places(values: Array, truth_alone: bool, central: bool, rng: np.random.Gene
     return np.where(2 * rank >= n_draws, 2 * rank - n_draws, n_draws - 2 * rank - 1) if central else rank
 
 
-def _compare(cells: Cells, held: NDArray[np.bool_], level: Array) -> tuple[dict[str, NDArray[Any]], Array]:
+def _compare(cells: Cells, held: Mask, level: Array) -> tuple[dict[str, AnyArray], Array]:
     """Everything about single cells (fields of LocalCoverage), and the standard deviation of held - expected (c, m, r)."""
     count = cells.sums(np.ones(held.shape[0]), 0).astype(np.int64)
     looks = held[:, 0].reshape(held.shape[0], -1)
@@ -279,7 +277,7 @@ def _compare(cells: Cells, held: NDArray[np.bool_], level: Array) -> tuple[dict[
     return found, sd
 
 
-def _expected(cells: Cells, held: NDArray[np.bool_], level: Array, count: Counts) -> tuple[Array, Array]:
+def _expected(cells: Cells, held: Mask, level: Array, count: Integers) -> tuple[Array, Array]:
     """Share expected in each cell and the standard deviation of (held - expected) summed over the cell's rows -> (c, m, r) each."""
     if cells.fixed:
         share = np.broadcast_to(level[:, None], (count.size, *held.shape[2:])).copy()
@@ -298,9 +296,7 @@ def _expected(cells: Cells, held: NDArray[np.bool_], level: Array, count: Counts
     return share, sd
 
 
-def _pvalue(
-    cells: Cells, held: NDArray[np.bool_], level: Array, found: dict[str, NDArray[Any]], sd: Array, r: int, rng: np.random.Generator
-) -> float:
+def _pvalue(cells: Cells, held: Mask, level: Array, found: dict[str, AnyArray], sd: Array, r: int, rng: np.random.Generator) -> float:
     """p-value of the map of one kind of region r, held (n, 1 or l + 1, m), sd (c, m)."""
     z, expected, count = found["z"][..., r], found["expected"][..., r], found["count"]
     if cells.fixed:

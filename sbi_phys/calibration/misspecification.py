@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from sbi_phys.calibration.distances import MIN_DRAWS, MMD, mmd
@@ -37,6 +36,7 @@ from sbi_phys.core.checks import as_array, as_real, require_int
 from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Misspecification", "misspecification"]
 
-Array = NDArray[np.float64]
 
 MIN_SIMULATIONS = 40
 MAX_PERMUTED = 500  # simulations in the MMD of a set

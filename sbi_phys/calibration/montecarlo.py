@@ -7,11 +7,10 @@ Source: Phipson & Smyth 2010, arXiv:1603.05766 ((1 + #)/(B + 1)); Westfall & You
 """
 
 import numpy as np
-from numpy.typing import NDArray
+
+from sbi_phys.core.types import Array
 
 __all__ = ["chunks", "smallest_pvalue"]
-
-Array = NDArray[np.float64]
 
 
 def smallest_pvalue(observed: Array, simulated: Array, tail: float = 1.0) -> float:

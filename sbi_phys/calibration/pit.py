@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri
 
 from sbi_phys.calibration.covariates import check_x, normal_scores, random_features
@@ -34,6 +33,7 @@ from sbi_phys.calibration.montecarlo import chunks, smallest_pvalue
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PITRegression", "pit_regression"]
 
-Array = NDArray[np.float64]
 
 N_NULL = 1999
 N_COMPONENTS = 20
@@ -70,8 +69,8 @@ class PITRegression:
     x: Array
     z_shift: Array
     z_width: Array
-    column: NDArray[np.int64]
-    shape: NDArray[np.int64]
+    column: Integers
+    shape: Integers
     shift: Array
     shift_err: Array
     width: Array

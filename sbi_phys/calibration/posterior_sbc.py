@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from sbi_phys.calibration.bands import band_counts, curve_pvalue
@@ -35,6 +35,7 @@ from sbi_phys.core.checks import as_array, as_real, require_finite, require_int
 from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PosteriorSBC", "augmented_draws", "posterior_sbc"]
 
-Array = NDArray[np.float64]
 
 MIN_ROWS = 10
 LOW_ESS = 50.0  # below it a rank is too coarse to show a width that is 20 % off

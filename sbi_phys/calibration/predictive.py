@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_array, as_real
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.types import Array, ArrayLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["PredictivePValue", "predictive_pvalue"]
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import ALPHA, check_names, combine, holm
 from sbi_phys.calibration.predictive import PredictivePValue, predictive_pvalue
 from sbi_phys.core.checks import as_array, as_real
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PredictiveChecks", "PriorPredictive", "predictive_checks", "prior_predictive_check"]
 
-Array = NDArray[np.float64]
 Statistic = Callable[..., ArrayLike]
 
 MIN_REPLICAS = 20
@@ -246,7 +245,7 @@ def _joint(rows: Array) -> float:
     return float((distance >= distance[0] * (1 - 1e-9)).sum() / n)
 
 
-def _columns(name: str, block: ArrayLike, k: int) -> NDArray[np.int64]:
+def _columns(name: str, block: ArrayLike, k: int) -> Integers:
     chosen = np.asarray(block)
     if chosen.dtype == bool and chosen.shape == (k,):
         chosen = np.flatnonzero(chosen)

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
 
 from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, holm, require_varying, verdict_words
@@ -29,6 +28,7 @@ from sbi_phys.calibration.montecarlo import chunks, smallest_pvalue
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Pulls", "pulls"]
 
-Array = NDArray[np.float64]
 
 MIN_DRAWS = 10  # a standard deviation from fewer makes pulls with no variance to speak of
 N_NULL = 999

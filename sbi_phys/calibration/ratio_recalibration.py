@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 
 from sbi_phys.calibration.ratios import Reliability, reliability, single_ratio
@@ -31,14 +30,13 @@ from sbi_phys.core.checks import as_real, require_finite, require_int
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike, Integers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["RatioCalibration", "recalibrate_ratio"]
 
-Array = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
 FEWEST = 25  # events of either sample in a block
 _RATIO = 4  # between the sizes of blocks that are tried
@@ -57,7 +55,7 @@ class RatioCalibration:
     score: Array
     value: Array
     error: Array
-    count: Counts
+    count: Integers
     before: Reliability
     pvalue: float
 
@@ -154,7 +152,7 @@ def _chosen(one: Array, zero: Array) -> int:
     return FEWEST
 
 
-def _joined(level: Array, label: Array, least: int) -> Counts:
+def _joined(level: Array, label: Array, least: int) -> Integers:
     """Block of each event: levels joined from below until a block holds `least` events of either sample."""
     _, first = np.unique(level, return_inverse=True)
     counts = np.stack([np.bincount(first, label), np.bincount(first, 1 - label)], axis=1)

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, ndtr
 from scipy.stats import binom, skew
 
@@ -32,6 +31,7 @@ from sbi_phys.core.checks import as_array, as_real, require_int
 from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array, ArrayLike, Integers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MeanRatio", "RatioCheck", "Reliability", "ReweightingAUC", "check_ratio", "mean_ratio", "reliability", "reweighting_auc"]
 
-Array = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
 MIN_EVENTS = 20
 REFERENCE, NUMERATOR, BALANCE = "E_ref[r]", "E_num[1/r]", "E_num[d] + E_ref[d]"
@@ -94,7 +92,7 @@ class Reliability:
     predicted: Array
     observed: Array
     band: Array
-    count: Counts
+    count: Integers
     error: float
     each: Array
     pvalue: float

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv, ndtr, ndtri
 from scipy.stats import beta
 
@@ -31,6 +30,7 @@ from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs
 from sbi_phys.core.checks import as_array, as_real, require_choice
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RankRecalibration", "normal_scores", "recalibrate_ranks"]
 
-Array = NDArray[np.float64]
 LEVELS = np.arange(1, 100) / 100
 METHODS = ("isotonic", "beta")
 

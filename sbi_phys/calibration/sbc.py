@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtrc, ndtri
 
 from sbi_phys.calibration.bands import band_counts, curve_pvalue, pointwise_level, rank_grid
@@ -40,6 +39,7 @@ from sbi_phys.core.checks import require_choice, require_int
 from sbi_phys.core.errors import SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["SBC", "sbc"]
-
-Array = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,16 +62,16 @@ class SBC:
 
     names: tuple[str, ...]
     labels: tuple[str, ...]
-    ranks: Counts
+    ranks: Integers
     n_draws: int
     level: Array
     ecdf: Array
     band: Array
     pointwise_level: float
-    bin_edges: Counts
-    histogram: Counts
+    bin_edges: Integers
+    histogram: Integers
     expected: Array
-    histogram_band: Counts
+    histogram_band: Integers
     pvalues: dict[str, float]
     pvalues_chi2: dict[str, float]
     pvalue: float
@@ -160,7 +157,7 @@ def sbc(
     return _from_ranks(ranks, n_draws, tuple(columns), (*labels, *extra), _bins(n, n_draws, n_bins))
 
 
-def _bins(n: int, n_draws: int, n_bins: int | None) -> Counts:
+def _bins(n: int, n_draws: int, n_bins: int | None) -> Integers:
     if n_bins is None:
         n_bins = min(int(np.clip(n // 25, 2, 20)), n_draws + 1)
     n_bins = require_int("n_bins", n_bins, low=2, high=n_draws + 1)
@@ -169,7 +166,7 @@ def _bins(n: int, n_draws: int, n_bins: int | None) -> Counts:
     return np.asarray(np.arange(n_bins + 1) * (n_draws + 1) // n_bins, dtype=np.int64)
 
 
-def _from_ranks(ranks: Counts, n_draws: int, names: tuple[str, ...], labels: tuple[str, ...], edges: Counts) -> SBC:
+def _from_ranks(ranks: Integers, n_draws: int, names: tuple[str, ...], labels: tuple[str, ...], edges: Integers) -> SBC:
     n = ranks.shape[0]
     k = rank_grid(n_draws)
     level = k / (n_draws + 1)
@@ -204,7 +201,7 @@ def _from_ranks(ranks: Counts, n_draws: int, names: tuple[str, ...], labels: tup
     )
 
 
-def _shape(ranks: Counts, n_draws: int) -> tuple[Array, Array, Array, Array]:
+def _shape(ranks: Integers, n_draws: int) -> tuple[Array, Array, Array, Array]:
     # Normal scores: for Gaussian posteriors Phi^-1(PIT) = (theta* - m)/s, so its mean is the bias in posterior sd and
     # 1/sd is the width over the right one. Division by the sd that uniform ranks have removes the effect of finite l.
     n = ranks.shape[0]

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.bands import band_counts, curve_pvalue, rank_grid
 from sbi_phys.calibration.covariates import check_x, random_features, standardised
@@ -35,14 +34,13 @@ from sbi_phys.core.checks import as_array, require_choice
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike, Integers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["TARP", "tarp"]
 
-Array = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
 OFFSET = 1.0  # c, in units of the regression's error: far enough to see a bias, near enough to see a width
 WOBBLE = 0.5  # size of g in the same units: it makes r depend on x where the mean of theta does not
@@ -60,7 +58,7 @@ class TARP:
     mean, of (f + 1/2)/(l + 1), 0.5 is right, with its standard error mean_err under calibration. pvalue, exact ECDF test.
     """
 
-    ranks: Counts
+    ranks: Integers
     n_draws: int
     dim: int
     level: Array
@@ -221,7 +219,7 @@ def _ridge(features: Array, values: Array) -> tuple[Callable[[Array], Array], Ar
     return lambda rows: fit.predict(rows).reshape(-1, dim), np.sqrt(np.maximum(-np.atleast_1d(fit.best_score_), 1e-12))
 
 
-def _from_ranks(ranks: Counts, n_draws: int, points: Array, kind: str) -> TARP:
+def _from_ranks(ranks: Integers, n_draws: int, points: Array, kind: str) -> TARP:
     n, dim = points.shape
     k = rank_grid(n_draws)
     level = k / (n_draws + 1)

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 
 from sbi_phys.calibration.bounded import check_bounds, from_line, to_line
@@ -30,13 +29,13 @@ from sbi_phys.core.checks import as_array, as_real, require_choice, require_int
 from sbi_phys.core.errors import ConvergenceError, DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Tempering", "mix_draws", "temper"]
 
-Array = NDArray[np.float64]
 CRITERIA = ("coverage", "score")
 RANGE = (1e-2, 1e2)  # factors searched
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.special import log_softmax
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, ShapeError, SimulatorMismatchError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.sets import take_scaling
 from sbi_phys.priors import Observable
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelComparison", "model_comparison"]
 
-Array = NDArray[np.float64]
 MIN_SIMULATIONS = 100
 _ROWS = 16384
 _SIMULATE = 10_000

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 
 from sbi_phys.comparison.models import prior_probabilities, require_names
@@ -23,13 +22,12 @@ from sbi_phys.core.checks import as_real, require_finite
 from sbi_phys.core.errors import ConvergenceError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress
 from sbi_phys.core.rng import seed_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import standard_normal_log_prob
 from sbi_phys.samplers.importance import ImportanceResult, Proposal, importance_sample
 from sbi_phys.store.identity import class_path
 
 __all__ = ["EvidenceComparison", "compare_evidence", "importance_evidence"]
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

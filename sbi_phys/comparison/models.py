@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.checks import require_choice, require_known, require_number
 from sbi_phys.core.errors import SettingError
+from sbi_phys.core.types import Array
 
 __all__ = ["prior_probabilities", "require_names"]
 
@@ -16,7 +16,7 @@ def require_names(name: str, names: Sequence[str]) -> int:
     return list(names).index(require_choice("model", name, names))
 
 
-def prior_probabilities(names: Sequence[str], prior: Mapping[str, float] | None) -> NDArray[np.float64]:
+def prior_probabilities(names: Sequence[str], prior: Mapping[str, float] | None) -> Array:
     """Probabilities (K,) that sum to 1 from positive numbers per name; None: equal.   Raises: SettingError."""
     if prior is None:
         return np.full(len(names), 1 / len(names))

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv, chdtrc, ndtri
 
 from sbi_phys.core.checks import as_array, as_matrix, as_real, require_finite, require_int
@@ -25,11 +24,11 @@ from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.simulation.protocol import Simulator, check_simulator
 
 __all__ = ["NestedTest", "nested_test"]
 
-Array = NDArray[np.float64]
 _CHUNK = 1000
 
 
@@ -113,7 +112,7 @@ def nested_test(
     return _result(observed, above, worst, points[worst], toys[worst], dof)
 
 
-def _result(observed: float, above: NDArray[np.int64], worst: int, theta: Array, toys: Array, dof: float | None) -> NestedTest:
+def _result(observed: float, above: Integers, worst: int, theta: Array, toys: Array, dof: float | None) -> NestedTest:
     n, k = toys.size, int(above[worst])
     pvalues = (1 + above) / (n + 1)
     # Clopper-Pearson at 68.3 %: the ends at which k or more, k or fewer toys have a probability of 15.9 %

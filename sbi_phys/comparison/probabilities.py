@@ -17,21 +17,20 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import ALPHA, combine
 from sbi_phys.core.checks import as_array, require_int
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike, Integers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["ProbabilityCalibration", "check_probabilities"]
 
-Array = NDArray[np.float64]
-Labels = NDArray[np.int64]
+Labels = Integers
 ECE, LOG_SCORE = "calibration error", "log score"
 _FLOOR = 1e-12  # a probability of zero for what happened is very wrong, not infinitely so
 MIN_ROWS = 50

@@ -23,7 +23,6 @@ Source: Cowan, Cranmer, Gross & Vitells 2011, arXiv:1007.1727; Read 2002 (CLs).
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import chdtri, ndtr, ndtri
 
@@ -32,10 +31,10 @@ from sbi_phys.confidence.profile import Fit
 from sbi_phys.confidence.scans import conditional, crossing
 from sbi_phys.core.checks import as_real, require_finite
 from sbi_phys.core.errors import ConvergenceError, DataError, SettingError
+from sbi_phys.core.types import Array, ArrayLike
 
 __all__ = ["Discovery", "asymptotic_interval", "asymptotic_limit", "cls_limit", "cls_value", "discovery"]
 
-Array = NDArray[np.float64]
 
 BANDS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 

@@ -17,13 +17,11 @@ Source: Conn, Scheinberg & Vicente 2009, Introduction to Derivative-Free Optimiz
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
+
+from sbi_phys.core.types import Array, Integers, Mask
 
 __all__ = ["climb"]
 
-Array = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Mask = NDArray[np.bool_]
 Values = Callable[[Integers, Array], Array]
 
 CLOSE = 0.0005  # of f: what a step has to promise, or to give, for another one

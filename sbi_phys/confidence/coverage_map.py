@@ -22,7 +22,6 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtrc, expit, logit
 from scipy.stats import binom
 
@@ -31,6 +30,7 @@ from sbi_phys.confidence.inputs import as_points, check_level, frozen, require_w
 from sbi_phys.core.checks import as_real, require_int, require_same_rows
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Bin", "CoverageMap", "coverage_map"]
 
-Array = NDArray[np.float64]
 
 RIDGE = 1e-3
 MIN_ROWS = 100

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.model_selection import KFold
@@ -30,11 +29,11 @@ from sbi_phys.confidence.inputs import Bounds, as_points, check_bounds, check_le
 from sbi_phys.core.checks import require_choice, require_int, require_same_rows
 from sbi_phys.core.errors import DataError, NonFiniteError, SbiPhysError
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
 
 __all__ = ["CriticalValues", "PValues", "learn_critical_values", "learn_pvalues", "pinball"]
 
-Array = NDArray[np.float64]
 Curve = Callable[[Array], Array]
 
 MIN_TAIL = 20  # simulations that have to lie above the quantile

@@ -26,18 +26,16 @@ Source: Feldman & Cousins 1998, arXiv:physics/9711021, sections III, IV and VI, 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtri, lambertw, ndtr, ndtri, pdtr, xlogy
 
 from sbi_phys.confidence.inputs import check_level
 from sbi_phys.confidence.sets import Interval
 from sbi_phys.core.checks import as_real, require_finite, require_number
 from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.types import Array, ArrayLike
 
 __all__ = ["FeldmanCousins", "acceptance", "feldman_cousins", "feldman_cousins_gaussian"]
 
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 Ends = tuple[float, float] | tuple[Array, Array]
 
 SCAN = 6000  # points in mu: pieces of the set that are narrower than 1/6000 of the range may be missed

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.confidence.inputs import find_name, frozen
 from sbi_phys.confidence.minimise import minimise
@@ -19,13 +18,12 @@ from sbi_phys.confidence.profile import Fit
 from sbi_phys.confidence.scans import conditional
 from sbi_phys.core.errors import SettingError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.types import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Impacts", "impacts"]
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_array, as_matrix, as_real, require_finite, require_number
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "require_within",
 ]
 
-Array = NDArray[np.float64]
 Bounds = Sequence[tuple[float | None, float | None]]
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import check_names
 from sbi_phys.confidence.critical_values import CriticalValues, PValues, learn_critical_values, learn_pvalues
@@ -29,6 +28,7 @@ from sbi_phys.confidence.sets import Construction, Profile, Statistic
 from sbi_phys.core.checks import as_array, require_int
 from sbi_phys.core.errors import SettingError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LF2I", "lf2i"]
 
-Array = NDArray[np.float64]
 Curve = Callable[[Array], Array]
-Mask = NDArray[np.bool_]
 
 PROJECTION = 8  # points per nuisance over which a set without a profile is projected
 

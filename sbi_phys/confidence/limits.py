@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.confidence.asymptotic import asymptotic_interval, asymptotic_limit, cls_limit
 from sbi_phys.confidence.inputs import check_level, frozen
@@ -24,13 +23,13 @@ from sbi_phys.confidence.sets import Interval
 from sbi_phys.core.checks import as_array, require_choice
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.types import Array, ArrayLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["ExpectedLimits", "Limits", "Source", "expected_limits", "limits"]
 
-Array = NDArray[np.float64]
 
 KINDS = ("interval", "upper", "lower")
 BANDS = (0.0228, 0.1587, 0.5, 0.8413, 0.9772)  # Phi(-2), .., Phi(2)

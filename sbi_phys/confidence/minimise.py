@@ -4,15 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.confidence.inputs import find_name, point_words
 from sbi_phys.core.checks import as_array, require_number
 from sbi_phys.core.errors import ConvergenceError, NonFiniteError, SbiPhysError, SettingError
+from sbi_phys.core.types import Array, ArrayLike, Mask
 
 __all__ = ["Cost", "LogLikelihood", "minimise"]
 
-Array = NDArray[np.float64]
 LogLikelihood = Callable[[Array], ArrayLike]
 
 IMPOSSIBLE = 1e30  # stands for +Inf, which Minuit cannot compare
@@ -70,7 +69,7 @@ class Cost:
         return float(self.batch(point[None, :])[0])
 
 
-def minimise(cost: Cost, start: Array, step: Array, limits: Array, fixed: NDArray[np.bool_], what: str) -> Any:
+def minimise(cost: Cost, start: Array, step: Array, limits: Array, fixed: Mask, what: str) -> Any:
     """Minimise over the free parameters and return the Minuit object; start (d,), step (d,) > 0, limits (d, 2).
 
     Raises: ConvergenceError, naming where it ended and why; NonFiniteError; SbiPhysError (iminuit is not installed).

@@ -24,7 +24,6 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import check_names
 from sbi_phys.confidence.inputs import (
@@ -46,6 +45,7 @@ from sbi_phys.core.errors import SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Neyman", "neyman"]
 
-Array = NDArray[np.float64]
 Simulator = Callable[[Array, int, np.random.Generator], Any]
 Node = tuple[int, tuple[float, ...]]
 Grid = ArrayLike | Sequence[ArrayLike] | Mapping[str, ArrayLike]

@@ -22,14 +22,12 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_array
+from sbi_phys.core.types import Array, ArrayLike, Integers
 
 __all__ = ["NUISANCES", "Fixed", "back", "corners", "nuisances_of", "prepivot", "supremum", "tail"]
 
-Array = NDArray[np.float64]
-Index = NDArray[np.int64]
 
 ALIKE = 1e-9  # values that differ by less, of 1 or of themselves, are the same but for rounding
 NUISANCES = ("profiled", "prepivoted", "supremum", "projected")
@@ -56,7 +54,7 @@ def nuisances_of(profile: Callable[[Any, Array], ArrayLike], data: Any, psi: Arr
     return as_array("the profiled nuisances", found, (n, m))
 
 
-def corners(axes: tuple[Array, ...], points: Array) -> list[tuple[Array, tuple[Index, ...]]]:
+def corners(axes: tuple[Array, ...], points: Array) -> list[tuple[Array, tuple[Integers, ...]]]:
     """(weight (m,), index of a corner for each point) of the 2^d corners of the cells of a product grid that hold points (m, d)."""
     below, share = [], []
     for axis, value in zip(axes, points.T, strict=True):
@@ -89,7 +87,7 @@ def prepivot(toys: Array, best: Array, axes: tuple[Array, ...], rounds: int) -> 
     return tuple(out.reshape(rounds, *toys.shape))
 
 
-def tail(reference: Array, q: Array, cells: list[tuple[Array, Index]]) -> Array:
+def tail(reference: Array, q: Array, cells: list[tuple[Array, Integers]]) -> Array:
     """p-values (m,) of q (m,): shares of the reference values (nodes, n) that are as large or larger, between nodes with their weights."""
     n, out = reference.shape[-1], np.zeros(q.size)
     q = q - ALIKE * np.maximum(1, np.abs(np.where(np.isfinite(q), q, 0.0)))

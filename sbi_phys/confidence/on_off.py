@@ -23,16 +23,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtri, gammaln, ndtri, pdtr, xlogy
 
 from sbi_phys.confidence.inputs import check_level
 from sbi_phys.core.checks import require_choice, require_number
 from sbi_phys.core.errors import ConvergenceError, DataError
+from sbi_phys.core.types import Array, ArrayLike
 
 __all__ = ["OnOff", "counting_cls", "counting_wilks", "li_ma", "on_off", "on_off_coverage", "on_off_wilks"]
 
-Array = NDArray[np.float64]
 
 KINDS = ("interval", "upper", "lower")
 SCAN, COARSE, HALVINGS = 120, 40, 26  # values of mu that are tried; fewer with many counts, where the set has no pieces

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import check_names
 from sbi_phys.confidence.inputs import check_level, find_name, frozen
 from sbi_phys.confidence.minimise import Cost, LogLikelihood, minimise
 from sbi_phys.core.checks import as_array, require_int, require_number
 from sbi_phys.core.errors import ConvergenceError, SettingError, ShapeError
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Fit", "fit"]
 
-Array = NDArray[np.float64]
 Limits = Mapping[str, tuple[float | None, float | None]]
 
 

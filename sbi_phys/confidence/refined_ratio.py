@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.stats.qmc import Halton
 
 from sbi_phys.confidence.climb import climb
@@ -28,10 +27,10 @@ from sbi_phys.confidence.inputs import frozen, require_within
 from sbi_phys.confidence.statistics import KINDS
 from sbi_phys.core.checks import as_array, as_real, require_choice, require_finite, require_int
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.types import Array, ArrayLike, Integers
 
 __all__ = ["RefinedLRT"]
 
-Array = NDArray[np.float64]
 Rows = Callable[[Any, Array], ArrayLike]
 
 MOST_WANTED = 2  # sets are looked at on a grid of the parameters of interest
@@ -137,7 +136,7 @@ class RefinedLRT:
         tried = np.broadcast_to(low + points * (high - low), (n, len(points), d))
         tried = tried if near is None else np.concatenate([near[:, None, :], tried], axis=1)
 
-        def values(rows: NDArray[np.int64], theta: Array) -> Array:
+        def values(rows: Integers, theta: Array) -> Array:
             parts = np.array_split(np.arange(rows.size), max(1, rows.size * theta.shape[1] // BLOCK))
             return np.concatenate([self._values(data[rows[part]], _joined(fixed, rows[part], theta[part])) for part in parts])
 
@@ -183,7 +182,7 @@ class RefinedLRT:
         return values.reshape(n, m)
 
 
-def _joined(fixed: Array | None, rows: NDArray[np.int64], tried: Array) -> Array:
+def _joined(fixed: Array | None, rows: Integers, tried: Array) -> Array:
     """Whole theta (n, m, d) of fixed psi and the nuisances tried (n, m, d - interest)."""
     if fixed is None:
         return tried

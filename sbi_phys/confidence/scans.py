@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import chdtri
 
@@ -21,13 +20,13 @@ from sbi_phys.confidence.profile import Fit
 from sbi_phys.core.checks import as_array, require_int
 from sbi_phys.core.errors import ConvergenceError, SettingError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.types import Array, ArrayLike, Mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Contour", "Profile", "conditional", "contour", "crossing", "profile"]
 
-Array = NDArray[np.float64]
 
 DEEPER = 0.02  # by this much q may be negative: what minimisation leaves
 
@@ -66,7 +65,7 @@ class Contour:
         """q at the edge of a joint region of content `level`: chi-square with two degrees of freedom."""
         return float(chdtri(2, 1 - level))
 
-    def inside(self, level: float) -> NDArray[np.bool_]:
+    def inside(self, level: float) -> Mask:
         """Whether each point (m, m) lies in the asymptotic region."""
         return self.q <= self.threshold(level)
 

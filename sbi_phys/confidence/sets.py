@@ -19,21 +19,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.confidence.inputs import check_statistic, nearest_level, point_words, require_within
 from sbi_phys.confidence.nuisances import nuisances_of
 from sbi_phys.core.checks import as_array, require_choice, require_int
 from sbi_phys.core.errors import SettingError, ShapeError, SupportError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.types import Array, ArrayLike, Mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Construction", "Interval", "Region", "Statistic", "hull"]
 
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 Statistic = Callable[[Any, Array], ArrayLike]
 Profile = Callable[[Any, Array], ArrayLike]
 

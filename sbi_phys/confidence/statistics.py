@@ -32,15 +32,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.confidence.inputs import as_points
 from sbi_phys.core.checks import as_array, as_real, require_choice, require_finite, require_int
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.types import Array, ArrayLike
 
 __all__ = ["LRT", "Profiled", "Waldo", "posterior_moments", "waldo"]
 
-Array = NDArray[np.float64]
 LogLikelihood = Callable[[Array, Any], ArrayLike]
 Maximum = Callable[[Any], tuple[ArrayLike, ArrayLike]]
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.types import AnyArray, Array
 
 __all__ = [
     "as_array",
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-def as_real(name: str, value: Any) -> NDArray[np.float64]:
+def as_real(name: str, value: Any) -> Array:
     """Return `value` (numpy, torch, list; any shape) as float64; integers and booleans are widened.
 
     Raises: DataError for complex, object or text dtypes and for what numpy cannot read at all.
@@ -39,7 +39,7 @@ def as_real(name: str, value: Any) -> NDArray[np.float64]:
     return array.astype(np.float64, copy=False)
 
 
-def require_finite(name: str, array: NDArray[Any]) -> None:
+def require_finite(name: str, array: AnyArray) -> None:
     """Raise NonFiniteError if `array` holds NaN or Inf; the message counts the bad rows and names the first."""
     ok = np.isfinite(array)
     if ok.all():
@@ -52,7 +52,7 @@ def require_finite(name: str, array: NDArray[Any]) -> None:
     raise NonFiniteError(f"{name} has NaN or Inf in {rows} of {total} rows, first {got} at index {first}; expected finite values")
 
 
-def as_array(name: str, value: Any, shape: Sequence[int | None], *, finite: bool = True, note: str = "") -> NDArray[np.float64]:
+def as_array(name: str, value: Any, shape: Sequence[int | None], *, finite: bool = True, note: str = "") -> Array:
     """Return `value` as float64 of the given shape; None stands for any length.
 
     Raises: ShapeError, NonFiniteError, DataError.
@@ -66,7 +66,7 @@ def as_array(name: str, value: Any, shape: Sequence[int | None], *, finite: bool
     return array
 
 
-def as_matrix(name: str, value: Any, dim: int, columns: Iterable[str] = (), *, finite: bool = True) -> NDArray[np.float64]:
+def as_matrix(name: str, value: Any, dim: int, columns: Iterable[str] = (), *, finite: bool = True) -> Array:
     """Return `value` as an (n, dim) float64 matrix; a single row (dim,) becomes (1, dim)."""
     array = as_real(name, value)
     if array.ndim == 1 and array.shape[0] == dim:
@@ -76,7 +76,7 @@ def as_matrix(name: str, value: Any, dim: int, columns: Iterable[str] = (), *, f
     return as_array(name, array, (None, dim), finite=finite, note=note)
 
 
-def require_same_rows(**arrays: NDArray[Any]) -> int:
+def require_same_rows(**arrays: AnyArray) -> int:
     """Return the common number of rows of the named arrays, or raise ShapeError; zero rows raise DataError."""
     counts = {name: int(a.shape[0]) for name, a in arrays.items()}
     if len(set(counts.values())) > 1:

@@ -22,12 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.checks import as_array, require_choice, require_int
 from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, SettingError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array
 from sbi_phys.priors import Prior, standard_normal_log_prob
 from sbi_phys.samplers.explore import explore
 from sbi_phys.samplers.grid import grid_posterior
@@ -37,7 +37,6 @@ from sbi_phys.samplers.mcmc import run_emcee, spread_start
 
 __all__ = ["METHODS", "LogLikelihood", "PosteriorDraws", "sample_posterior"]
 
-Array = NDArray[np.float64]
 LogLikelihood = Callable[[Array], Array]
 Gradient = Callable[[Array], tuple[Array, Array]]
 

@@ -21,17 +21,16 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sbi_phys.core.checks import as_matrix
 from sbi_phys.core.errors import SettingError
+from sbi_phys.core.types import Array
 from sbi_phys.nets.likelihood import XColumns
 from sbi_phys.nets.posterior import PosteriorNet, sample_net
 from sbi_phys.priors import Observable, Parameter, Prior
 
 __all__ = ["Emulator"]
 
-Array = NDArray[np.float64]
 
 _COUNTS = 1  # of XColumns.kind
 

@@ -19,7 +19,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import xlogy
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from sbi_phys.core.checks import as_array, as_matrix, as_real, require_finite, r
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import seed_for
+from sbi_phys.core.types import Array, ArrayLike, Integers, Mask
 from sbi_phys.estimators.density_sampling import PosteriorDraws, sample_posterior
 from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
 from sbi_phys.priors import Prior
@@ -36,7 +36,6 @@ from sbi_phys.training.scaling import split_rows
 
 __all__ = ["EventSets", "ExpectedCounts", "ExtendedLikelihood", "fit_expected_counts"]
 
-Array = NDArray[np.float64]
 _PAIRS = 1 << 18  # (event, theta) pairs at a time for a plain function
 _MAX_LOG = 30.0
 
@@ -49,7 +48,7 @@ class EventSets:
     """
 
     flat: Array
-    offsets: NDArray[np.int64]
+    offsets: Integers
 
     def __post_init__(self) -> None:
         """Check shapes and order."""
@@ -93,16 +92,16 @@ class EventSets:
         return cls(array[used], np.cumsum([0, *used.sum(axis=1)]))
 
     @property
-    def sizes(self) -> NDArray[np.int64]:
+    def sizes(self) -> Integers:
         """Number of events in each set (S,)."""
         return np.diff(self.offsets)
 
     @property
-    def owner(self) -> NDArray[np.int64]:
+    def owner(self) -> Integers:
         """The set that each event belongs to (n,)."""
         return np.repeat(np.arange(len(self.sizes)), self.sizes)
 
-    def padded(self) -> tuple[Array, NDArray[np.bool_]]:
+    def padded(self) -> tuple[Array, Mask]:
         """One batch: values (S, n_max, k), zero where there is no event, and mask (S, n_max)."""
         sizes = self.sizes
         mask = np.arange(max(1, int(sizes.max()))) < sizes[:, None]
@@ -225,7 +224,7 @@ class ExtendedLikelihood:
                 total[first : first + group] += rows.sum(axis=1)
         return total
 
-    def _rows(self, x: Array, theta: Array, owner: NDArray[np.int64]) -> Array:
+    def _rows(self, x: Array, theta: Array, owner: Integers) -> Array:
         """Log p of each event at the theta of its set (n,)."""
         by_owner = getattr(self.log_density, "log_density_rows", None)
         if by_owner is not None:
@@ -237,7 +236,7 @@ class ExtendedLikelihood:
         function = getattr(self.log_density, "log_likelihood", None) or getattr(self.log_density, "log_ratio", None) or self.log_density
         return as_array("log_density(x, theta)", function(x, theta), (len(x),), finite=False)
 
-    def _require_support(self, x: Array, owner: NDArray[np.int64], offsets: NDArray[np.int64] | None) -> None:
+    def _require_support(self, x: Array, owner: Integers, offsets: Integers | None) -> None:
         if self.support is None:
             return
         low, high = self.support
@@ -262,14 +261,14 @@ def _events(events: ArrayLike) -> Array:
     return as_array("events", array[:, None] if array.ndim == 1 else array, (None, None))
 
 
-def _name(i: int, x: Array, owner: NDArray[np.int64] | None, offsets: NDArray[np.int64] | None, first: int = 0) -> str:
+def _name(i: int, x: Array, owner: Integers | None, offsets: Integers | None, first: int = 0) -> str:
     """What to call event i in an error."""
     if owner is None or offsets is None:
         return f"event {first + i} = {x[i].tolist()}"
     return f"event {i - int(offsets[owner[i]])} of set {int(owner[i])} = {x[i].tolist()}"
 
 
-def _require_density(values: Array, x: Array, owner: NDArray[np.int64] | None, offsets: NDArray[np.int64] | None, first: int = 0) -> None:
+def _require_density(values: Array, x: Array, owner: Integers | None, offsets: Integers | None, first: int = 0) -> None:
     bad = np.isnan(values) | np.isposinf(values)
     if bad.any():
         i = int(np.argmax(bad))

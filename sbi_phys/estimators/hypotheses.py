@@ -20,7 +20,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +28,7 @@ from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, SettingError, ShapeError, SupportError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.estimators.fitting import History, fit_ensemble, train_member
 from sbi_phys.estimators.model_file import FILE, common_content, common_settings, with_weights
 from sbi_phys.nets.classifier import ClassifierConfig, LabelledFeatures, PairClassifier, solve_last_layer
@@ -43,7 +43,6 @@ from sbi_phys.training.scaling import XScaler, count_columns, split_rows
 
 __all__ = ["Events", "HypothesisRatio", "TwoHypotheses", "as_events", "cross_entropy", "standard_units"]
 
-Array = NDArray[np.float64]
 
 MIN_EVENTS = 20
 _ROWS = 16384

@@ -27,7 +27,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,6 +36,7 @@ from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import seed_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.estimators.fitting import History, fit_ensemble, train_member
 from sbi_phys.estimators.hypotheses import Events, HypothesisRatio, as_events, cross_entropy, standard_units
 from sbi_phys.estimators.model_file import FILE, common_content, common_settings, with_weights
@@ -51,7 +51,6 @@ from sbi_phys.training.scaling import XScaler, count_columns, split_rows
 
 __all__ = ["SALLY", "MinedRatio", "alice_loss", "rolr_loss"]
 
-Array = NDArray[np.float64]
 
 _LIMIT = 12.0  # of the log ratio within ROLR's exponentials
 _LOSSES = ("alice", "alices", "rolr", "rascal")

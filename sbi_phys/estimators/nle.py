@@ -23,7 +23,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from sbi_phys.core.checks import as_matrix, require_int
@@ -31,6 +30,7 @@ from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
+from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.estimators.density_sampling import Gradient, PosteriorDraws, sample_posterior
 from sbi_phys.estimators.emulator import Emulator
 from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, stores_or_data, train_member
@@ -51,7 +51,6 @@ from sbi_phys.training.sources import MIN_SIMULATIONS
 
 __all__ = ["NLE"]
 
-Array = NDArray[np.float64]
 _SET_ROWS = 1 << 20  # (event, theta) pairs at a time
 _MANY = 4  # columns of counts that a Gaussian is enough for
 
@@ -207,7 +206,7 @@ class NLE:
                 total[first : first + group] += rows.reshape(len(part), -1).sum(axis=1)
         return total
 
-    def log_density_rows(self, x: ArrayLike | Tensor, theta: ArrayLike | Tensor, owner: NDArray[np.int64]) -> Array:
+    def log_density_rows(self, x: ArrayLike | Tensor, theta: ArrayLike | Tensor, owner: Integers) -> Array:
         """Log q(x_e | theta_owner(e)) (n,) of events x (n, k), theta (m, d), owner (n,) in 0 .. m - 1: each theta is embedded once.
 
         Raises: as `log_likelihood`.
@@ -218,7 +217,7 @@ class NLE:
             raise ShapeError(f"owner has shape {owner.shape}; expected ({len(array)},) with values in 0 .. {len(inputs) - 1}")
         return self._rows(array, inputs, owner)
 
-    def _rows(self, x: Array, u: Tensor, owner: NDArray[np.int64]) -> Array:
+    def _rows(self, x: Array, u: Tensor, owner: Integers) -> Array:
         columns = self._require_fit()
         out = log_density_rows(self._nets, columns, self._noise(columns), x, u, owner)
         bad = ~np.isfinite(out)

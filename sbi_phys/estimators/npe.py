@@ -23,7 +23,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, ShapeError, SimulatorMismatchError
 from sbi_phys.core.progress import NoProgress, Progress
 from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, rows_of, train_member
 from sbi_phys.estimators.model_file import FILE, maker, shared_content, shared_settings, with_weights
 from sbi_phys.nets.embed import EmbeddingConfig
@@ -48,8 +48,6 @@ from sbi_phys.training.scaling import XScaler
 from sbi_phys.training.sources import Rows, Settings, from_simulator
 
 __all__ = ["NPE", "load"]
-
-Array = NDArray[np.float64]
 
 
 class NPE:

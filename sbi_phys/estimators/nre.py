@@ -26,7 +26,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from sbi_phys.core.checks import as_matrix, require_choice, require_int
@@ -34,6 +33,7 @@ from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import seed_for
+from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.estimators.density_sampling import PosteriorDraws, sample_posterior
 from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, rows_of, train_member
 from sbi_phys.estimators.model_file import FILE, shared_content, shared_settings, with_weights
@@ -53,7 +53,6 @@ from sbi_phys.training.sources import Rows, Settings
 
 __all__ = ["NRE"]
 
-Array = NDArray[np.float64]
 
 _PAIRS = {"cpu": 8192, "cuda": 262144}  # pairs at a time: bounded memory, and on a CPU what is at work stays in the cache
 _X_ROWS = 8192
@@ -329,7 +328,7 @@ class _Density:
         return out.numpy()
 
     @torch.inference_mode()
-    def log_ratios(self, u: Array, rows: NDArray[np.int64]) -> Array:
+    def log_ratios(self, u: Array, rows: Integers) -> Array:
         """u (m, k, d'), k for each of the observations rows (m,) -> (m, k)."""
         device = self._parts[0][0].device
         flat, owner = torch.from_numpy(u.reshape(-1, u.shape[-1]).astype(np.float32)), torch.from_numpy(np.repeat(rows, u.shape[1]))

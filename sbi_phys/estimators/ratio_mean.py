@@ -26,19 +26,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import logsumexp, ndtri
 
 from sbi_phys.core.errors import ConvergenceError
 from sbi_phys.core.progress import or_none
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, Integers
 from sbi_phys.priors import standard_normal_log_prob
 from sbi_phys.samplers.explore import explore
 
 __all__ = ["LEAST", "WANTED", "Gaussians", "PriorMean", "joined", "mean_over_prior"]
 
-Array = NDArray[np.float64]
-Rows = NDArray[np.int64]
+Rows = Integers
 Gaussians = tuple[Array, Array]  # means (n, k, d), lower triangular factors (n, k, d, d), k of them for each x
 
 # effective draws at which rounds end, below which tempering has a go after the last of them, and below which a mean is not trusted

@@ -15,21 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.stats import chi2
 
 from sbi_phys.core.checks import as_array, require_int, require_number
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.progress import Progress
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.estimators.npe import NPE
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.training.loop import TrainConfig
 
 __all__ = ["TruncatedPrior", "truncated_rounds"]
-
-Array = NDArray[np.float64]
 
 
 class TruncatedPrior:
@@ -69,7 +67,7 @@ class TruncatedPrior:
         delta = u - self.mean
         return np.einsum("ni,ij,nj->n", delta, self.curvature, delta)
 
-    def contains(self, u: Array) -> NDArray[np.bool_]:
+    def contains(self, u: Array) -> Mask:
         """Whether each row of u (n, d) lies in the region -> (n,)."""
         return self._form(u) <= self.radius2
 

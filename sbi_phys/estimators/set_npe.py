@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from sbi_phys.core.checks import require_int
@@ -30,6 +29,7 @@ from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import seed_for, torch_rng_for
+from sbi_phys.core.types import ArrayLike
 from sbi_phys.estimators.fitting import History, train_member
 from sbi_phys.estimators.model_file import FILE
 from sbi_phys.estimators.npe import NPE

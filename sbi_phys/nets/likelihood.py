@@ -21,13 +21,13 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.special import logsumexp
 from torch import Tensor, nn
 
 from sbi_phys.core.checks import as_real, require_choice, require_finite
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, Integers, Mask
 from sbi_phys.nets.flow import base_log_prob
 from sbi_phys.nets.posterior import PosteriorNet, log_prob_nets
 from sbi_phys.priors import Observable
@@ -35,7 +35,6 @@ from sbi_phys.training.scaling import count_columns
 
 __all__ = ["DequantisedLoss", "XColumns", "log_density_rows", "noise_points", "value_and_gradient"]
 
-Array = NDArray[np.float64]
 
 TRANSFORMS = ("auto", "counts", "real", "log")
 _REAL, _COUNTS, _LOG = 0, 1, 2
@@ -53,9 +52,9 @@ class XColumns:
     """
 
     n_columns: int
-    kept: NDArray[np.int64]
-    kind: NDArray[np.int64]
-    noisy: NDArray[np.bool_]
+    kept: Integers
+    kind: Integers
+    noisy: Mask
     mean: Array
     scale: Array
     constant: tuple[tuple[int, float], ...] = ()
@@ -135,7 +134,7 @@ class XColumns:
             if (left_out < 0).any():
                 raise DataError(f"{name} has negative values in columns {columns[0]} to {columns[-1]}; expected counts >= 0")
 
-    def _refuse(self, name: str, data: Array, bad: NDArray[np.bool_], expected: str) -> None:
+    def _refuse(self, name: str, data: Array, bad: Mask, expected: str) -> None:
         if bad.any():
             row, k = (int(i) for i in np.argwhere(bad)[0])
             raise DataError(
@@ -191,7 +190,7 @@ class XColumns:
         return cls(n_columns=state["n_columns"], **arrays, constant=constant, ties=ties)
 
 
-def _check_kinds(x: Array, transform: str, dequantise: str | bool, counts: NDArray[np.bool_], whole: NDArray[np.bool_]) -> None:
+def _check_kinds(x: Array, transform: str, dequantise: str | bool, counts: Mask, whole: Mask) -> None:
     if dequantise != "auto" and not isinstance(dequantise, bool):
         raise SettingError(f"dequantise is {dequantise!r}; expected 'auto', True or False")
     if dequantise is True and not whole.all():
@@ -202,9 +201,7 @@ def _check_kinds(x: Array, transform: str, dequantise: str | bool, counts: NDArr
         raise DataError("x has values <= 0 and x_transform is 'log'; expected values > 0")
 
 
-def _ties(
-    x: Array, counts: NDArray[np.bool_], varies: NDArray[np.bool_], observables: Sequence[Observable] | None
-) -> tuple[tuple[tuple[int, ...], float, int], ...]:
+def _ties(x: Array, counts: Mask, varies: Mask, observables: Sequence[Observable] | None) -> tuple[tuple[tuple[int, ...], float, int], ...]:
     """Blocks of counts with a constant total; the column left out is the one with the largest mean."""
     edges = np.cumsum([0, *([x.shape[1]] if observables is None else [o.size for o in observables])])
     found = []
@@ -251,7 +248,7 @@ class DequantisedLoss:
         return torch.where(self.noisy, (y - self.mean) / self.scale, x)
 
 
-def log_density_rows(nets: Sequence[PosteriorNet], columns: XColumns, noise: Array, x: Array, u: Tensor, owner: NDArray[np.int64]) -> Array:
+def log_density_rows(nets: Sequence[PosteriorNet], columns: XColumns, noise: Array, x: Array, u: Tensor, owner: Integers) -> Array:
     """Log p(x_i | theta_owner(i)) (n,) float64 of rows x (n, k), or one for all (1, k), at u (m, f); owner (n,) in 0 .. m - 1."""
     n, j = len(owner), len(noise)
     out = np.empty(n)

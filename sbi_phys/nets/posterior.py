@@ -7,19 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sbi_phys.core.checks import require_number
 from sbi_phys.core.errors import SettingError, ShapeError
 from sbi_phys.core.rng import seed_for, torch_rng_for
+from sbi_phys.core.types import Array
 from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
 from sbi_phys.nets.flow import ConditionalFlow, FlowConfig, base_log_prob
 from sbi_phys.priors import standard_normal_log_prob
 
 __all__ = ["FlowProposal", "PosteriorNet", "npe_loss"]
 
-Array = NDArray[np.float64]
 # rows per chunk of sampling and density: bounds the memory whatever is asked for, and on a CPU what is at work stays in the cache
 _ROWS, _CPU_ROWS = 65536, 4096
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbi_phys.core.checks import as_real, require_finite, require_int
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.rng import seed_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
 from sbi_phys.training.scaling import XScaler
 
@@ -35,7 +35,7 @@ _EVENTS = 131_072  # events at a time where no gradient is needed: bounds the me
 _COUNT_CENTRE, _COUNT_SPREAD = 4.0, 2.0  # of log(1 + m) for sets of one to some thousand events
 
 
-def pad_sets(sets: Sequence[ArrayLike], n_max: int | None = None) -> NDArray[np.float64]:
+def pad_sets(sets: Sequence[ArrayLike], n_max: int | None = None) -> Array:
     """Sets of events, each (m_i, k) or (m_i,) for k = 1, as one padded batch x (n, n_max, k + 1) with the mask in the last column.
 
     Args: n_max: slots; default those of the largest set, at least one.

@@ -7,7 +7,8 @@ told apart with any colour vision; from the ninth curve on the line style change
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from sbi_phys.core.types import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,7 +106,7 @@ def coverage_curve(result: "Coverage", ax: "Axes | None" = None) -> "Axes":
     band = np.concatenate([[[0, 0]], result.band, [[1, 1]]])
     ax.fill_between(level, band[:, 0], band[:, 1], color=BAND, linewidth=0, label="95 % simultaneous")
     ax.plot([0, 1], [0, 1], color="black", linewidth=0.8)
-    curves: NDArray[np.float64] = np.atleast_2d(result.observed.T)
+    curves: Array = np.atleast_2d(result.observed.T)
     for j, curve in enumerate(curves):
         ax.plot(level, np.concatenate([[0], curve, [1]]), linewidth=1.4, label=result.labels[j], **_style(j))
     ax.text(0.97, 0.05, "overconfident", transform=ax.transAxes, ha="right", fontsize="small", color="#555555")

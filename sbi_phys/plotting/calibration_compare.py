@@ -6,9 +6,9 @@ Grey is what the hypothesis allows, vermilion is what was observed, blue and ver
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from sbi_phys.core.types import Array
 from sbi_phys.plotting.calibration import BAND, COLOURS, new_axes
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["lc2st_map", "lc2st_null", "marginal_ks", "misspecification", "null_histogram", "predictive_checks", "prior_predictive"]
 
-Array = NDArray[np.float64]
 
 DATA = COLOURS[1]
 MANY = 40  # columns from which on names no longer fit under an axis

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import binom
 
+from sbi_phys.core.types import Array
 from sbi_phys.plotting.calibration import BAND, COLOURS, _finish, _style, new_axes
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from sbi_phys.calibration.tarp import TARP
 
 __all__ = ["coverage_line", "coverage_map", "ecdf_difference", "pit_line", "pull_rows", "tarp_coverage"]
-
-Array = NDArray[np.float64]
 
 
 class Curves(Protocol):

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.plotting.calibration import BAND, COLOURS, _finish, new_axes
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["calibration", "check", "mean_ratio", "reliability", "reweighting_auc"]
 
-Array = NDArray[np.float64]
 
 _MARKERS = ("o", "s", "D")
 

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import chdtri
 
 from sbi_phys.confidence.inputs import find_name
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["contour", "coverage_map", "critical_values", "expected", "impacts", "learned_critical_values", "profile", "region"]
 
-Array = NDArray[np.float64]
 
 GREEN, YELLOW = "#8FD19E", "#F6E58D"
 SHOWN = 5  # lines in one picture

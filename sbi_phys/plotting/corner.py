@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from sbi_phys.core.checks import as_matrix
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.numbers import MINUS, format_interval
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.plotting.style import COLOURS, MARKERS, house_style, new_figure
 from sbi_phys.priors import Parameter
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["checked_sets", "corner_figure", "display_ranges", "marginal_density", "mass_levels", "smoothed_density", "truth_values"]
 
-Array = NDArray[np.float64]
 _MAX_DRAWS = 60_000  # more draws do not change a picture, only the wait for it
 _LINES: tuple[dict[str, Any], ...] = (
     {"color": COLOURS["flow"], "linestyle": "solid", "linewidth": 1.0},

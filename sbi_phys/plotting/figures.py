@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from sbi_phys.core.checks import as_array, as_real, require_finite, require_number
 from sbi_phys.core.errors import DataError
+from sbi_phys.core.types import ArrayLike
 from sbi_phys.plotting.corner import checked_sets, corner_figure, display_ranges, marginal_density, truth_values
 from sbi_phys.plotting.style import COLOURS, MARKERS, house_style, new_figure, save_figure
 from sbi_phys.priors import Parameter

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.confidence.coverage_map import CoverageMap
 from sbi_phys.core.errors import DataError
+from sbi_phys.core.types import Array
 from sbi_phys.plotting.style import COLOURS, house_style, new_figure
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["coverage_figure", "limits_figure"]
 
-Array = NDArray[np.float64]
 
 _LEVEL_COLOURS = (COLOURS["flow"], COLOURS["amortised"], COLOURS["truth"], COLOURS["published"])
 _PLANE = 80

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.ratios import Reliability
 from sbi_phys.core.checks import as_array
 from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.plotting.corner import checked_sets, display_ranges, marginal_density, mass_levels, smoothed_density, truth_values
 from sbi_phys.plotting.style import COLOURS, house_style, new_figure
 from sbi_phys.priors import Parameter
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PairRatios", "methods_figure", "ratios_figure"]
 
-Array = NDArray[np.float64]
 
 _LINES: tuple[dict[str, Any], ...] = (
     {"color": COLOURS["flow"], "linestyle": "solid"},

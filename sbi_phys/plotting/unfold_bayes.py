@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.plotting.calibration import BAND, COLOURS, new_axes
 
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from sbi_phys.unfold.omnifold_weights import OmniFold
 
 __all__ = ["spectra"]
-
-Array = NDArray[np.float64]
 
 
 def spectra(result: "BayesianUnfold", ax: "Axes | None" = None) -> "Axes":

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sbi_phys.core.types import Array
 from sbi_phys.plotting.calibration import BAND, COLOURS, new_axes
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from sbi_phys.unfold.tikhonov import Tikhonov, TikhonovScan
 
 __all__ = ["flux", "response", "scan", "spectrum", "stopping"]
-
-Array = NDArray[np.float64]
 
 
 def _edges(edges: Array | None, n: int) -> Array:

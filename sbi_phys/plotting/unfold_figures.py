@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_array
 from sbi_phys.core.errors import DataError
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.plotting.style import COLOURS, house_style, new_figure
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["corrections_figure", "correlations_figure", "flux_figure", "refolded_figure"]
 
-Array = NDArray[np.float64]
 
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#AA3377", "#E69F00", "#56B4E9", "#7F6000", "#6B6B6B")
 _MARKERS = ("D", "o", "s", "^", "v", "P", "X", "*")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.calibration.bands import band_counts
 from sbi_phys.calibration.inputs import ALPHA
+from sbi_phys.core.types import Array
 from sbi_phys.plotting.calibration import BAND, COLOURS
 from sbi_phys.unfold.validate_rows import ONE_SIGMA, TWO_SIGMA
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["closure", "correlation", "coverage", "figures", "pulls", "regularisation", "save", "stress"]
 
-Array = NDArray[np.float64]
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 TRUTH_LINE: dict[str, Any] = {"color": "black", "linewidth": 0.9}

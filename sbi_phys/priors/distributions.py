@@ -19,11 +19,11 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainc, betaincc, betaincinv, gammaln, log_ndtr, ndtr, ndtri
 
 from sbi_phys.core.checks import as_array, as_matrix, require_int
 from sbi_phys.core.errors import DataError, SettingError, SupportError
+from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.priors.parameters import Observable, Parameter
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "standard_normal_log_prob",
 ]
 
-Array = NDArray[np.float64]
 
 # The unbounded coordinate is held within +-8.2, where Phi(u) is still distinct from 0 and 1 in float64:
 # a parameter handed in exactly on an edge of its box maps there instead of to infinity.
@@ -86,7 +85,7 @@ class Prior(ABC):
             raise SettingError(f"rng is {rng!r}; expected a numpy Generator, e.g. sbi_phys.core.rng.rng_for(seed)")
         return self._from_unbounded(rng.standard_normal((n, self.free_dim)))
 
-    def contains(self, theta: ArrayLike) -> NDArray[np.bool_]:
+    def contains(self, theta: ArrayLike) -> Mask:
         """Whether each row of theta (n, dim) lies in the support, edges included -> (n,) bool."""
         return self._contains(as_matrix("theta", theta, self.dim, self.names))
 
@@ -109,7 +108,7 @@ class Prior(ABC):
         u = self.to_unbounded(theta)
         return np.where(self._bounded(), np.clip(u, -_U_SEEN, _U_SEEN), u)
 
-    def _bounded(self) -> NDArray[np.bool_]:
+    def _bounded(self) -> Mask:
         return np.array([math.isfinite(p.low) and math.isfinite(p.high) for p in self.parameters[: self.free_dim]])
 
     def from_unbounded(self, u: ArrayLike) -> Array:
@@ -149,7 +148,7 @@ class Prior(ABC):
         return f"{dict(zip(self.names, row.tolist(), strict=True))}"
 
     @abstractmethod
-    def _contains(self, theta: Array) -> NDArray[np.bool_]: ...
+    def _contains(self, theta: Array) -> Mask: ...
 
     @abstractmethod
     def _log_prob(self, theta: Array) -> Array: ...
@@ -172,7 +171,7 @@ class BoxPrior(Prior):
             if not (math.isfinite(p.low) and math.isfinite(p.high)):
                 raise SettingError(f"{type(self).__name__} parameter {p.name} has range [{p.low}, {p.high}]; expected finite bounds")
 
-    def _contains(self, theta: Array) -> NDArray[np.bool_]:
+    def _contains(self, theta: Array) -> Mask:
         return np.all((theta >= self._low) & (theta <= self._high), axis=1)
 
     def _log_prob(self, theta: Array) -> Array:
@@ -227,7 +226,7 @@ class NormalPrior(Prior):
         """Plain description, with mean and sd."""
         return {**super().to_dict(), "mean": self.mean.tolist(), "sd": self.sd.tolist()}
 
-    def _contains(self, theta: Array) -> NDArray[np.bool_]:
+    def _contains(self, theta: Array) -> Mask:
         return np.ones(theta.shape[0], dtype=bool)
 
     def _log_prob(self, theta: Array) -> Array:
@@ -274,7 +273,7 @@ class DirichletPrior(Prior):
             f"{', '.join(self.names)} = {np.round(row, 6).tolist()} sums to {row.sum():.6g}, expected values >= 0 that sum to 1 within 1e-6"
         )
 
-    def _contains(self, theta: Array) -> NDArray[np.bool_]:
+    def _contains(self, theta: Array) -> Mask:
         return np.all(theta >= 0, axis=1) & (np.abs(theta.sum(axis=1) - 1) < 1e-6)
 
     def _log_prob(self, theta: Array) -> Array:
@@ -322,7 +321,7 @@ class ProductPrior(Prior):
         """Sum over the blocks."""
         return sum(b.free_dim for b in self.blocks)
 
-    def _bounded(self) -> NDArray[np.bool_]:
+    def _bounded(self) -> Mask:
         return np.concatenate([b._bounded() for b in self.blocks])
 
     def to_dict(self) -> dict[str, Any]:
@@ -335,7 +334,7 @@ class ProductPrior(Prior):
     def _explain(self, row: Array) -> str:
         return next(b._explain(part[0]) for b, part in self._split(row[None]) if not b._contains(part)[0])
 
-    def _contains(self, theta: Array) -> NDArray[np.bool_]:
+    def _contains(self, theta: Array) -> Mask:
         return np.logical_and.reduce([b._contains(part) for b, part in self._split(theta)])
 
     def _log_prob(self, theta: Array) -> Array:

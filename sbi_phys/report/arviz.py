@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_real, require_finite
 from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.files import write_aside
+from sbi_phys.core.types import AnyArray, Array, ArrayLike
 from sbi_phys.priors import Parameter
 
 __all__ = [
     "attributes", "chains_to_dict", "group", "groups", "read_netcdf", "spectra_to_inference_data", "to_inference_data", "write_netcdf",
 ]  # fmt: skip
 
-Array = NDArray[np.float64]
 Variables = Mapping[str, ArrayLike]
 _NOTE = "sbi_phys"
 
@@ -142,7 +141,7 @@ def groups(data: Any) -> tuple[str, ...]:
     return tuple(data.groups()) if callable(getattr(data, "groups", None)) else ()
 
 
-def group(data: Any, name: str) -> dict[str, NDArray[Any]]:
+def group(data: Any, name: str) -> dict[str, AnyArray]:
     """One group as {variable: array}, for either version's object.   Raises: DataError."""
     if name not in groups(data):
         raise DataError(f"group {name!r} is missing; expected one of {groups(data)}")

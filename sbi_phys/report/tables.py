@@ -13,11 +13,11 @@ from html import escape
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from sbi_phys.core.checks import as_matrix
 from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.numbers import MINUS, decimals, fixed, format_interval
+from sbi_phys.core.types import ArrayLike
 from sbi_phys.priors import Parameter
 from sbi_phys.report.latex import latex_to_html
 

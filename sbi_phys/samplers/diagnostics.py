@@ -11,15 +11,13 @@ Source: Sokal 1996 and emcee (arXiv:1202.3665) for the window; Vehtari et al. 20
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
 from sbi_phys.core.checks import as_array
 from sbi_phys.core.errors import DataError
+from sbi_phys.core.types import Array, ArrayLike
 
 __all__ = ["autocorrelation_time", "split_r_hat"]
-
-Array = NDArray[np.float64]
 
 
 def _chains(chains: ArrayLike, least: int) -> Array:

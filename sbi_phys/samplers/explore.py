@@ -16,17 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.progress import Task
+from sbi_phys.core.types import Array
 from sbi_phys.priors import standard_normal_log_prob
 from sbi_phys.samplers.importance import effective_size, resample_indices
 from sbi_phys.samplers.moves import Mixture, fit_mixture
 
 __all__ = ["Explored", "MixtureProposal", "explore"]
 
-Array = NDArray[np.float64]
 
 MAX_ROUNDS = 60
 _WANTED = 0.25  # effective size of a round, as a share of its draws

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_array, require_int
 from sbi_phys.core.errors import ConvergenceError, NonFiniteError, ShapeError
+from sbi_phys.core.types import Array, ArrayLike, Integers
 
 __all__ = ["GridPosterior", "grid_posterior"]
 
-Array = NDArray[np.float64]
 _CHUNK = 20_000
 # Cells this many nats below the highest are dropped: generously at first, where a centre may miss a narrow mode by many
 # of its widths; what lies below e^-25 in the end holds less than 1e-8 of the mass.
@@ -92,7 +91,7 @@ def grid_posterior(
     return GridPosterior(centres=centres, width=width, log_density=values - log_evidence, log_evidence=log_evidence, max_cell_mass=largest)
 
 
-def _with_neighbours(index: NDArray[np.int64], shape: NDArray[np.int64]) -> NDArray[np.int64]:
+def _with_neighbours(index: Integers, shape: Integers) -> Integers:
     """Cells (m, d) and those that touch them, each once: the edge of the mass may lie in a neighbour."""
     dim = index.shape[1]
     steps = np.stack(np.meshgrid(*[[-1, 0, 1]] * dim, indexing="ij"), axis=-1).reshape(1, -1, dim)

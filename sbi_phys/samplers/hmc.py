@@ -24,17 +24,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_array, require_choice, require_int, require_number
 from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, ShapeError
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.samplers.diagnostics import autocorrelation_time, split_r_hat
 
 __all__ = ["HMCResult", "LogDensityAndGrad", "run_hmc"]
 
-Array = NDArray[np.float64]
 LogDensityAndGrad = Callable[[Array], tuple[Array, Array]]
 
 R_HAT_MAX = 1.01

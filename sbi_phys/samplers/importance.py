@@ -17,17 +17,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from sbi_phys.core.checks import as_array, require_choice, require_int, require_number
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, Integers
 
 __all__ = ["ImportanceResult", "LogDensity", "Proposal", "effective_size", "importance_sample", "pareto_smooth", "resample_indices"]
 
-Array = NDArray[np.float64]
 LogDensity = Callable[[Array], Array]
 
 
@@ -230,7 +229,7 @@ def _fit_pareto(x: Array) -> tuple[float, float]:
     return (n * k + 5.0) / (n + 10), sigma
 
 
-def resample_indices(weights: Array, n: int, rng: np.random.Generator, *, method: str = "systematic") -> NDArray[np.int64]:
+def resample_indices(weights: Array, n: int, rng: np.random.Generator, *, method: str = "systematic") -> Integers:
     """Indices (n,) drawn in proportion to weights (m,), in random order.
 
     Args: method, 'systematic' (least variance: row i comes floor or ceil of n w_i times) or 'multinomial' (independent draws).

@@ -30,20 +30,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtri
 
 from sbi_phys.core.checks import as_array, require_int, require_number
 from sbi_phys.core.errors import ConvergenceError, DataError, ShapeError
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.samplers.diagnostics import autocorrelation_time, split_r_hat
 from sbi_phys.samplers.moves import Independence, Mixture, default_moves, fit_mixture, in_groups
 from sbi_phys.samplers.start import Checked, LogDensity, spread_start
 
 __all__ = ["MCMCResult", "run_emcee", "spread_start"]
 
-Array = NDArray[np.float64]
 
 LENGTH_IN_TAU = 50
 R_HAT_MAX = 1.01
@@ -70,7 +69,7 @@ class MCMCResult:
     samples: Array
     log_prob: Array
     chains: Array
-    group: NDArray[np.int64]
+    group: Integers
     autocorr_time: Array
     n_effective: float
     acceptance: float

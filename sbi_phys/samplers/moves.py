@@ -26,14 +26,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp
 
 from sbi_phys.core.errors import SettingError
+from sbi_phys.core.types import Array, Integers, Mask
 
 __all__ = ["Independence", "Mixture", "default_moves", "fit_mixture", "in_groups", "snooker_proposal"]
 
-Array = NDArray[np.float64]
 
 _TRIED = (1, 2, 4, 8, 16)  # numbers of components
 _MOST = 8000  # draws that a fit uses: more take longer and no longer help
@@ -166,7 +165,7 @@ def default_moves() -> list[tuple[Any, float]]:
     return [(moves.DEMove(), 0.65), (moves.DEMove(gamma0=1.0), 0.1), (Snooker(), 0.1), (moves.StretchMove(), 0.15)]
 
 
-def in_groups(move: Any, group: NDArray[np.int64]) -> Any:
+def in_groups(move: Any, group: Integers) -> Any:
     """Return an emcee move that works within groups of walkers, group (n_walkers,), and asks for all their densities at once.
 
     Each group is split into halves of its own, and a walker is helped by its own group only, so groups stay independent chains;
@@ -184,7 +183,7 @@ def in_groups(move: Any, group: NDArray[np.int64]) -> Any:
     class InGroups(moves.Move):
         """The move with its halves taken within groups."""
 
-        def propose(self, model: Any, state: Any) -> tuple[Any, NDArray[np.bool_]]:
+        def propose(self, model: Any, state: Any) -> tuple[Any, Mask]:
             """Move the first halves of all groups, then the second ones."""
             accepted = np.zeros(group.size, dtype=bool)
             move.setup(state.coords)
@@ -224,11 +223,11 @@ class Independence:
         log_q = self.mixture.log_prob(np.concatenate([x, moved]))
         return moved, log_q[: x.shape[0]] - log_q[x.shape[0] :]
 
-    def propose(self, model: Any, state: Any) -> tuple[Any, NDArray[np.bool_]]:
+    def propose(self, model: Any, state: Any) -> tuple[Any, Mask]:
         """Move all walkers at once (emcee calls this) -> (state, accepted (n,))."""
         state, accepted = self._rule.propose(model, state)
         self.n_tried, self.n_accepted = self.n_tried + accepted.size, self.n_accepted + int(accepted.sum())
         return state, accepted
 
-    def tune(self, state: Any, accepted: NDArray[np.bool_]) -> None:
+    def tune(self, state: Any, accepted: Mask) -> None:
         """Change nothing: emcee offers every move to learn from its steps, and this one must not."""

@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_array, require_int, require_number
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError
+from sbi_phys.core.types import Array, ArrayLike
 
 __all__ = ["Checked", "LogDensity", "spread_start"]
 
-Array = NDArray[np.float64]
 LogDensity = Callable[[Array], Array]
 
 

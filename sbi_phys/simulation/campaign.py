@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_matrix, require_choice, require_int, require_number
 from sbi_phys.core.errors import DataError, SettingError, ShapeError, SimulatorMismatchError, StoreError
 from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Prior, prior_from_dict
 from sbi_phys.priors.parameters import observables_to_dicts
 from sbi_phys.simulation.dispatch import Campaign, complete
@@ -141,7 +141,7 @@ def _check_prior(simulator: Simulator, prior: Prior | None) -> Prior:
     return prior
 
 
-def _check_rows(prior: Prior, n: int | None, theta: ArrayLike | None) -> tuple[int, NDArray[np.float64] | None]:
+def _check_rows(prior: Prior, n: int | None, theta: ArrayLike | None) -> tuple[int, Array | None]:
     if theta is None:
         if n is None:
             raise SettingError("n is None; expected the number of rows, or theta")
@@ -169,7 +169,7 @@ def _header(
     shard_size: int | None,
     dtype: str,
     layout: Layout | None,
-    given: NDArray[np.float64] | None,
+    given: Array | None,
     folder: Path,
 ) -> Header:
     """Header of the store this call is about; shard size and layout that are not asked for are those of the store that is there."""

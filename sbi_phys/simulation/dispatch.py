@@ -21,11 +21,9 @@ from queue import SimpleQueue
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sbi_phys.core.errors import SettingError, StoreError
 from sbi_phys.core.progress import Progress, Task
+from sbi_phys.core.types import Array
 from sbi_phys.simulation.processes import limit_threads, pickle_simulator, start_pool_worker
 from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.simulation.workers import ShardResult, ShardTask, name_disk, run_shard
@@ -56,7 +54,7 @@ class Campaign:
     folder: Path
     manifest: Manifest
     simulator: Simulator
-    given: NDArray[np.float64] | None
+    given: Array | None
     todo: deque[int]
     n_failed: int = 0
     n_done: int = 0

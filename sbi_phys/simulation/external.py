@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.checks import require_int, require_number
 from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.types import Array
 from sbi_phys.priors import Observable, Parameter, Prior, prior_from_dict
 from sbi_phys.priors.parameters import observables_from_dicts, observables_to_dicts
 from sbi_phys.simulation.processes import event_reason
@@ -32,7 +32,6 @@ from sbi_phys.simulation.protocol import RowsFailedError
 
 __all__ = ["CommandSimulator", "FunctionSimulator"]
 
-Array = NDArray[np.float64]
 
 _STDERR_LINES = 5
 _FIELD = re.compile(r"\{(\w+)(?::([^{}]*))?\}")

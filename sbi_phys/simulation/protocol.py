@@ -9,11 +9,11 @@ import inspect
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.checks import did_you_mean, require_int, require_known
 from sbi_phys.core.errors import SettingError, SimulatorMismatchError
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import AnyArray, Array
 from sbi_phys.priors import Observable, Parameter, Prior
 from sbi_phys.store.identity import class_path, simulator_identity
 
@@ -32,7 +32,7 @@ class RowsFailedError(Exception):
     x: (n, k), whatever it holds in the failed rows. reasons: {row: text}.
     """
 
-    def __init__(self, x: NDArray[Any], reasons: dict[int, str]) -> None:
+    def __init__(self, x: AnyArray, reasons: dict[int, str]) -> None:
         super().__init__(x, reasons)
         self.x, self.reasons = x, reasons
 
@@ -74,7 +74,7 @@ class Simulator(Protocol):
         """Keyword arguments that rebuild the simulator."""
         ...
 
-    def simulate(self, theta: NDArray[np.float64], rng: np.random.Generator) -> NDArray[Any]:
+    def simulate(self, theta: Array, rng: np.random.Generator) -> AnyArray:
         """Draw x (n, k) for theta (n, d); all randomness from `rng`; a failed row may be NaN."""
         ...
 
@@ -111,7 +111,7 @@ def check_simulator(simulator: Simulator, *, n_trial: int = 0, seed: int = 0) ->
         _trial(simulator, n_trial, seed)
 
 
-def check_output(simulator: Simulator, x: Any, n: int) -> NDArray[Any]:
+def check_output(simulator: Simulator, x: Any, n: int) -> AnyArray:
     """Return what `simulate` gave if it is a real (n, k) array, k the sum of the observables' sizes.
 
     Raises: SimulatorMismatchError with got and expected.

@@ -21,9 +21,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.errors import StoreError
+from sbi_phys.core.types import Array
 from sbi_phys.simulation.protocol import RowsFailedError
 from sbi_phys.simulation.sandbox_child import Child
 
@@ -70,7 +70,7 @@ class Sandbox:
         """End the child."""
         self._child.close()
 
-    def simulate(self, theta: NDArray[np.float64], rng: np.random.Generator) -> Any:
+    def simulate(self, theta: Array, rng: np.random.Generator) -> Any:
         """What `simulator.simulate(theta, rng)` returns or raises, computed by the child.
 
         Raises: RowTimeoutError, SandboxDiedError, RowsFailedError (of a simulator with one_event), StoreError (the simulator can
@@ -95,7 +95,7 @@ class Sandbox:
         if self._deaths > 4 * (1 + math.log2(self._rows)):
             raise StoreError(f"{err}, {self._deaths} times in a row; expected a simulator that works for some rows") from err
 
-    def _limit(self, theta: NDArray[np.float64]) -> float | None:
+    def _limit(self, theta: Array) -> float | None:
         """Seconds that a call may take; where the pace is not known yet, single rows are tried first."""
         if self._timeout is None or len(theta) == 1:
             return self._timeout
@@ -106,7 +106,7 @@ class Sandbox:
                 self._call(row[None], np.random.default_rng(0), self._timeout)
         return self._timeout * len(theta) if self._pace is None else self._timeout + _PATIENCE * len(theta) * self._pace
 
-    def _call(self, theta: NDArray[np.float64], rng: np.random.Generator, limit: float | None) -> Any:
+    def _call(self, theta: Array, rng: np.random.Generator, limit: float | None) -> Any:
         pipe, begin = self._child.pipe(), time.perf_counter()
         try:
             pipe.send((theta, rng, 0))
@@ -120,7 +120,7 @@ class Sandbox:
         self._pace = pace if self._pace is None else min(self._pace, pace)
         return answer
 
-    def _events(self, theta: NDArray[np.float64], rng: np.random.Generator, columns: int) -> NDArray[np.float64]:
+    def _events(self, theta: Array, rng: np.random.Generator, columns: int) -> Array:
         """Rows one at a time; after a death or a hang the next child goes on where the last one stopped."""
         x = np.full((len(theta), columns), np.nan)
         reasons: dict[int, str] = {}

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from sbi_phys.core.errors import DataError, StoreError
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import AnyArray, Array, Mask
 from sbi_phys.priors import prior_from_dict
 from sbi_phys.simulation.processes import limit_threads_for_good, unpickle_simulator
 from sbi_phys.simulation.protocol import RowsFailedError, Simulator, check_output
@@ -59,7 +60,7 @@ class ShardTask:
     rows: int
     header: Header
     simulator: Simulator | bytes
-    theta: NDArray[np.float64] | None
+    theta: Array | None
     only: bool
     isolate: bool = False
     timeout: float | None = None
@@ -135,9 +136,7 @@ def name_disk(err: StoreError, path: Path) -> StoreError:
     return StoreError(f"{what}, {usage.free / 1e6:.1f} of {usage.total / 1e6:.1f} MB free: {err}")
 
 
-def make_rows(
-    simulator: Simulator, theta: NDArray[np.float64], header: Header, *key: int | str, call: Callable[..., Any] | None = None
-) -> ShardData:
+def make_rows(simulator: Simulator, theta: Array, header: Header, *key: int | str, call: Callable[..., Any] | None = None) -> ShardData:
     """Simulate theta (n, d) -> rows with their status; a call that raises is divided until the rows at fault are alone.
 
     A simulator that knows which of its rows failed raises RowsFailedError with the others: nothing is simulated twice then.
@@ -212,7 +211,7 @@ def close_sandboxes() -> None:
         _SANDBOXES.popitem()[1][2].close()
 
 
-def _as_stored(simulator: Simulator, x: NDArray[Any], dtype: str) -> NDArray[np.floating]:
+def _as_stored(simulator: Simulator, x: AnyArray, dtype: str) -> NDArray[np.floating]:
     """Cast x to the dtype of the store, refusing what it can not hold.   Raises: DataError."""
     if x.dtype == dtype:
         return x
@@ -240,7 +239,7 @@ def _reason(err: BaseException) -> str:
     return _ADDRESS.sub("0x...", f"{type(err).__name__}: {err}")
 
 
-def _non_finite_reason(simulator: Simulator, finite: NDArray[np.bool_], x: NDArray[np.floating]) -> str:
+def _non_finite_reason(simulator: Simulator, finite: Mask, x: NDArray[np.floating]) -> str:
     bad = np.flatnonzero(~finite)
     return f"non-finite x in {bad.size} of {finite.size} columns, first {x[bad[0]]} in {_column_name(simulator, int(bad[0]))}"
 

@@ -27,9 +27,9 @@ from typing import Any, BinaryIO, Self
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.errors import StoreError
+from sbi_phys.core.types import AnyArray
 from sbi_phys.store.layout import hdf5_type
 
 try:
@@ -119,13 +119,13 @@ def read_attributes(file: h5py.File) -> dict[str, Any]:
     return values
 
 
-def array_checksum(array: NDArray[Any], name: str = "", crc: int = 0) -> int:
+def array_checksum(array: AnyArray, name: str = "", crc: int = 0) -> int:
     """CRC-32 over name, shape, dtype and bytes of an array."""
     array = np.ascontiguousarray(array)
     return crc32(array.view(np.uint8).data if array.size else b"", array_seed(array, name, crc))
 
 
-def array_seed(array: NDArray[Any], name: str = "", crc: int = 0) -> int:
+def array_seed(array: AnyArray, name: str = "", crc: int = 0) -> int:
     """CRC-32 over name, shape and dtype of an array, with which that over its bytes begins."""
     return crc32(f"{name} {array.shape} {array.dtype.str}".encode(), crc)
 
@@ -140,7 +140,7 @@ def header_checksum(attributes: Mapping[str, Any]) -> str:
     return text_checksum(to_json({name: plain(value) for name, value in attributes.items() if name != "checksum"}))
 
 
-def legacy_checksum(attributes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
+def legacy_checksum(attributes: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -> str:
     """Checksum of schema 1: one CRC-32 over all attributes and then all arrays."""
     text = to_json({name: plain(value) for name, value in attributes.items() if name != "checksum"})
     crc = crc32(text.encode())

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.checks import require_choice, require_int, require_known
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
 from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.types import AnyArray
 from sbi_phys.priors import Observable, Prior
 from sbi_phys.priors.parameters import observables_to_dicts
 from sbi_phys.store.layout import Layout, Ragged, columns_of
@@ -146,7 +146,7 @@ def _rows(
     return ShardData(theta, x, status, reasons, sets)
 
 
-def _block(where: str, name: str, size: int, keys: Sequence[str], chunk: Mapping[str, Column]) -> NDArray[Any]:
+def _block(where: str, name: str, size: int, keys: Sequence[str], chunk: Mapping[str, Column]) -> AnyArray:
     """Columns (rows, size) of one parameter or observable; arrays of higher rank are flattened."""
     parts = []
     for key in keys:

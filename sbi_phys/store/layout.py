@@ -19,10 +19,10 @@ from typing import Any, Self
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.checks import require_choice, require_int, require_known
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.types import AnyArray, Integers
 
 __all__ = ["DTYPES", "Layout", "Ragged", "add_dataset", "add_virtual_x", "columns_of", "hdf5_type", "split_x"]
 
@@ -39,8 +39,8 @@ class Ragged:
     Raises: ShapeError, DataError where offsets (n + 1,) do not begin with 0, fall, or end elsewhere than at m.
     """
 
-    values: NDArray[Any]
-    offsets: NDArray[np.int64]
+    values: AnyArray
+    offsets: Integers
 
     def __post_init__(self) -> None:
         """Check that offsets fit the values."""
@@ -56,17 +56,17 @@ class Ragged:
     def __len__(self) -> int:
         return self.offsets.size - 1
 
-    def row(self, i: int) -> NDArray[Any]:
+    def row(self, i: int) -> AnyArray:
         """Members of row i (m_i, c)."""
         return self.values[self.offsets[i] : self.offsets[i + 1]]
 
-    def take(self, rows: NDArray[Any]) -> "Ragged":
+    def take(self, rows: AnyArray) -> "Ragged":
         """Sets of the given rows, in that order."""
         parts = [self.row(int(i)) for i in rows]
         return Ragged.of(parts) if parts else Ragged(self.values[:0], np.zeros(1, dtype=np.int64))
 
     @classmethod
-    def of(cls, sets: Sequence[NDArray[Any]]) -> Self:
+    def of(cls, sets: Sequence[AnyArray]) -> Self:
         """From a list of arrays (m_i, c), one a row.   Raises: DataError for an empty list."""
         if not len(sets):
             raise DataError("a ragged set has no rows; expected at least one")
@@ -141,7 +141,7 @@ def columns_of(observables: Sequence[Mapping[str, Any]]) -> dict[str, slice]:
     return {str(o["name"]): slice(a, b) for o, a, b in zip(observables, ends[:-1], ends[1:], strict=True)}
 
 
-def split_x(layout: Layout, observables: Sequence[Mapping[str, Any]], x: NDArray[Any]) -> dict[str, NDArray[Any]]:
+def split_x(layout: Layout, observables: Sequence[Mapping[str, Any]], x: AnyArray) -> dict[str, AnyArray]:
     """Datasets that x (n, k) is stored in: 'x' alone, or 'x_0', 'x_1', ... where observables have dtypes of their own.
 
     Raises: DataError where a finite number does not fit into the narrower dtype, or a whole count would change.
@@ -171,7 +171,7 @@ def hdf5_type(dtype: str) -> h5py.h5t.TypeID:
     return h5py.h5t.py_create(np.dtype(dtype), logical=True)
 
 
-def add_dataset(file: h5py.h5f.FileID, name: str, array: NDArray[Any], layout: Layout) -> int | None:
+def add_dataset(file: h5py.h5f.FileID, name: str, array: AnyArray, layout: Layout) -> int | None:
     """Create one dataset: contiguous, or in chunks of whole rows where the layout compresses.
 
     Returns: the byte of the file at which its values begin, None where they are not one run of bytes.
@@ -198,7 +198,7 @@ def add_dataset(file: h5py.h5f.FileID, name: str, array: NDArray[Any], layout: L
     return None if chunked else made.get_offset()
 
 
-def add_virtual_x(file: h5py.h5f.FileID, blocks: Mapping[str, NDArray[Any]], dtype: Any) -> None:
+def add_virtual_x(file: h5py.h5f.FileID, blocks: Mapping[str, AnyArray], dtype: Any) -> None:
     """Create `x` as a virtual dataset (n, k) over the blocks of columns in the same file."""
     rows, columns = next(iter(blocks.values())).shape[0], sum(b.shape[1] for b in blocks.values())
     plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.errors import SettingError, StoreError
+from sbi_phys.core.types import Array
 from sbi_phys.store.encoding import read_label
 from sbi_phys.store.locks import array_jobs
 from sbi_phys.store.manifest import MANIFEST, Manifest, list_shards, read_manifest, write_manifest
@@ -75,7 +75,7 @@ def existing_header(folder: Path) -> Header | None:
         return read_facts(file, path)[0]
 
 
-def plan_store(folder: Path, header: Header, n: int, given: NDArray[np.float64] | None, shards: range | str | int | None = None) -> Plan:
+def plan_store(folder: Path, header: Header, n: int, given: Array | None, shards: range | str | int | None = None) -> Plan:
     """Compare what is in the folder with what is asked for, and write the manifest.
 
     Raises: StoreError for a shard of other settings, or one that can not be read; SettingError for a wrong range.
@@ -119,7 +119,7 @@ def _require_joinable(folder: Path, before: Manifest, n: int, sha256: str) -> No
         )
 
 
-def _rows_there(path: Path, header: Header, digest: str, index: int, given: NDArray[np.float64] | None) -> int:
+def _rows_there(path: Path, header: Header, digest: str, index: int, given: Array | None) -> int:
     """Return the rows of a shard in the folder, once it is sure that it belongs there.   Raises: StoreError."""
     label = read_label(path)
     if given is None and label is not None and (label.header, label.shard) == (digest, index) and label.rows <= header.shard_size:

@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import DataError, SettingError, ShapeError, SimulatorMismatchError, SupportError
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.priors import Prior
 from sbi_phys.store.shards import open_shard, shard_name
 from sbi_phys.store.store import Store
 
 __all__ = ["ReweightWarning", "Reweighted", "reweight"]
 
-Array = NDArray[np.float64]
 LogDensity = Callable[[Array], ArrayLike]
 _PROBES = 20_000
 _RANDOM = ("prior", "merged", "split")
@@ -55,7 +54,7 @@ class Reweighted:
         """ess / n."""
         return self.ess / self.weights.size
 
-    def resample(self, n: int, seed: int) -> NDArray[np.int64]:
+    def resample(self, n: int, seed: int) -> Integers:
         """Row numbers (n,) drawn in proportion to the weights, with replacement: rows of the new population.   Raises: SettingError."""
         p = self.weights / self.weights.sum()
         return rng_for(seed, "resample").choice(p.size, require_int("n", n, low=1), p=p)

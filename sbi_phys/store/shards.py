@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from sbi_phys.core.errors import StoreError
 from sbi_phys.core.provenance import git_commit, package_version
+from sbi_phys.core.types import AnyArray, Array
 from sbi_phys.store.encoding import (
     MOST_RANGES,
     Label,
@@ -141,7 +142,7 @@ class Header:
 class ShardData:
     """Rows of one shard: theta (n, d), x (n, k), status (n,), the reasons of the failed rows, by row, and ragged sets by name."""
 
-    theta: NDArray[np.float64]
+    theta: Array
     x: NDArray[np.floating]
     status: NDArray[np.uint8]
     reasons: dict[int, str]
@@ -176,7 +177,7 @@ def write_shard(path: Path, header: Header, index: int, data: ShardData) -> None
 
 
 def _write_content(
-    sink: Sink, block: int, arrays: dict[str, NDArray[Any]], layout: Layout, attributes: dict[str, Any], virtual: str
+    sink: Sink, block: int, arrays: dict[str, AnyArray], layout: Layout, attributes: dict[str, Any], virtual: str
 ) -> dict[str, int]:
     """Write the HDF5 content behind the label's block; return where the values of each dataset begin that are one run of bytes.
 
@@ -320,7 +321,7 @@ def require_place(facts: dict[str, Any], index: int, rows: int, path: Path) -> N
         raise StoreError(f"{path} holds shard {facts['shard']} with {facts['rows']} rows; expected shard {index} with {rows} rows")
 
 
-def _stored(header: Header, layout: Layout, data: ShardData) -> tuple[dict[str, NDArray[Any]], bool]:
+def _stored(header: Header, layout: Layout, data: ShardData) -> tuple[dict[str, AnyArray], bool]:
     """Datasets of a shard by name, as they are written; whether x lies in several."""
     failed = np.flatnonzero(data.status)
     encoded = [_shorten(data.reasons[int(row)]) for row in failed]
@@ -341,7 +342,7 @@ def _stored(header: Header, layout: Layout, data: ShardData) -> tuple[dict[str, 
     return arrays, len(x) > 1 or "x" not in x
 
 
-def _attributes(header: Header, index: int, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
+def _attributes(header: Header, index: int, arrays: dict[str, AnyArray]) -> dict[str, Any]:
     shared, words = _shared(to_json(header.plain()))
     own = {
         "shard": index,

@@ -8,16 +8,16 @@ from typing import Any
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.checks import did_you_mean
 from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.types import AnyArray
 from sbi_phys.store.layout import Ragged
 
 __all__ = ["CHUNK", "SUFFIXES", "Column", "read_chunks"]
 
 CHUNK = 65536
-Column = NDArray[Any] | Ragged
+Column = AnyArray | Ragged
 SUFFIXES = (".npz", ".npy", ".csv", ".h5", ".hdf5", ".root")
 
 
@@ -133,6 +133,6 @@ def _root(path: Path, keys: Sequence[str], tree: str | None, rows: int) -> Itera
             yield {key: _ragged(column) if column.dtype == object else column for key, column in chunk.items()}
 
 
-def _ragged(rows: NDArray[Any]) -> Ragged:
+def _ragged(rows: AnyArray) -> Ragged:
     # without -1: a row without members has no size to take the number of columns from
     return Ragged.of([(a := np.asarray(row)).reshape(len(a), math.prod(a.shape[1:])) for row in rows])

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from sbi_phys.core.checks import require_known
 from sbi_phys.core.errors import DataError, SimulatorMismatchError, StoreError
 from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.types import AnyArray, Array, ArrayLike
 from sbi_phys.priors import Observable, Parameter, Prior, prior_from_dict
 from sbi_phys.priors.parameters import observables_from_dicts, observables_to_dicts
 from sbi_phys.store.identity import simulator_identity
@@ -173,7 +174,7 @@ class Store:
 
     def read(
         self, columns: Sequence[str] | None = None, *, valid_only: bool = True, partial: bool = False
-    ) -> tuple[NDArray[np.float64], NDArray[np.floating]]:
+    ) -> tuple[Array, NDArray[np.floating]]:
         """Return theta (n, d) in the parameters' units and x (n, k), row by row in the order of simulation.
 
         Args: columns, names of observables in the order wanted, all by default; valid_only=False keeps failed rows too
@@ -195,9 +196,7 @@ class Store:
             raise DataError(f"{self.path} has no {'valid ' if valid_only else ''}rows ({n} on disk); expected at least one")
         return theta[:start], x[:start]
 
-    def shards(
-        self, *, valid_only: bool = False, partial: bool = False
-    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.floating], NDArray[np.uint8]]]:
+    def shards(self, *, valid_only: bool = False, partial: bool = False) -> Iterator[tuple[Array, NDArray[np.floating], NDArray[np.uint8]]]:
         """Iterate over (theta, x, status) one shard at a time, in order; arguments as in `read`.
 
         Raises: StoreError for a missing shard, and for one of another store.
@@ -206,7 +205,7 @@ class Store:
 
     def _parts(
         self, valid_only: bool, partial: bool, present: list[int] | None
-    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.floating], NDArray[np.uint8]]]:
+    ) -> Iterator[tuple[Array, NDArray[np.floating], NDArray[np.uint8]]]:
         for _, data in self._data(partial, present=present):
             ok = data.status == 0
             if valid_only and not ok.all():
@@ -240,7 +239,7 @@ class Store:
         """
         return tuple(Store(p) for p in split_store(self.path, paths, fractions, seed=seed, progress=progress))
 
-    def observable(self, name: str, *, valid_only: bool = True, partial: bool = False) -> NDArray[Any]:
+    def observable(self, name: str, *, valid_only: bool = True, partial: bool = False) -> AnyArray:
         """One observable of all rows in its own shape, (n, *shape): (n, size) unless the layout gives it another.
 
         Raises: SettingError for an unknown name, StoreError, DataError.

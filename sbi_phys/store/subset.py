@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from sbi_phys.core.checks import require_known, require_number
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.store.manifest import Manifest, read_manifest
 from sbi_phys.store.writer import StoreWriter, read_shard, require_complete, take_rows
 
 __all__ = ["split_store", "subset_store"]
-
-Array = NDArray[np.float64]
 
 
 def subset_store(
@@ -81,7 +80,7 @@ def _write_parts(
     paths: Sequence[str | os.PathLike[str]],
     origins: Sequence[dict[str, Any]],
     part: NDArray[np.int8],
-    inside: Callable[[Array], NDArray[np.bool_]],
+    inside: Callable[[Array], Mask],
     progress: Progress | None,
 ) -> None:
     """Read every shard that is needed once, and give each row to the store that `part` names (-1: to none)."""
@@ -111,7 +110,7 @@ def _theta(before: str, kind: str, origin: Mapping[str, Any]) -> str:
     return "split" if random else "subset"
 
 
-def _mask(rows: ArrayLike, n: int) -> NDArray[np.bool_]:
+def _mask(rows: ArrayLike, n: int) -> Mask:
     array = np.asarray(rows)
     if array.dtype == bool:
         if array.shape != (n,):
@@ -128,7 +127,7 @@ def _mask(rows: ArrayLike, n: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _ranges(manifest: Manifest, where: Mapping[str, tuple[float, float]]) -> Callable[[Array], NDArray[np.bool_]]:
+def _ranges(manifest: Manifest, where: Mapping[str, tuple[float, float]]) -> Callable[[Array], Mask]:
     names = [p["name"] for p in manifest.header.parameters]
     require_known("where", where, names)
     bounds = []
@@ -137,7 +136,7 @@ def _ranges(manifest: Manifest, where: Mapping[str, tuple[float, float]]) -> Cal
             raise SettingError(f"where[{name!r}] is {ends!r}; expected (low, high)")
         bounds.append((names.index(name), float(ends[0]), float(ends[1])))
 
-    def inside(theta: Array) -> NDArray[np.bool_]:
+    def inside(theta: Array) -> Mask:
         ok = np.ones(len(theta), dtype=bool)
         for column, low, high in bounds:
             ok &= (theta[:, column] >= low) & (theta[:, column] <= high)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import DataError
+from sbi_phys.core.types import Array, Mask
 from sbi_phys.priors import Prior
 from sbi_phys.priors.parameters import observables_to_dicts
 from sbi_phys.simulation.processes import pickle_simulator, start_worker, unpickle_simulator
@@ -37,7 +38,7 @@ __all__ = ["OnlineBatches", "default_workers"]
 _CHUNK = 2048  # rows a worker makes at once
 _PILOT = "pilot"
 _CPU = torch.device("cpu")
-Rows = tuple[NDArray[np.float64], NDArray[np.floating]]
+Rows = tuple[Array, NDArray[np.floating]]
 
 
 class OnlineBatches:
@@ -140,7 +141,7 @@ class OnlineBatches:
     def _submit(self, epoch: int | str, chunk: int, rows: int = _CHUNK) -> "Future[Any]":
         return self._pool.submit(_make_chunk, self._source, self._header, epoch, chunk, rows)
 
-    def _good(self, made: tuple[NDArray[np.float64], NDArray[np.floating], NDArray[np.bool_], str]) -> Rows:
+    def _good(self, made: tuple[Array, NDArray[np.floating], Mask, str]) -> Rows:
         theta, x, good, reason = made
         if not good.all():
             self.n_failed += int((~good).sum())
@@ -167,7 +168,7 @@ class OnlineBatches:
 
 def _make_chunk(
     source: Simulator | bytes, header: Header, epoch: int | str, chunk: int, rows: int
-) -> tuple[NDArray[np.float64], NDArray[np.floating], NDArray[np.bool_], str]:
+) -> tuple[Array, NDArray[np.floating], Mask, str]:
     """Simulate one chunk, in a worker: theta, x, which rows are good, and the reason of the first that is not."""
     from sbi_phys.core.rng import rng_for
     from sbi_phys.priors import prior_from_dict

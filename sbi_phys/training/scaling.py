@@ -20,6 +20,7 @@ from torch import Tensor
 from sbi_phys.core.checks import as_real, require_choice, require_finite, require_int, require_number, require_same_rows
 from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, Integers, Mask
 from sbi_phys.priors import Observable, Prior
 
 __all__ = ["XScaler", "prepare_simulations", "split_rows"]
@@ -35,12 +36,12 @@ class XScaler:
     """
 
     shape: tuple[int, ...]
-    counts: NDArray[np.bool_]
-    mean: NDArray[np.float64]
-    scale: NDArray[np.float64]
+    counts: Mask
+    mean: Array
+    scale: Array
 
     @classmethod
-    def fit(cls, x: NDArray[np.floating], counts: NDArray[np.bool_], *, chunk: int = 65536) -> Self:
+    def fit(cls, x: NDArray[np.floating], counts: Mask, *, chunk: int = 65536) -> Self:
         """Mean and scale of x (n, ...) after the root, in one pass over chunks of rows."""
         n, shape = x.shape[0], x.shape[1:]
         blank = cls(shape, counts, np.zeros(shape), np.ones(shape))
@@ -61,7 +62,7 @@ class XScaler:
         """X (n, ...) -> float32 tensor of the same shape."""
         return torch.from_numpy(((self.stabilise(x) - self.mean) / self.scale).astype(np.float32))
 
-    def check(self, name: str, x: Any) -> tuple[NDArray[np.float64], bool]:
+    def check(self, name: str, x: Any) -> tuple[Array, bool]:
         """Return x as (n, ...) and whether a single observation was passed.
 
         Raises: ShapeError, NonFiniteError, DataError for negative counts.
@@ -78,7 +79,7 @@ class XScaler:
             raise DataError(f"{name} has negative values where the training data are counts; expected counts >= 0")
         return array, single
 
-    def stabilise(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
+    def stabilise(self, x: NDArray[np.floating]) -> Array:
         """X (n, ...) with Anscombe's root on the count columns, not yet standardised."""
         y = np.asarray(x, dtype=np.float64)
         if not self.counts.any():
@@ -107,7 +108,7 @@ def _are_padded_sets(x: NDArray[np.floating]) -> bool:
     return not any((x[:, :, j][~real] != 0).any() for j in range(x.shape[2] - 1))
 
 
-def _moments_of_events(mean: NDArray[np.float64], variance: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments_of_events(mean: Array, variance: Array) -> tuple[Array, Array]:
     """Mean and scale (n_max, k + 1), the same for each slot, from those of the columns: empty slots add nothing to either sum."""
     events = mean[:, -1].sum()  # a set, on average
     centre = mean[:, :-1].sum(axis=0) / events
@@ -116,7 +117,7 @@ def _moments_of_events(mean: NDArray[np.float64], variance: NDArray[np.float64])
     return np.broadcast_to(np.append(centre, 0.0), mean.shape).copy(), np.broadcast_to(np.append(sd, 1.0), mean.shape).copy()
 
 
-def prepare_simulations(prior: Prior, theta: Any, x: Any) -> tuple[NDArray[np.float64], NDArray[np.floating]]:
+def prepare_simulations(prior: Prior, theta: Any, x: Any) -> tuple[Array, NDArray[np.floating]]:
     """Check a training set: theta (n, d) in the prior's support, x (n, ...), both finite, equal rows.
 
     Returns the whitened parameters u (n, free_dim) and x.   Raises: ShapeError, NonFiniteError, DataError, SupportError.
@@ -139,7 +140,7 @@ def prepare_simulations(prior: Prior, theta: Any, x: Any) -> tuple[NDArray[np.fl
     return prior.to_unbounded(theta), data
 
 
-def count_columns(x: NDArray[np.floating], transform: str, observables: Sequence[Observable] | None) -> NDArray[np.bool_]:
+def count_columns(x: NDArray[np.floating], transform: str, observables: Sequence[Observable] | None) -> Mask:
     """Mask, of x's row shape, of the columns that hold counts: as the observables say, else as the values look.
 
     With 'auto' and no observables, x is counts if every value is a whole number >= 0 and some exceed 1.
@@ -157,7 +158,7 @@ def count_columns(x: NDArray[np.floating], transform: str, observables: Sequence
     return np.full(shape, whole)
 
 
-def split_rows(n: int, validation_fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_rows(n: int, validation_fraction: float, seed: int) -> tuple[Integers, Integers]:
     """Row numbers (training, validation) of a seeded split; at least one row each.   Raises: DataError for n < 2."""
     require_int("n", n, low=0)
     require_number("validation_fraction", validation_fraction, low=0, high=1, open_low=True, open_high=True)

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from sbi_phys.core.checks import require_number
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Integers, Mask
 from sbi_phys.training.stream_rows import CELL, Shard, Split
 
 __all__ = ["Piece", "Plan", "require_shards", "rows_at_rates"]
 
-Ints = NDArray[np.int64]
+Ints = Integers
 Piece = tuple[int, int, int]  # block, low, high
 
 
@@ -99,7 +100,7 @@ class Plan:
         self.rows = np.array([b - a for _, a, b in cuts], dtype=np.int64)
         self.training = np.array([np.count_nonzero(self.training_mask(b)) for b in range(len(cuts))], dtype=np.int64)
 
-    def training_mask(self, block: int) -> NDArray[np.bool_]:
+    def training_mask(self, block: int) -> Mask:
         """Which rows of a block are for training."""
         i, start, stop = self.blocks[block]
         skip = start % 8

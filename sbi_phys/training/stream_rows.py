@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, SimulatorMismatchError, StoreError, SupportError
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, Integers, Mask
 from sbi_phys.priors import Observable, Prior
 from sbi_phys.store.shards import Header, open_shard, read_facts, require_place, shard_name
 from sbi_phys.store.store import Manifest, Store, list_shards, read_manifest
@@ -37,7 +38,6 @@ __all__ = [
     "typical_row",
 ]
 
-Array = NDArray[np.float64]
 # Rows that share one draw of validation rows. Fixed: the split must not follow from how much memory there is.
 CELL = 4096
 
@@ -128,12 +128,12 @@ def inspect_shard(shard: Shard, header: Header) -> Shard:
     return replace(shard, n_ok=shard.rows - failed, checksum=str(facts["checksum"]))
 
 
-def _file_row(failed: NDArray[np.int64], row: int) -> int:
+def _file_row(failed: Integers, row: int) -> int:
     """Row of the file that holds good row `row`, given the sorted failed ones."""
     return row + int(np.searchsorted(failed - np.arange(failed.size), row, side="right"))
 
 
-def _read_good(shard: Shard, start: int, stop: int) -> tuple[Array, NDArray[np.floating], NDArray[np.int64]]:
+def _read_good(shard: Shard, start: int, stop: int) -> tuple[Array, NDArray[np.floating], Integers]:
     """Theta and x of good rows start to stop, and the numbers of the failed rows of the shard.   Raises: StoreError."""
     shard.require_unchanged()
     with open_shard(shard.path) as file:
@@ -170,7 +170,7 @@ class RowTransform:
     """Map of one row (theta, x) to float32 (u | g(x) - shift); `width` columns, the first `dim_u` of which are u."""
 
     prior: Prior
-    counts: NDArray[np.bool_]
+    counts: Mask
     shift: Array
 
     @property
@@ -275,7 +275,7 @@ class Split:
         store = self._shards[i].store
         return self.n_validation[store] * (self._first[i] + row) // self.n_good[store]
 
-    def training(self, i: int, start: int, stop: int) -> NDArray[np.bool_]:
+    def training(self, i: int, start: int, stop: int) -> Mask:
         """Which of the good rows start to stop of shard number i of the list are for training."""
         shard = self._shards[i]
         mask = np.ones(stop - start, dtype=bool)
@@ -308,5 +308,5 @@ class Moments:
         return XScaler((transform.counts.size,), transform.counts, mean, np.where(scale > 0, scale, 1.0))
 
 
-def _blank(counts: NDArray[np.bool_]) -> XScaler:
+def _blank(counts: Mask) -> XScaler:
     return XScaler((counts.size,), counts, np.zeros(counts.size), np.ones(counts.size))

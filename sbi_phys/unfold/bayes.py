@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtrc, xlogy
 
 from sbi_phys.core.checks import require_choice, require_int, require_number
@@ -29,6 +28,7 @@ from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.unfold.bayes_sampler import Mixture, run_chains
 from sbi_phys.unfold.histograms import counts_of, to_hist
 from sbi_phys.unfold.ibu_steps import bayes_step, scaled_prior
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BayesianUnfold", "bayesian_unfold", "default_reference"]
 
-Array = NDArray[np.float64]
 
 PRIORS = ("smooth", "flat")
 METHODS = ("hmc", "emcee")

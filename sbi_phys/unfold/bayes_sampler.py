@@ -21,17 +21,15 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.errors import ConvergenceError
 from sbi_phys.core.progress import Task
+from sbi_phys.core.types import Array, Integers
 from sbi_phys.samplers.diagnostics import autocorrelation_time, split_r_hat
 from sbi_phys.unfold.spectrum_posterior import Laplace, LogPosterior
 
 __all__ = ["Chains", "Mixture", "run_chains"]
 
-Array = NDArray[np.float64]
-Index = NDArray[np.int64]
 
 N_CELLS = 36  # of the grid in log sigma: a third of a unit each
 N_CHAINS = 16
@@ -73,7 +71,7 @@ class Mixture:
         """The cell of largest evidence."""
         return self.cells[int(np.argmax([c.log_evidence for c in self.cells]))]
 
-    def cell(self, log_sigma: Array) -> Index:
+    def cell(self, log_sigma: Array) -> Integers:
         """Index of the cell of each log sigma (c,)."""
         return np.clip(np.searchsorted(self.edges, log_sigma, side="right") - 1, 0, len(self.cells) - 1)
 

@@ -25,19 +25,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import SettingError
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array
 from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
 from sbi_phys.training.loop import TrainConfig, fit
 
 __all__ = ["RatioEstimator", "RatioFit", "RatioNet", "ratio_loss"]
 
-Array = NDArray[np.float64]
 
 LOGIT_LIMIT = 10.0  # a ratio beyond e^10 says "no overlap", not how little
 _ROWS = 65536

@@ -27,7 +27,6 @@ from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from sbi_phys.core.checks import require_int
@@ -35,6 +34,7 @@ from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
+from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import PosteriorNet, log_prob_nets, sample_net
@@ -44,7 +44,6 @@ from sbi_phys.unfold.omnifold_inputs import MIN_EVENTS, as_columns, as_mask, as_
 
 __all__ = ["FlowUnfolder", "UnfoldIteration"]
 
-Array = NDArray[np.float64]
 
 _ROWS = 32768  # draws decoded at a time: bounds the memory
 
@@ -191,7 +190,7 @@ class FlowUnfolder:
         r: Array,
         w: Array,
         t_all: Array,
-        keep: NDArray[np.bool_],
+        keep: Mask,
         data: Array,
         counts: Array,
         n_iterations: int,

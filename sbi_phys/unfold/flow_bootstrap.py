@@ -2,12 +2,12 @@
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.training.loop import TrainConfig
@@ -16,8 +16,6 @@ from sbi_phys.unfold.omnifold_inputs import as_columns, as_weights
 from sbi_phys.unfold.replicas import SOURCES, WeightReplicas
 
 __all__ = ["bootstrap_flow"]
-
-Array = NDArray[np.float64]
 
 
 def bootstrap_flow(

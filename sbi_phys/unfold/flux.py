@@ -10,11 +10,11 @@ Source: Pierre Auger Collaboration 2020, Phys. Rev. D 102, 062005, arXiv:2008.06
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
+
+from sbi_phys.core.types import Array
 
 __all__ = ["LG_E0", "bin_integral", "broken_power_law", "parameter_names"]
 
-Array = NDArray[np.float64]
 Flux = Callable[[Array, Array], Array]
 
 LG_E0 = 18.5

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtrc
 
 from sbi_phys.core.checks import as_array, require_int, require_number
 from sbi_phys.core.errors import ConvergenceError, SbiPhysError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.unfold.flux import LG_E0, bin_integral, broken_power_law, parameter_names
 from sbi_phys.unfold.histograms import counts_of, to_hist
 from sbi_phys.unfold.inputs import check_counts
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ForwardFold", "forward_fold"]
 
-Array = NDArray[np.float64]
 Flux = Callable[[Array, Array], Array]
 
 

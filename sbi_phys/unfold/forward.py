@@ -24,7 +24,6 @@ from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, ndtr
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
+from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import PosteriorNet, encode_net, log_prob_nets, sample_net
@@ -45,7 +45,6 @@ from sbi_phys.unfold.response import Response
 
 __all__ = ["ForwardUnfolder"]
 
-Array = NDArray[np.float64]
 Density = Callable[[Array, Array], ArrayLike]
 
 MAX_PAIRS = 30_000_000  # of data and truth points: 240 MB
@@ -137,7 +136,7 @@ class ForwardUnfolder:
         valid, train = ([a[part.to(self.device)] for a in rows] for part in (order[:n_valid], order[n_valid:]))
         return min(record.valid for record in fit(weighted_loss, net, train, valid, config, seed=seed))
 
-    def _learn_acceptance(self, t: Array, seen: NDArray[np.bool_], own: Array) -> RatioEstimator | None:
+    def _learn_acceptance(self, t: Array, seen: Mask, own: Array) -> RatioEstimator | None:
         if own[~seen].sum() == 0:
             return None
         ratio = RatioEstimator(t.shape[1], seed=seed_for(self.seed, "acceptance"), n_ensemble=self.n_ensemble, device=self.device)

@@ -23,19 +23,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_array, as_real, require_finite, require_int
 from sbi_phys.core.errors import ConvergenceError, DataError, SbiPhysError, SettingError, ShapeError
 from sbi_phys.core.progress import Task
 from sbi_phys.core.rng import seed_for
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.unfold.histograms import to_hist
 from sbi_phys.unfold.inputs import check_edges
 from sbi_phys.unfold.omnifold_inputs import as_columns
 
 __all__ = ["DensityFit", "Kernel", "UnfoldedTruth", "fit_weights", "minimise_density", "points_of"]
 
-Array = NDArray[np.float64]
 Density = Callable[[Array, Array], ArrayLike]
 
 MOST, FOLDS, PATIENCE = 1000, 5, 1.5  # iterations; parts that are left out in turn; how much longer than the best to look on

@@ -12,10 +12,10 @@ Source: UHI, PlottableHistogram protocol, https://uhi.readthedocs.io.
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_array, as_real
 from sbi_phys.core.errors import DataError, SbiPhysError, SettingError, ShapeError
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.unfold.inputs import bin_name, check_edges
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["counts_of", "edges_of", "is_histogram", "to_hist"]
 
-Array = NDArray[np.float64]
 
 CLOSE = 1e-9  # edges agree within this share of the axis' range: float32 bins of a file do not, and are not the same bins
 

@@ -19,15 +19,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.types import Array
 from sbi_phys.unfold.inputs import bin_name
 from sbi_phys.unfold.response import Response
 
 __all__ = ["Iterate", "bayes_step", "iterations", "scaled_prior", "smoothing_kernel"]
 
-Array = NDArray[np.float64]
 
 MAX_ELEMENTS = 20_000_000  # of dn/dP, n_truth^2 n_reco: 160 MB
 SIGNAL_FLOOR = 0.05  # share of the counts that the prior starts with at least, where background is as large as the data

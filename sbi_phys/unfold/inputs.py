@@ -4,10 +4,10 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_array, as_real
 from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.types import Array, ArrayLike, Mask
 
 __all__ = [
     "bin_name",
@@ -20,9 +20,6 @@ __all__ = [
     "frozen",
     "warn_few",
 ]
-
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 
 
 def frozen(array: ArrayLike) -> Array:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import ArrayLike
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.unfold.omnifold_inputs import Events, check_events
@@ -22,8 +22,6 @@ from sbi_phys.unfold.omnifold_weights import OmniFold, check_settings, unfold_ev
 from sbi_phys.unfold.replicas import SOURCES, WeightReplicas
 
 __all__ = ["bootstrap_omnifold", "write_weights"]
-
-Array = NDArray[np.float64]
 
 
 def bootstrap_omnifold(

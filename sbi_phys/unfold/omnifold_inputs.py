@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_array, as_real, require_finite
 from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.types import Array, ArrayLike, Mask
 
 __all__ = ["Events", "as_columns", "as_mask", "as_weights", "check_events", "check_overlap", "lowest_efficiency"]
 
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 
 MIN_EVENTS = 100  # fewer cannot train a classifier
 _OUTSIDE_SHARE = 0.005  # share of the data outside the simulation's range that is worth a word

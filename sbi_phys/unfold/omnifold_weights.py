@@ -36,7 +36,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.device import resolve_device
@@ -44,6 +43,7 @@ from sbi_phys.core.errors import SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import seed_for
+from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.unfold.classifier import RatioEstimator
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 
 __all__ = ["OmniFold", "OmniFoldIteration", "omnifold"]
 
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 
 _FAR = 7.0  # log ratio of data over simulation that says: hardly any simulation here
 _FAR_SHARE = 0.001

@@ -12,19 +12,18 @@ from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from sbi_phys.core.checks import require_choice, require_finite
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.store.store import Store
 from sbi_phys.unfold.inputs import bin_name, check_edges, check_mask, check_nonnegative
 from sbi_phys.unfold.response import Response
 
 __all__ = ["Pairs", "read_pairs", "response_from_store"]
 
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 Names = str | Sequence[str]
 
 FAILED = ("error", "missed", "drop")

@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from sbi_phys.core.checks import as_array, did_you_mean, require_int, require_known, require_number
 from sbi_phys.core.errors import DataError, SbiPhysError, SettingError
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.unfold.inputs import check_counts, check_edges, check_nonnegative
 from sbi_phys.unfold.response import Response
 
 __all__ = ["NAMED", "Measurement", "load_measurement", "read_measurement"]
 
-Array = NDArray[np.float64]
 Matrix = Callable[[Array], ArrayLike]
 
 # problems with a name of their own; the package imports none of them before one is asked for

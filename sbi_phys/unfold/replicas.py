@@ -15,15 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_array, as_real, require_finite
 from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.types import Array, ArrayLike, Mask
 
 __all__ = ["SOURCES", "StatisticCovariance", "WeightReplicas"]
 
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 
 SOURCES = ("data", "simulation", "training")
 

@@ -15,11 +15,11 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import require_number
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.unfold.inputs import bin_name, check_edges, check_nonnegative, frozen
 from sbi_phys.unfold.response_build import fill, integrate
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Response", "as_response"]
 
-Array = NDArray[np.float64]
-Counts = NDArray[np.int64]
 Curve = Callable[[Array], ArrayLike]
 
 ROUNDING = 1e-6  # by this much a column may sum to more than 1
@@ -220,7 +218,7 @@ class Response:
             raise ShapeError(f"truth_counts has shape {n.shape}; expected (..., {self.n_truth}), one for each truth bin")
         return np.asarray((n @ self.matrix.T) / (1 - self.fakes) + self.background)
 
-    def sample(self, truth_counts: ArrayLike, rng: np.random.Generator) -> Counts:
+    def sample(self, truth_counts: ArrayLike, rng: np.random.Generator) -> Integers:
         """Draw reconstructed counts (n_reco,) of whole numbers of true events: multinomial migration, Poisson fakes and background.
 
         Raises: ShapeError, DataError (fractions: draw them first, `rng.poisson(expected)`).

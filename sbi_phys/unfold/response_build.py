@@ -4,16 +4,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
 
 from sbi_phys.core.checks import as_array, require_finite, require_same_rows
 from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.unfold.inputs import bin_name, check_mask, check_nonnegative
 
 __all__ = ["Filled", "fill", "integrate"]
 
-Array = NDArray[np.float64]
 Curve = Callable[[Array], ArrayLike]
 
 ORDER = 12  # points of Gauss-Legendre in a panel of at most one sigma: exact to rounding for a smooth integrand

@@ -5,15 +5,14 @@ A log-linear Poisson model seen through the response, fitted by Fisher scoring. 
 """
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import chdtrc, xlogy
 
+from sbi_phys.core.types import Array
 from sbi_phys.unfold.ibu_steps import bayes_step, scaled_prior
 from sbi_phys.unfold.response import Response
 
 __all__ = ["deviance", "smooth_truth"]
 
-Array = NDArray[np.float64]
 
 MAX_DEGREE = 7
 GAIN = 6.0  # of deviance that a degree costs

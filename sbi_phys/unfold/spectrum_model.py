@@ -16,10 +16,10 @@ Column k of B belongs to the k-th eigenvector of Q, the smallest eigenvalue firs
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import as_matrix, require_known, require_number
 from sbi_phys.core.errors import SettingError
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import NormalPrior, Observable, Parameter
 from sbi_phys.unfold.inputs import check_prior
 from sbi_phys.unfold.response import Response
@@ -27,7 +27,6 @@ from sbi_phys.unfold.spectrum_posterior import SpectrumPrior
 
 __all__ = ["SpectrumModel"]
 
-Array = NDArray[np.float64]
 
 ARRAYS = ("matrix", "truth_edges", "reco_edges", "fakes", "background")
 

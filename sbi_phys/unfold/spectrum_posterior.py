@@ -27,15 +27,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import cho_solve
 
 from sbi_phys.core.errors import ConvergenceError
+from sbi_phys.core.types import Array
 from sbi_phys.unfold.response import Response
 
 __all__ = ["Laplace", "LogPosterior", "SpectrumPrior", "curvature_matrix", "level_and_tilt"]
 
-Array = NDArray[np.float64]
 
 SIGMA_RANGE = (-7.0, 5.0)  # of log(sigma / scale)
 _LOG_LIMIT = 300.0  # of |log n|: a diverging trajectory overflows beyond, and is refused anyway

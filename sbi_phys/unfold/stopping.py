@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from sbi_phys.core.checks import require_choice, require_int, require_number
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, Integers
 from sbi_phys.unfold.ibu_steps import bayes_step, iterations, scaled_prior, smoothing_kernel
 from sbi_phys.unfold.inputs import bin_name
 from sbi_phys.unfold.response import Response
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Stopping", "StoppingRule", "choose"]
 
-Array = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
 GRID = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512)
 
@@ -73,7 +71,7 @@ class Stopping:
     rule: StoppingRule
     chosen: int
     met: bool
-    iterations: Counts
+    iterations: Integers
     coverage: Array
     mean_pull: Array
     truth: Array

@@ -21,18 +21,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.checks import require_number
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.progress import Task
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array
 from sbi_phys.unfold.response import Response
 from sbi_phys.unfold.validate_toys import Answer, Method, in_errors
 
 __all__ = ["BottomLine", "Closure", "Priors", "Scan", "bottom_line", "closure", "compare_priors", "default_alternatives", "scan_strengths"]
 
-Array = NDArray[np.float64]
 
 TILT, BUMP = 2.0, 0.2  # factor from the first to the last bin; height over the spectrum
 WAVES = (2, 3, 4, 6)  # lengths in bins

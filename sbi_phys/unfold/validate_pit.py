@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.calibration.inputs import check_names, check_pairs, combine
 from sbi_phys.calibration.pit import PITRegression, pit_regression
 from sbi_phys.calibration.sbc import SBC, sbc
+from sbi_phys.core.types import ArrayLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["EventPIT", "event_pit"]
 
-Array = NDArray[np.float64]
 
 MAX_PAIRS = 10  # of truth quantities whose products are ranked
 

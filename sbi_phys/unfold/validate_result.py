@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.calibration.inputs import ALPHA, holm
 from sbi_phys.core.figures import figures
+from sbi_phys.core.types import Array
 from sbi_phys.unfold.response import Response
 from sbi_phys.unfold.validate_checks import BottomLine, Closure, Priors, Scan
 from sbi_phys.unfold.validate_pit import EventPIT
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MethodValidation", "Row", "Validation"]
 
-Array = NDArray[np.float64]
 
 EVENTS = "event posteriors"
 

@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import bdtr, chdtrc, ndtr, ndtri, stdtr
 
 from sbi_phys.calibration.montecarlo import smallest_pvalue
 from sbi_phys.core.checks import require_number
+from sbi_phys.core.types import Array
 from sbi_phys.unfold.inputs import bin_name
 from sbi_phys.unfold.response import Response
 from sbi_phys.unfold.validate_checks import BottomLine, Closure, Priors
@@ -31,7 +31,6 @@ from sbi_phys.unfold.validate_toys import Toys
 
 __all__ = ["Check", "Criteria", "noiseless_checks", "prior_check", "toy_checks"]
 
-Array = NDArray[np.float64]
 
 ONE_SIGMA = float(2 * ndtr(1.0) - 1)
 TWO_SIGMA = float(-ndtri(0.025))

@@ -17,19 +17,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.checks import as_array
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.progress import Task
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, Mask
 from sbi_phys.unfold.response import Response
 from sbi_phys.unfold.smooth_truth import deviance
 
 __all__ = ["Answer", "Method", "Toys", "distance", "in_errors", "run_toys"]
 
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 Unfold = Callable[[Array, Response], Any]
 
 ERROR_FLOOR = 0.1  # of the expected error, for pulls

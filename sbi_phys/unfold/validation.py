@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.progress import Progress, Task, or_none
+from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.unfold.inputs import bin_name, check_counts, check_nonnegative
 from sbi_phys.unfold.response import Response, as_response
 from sbi_phys.unfold.validate_checks import (
@@ -39,7 +39,6 @@ from sbi_phys.unfold.validate_toys import Method, distance, run_toys
 
 __all__ = ["Validation", "validate"]
 
-Array = NDArray[np.float64]
 Unfold = Callable[[Array, Response], Any]
 
 SCAN_TOYS = 50

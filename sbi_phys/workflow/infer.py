@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.errors import DataError
+from sbi_phys.core.types import Array
 from sbi_phys.estimators.npe import NPE, load
 from sbi_phys.estimators.sequential import truncated_rounds
 from sbi_phys.priors import standard_normal_log_prob
@@ -22,7 +22,6 @@ from sbi_phys.workflow.run import Run
 
 __all__ = ["infer", "log_target", "refine", "rounds"]
 
-Array = NDArray[np.float64]
 _MIN_ESS = 100  # effective draws below which importance weights describe no posterior
 
 

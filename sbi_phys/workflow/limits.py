@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import chdtri, ndtri
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
@@ -28,6 +27,7 @@ from sbi_phys.confidence import LF2I, CoverageMap, coverage_map, lf2i
 from sbi_phys.confidence.inputs import find_name, require_within
 from sbi_phys.core.errors import RunFolderError, SettingError, SupportError
 from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.types import Array
 from sbi_phys.workflow.learn import simulations
 from sbi_phys.workflow.limits_tasks import STATISTICS, LimitsSettings, make_statistic, require_model
 from sbi_phys.workflow.run import Run, versions
@@ -35,7 +35,6 @@ from sbi_phys.workflow.settings import Config
 
 __all__ = ["COLUMNS", "STATISTICS", "Found", "LimitsSettings", "find_limits", "open_run"]
 
-Array = NDArray[np.float64]
 
 COLUMNS = (
     "parameters", "statistic", "kind", "level", "parameter", "low", "high", "wilks_low", "wilks_high",

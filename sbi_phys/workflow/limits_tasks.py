@@ -5,18 +5,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.confidence import RefinedLRT, posterior_moments, waldo
 from sbi_phys.confidence.inputs import check_levels
 from sbi_phys.core.checks import require_choice, require_int, require_number
 from sbi_phys.core.errors import SettingError
+from sbi_phys.core.types import Array, Integers
 from sbi_phys.estimators.npe import load
 from sbi_phys.workflow.run import Run
 
 __all__ = ["STATISTICS", "LimitsSettings", "PosteriorWaldo", "make_statistic", "require_model"]
 
-Array = NDArray[np.float64]
 
 STATISTICS = {"waldo": "WALDO from the posterior", "nre": "learned ratio", "nle": "learned likelihood", "exact": "exact likelihood ratio"}
 DRAWS = 400  # of a posterior, for its mean and covariance
@@ -134,5 +133,5 @@ def make_statistic(run: Run, settings: LimitsSettings, order: list[int], low: Ar
     return RefinedLRT(log_likelihood=rows, low=low, high=high, names=names, interest=k, kind=settings.kind)
 
 
-def _rows(density: Any, back: NDArray[np.int64], x: Array, theta: Array) -> Array:
+def _rows(density: Any, back: Integers, x: Array, theta: Array) -> Array:
     return np.asarray(density(x, theta[:, back]), dtype=np.float64)

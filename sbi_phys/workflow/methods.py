@@ -8,11 +8,11 @@ ratios      learned against exact log r = log p(x | theta) - log p(x) at held-ou
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.calibration import c2st
 from sbi_phys.calibration.ratios import reliability
 from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError
+from sbi_phys.core.types import Array
 from sbi_phys.estimators.nle import NLE
 from sbi_phys.estimators.npe import load
 from sbi_phys.estimators.nre import NRE
@@ -27,7 +27,6 @@ from sbi_phys.workflow.run import Run
 
 __all__ = ["exact_draws", "methods"]
 
-Array = NDArray[np.float64]
 
 _EDGE = 8.0  # in u: nothing of the prior lies beyond
 _C2ST_DRAWS = 2000

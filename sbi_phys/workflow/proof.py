@@ -8,11 +8,11 @@ check       p = P(D(x_rep, theta) >= D(x_o, theta)) over the final posterior, D 
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.calibration import predictive_pvalue
 from sbi_phys.calibration.calibrate import calibrate as run_tests
 from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.types import Array
 from sbi_phys.estimators.npe import NPE, load
 from sbi_phys.plotting.figures import misfit_figure, panels_figure, save_figure
 from sbi_phys.store.store import Store
@@ -21,7 +21,6 @@ from sbi_phys.workflow.run import Run
 
 __all__ = ["calibrate", "check", "feature_distances"]
 
-Array = NDArray[np.float64]
 _MAX_FEATURE_ROWS = 20_000
 
 

@@ -25,20 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.errors import DataError, RunFolderError, SbiPhysError, SettingError
 from sbi_phys.core.files import write_aside
 from sbi_phys.core.progress import NoProgress, Progress
 from sbi_phys.core.provenance import __version__
 from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.types import Array
 from sbi_phys.report.arviz import attributes, chains_to_dict, group, read_netcdf, to_inference_data, write_netcdf
 from sbi_phys.simulation.protocol import Simulator, load_simulator
 from sbi_phys.workflow.settings import Config
 
 __all__ = ["Draws", "Run", "null_safe", "versions"]
 
-Array = NDArray[np.float64]
 _PACKAGES = ("torch", "nflows", "numpy", "scipy", "h5py", "arviz", "emcee", "scikit-learn", "matplotlib")
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.errors import ConvergenceError, DataError, RunFolderError, TrainingError
 from sbi_phys.core.files import write_aside
 from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.types import Array
 from sbi_phys.plotting.figures import save_figure
 from sbi_phys.plotting.style import house_style
 from sbi_phys.unfold.flux import bin_integral, broken_power_law
@@ -33,7 +33,6 @@ from sbi_phys.workflow.unfold_tasks import TITLES, Answer, Task, UnfoldSettings
 
 __all__ = ["COLUMNS", "QUICK", "Found", "UnfoldRun", "unfold_spectrum"]
 
-Array = NDArray[np.float64]
 
 QUICK = {
     "n_simulated": 8_192,

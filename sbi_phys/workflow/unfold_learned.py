@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sbi_phys.core.errors import ConvergenceError
 from sbi_phys.core.progress import or_none
 from sbi_phys.core.rng import rng_for
+from sbi_phys.core.types import Array, Mask
 from sbi_phys.unfold import forward_fold
 from sbi_phys.unfold.flux import bin_integral, broken_power_law
 from sbi_phys.unfold.problem import Measurement
@@ -23,7 +24,6 @@ from sbi_phys.workflow.unfold_tasks import Answer, Task
 
 __all__ = ["Pairs", "networks", "simulate_pairs", "weighting"]
 
-Array = NDArray[np.float64]
 
 _LATTICE = (0.7548776662466927, 0.5698402909980532)  # additive recurrence of the plastic number: even in two dimensions
 _ROWS_PER_BIN = 200  # of data rows that share the weight of a bin: enough for batches and for a split
@@ -35,7 +35,7 @@ class Pairs(NamedTuple):
 
     truth: Array
     reco: Array
-    reco_pass: NDArray[np.bool_]
+    reco_pass: Mask
     weights: Array
 
 

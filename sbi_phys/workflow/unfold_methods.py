@@ -9,9 +9,9 @@ reweighted to what is known: from a power law their networks smooth the breaks a
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.checks import require_choice
+from sbi_phys.core.types import Array
 from sbi_phys.unfold import StoppingRule, forward_fold, ibu, tikhonov
 from sbi_phys.unfold.flux import bin_integral, broken_power_law
 from sbi_phys.unfold.problem import Measurement
@@ -21,7 +21,6 @@ from sbi_phys.workflow.unfold_tasks import Answer, Task
 
 __all__ = ["METHODS", "chi2_of", "require_methods", "starting_values"]
 
-Array = NDArray[np.float64]
 
 _INDEX_BELOW = 0.2  # change of the spectral index below the first bin, for what migrates in from there
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import chdtrc
 
 from sbi_phys.core.numbers import MINUS
+from sbi_phys.core.types import Array
 from sbi_phys.plotting.figures import save_figure
 from sbi_phys.plotting.unfold_figures import corrections_figure, correlations_figure, flux_figure, refolded_figure
 from sbi_phys.report.html import Block, Code, Details, FigureBlock, KeyValues, Section, Table, Text, Verdict, render_report
@@ -14,8 +14,6 @@ from sbi_phys.workflow.unfold import UnfoldRun, deviations
 from sbi_phys.workflow.unfold_tasks import TITLES
 
 __all__ = ["verdicts", "write_page"]
-
-Array = NDArray[np.float64]
 
 
 def write_page(run: UnfoldRun) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.progress import Progress
 from sbi_phys.core.rng import seed_for
+from sbi_phys.core.types import Array
 from sbi_phys.plotting.figures import save_figure
 from sbi_phys.plotting.style import house_style
 from sbi_phys.unfold import ibu, tikhonov
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["prove"]
 
-Array = NDArray[np.float64]
 Unfold = Callable[[Array, Response], Any]
 
 

@@ -4,18 +4,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbi_phys.core.checks import require_int, require_number
 from sbi_phys.core.errors import SettingError
 from sbi_phys.core.progress import Progress
 from sbi_phys.core.rng import seed_for
+from sbi_phys.core.types import Array
 from sbi_phys.unfold.problem import Measurement
 from sbi_phys.unfold.response import Response
 
 __all__ = ["TITLES", "Answer", "Task", "UnfoldSettings"]
 
-Array = NDArray[np.float64]
 
 TITLES = {
     "folding": "forward folding",
