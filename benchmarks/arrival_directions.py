@@ -24,11 +24,8 @@ With --keep they are kept in a folder, and with --parts only so many thousands a
 Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed.
 """
 
-import argparse
-import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # ruff: noqa: E402
+from benchmarks.suite.table import Numbers, arguments, run
 from sbi_phys.confidence import Construction, lf2i, neyman
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.hypotheses import TwoHypotheses
@@ -53,7 +51,6 @@ from simulators import ArrivalDirections
 from simulators.arrival_directions import unit_vectors
 
 Array = NDArray[np.float64]
-Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
 
 N_EVENTS = 1400
 LEVELS = (0.68, 0.9)
@@ -310,38 +307,23 @@ def coverage(sets: dict[str, Construction], n_critical: int, top: Array, rows: A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "arrival_directions")
     parser.add_argument("--events", type=int, default=250_000, help="events of each kind to learn from")
     parser.add_argument("--toys", type=int, default=12_000, help="experiments for critical values, and as many to count coverage with")
     parser.add_argument("--keep", type=Path, help="folder where the learned map and experiments are kept")
     parser.add_argument("--parts", type=int, default=1000, help="files to make before the run stops")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/arrival_directions.json")
     options = parser.parse_args()
-    begin = time.perf_counter()
-    seconds: dict[str, float] = {}
     budget = [options.parts]
-    dec = np.arange(-90.0, 47.0)
-    sky = SkyMap(kept(options.keep, "sky", lambda: {"values": sky_map(learn(options.events)).values}, budget)["values"], dec)
-    seconds["learn"] = round(time.perf_counter() - begin, 1)
-    print(f"[learned in {seconds['learn']} s]", flush=True)
-    numbers = against_exact(sky, 200)
-    seconds["statistic"] = round(time.perf_counter() - begin - sum(seconds.values()), 1)
-    critical = simulated(sky, "critical", options.toys, options.keep, budget)
-    counted = simulated(sky, "coverage", options.toys, options.keep, budget)
-    seconds["simulate"] = round(time.perf_counter() - begin - sum(seconds.values()), 1)
-    numbers |= coverage(construct(*critical), options.toys, *counted)
-    seconds["coverage"] = round(time.perf_counter() - begin - sum(seconds.values()), 1)
-    rows = []
-    for n, (v, sign, bound) in numbers.items():
-        met = bound is None or bool(v <= bound if sign == "<=" else v >= bound)
-        rows.append({"name": n, "value": float(v), "asked": None if bound is None else f"{sign} {bound:g}", "met": met})
-        print(f"{n:<84} {v:<12.4g}" + ("" if bound is None else f" {rows[-1]['asked']}  {'met' if met else 'MISSED'}"))
-    print(f"[{seconds}]")
-    aside = options.out.with_suffix(".tmp")
-    settings = {"events": options.events, "toys": options.toys, "rounds": ROUNDS, "kept": options.keep is not None}
-    aside.write_text(json.dumps({**settings, "seconds": seconds, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, options.out)
-    sys.exit(not all(row["met"] for row in rows))
+    learned = kept(options.keep, "sky", lambda: {"values": sky_map(learn(options.events)).values}, budget)["values"]
+    sky = SkyMap(learned, np.arange(-90.0, 47.0))
+
+    def covered() -> Numbers:
+        critical = simulated(sky, "critical", options.toys, options.keep, budget)
+        counted = simulated(sky, "coverage", options.toys, options.keep, budget)
+        return coverage(construct(*critical), options.toys, *counted)
+
+    facts = {"events": options.events, "toys": options.toys, "rounds": ROUNDS, "kept": options.keep is not None}
+    sys.exit(run({"statistic": lambda: against_exact(sky, 200), "coverage": covered}, options, facts))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
 
 # ruff: noqa: E402
-from benchmarks.campaign_report import Numbers, fill, report, table
 from benchmarks.campaign_toys import CRASHES, HANGS, NANS, Events, Rows, Work
+from benchmarks.suite.table import Numbers, Part, arguments, fill, run_parts, table
 from sbi_phys.core.errors import StoreError
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.simulation.clusters import cluster_executor
@@ -371,27 +371,24 @@ PARTS: dict[str, Callable[[Path, bool], Numbers]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="one part; the rows of the others stay as the file has them")
+    parser = arguments(__doc__, "campaigns")
     parser.add_argument("--quick", action="store_true", help="fewer rows and turns")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=None, help="where the stores lie for a while")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/campaigns.json")
     parser.add_argument("--page", type=Path, help="page whose table is written anew, docs/scaling.md")
     options = parser.parse_args()
     if options.child:
         child(options.child)
         return
-    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {"rows": [], "seconds": {}}
-    numbers: Numbers = {}
-    seconds: dict[str, float] = kept["seconds"]
-    for name in [options.only] if options.only else PARTS:
-        begin = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            numbers |= PARTS[name](Path(folder), options.quick)
-        seconds[name] = round(time.perf_counter() - begin, 1)
-        print(f"[{name}: {seconds[name]} s]", flush=True)
-    met, rows = report(numbers, kept["rows"], {"quick": options.quick, "seconds": seconds}, options.out)
+
+    def part(name: str) -> Part:
+        def in_a_folder() -> Numbers:
+            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+                return PARTS[name](Path(folder), options.quick)
+
+        return in_a_folder
+
+    met, rows = run_parts({name: part(name) for name in PARTS}, options, {"quick": options.quick})
     fill(options.page, "campaigns", table(rows))
     sys.exit(not met)
 

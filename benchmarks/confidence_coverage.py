@@ -5,12 +5,9 @@
 Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed.
 """
 
-import argparse
-import json
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the toys are the tests' own
 
 # ruff: noqa: E402
+from benchmarks.suite.table import Numbers, arguments, run
 from sbi_phys.confidence import LRT, Construction, coverage_map, expected_limits, feldman_cousins, feldman_cousins_gaussian, lf2i, neyman
 from sbi_phys.core.rng import rng_for
 from tests.confidence import on_off_toy as toy
 from tests.confidence.test_feldman_cousins import PUBLISHED
 
 Array = NDArray[np.float64]
-Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
 
 LEVELS = (0.683, 0.9)
 N_LEARN = 20_000  # simulations that critical values are learned from; the other construction has 900 000 toys or more
@@ -152,36 +149,11 @@ def _coverage(what: str, rows: list[tuple[Array, Array]], statistic: LRT, sets: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "confidence_coverage")
     parser.add_argument("--toys", type=int, default=4000, help="data sets at each point where coverage is counted")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/confidence_coverage.json")
-    parser.add_argument("--only", help="one part; the rows of the others stay as the file has them")
     options = parser.parse_args()
-    jobs: dict[str, Callable[[], Numbers]] = {
-        "endpoints": endpoints,
-        "bounded Gaussian": lambda: bounded(options.toys),
-        "on/off": lambda: on_off(options.toys),
-    }
-    if options.only is not None and options.only not in jobs:
-        parser.error(f"--only {options.only}: expected one of {', '.join(jobs)}")
-    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {"rows": [], "seconds": {}}
-    numbers: Numbers = {}
-    seconds: dict[str, float] = kept["seconds"]
-    for name in [options.only] if options.only else jobs:
-        begin = time.perf_counter()
-        numbers |= jobs[name]()
-        seconds[name] = round(time.perf_counter() - begin, 2)
-        print(f"[{name}: {seconds[name]} s]", flush=True)
-    rows = {row["name"]: row for row in kept["rows"]}
-    for n, (v, sign, bound) in numbers.items():
-        met = bound is None or bool(v <= bound if sign == "<=" else v >= bound)
-        rows[n] = {"name": n, "value": float(v), "asked": None if bound is None else f"{sign} {bound:g}", "met": met}
-        print(f"{n:<84} {v:<12.4g}" + ("" if bound is None else f" {rows[n]['asked']}  {'met' if met else 'MISSED'}"))
-    aside = options.out.with_suffix(".tmp")
-    text = json.dumps({"toys": options.toys, "seconds": seconds, "rows": list(rows.values())}, indent=1)
-    aside.write_text(text + "\n", encoding="utf-8")
-    os.replace(aside, options.out)
-    sys.exit(not all(rows[n]["met"] for n in numbers))
+    parts = {"endpoints": endpoints, "bounded Gaussian": lambda: bounded(options.toys), "on/off": lambda: on_off(options.toys)}
+    sys.exit(run(parts, options, {"toys": options.toys}))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,9 @@ arrival      test statistic and fitted fraction of 1400 arrival directions, with
 Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed.
 """
 
-import argparse
-import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 # ruff: noqa: E402
 import sbi_phys as sp
+from benchmarks.suite.table import Numbers, Part, arguments, run
 from sbi_phys.calibration import c2st, coverage, sbc
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.set_npe import SetNPE, likelihood_embedding
@@ -40,7 +38,6 @@ from sbi_phys.training.loop import TrainConfig
 from simulators import ArrivalDirections, LineSearch
 
 Array = NDArray[np.float64]
-Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
 SIZES = (10, 100, 1000)
 N_MAX = 1200  # sizes to learn from reach beyond those asked for: nothing is at the edge
 SUMMARY = EmbeddingConfig(hidden=128, n_blocks=2, n_features=64)
@@ -186,39 +183,18 @@ def arrival(n_toys: int = 200) -> Numbers:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "event_sets")
     parser.add_argument("--scores", type=int, default=1_800_000, help="sets to learn the likelihood of events from")
     parser.add_argument("--rows", type=int, default=300_000, help="sets to learn the posterior from")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/event_sets.json")
     parser.add_argument("--model", type=Path, help="file of the trained posterior: read if it is there, else written")
-    parser.add_argument("--only", help="one part; the rows of the others stay as the file has them")
     options = parser.parse_args()
-    jobs: dict[str, Callable[[], Numbers]] = {
+    parts: dict[str, Part] = {
         "arrival": arrival,
         "posterior": lambda: posterior(options.scores, options.rows, options.model),
         "deep set": lambda: plain(options.rows),
         "attention": lambda: attention(options.rows),
     }
-    if options.only is not None and options.only not in jobs:
-        parser.error(f"--only {options.only}: expected one of {', '.join(jobs)}")
-    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {"rows": [], "seconds": {}}
-    numbers: Numbers = {}
-    seconds: dict[str, float] = kept["seconds"]
-    for name in [options.only] if options.only else jobs:
-        begin = time.perf_counter()
-        numbers |= jobs[name]()
-        seconds[name] = round(time.perf_counter() - begin, 2)
-        print(f"[{name}: {seconds[name]} s]", flush=True)
-    rows = {row["name"]: row for row in kept["rows"]}
-    for n, (v, sign, bound) in numbers.items():
-        met = bound is None or bool(v <= bound if sign == "<=" else v >= bound)
-        rows[n] = {"name": n, "value": float(v), "asked": None if bound is None else f"{sign} {bound:.3g}", "met": met}
-        print(f"{n:<80} {v:<12.4g}" + ("" if bound is None else f" {rows[n]['asked']}  {'met' if met else 'MISSED'}"))
-    aside = options.out.with_suffix(".tmp")
-    settings = {"scores": options.scores, "sets": options.rows}
-    aside.write_text(json.dumps({**settings, "seconds": seconds, "rows": list(rows.values())}, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, options.out)
-    sys.exit(not all(rows[n]["met"] for n in numbers))
+    sys.exit(run(parts, options, {"scores": options.scores, "sets": options.rows}))
 
 
 if __name__ == "__main__":

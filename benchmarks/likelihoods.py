@@ -9,13 +9,9 @@ pairs; seconds for 1e4 posterior draws. Then the extended likelihood of a millio
 writes JSON and exits with 1 if one is missed.
 """
 
-import argparse
-import json
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from threadpoolctl import threadpool_limits
 
+from benchmarks.suite.table import Numbers, arguments, run
 from benchmarks.suite.workers import Worker, WorkerError
 from sbi_phys.calibration import c2st
 from sbi_phys.core.rng import rng_for
@@ -40,7 +37,6 @@ from sbi_phys.training.loop import TrainConfig
 from simulators import SourceSpectrum
 
 Array = NDArray[np.float64]
-Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
 
 PEERS = ROOT / ".venv-bench/bin/python"
 N_DRAWS, N_JUDGED = 10_000, 2_000
@@ -159,7 +155,7 @@ def sets() -> Numbers:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "likelihoods")
     parser.add_argument("--n", type=int, default=20_000)
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--observations", type=int, default=8)
@@ -167,31 +163,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--peer-epochs", type=int, default=0, help="most epochs of sbi's training; 0: until it stops by itself")
-    parser.add_argument("--only", choices=("source", "sets"))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/likelihoods.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    jobs: dict[str, Callable[[], Numbers]] = {
-        "source": lambda: source(
-            options.n, options.layers, options.observations, options.threads, options.seed, not options.no_peer, options.peer_epochs
-        ),
-        "sets": sets,
-    }
-    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {"rows": []}
-    rows = {row["name"]: row for row in kept["rows"]}
-    numbers: Numbers = {}
-    for name in [options.only] if options.only else jobs:
-        numbers |= jobs[name]()
-    for name, (value, sign, bound) in numbers.items():
-        met = bound is None or bool(value <= bound if sign == "<=" else value >= bound)
-        rows[name] = {"name": name, "value": value, "asked": None if bound is None else f"{sign} {bound:g}", "met": met}
-        print(f"{name:<72} {value:<12.4g}" + ("" if bound is None else f" {rows[name]['asked']}  {'met' if met else 'MISSED'}"))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    aside = options.out.with_suffix(".tmp")
-    text = json.dumps({"n_simulations": options.n, "threads": options.threads, "rows": list(rows.values())}, indent=1)
-    aside.write_text(text + "\n", encoding="utf-8")
-    os.replace(aside, options.out)
-    sys.exit(not all(rows[name]["met"] for name in numbers))
+
+    def spectrum() -> Numbers:
+        o = options
+        return source(o.n, o.layers, o.observations, o.threads, o.seed, not o.no_peer, o.peer_epochs)
+
+    sys.exit(run({"source": spectrum, "sets": sets}, options, {"n_simulations": options.n, "threads": options.threads}))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,8 @@ toys        p-value of a signal in an on/off experiment against the sum over all
 Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed.
 """
 
-import argparse
-import json
 import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # the toys are the tests' own
 
 # ruff: noqa: E402
 import sbi_phys as sp
+from benchmarks.suite.table import Numbers, Part, arguments, run
 from sbi_phys.comparison import ModelComparison, check_probabilities, compare_evidence, model_comparison, nested_test
 from sbi_phys.core.rng import rng_for
 from sbi_phys.training.loop import TrainConfig
@@ -36,7 +33,6 @@ from simulators import OnOff
 from tests.toys import LinearGaussian
 
 Array = NDArray[np.float64]
-Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
 GAUSSIAN = {sd: LinearGaussian(dim=2, n_columns=4, noise=1.0, prior_sd=sd) for sd in (0.5, 1.0)}
 # shape and rate of the gamma priors on the rate, and the number of counts
 GAMMA = {"wide": (2.0, 0.5), "narrow": (4.0, 1.0)}
@@ -153,33 +149,13 @@ def toys() -> Numbers:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "model_comparison")
     parser.add_argument("--n", type=int, default=200_000, help="simulations a model")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/model_comparison.json")
-    parser.add_argument("--only", help="one part; the rows of the others stay as the file has them")
     options = parser.parse_args()
-    jobs: dict[str, Callable[[], Numbers]] = {
+    parts: dict[str, Part] = {
         "gaussian": lambda: gaussian(options.n), "poisson": lambda: poisson(options.n), "evidence": evidence, "test": test, "toys": toys,
     }  # fmt: skip
-    if options.only is not None and options.only not in jobs:
-        parser.error(f"--only {options.only}: expected one of {', '.join(jobs)}")
-    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {"rows": [], "seconds": {}}
-    numbers: Numbers = {}
-    seconds: dict[str, float] = kept["seconds"]
-    for name in [options.only] if options.only else jobs:
-        begin = time.perf_counter()
-        numbers |= jobs[name]()
-        seconds[name] = round(time.perf_counter() - begin, 2)
-        print(f"[{name}: {seconds[name]} s]", flush=True)
-    rows = {row["name"]: row for row in kept["rows"]}
-    for n, (v, sign, bound) in numbers.items():
-        met = bound is None or bool(v <= bound if sign == "<=" else v >= bound)
-        rows[n] = {"name": n, "value": float(v), "asked": None if bound is None else f"{sign} {bound:.3g}", "met": met}
-        print(f"{n:<80} {v:<12.4g}" + ("" if bound is None else f" {rows[n]['asked']}  {'met' if met else 'MISSED'}"))
-    aside = options.out.with_suffix(".tmp")
-    aside.write_text(json.dumps({"n": options.n, "seconds": seconds, "rows": list(rows.values())}, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, options.out)
-    sys.exit(not all(rows[n]["met"] for n in numbers))
+    sys.exit(run(parts, options, {"n": options.n}))
 
 
 if __name__ == "__main__":

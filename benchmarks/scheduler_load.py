@@ -8,8 +8,6 @@ they left is opened, listed, continued. Rows of source_spectrum are simulated in
 it, the rows of the tables in docs/scaling.md, writes JSON and exits with 1 if a number is missed.
 """
 
-import argparse
-import json
 import os
 import sys
 import tempfile
@@ -18,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # ruff: noqa: E402
-from benchmarks.campaign_report import Numbers, fill, report
 from benchmarks.campaign_toys import Rows
 from benchmarks.campaigns import cluster
+from benchmarks.suite.table import Numbers, arguments, fill, run_parts
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.simulation.clusters import cluster_executor
 from sbi_phys.store.info import store_info
@@ -247,26 +246,17 @@ def tables(values: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "scheduler_load")
     parser.add_argument("--n", type=int, default=100_000, help="shards")
     parser.add_argument(
         "--rows", type=int, default=1_000_000, help="most rows of source_spectrum (1e7 take half an hour of processor time)"
     )
-    parser.add_argument("--only", choices=PARTS, help="one part; the rows of the others stay as the file has them")
     parser.add_argument("--folder", type=Path, default=None, help="where the stores lie for a while")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/scheduler_load.json")
     parser.add_argument("--page", type=Path, help="page whose tables are written anew, docs/scaling.md")
     options = parser.parse_args()
-    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {"rows": [], "seconds": {}}
-    numbers: Numbers = {}
-    seconds: dict[str, float] = kept["seconds"]
-    with tempfile.TemporaryDirectory(dir=options.folder) as root:
-        for name in [options.only] if options.only else PARTS:
-            begin = time.perf_counter()
-            numbers |= PARTS[name](Path(root), options.n, options.rows)
-            seconds[name] = round(time.perf_counter() - begin, 1)
-            print(f"[{name}: {seconds[name]} s]", flush=True)
-    met, found = report(numbers, kept["rows"], {"n": options.n, "seconds": seconds}, options.out)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        parts = {name: partial(part, Path(folder), options.n, options.rows) for name, part in PARTS.items()}
+        met, found = run_parts(parts, options, {"n": options.n})
     fill(options.page, "scheduler_load", tables({row["name"]: row["value"] for row in found}))
     sys.exit(not met)
 

@@ -8,8 +8,6 @@ are zlib's, or isal's where that is installed (the same numbers, faster). Prints
 JSON and exits with 1 if one is missed.
 """
 
-import argparse
-import json
 import os
 import shutil
 import sys
@@ -24,7 +22,9 @@ import h5py
 import numpy as np
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.suite.table import Numbers, Part, arguments, run
 from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import BoxPrior, Observable, Parameter
 from sbi_phys.simulation.campaign import simulate
@@ -34,7 +34,6 @@ from sbi_phys.store.layout import Layout
 from sbi_phys.store.shards import Header, ShardData, shard_name, write_shard
 from sbi_phys.store.store import Manifest, Store, write_manifest
 
-Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
 PRIOR = BoxPrior([Parameter("a", -3, 3), Parameter("b", -3, 3)])
 COLUMNS = 20
 
@@ -222,38 +221,21 @@ def compressing(folder: Path) -> Numbers:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, "store_speed")
     parser.add_argument("--rows", type=int, default=400_000)
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--folder", type=Path, default=None)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "store_speed.json")
-    args = parser.parse_args()
-    root = Path(tempfile.mkdtemp(dir=args.folder))
-    try:
-        numbers = (
-            writing(root / "w", args.rows)
-            | campaign(root / "s", args.rows)
-            | verifying(root / "v", args.rows)
-            | compressing(root / "c")
-            | opening(root / "o", args.shards)
-        )
-    finally:
-        shutil.rmtree(root)
-    report(numbers, args.out)
-
-
-def report(numbers: Numbers, out: Path) -> None:
-    """Print, write JSON, and leave with status 1 if something was missed."""
-    rows = []
-    for name, (value, sign, bound) in numbers.items():
-        met = bound is None or bool(value <= bound if sign == "<=" else value >= bound)
-        rows.append({"name": name, "value": float(value), "asked": None if bound is None else f"{sign} {bound:g}", "met": met})
-        print(f"{name:<60} {value:<12.4g}" + ("" if bound is None else f" {sign} {bound:g}  {'met' if met else 'MISSED'}"), flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_suffix(".tmp")
-    aside.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, out)
-    sys.exit(not all(row["met"] for row in rows))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        root = Path(folder)
+        parts: dict[str, Part] = {
+            "writing": lambda: writing(root / "w", options.rows),
+            "campaign": lambda: campaign(root / "s", options.rows),
+            "verifying": lambda: verifying(root / "v", options.rows),
+            "compressing": lambda: compressing(root / "c"),
+            "opening": lambda: opening(root / "o", options.shards),
+        }
+        sys.exit(run(parts, options, {"rows_written": options.rows}))
 
 
 if __name__ == "__main__":

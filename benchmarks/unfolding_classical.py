@@ -5,13 +5,10 @@
 Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed.
 """
 
-import argparse
 import csv
 import importlib.util
-import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the toys are the tests' own
 
 # ruff: noqa: E402
+from benchmarks.suite.table import Numbers, Part, arguments, run
 from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import IBU, Response, forward_fold, ibu, tikhonov
 from sbi_phys.unfold.flux import bin_integral, broken_power_law
 from tests.unfold import steep_toy
 
 Array = NDArray[np.float64]
-Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
 
 GAUSSIANS = {
     "OmniFold": (-8, 8, (0, 1), (0.2, 0.8), 0.5, 0),
@@ -209,35 +206,14 @@ def auger() -> Numbers:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "unfolding_classical")
     parser.add_argument("--toys", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/unfolding_classical.json")
-    parser.add_argument("--only", help="one part; the rows of the others stay as the file has them")
     options = parser.parse_args()
-    jobs: dict[str, Callable[[], Numbers]] = {
+    parts: dict[str, Part] = {
         "gaussian": gaussian, "jacobians": jacobians, "bottom line": bottom_line, "auger": auger,
         "extras": lambda: extras(options.toys), "steep": lambda: steep(options.toys),
     }  # fmt: skip
-    if options.only is not None and options.only not in jobs:
-        parser.error(f"--only {options.only}: expected one of {', '.join(jobs)}")
-    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {"rows": [], "seconds": {}}
-    numbers: Numbers = {}
-    seconds: dict[str, float] = kept["seconds"]
-    for name in [options.only] if options.only else jobs:
-        begin = time.perf_counter()
-        numbers |= jobs[name]()
-        seconds[name] = round(time.perf_counter() - begin, 2)
-        print(f"[{name}: {seconds[name]} s]", flush=True)
-    rows = {row["name"]: row for row in kept["rows"]}
-    for n, (v, sign, bound) in numbers.items():
-        met = bound is None or bool(v <= bound if sign == "<=" else v >= bound)
-        rows[n] = {"name": n, "value": float(v), "asked": None if bound is None else f"{sign} {bound:g}", "met": met}
-        print(f"{n:<80} {v:<12.4g}" + ("" if bound is None else f" {rows[n]['asked']}  {'met' if met else 'MISSED'}"))
-    aside = options.out.with_suffix(".tmp")
-    text = json.dumps({"toys": options.toys, "seconds": seconds, "rows": list(rows.values())}, indent=1)
-    aside.write_text(text + "\n", encoding="utf-8")
-    os.replace(aside, options.out)
-    sys.exit(not all(rows[n]["met"] for n in numbers))
+    sys.exit(run(parts, options, {"toys": options.toys}))
 
 
 if __name__ == "__main__":

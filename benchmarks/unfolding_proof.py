@@ -6,8 +6,6 @@ Prints each number with what is asked of it, writes JSON and exits with 1 if one
 "learned extras"; --only names a part.
 """
 
-import argparse
-import json
 import os
 import sys
 import time
@@ -24,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the toys are the tests' own
 
 # ruff: noqa: E402
+from benchmarks.suite.table import Numbers, Part, arguments, run
 from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import FlowUnfolder, ibu, omnifold, tikhonov
 from sbi_phys.unfold.response import Response
@@ -34,7 +33,6 @@ from tests.unfold import omnifold_oracle, steep_toy
 
 Array = NDArray[np.float64]
 Unfold = Callable[[Array, Response], Any]
-Numbers = dict[str, tuple[float, str, float | None]]  # name -> value, '<=' or '>=', bound (None = for information)
 
 # lgE and Xmax [g cm^-2]: mean, sd, correlation of simulation and data; sd and correlation of what the detector adds
 SIMULATION = ((18.90, 750.0), (0.25, 60.0), 0.24)
@@ -270,40 +268,18 @@ def event_wise(n: int) -> Numbers:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "unfolding_proof")
     parser.add_argument("--toys", type=int, default=200)
     parser.add_argument("--events", type=int, default=100_000)
     parser.add_argument("--learned-toys", type=int, default=160)
     parser.add_argument("--figures", type=Path, help="folder for the figures of validate()")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/unfolding_proof.json")
-    parser.add_argument("--only", help="one part; the rows of the others stay as the file has them")
     options = parser.parse_args()
-    jobs: dict[str, Callable[[], Numbers]] = {
+    parts: dict[str, Part] = {
         "steep": lambda: steep(options.toys, options.figures), "extras": lambda: extras(options.toys),
         "event-wise": lambda: event_wise(options.events), "two dimensions": lambda: two_dimensions(options.events),
         "learned extras": lambda: learned_extras(options.learned_toys), "turn-on": lambda: turn_on(options.events),
     }  # fmt: skip
-    if options.only is not None and options.only not in jobs:
-        parser.error(f"--only {options.only}: expected one of {', '.join(jobs)}")
-    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {"rows": [], "seconds": {}}
-    numbers: Numbers = {}
-    seconds: dict[str, float] = kept["seconds"]
-    for name in [options.only] if options.only else jobs:
-        begin = time.perf_counter()
-        numbers |= jobs[name]()
-        seconds[name] = round(time.perf_counter() - begin, 2)
-        print(f"[{name}: {seconds[name]} s]", flush=True)
-    rows = {row["name"]: row for row in kept["rows"]}
-    for n, (v, sign, bound) in numbers.items():
-        met = bound is None or bool(v <= bound if sign == "<=" else v >= bound)
-        rows[n] = {"name": n, "value": float(v), "asked": None if bound is None else f"{sign} {bound:g}", "met": met}
-        print(f"{n:<80} {v:<12.4g}" + ("" if bound is None else f" {rows[n]['asked']}  {'met' if met else 'MISSED'}"))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    aside = options.out.with_suffix(".tmp")
-    text = json.dumps({"toys": options.toys, "events": options.events, "seconds": seconds, "rows": list(rows.values())}, indent=1)
-    aside.write_text(text + "\n", encoding="utf-8")
-    os.replace(aside, options.out)
-    sys.exit(not all(rows[n]["met"] for n in numbers))
+    sys.exit(run(parts, options, {"toys": options.toys, "events": options.events}))
 
 
 if __name__ == "__main__":

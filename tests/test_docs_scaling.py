@@ -4,9 +4,9 @@ import re
 import tomllib
 from pathlib import Path
 
-from benchmarks.campaign_report import fill, table
 from benchmarks.campaigns import PARTS
 from benchmarks.scheduler_load import tables
+from benchmarks.suite.table import fill, table
 from sbi_phys.simulation.clusters import ClusterFile
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +19,7 @@ def test_the_cluster_file_is_one():
 
 
 def test_options_that_are_named_exist():
-    source = "".join(p.read_text(encoding="utf-8") for p in [*ROOT.glob("sbi_phys/cli*.py"), *ROOT.glob("benchmarks/*.py")])
+    source = "".join(p.read_text(encoding="utf-8") for p in [*ROOT.glob("sbi_phys/workflow/cli*.py"), *ROOT.glob("benchmarks/*.py")])
     named = set(re.findall(r"--(?:scheduler|cluster|shards|watch|page|workers|out)\b", GUIDE))
     assert len(named) == 7
     assert all(f'"{option}"' in source or f"{option[2:]}: " in source for option in named)
