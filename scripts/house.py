@@ -49,7 +49,6 @@ npe.fit(theta[:4000], x[:4000])
 begin = time.perf_counter()
 npe.fit(theta[:40_000], x[:40_000])
 seconds["train 4 epochs of 4e4 rows"] = time.perf_counter() - begin
-seconds["training step, fastest epoch"] = min(r.step_ms for r in npe.history[0]) / 1e3 if hasattr(npe.history[0][0], "step_ms") else float("nan")
 npe.sample(x[:10], 1000, seed=0)
 begin = time.perf_counter()
 npe.sample(x[:1000], 200, seed=1)
@@ -62,6 +61,7 @@ print("TIMES " + json.dumps(seconds))
 
 
 def main() -> None:
+    """Print the table, and with --speed the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", default=BEFORE, help="commit to compare with")
     parser.add_argument("--speed", action="store_true", help="time both trees too (minutes)")
@@ -161,7 +161,7 @@ def import_graph(root: Path, trees: dict[Path, ast.Module]) -> dict[str, set[str
 
 def room(module: str) -> str:
     """Folder, or loose module, at the top of the package; '' for the package itself."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def layer_order(root: Path) -> list[str]:
