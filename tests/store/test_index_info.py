@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from sbi_phys.core.errors import StoreError
+from sbi_phys.store import index as index_module
 from sbi_phys.store.index import Index, reason_kind
 from sbi_phys.store.info import store_info, watch_store
 from sbi_phys.store.shards import shard_name, write_shard
 from sbi_phys.store.store import Manifest, Store, StoreLock, write_manifest
-from sbi_phys.store import index as index_module
 from tests.shard_helpers import HEADER, rows
 from tests.store.helpers import flaky
 

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sbi_phys.core.errors import StoreError
-from sbi_phys.store.shards import open_shard, read_arrays, read_facts, shard_name, verify_shard, write_shard
 from sbi_phys.store import shards
+from sbi_phys.store.shards import open_shard, read_arrays, read_facts, shard_name, verify_shard, write_shard
 from tests.shard_helpers import HEADER, PRIOR, digests, rows
 
 
