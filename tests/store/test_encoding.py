@@ -21,7 +21,8 @@ from sbi_phys.store.encoding import (
 )
 from sbi_phys.store.layout import Layout
 from sbi_phys.store.shards import open_shard, shard_name, verify_shard, write_shard
-from sbi_phys.store.store import Manifest, Store, encoding, write_manifest
+from sbi_phys.store import encoding
+from sbi_phys.store.store import Manifest, Store, write_manifest
 from tests.shard_helpers import HEADER, rows
 
 WIDE = replace(HEADER, shard_size=3000)
