@@ -14,8 +14,8 @@ import pytest
 
 from sbi_phys.core.errors import StoreError
 from sbi_phys.simulation.campaign import simulate
-from sbi_phys.store.shards import shard_name
 from sbi_phys.store import shards
+from sbi_phys.store.shards import shard_name
 from sbi_phys.store.store import Store, list_shards
 from tests.shard_helpers import digests
 from tests.toys import Flaky, LinearGaussian, Misbehaving, Slow

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sbi_phys.core.errors import StoreError
+from sbi_phys.store import encoding
 from sbi_phys.store.encoding import (
     MARK,
     Label,
@@ -21,7 +22,6 @@ from sbi_phys.store.encoding import (
 )
 from sbi_phys.store.layout import Layout
 from sbi_phys.store.shards import open_shard, shard_name, verify_shard, write_shard
-from sbi_phys.store import encoding
 from sbi_phys.store.store import Manifest, Store, write_manifest
 from tests.shard_helpers import HEADER, rows
 
