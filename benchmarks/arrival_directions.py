@@ -42,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 # ruff: noqa: E402
 from benchmarks.suite.table import Numbers, arguments, run
 from sbi_phys.confidence import Construction, lf2i, neyman
+from sbi_phys.core.files import open_aside
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.hypotheses import TwoHypotheses
 from sbi_phys.nets.classifier import ClassifierConfig
@@ -181,10 +182,8 @@ def kept(folder: Path | None, name: str, make: Callable[[], dict[str, Array]], b
     budget[0] -= 1
     made = make()
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(".tmp.npz")
-        np.savez(aside, **made)  # type: ignore[arg-type]
-        os.replace(aside, file)
+        with open_aside(file, make_folder=True) as aside:
+            np.savez(aside, **made)  # type: ignore[arg-type]
     return made
 
 

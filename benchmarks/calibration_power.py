@@ -37,6 +37,7 @@ from sbi_phys.calibration.recalibration import recalibrate_ranks
 from sbi_phys.calibration.sbc import sbc
 from sbi_phys.calibration.tarp import tarp
 from sbi_phys.calibration.tempering import temper
+from sbi_phys.core.files import write_aside
 from sbi_phys.core.rng import rng_for
 from tests.oracles import ORACLES, WRONG, Pairs
 
@@ -263,13 +264,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write(path: Path, text: str) -> None:
-    part = path.with_suffix(path.suffix + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=400, help="for the size")
@@ -292,9 +286,9 @@ def main() -> None:
     text = markdown(result)
     print(text)
     if not options.quick:
-        write(options.out, json.dumps(result, indent=1) + "\n")
+        write_aside(options.out, json.dumps(result, indent=1) + "\n", make_folder=True)
         page = ROOT / "docs/calibration.md"
-        write(page, MARKS.sub(lambda m: m[1] + text + m[2], page.read_text(encoding="utf-8")))
+        write_aside(page, MARKS.sub(lambda m: m[1] + text + m[2], page.read_text(encoding="utf-8")), make_folder=True)
     sys.exit(bool(result["failures"]))
 
 

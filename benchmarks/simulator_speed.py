@@ -18,6 +18,7 @@ import numpy as np
 # one thread per process: what a worker of a pool gets; set before numpy starts its BLAS threads in the children
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from sbi_phys.core.files import write_aside
 from simulators import SourceSpectrum
 
 
@@ -81,10 +82,7 @@ def main() -> None:
         for key, value in result[name].items():
             print(f"{name:20s} {key:45s} {value:12.1f}")
     if args.out:
-        part = args.out + ".part"
-        with open(part, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=2)
-        os.replace(part, args.out)
+        write_aside(args.out, json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

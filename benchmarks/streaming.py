@@ -12,7 +12,6 @@ Rows: {"name", "value", "unit", "peer", "peer_value", "ratio", "device", "versio
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from torch import Tensor
 
 import sbi_phys
 from sbi_phys.core.device import resolve_device
+from sbi_phys.core.files import write_aside
 from sbi_phys.core.rng import rng_for
 from sbi_phys.nets.embed import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
@@ -180,9 +180,7 @@ def main() -> None:
         memory, device = int(args.memory_mib * 2**20), resolve_device(args.device)
         rows = measure(memory, Path(folder), args.repeats, args.threads, device, batch=args.batch, train=not args.no_training)
     if args.out is not None:
-        part = args.out.with_name(f".{args.out.name}.part")
-        part.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, args.out)
+        write_aside(args.out, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -37,6 +36,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sbi_phys.core.files import open_aside, write_aside
 
 Array = NDArray[np.float64]
 
@@ -121,9 +122,8 @@ def content_sha256(arrays: dict[str, NDArray[Any]]) -> str:
 
 
 def write_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    """Write a compressed npz with fixed time stamps (same arrays, same bytes), aside and then renamed."""
-    part = path.with_name(path.name + ".part")
-    with zipfile.ZipFile(part, "w", compression=zipfile.ZIP_DEFLATED, compresslevel=9) as out:
+    """Write a compressed npz with fixed time stamps (same arrays, same bytes), atomically."""
+    with open_aside(path) as file, zipfile.ZipFile(file, "w", compression=zipfile.ZIP_DEFLATED, compresslevel=9) as out:
         for name in sorted(arrays):
             buffer = io.BytesIO()
             np.lib.format.write_array(buffer, np.ascontiguousarray(arrays[name]), allow_pickle=False)
@@ -131,7 +131,6 @@ def write_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.external_attr = 0o644 << 16
             out.writestr(entry, buffer.getvalue())
-    os.replace(part, path)
 
 
 def build(wheel: Path, ebl: str, evolutions: Sequence[float]) -> dict[str, NDArray[Any]]:
@@ -208,9 +207,7 @@ def _build_all(wheel: Path, args: argparse.Namespace) -> int:
         }
         print(f"{name}: {len(blob) / 1e3:.0f} kB, m = {arrays['evolution'].tolist()}, content {content}")
     if not args.check:
-        part = args.out / "propagation.json.part"
-        part.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-        os.replace(part, args.out / "propagation.json")
+        write_aside(args.out / "propagation.json", json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     return 0
 
 

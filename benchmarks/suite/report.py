@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite.rows import topic_of, write_aside
+from benchmarks.suite.rows import topic_of
+from sbi_phys.core.files import open_aside, write_aside
 from sbi_phys.plotting.style import COLOURS, house_style, new_figure
-from sbi_phys.plotting.style import write_aside as write_figure
 from sbi_phys.report.tables import Table
 
 __all__ = ["MARKS", "block", "number", "plot", "table", "write_block"]
@@ -95,7 +95,7 @@ def write_block(page: Path, text: str, *, figure: str = "") -> None:
     if not MARKS.search(old):
         old = f"{old.rstrip()}\n\n## Against the peers\n\n{begin}<!-- benchmarks: end -->\n"
     body = f"{figure}\n\n{text}" if figure else text
-    write_aside(page, MARKS.sub(lambda m: f"{m[1]}\n{body}\n{m[2]}", old, count=1))
+    write_aside(page, MARKS.sub(lambda m: f"{m[1]}\n{body}\n{m[2]}", old, count=1), make_folder=True)
 
 
 def plot(path: Path, rows: Dicts, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Path | None:
@@ -112,7 +112,9 @@ def plot(path: Path, rows: Dicts, curves: Mapping[str, Sequence[tuple[float, flo
             _losses(axes.pop(0), curves)
         if bars:
             _bars(axes.pop(0), bars)
-        return write_figure(path, lambda p: fig.savefig(p, format="png", dpi=150, metadata={"Software": None}))
+        with open_aside(path, make_folder=True) as file:
+            fig.savefig(file, format="png", dpi=150, metadata={"Software": None})
+        return path
 
 
 def _losses(ax: Any, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:

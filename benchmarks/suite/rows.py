@@ -8,15 +8,15 @@ difference counts. A row that could not be measured has the value None, and its 
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-__all__ = ["KEYS", "Row", "check_rows", "keep_curves", "merge_rows", "read_rows", "skipped", "topic_of", "write_aside", "write_rows"]
+from sbi_phys.core.files import write_aside
+
+__all__ = ["KEYS", "Row", "check_rows", "keep_curves", "merge_rows", "read_rows", "skipped", "topic_of", "write_rows"]
 
 Curves = dict[str, list[tuple[float, float]]]
 KEYS = ("name", "value", "unit", "peer", "peer_value", "ratio", "device", "versions")
@@ -127,7 +127,7 @@ def keep_curves(out: Path, curves: Curves) -> Curves:
     """Write the loss curves of this run beside its medians; without any, those of the run before."""
     path = out.with_name(f"{out.stem}_curves.json")
     if curves:
-        write_aside(path, json.dumps(curves) + "\n")
+        write_aside(path, json.dumps(curves) + "\n", make_folder=True)
         return curves
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -138,17 +138,6 @@ def write_rows(out: Path, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], li
     check_rows(new)
     old, old_runs = read_rows(out)
     merged, runs = merge_rows(old, new), merge_rows(old_runs, [row.to_runs() for row in rows])
-    write_aside(out, json.dumps(merged, indent=1) + "\n")
-    write_aside(runs_path(out), json.dumps(runs, indent=1) + "\n")
+    write_aside(out, json.dumps(merged, indent=1) + "\n", make_folder=True)
+    write_aside(runs_path(out), json.dumps(runs, indent=1) + "\n", make_folder=True)
     return merged, runs
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a file whole: under another name first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

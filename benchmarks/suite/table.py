@@ -66,7 +66,7 @@ def report(numbers: Numbers, kept: list[dict[str, Any]], facts: dict[str, Any], 
         print(f"{name:<90} {value:<12.4g}" + ("" if bound is None else f" {sign} {bound:g}  {'met' if met else 'MISSED'}"), flush=True)
     machine = {"processor": f"{os.cpu_count()} cores", "load": os.getloadavg()[0]}
     text = json.dumps({**facts, "machine": machine, "rows": list(rows.values())}, indent=1) + "\n"
-    write_aside(out, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_aside(out, text, make_folder=True)
     return all(rows[name]["met"] for name in numbers), list(rows.values())
 
 
@@ -90,4 +90,4 @@ def fill(page: Path | None, name: str, text: str) -> None:
     if end not in rest:
         raise SystemExit(f"{page} has no marks {begin.strip()} and {end}")
     new = f"{head}{begin}\n{text}\n\n{end}{rest.partition(end)[2]}"
-    write_aside(page, lambda aside: aside.write_text(new, encoding="utf-8"))
+    write_aside(page, new)

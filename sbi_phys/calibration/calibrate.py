@@ -30,6 +30,7 @@ from sbi_phys.calibration.sbc import sbc
 from sbi_phys.calibration.tarp import tarp
 from sbi_phys.core.checks import as_real, require_int
 from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.files import write_aside
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike
@@ -149,15 +150,9 @@ class Calibration:
         }  # fmt: skip
 
     def write(self, path: str | Path) -> None:
-        """Write `to_dict` as JSON, aside and renamed."""
-        from sbi_phys.store.shards import write_aside
-
+        """Write `to_dict` as JSON.   Raises: WriteError."""
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
-
-        def fill(sink: Any) -> None:
-            sink.write(text.encode())
-
-        write_aside(Path(path), fill)
+        write_aside(path, text, sync=True)
 
 
 def calibrate(

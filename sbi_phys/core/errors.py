@@ -13,6 +13,7 @@ __all__ = [
     "StoreError",
     "SupportError",
     "TrainingError",
+    "WriteError",
 ]
 
 
@@ -54,6 +55,10 @@ class ModelFileError(SbiPhysError):
 
 class RunFolderError(SbiPhysError):
     """A run folder was made with other settings, or holds files that are not a run's."""
+
+
+class WriteError(SbiPhysError, OSError):
+    """A file cannot be written: no room on the disk, no permission, or no such folder."""
 
 
 class TrainingError(SbiPhysError):

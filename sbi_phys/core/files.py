@@ -1,21 +1,111 @@
-"""Files that are whole or absent: written under a temporary name in the same folder, then renamed."""
+"""Atomic file writes: a file is written under a temporary name in its folder and renamed when it is complete.
 
+    with open_aside("run/model.pt", sync=True) as file:
+        torch.save(weights, file)
+
+A reader finds the former file or the new one, never a part of it, also after a crash or on a full disk. The open file is a
+binary file that numpy, torch, matplotlib and h5py accept; a library that accepts only a path gets `file.name`.
+"""
+
+import io
 import os
-import uuid
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
-__all__ = ["write_aside"]
+from sbi_phys.core.errors import SbiPhysError, WriteError
+
+__all__ = ["AsideFile", "open_aside", "sync_folder", "write_aside"]
 
 
-def write_aside(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
-    """Call `write` on a temporary name in the folder of `path`, then rename it: a reader sees the old file or the new one whole."""
+class AsideFile(io.FileIO):
+    """A binary file that keeps its first write error and ignores later writes.
+
+    HDF5 cannot close a file whose writes fail: it keeps the handle and reports the error again when the interpreter ends.
+    `open_aside` therefore raises the error only after the library has closed the file.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all bytes of `data`, or keep the error in `failure`."""
+        view = memoryview(data).cast("B")
+        if self.failure is None:
+            try:
+                sent = 0
+                while sent < len(view):
+                    sent += self._send(view[sent:])
+            except OSError as err:
+                self.failure = err
+        return len(view)
+
+    def _send(self, view: memoryview) -> int:
+        return super().write(view) or 0
+
+
+@contextmanager
+def open_aside(
+    path: str | os.PathLike[str],
+    *,
+    sync: bool = False,
+    make_folder: bool = False,
+    error: type[SbiPhysError] = WriteError,
+    advice: str = "the former file, if any, is unchanged",
+) -> Iterator[AsideFile]:
+    """Open a temporary file that is renamed to `path` when the block ends without an error, and removed otherwise.
+
+    Args: sync: flush the file to the disk before the rename, so that it survives a power cut. make_folder: make missing folders.
+    error, advice: class and last words of the error that is raised where the file cannot be written.
+    Raises: WriteError, or the class given as `error`, naming the file, e.g. where the disk is full.
+
+    >>> import numpy as np
+    >>> with open_aside("counts.npy") as file:
+    ...     np.save(file, np.arange(3))
+    >>> np.load("counts.npy")
+    array([0, 1, 2])
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.tmp{target.suffix}")
+    temporary = target.with_name(f".{target.name}.{uuid4().int}.tmp")
     try:
-        write(aside)
-        os.replace(aside, target)
+        if make_folder:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with AsideFile(temporary, "w+") as file:
+            try:
+                yield file
+            except Exception:
+                if file.failure is None:
+                    raise
+            if file.failure is not None:
+                raise file.failure
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as err:
+        failed = error(f"{target} could not be written: {err.strerror or err}; {advice}")
+        if isinstance(failed, OSError):
+            failed.errno = err.errno
+        raise failed from err
     finally:
-        aside.unlink(missing_ok=True)
-    return target
+        temporary.unlink(missing_ok=True)
+
+
+def write_aside(path: str | os.PathLike[str], content: str | bytes, **options: Any) -> Path:
+    """Write text (UTF-8) or bytes by `open_aside`, whose options it takes -> the path.   Raises: as `open_aside`.
+
+    >>> write_aside("note.txt", "done").read_text()
+    'done'
+    """
+    with open_aside(path, **options) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk, so that they survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

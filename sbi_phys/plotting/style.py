@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import SettingError
-from sbi_phys.core.files import write_aside
+from sbi_phys.core.files import open_aside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,9 +83,13 @@ def save_figure(fig: "Figure", folder: str | os.PathLike[str], name: str, *, dpi
     if not name or not name.replace("-", "_").replace("_", "a").isalnum():
         raise SettingError(f"figure name is {name!r}; expected letters, digits, '-' and '_'")
     base = Path(folder)
-    png_notes: dict[str, Any] = {"Software": None}
-    pdf_notes: dict[str, Any] = {"CreationDate": None, "Creator": None, "Producer": None}
+    files: dict[Path, dict[str, Any]] = {
+        base / f"{name}.png": {"dpi": dpi, "metadata": {"Software": None}},
+        base / f"{name}.pdf": {"metadata": {"CreationDate": None, "Creator": None, "Producer": None}},
+    }
     with house_style():
-        png = write_aside(base / f"{name}.png", lambda p: fig.savefig(p, format="png", dpi=dpi, metadata=png_notes))
-        pdf = write_aside(base / f"{name}.pdf", lambda p: fig.savefig(p, format="pdf", metadata=pdf_notes))
+        for path, options in files.items():
+            with open_aside(path, make_folder=True) as file:
+                fig.savefig(file, format=path.suffix[1:], **options)
+    png, pdf = files
     return png, pdf

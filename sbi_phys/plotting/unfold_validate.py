@@ -4,7 +4,6 @@ Several methods stand side by side in every bin, with one colour and one marker 
 allows a right method; black lines are the truth or the nominal value.
 """
 
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from sbi_phys.calibration.bands import band_counts
 from sbi_phys.calibration.inputs import ALPHA
+from sbi_phys.core.files import open_aside
 from sbi_phys.core.types import Array
 from sbi_phys.plotting.calibration import BAND, COLOURS
 from sbi_phys.unfold.validate_rows import ONE_SIGMA, TWO_SIGMA
@@ -46,18 +46,11 @@ def figures(result: "Validation") -> "dict[str, Figure]":
 
 
 def save(figure: "Figure", folder: Path, name: str) -> None:
-    """Write <name>.png and <name>.pdf, each aside and renamed.   Raises: StoreError."""
-    from sbi_phys.store.shards import write_aside
-
+    """Write <name>.png and <name>.pdf, each written atomically.   Raises: WriteError."""
     kinds: dict[str, dict[str, Any]] = {"png": {"dpi": 160}, "pdf": {"metadata": {"CreationDate": None}}}
     for suffix, options in kinds.items():
-        buffer = BytesIO()
-        figure.savefig(buffer, format=suffix, **options)
-
-        def fill(sink: Any, made: bytes = buffer.getvalue()) -> None:
-            sink.write(made)
-
-        write_aside(folder / f"{name}.{suffix}", fill)
+        with open_aside(folder / f"{name}.{suffix}", sync=True) as file:
+            figure.savefig(file, format=suffix, **options)
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -16,7 +16,7 @@ import numpy as np
 
 from sbi_phys.core.checks import as_real, require_finite
 from sbi_phys.core.errors import DataError, ShapeError
-from sbi_phys.core.files import write_aside
+from sbi_phys.core.files import open_aside
 from sbi_phys.core.types import AnyArray, Array, ArrayLike
 from sbi_phys.priors import Parameter
 
@@ -108,7 +108,9 @@ def write_netcdf(path: str | os.PathLike[str], data: Any) -> Path:
     """Write what `to_inference_data` made to `path`, aside and renamed -> the path.   Raises: DataError for anything else."""
     if not hasattr(data, "to_netcdf") or "posterior" not in groups(data):
         raise DataError(f"data is a {type(data).__name__}; expected an InferenceData or DataTree with a group 'posterior'")
-    return write_aside(path, lambda aside: data.to_netcdf(str(aside), engine="h5netcdf"))
+    with open_aside(path, make_folder=True) as file:
+        data.to_netcdf(str(file.name), engine="h5netcdf")
+    return Path(path)
 
 
 def read_netcdf(path: str | os.PathLike[str]) -> Any:

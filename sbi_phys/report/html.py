@@ -185,7 +185,7 @@ def render_report(
     )
     # lone surrogates can stand in file names and can not be written as UTF-8
     data = page.encode("utf-8", "replace")
-    return write_aside(path, lambda aside: aside.write_bytes(data))
+    return write_aside(path, data, make_folder=True)
 
 
 def _environment() -> Any:

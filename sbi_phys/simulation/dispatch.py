@@ -18,16 +18,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 from uuid import uuid4
 
 from sbi_phys.core.errors import SettingError, StoreError
+from sbi_phys.core.files import sync_folder
 from sbi_phys.core.progress import Progress, Task
 from sbi_phys.core.types import Array
 from sbi_phys.simulation.processes import limit_threads, pickle_simulator, start_pool_worker
 from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.simulation.workers import ShardResult, ShardTask, name_disk, run_shard
-from sbi_phys.store.shards import shard_name, sync_folder, write_aside
+from sbi_phys.store.shards import shard_name, write_file
 from sbi_phys.store.store import MANIFEST, Manifest, list_shards
 
 __all__ = ["Campaign", "complete"]
@@ -93,13 +93,9 @@ class Campaign:
         """Count a shard that has been made, and write it if it was sent back.   Raises: StoreError."""
         data = result.file
         if data is not None:
-
-            def fill(sink: Any) -> None:
-                sink.write(data)
-
             path = self.folder / shard_name(result.index)
             try:
-                write_aside(path, fill)
+                write_file(path, data)
             except StoreError as err:
                 raise name_disk(err, path) from err.__cause__
         self.n_done += 1

@@ -11,15 +11,13 @@ The label stands before the HDF5 content of a shard, in HDF5's user block, which
 It spares opening files: one short read tells the counts, one plain read of the file whether it is whole. Values that lie in
 one run of bytes have a checksum each, that of their dataset; `rest` covers every other byte behind the block. Where a label
 does not fit its file, or there is none, the HDF5 content is what counts.
-
-Files are written aside, synced and renamed (`write_aside`).
 """
 
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +27,7 @@ import h5py
 import numpy as np
 
 from sbi_phys.core.errors import StoreError
+from sbi_phys.core.files import write_aside
 from sbi_phys.core.types import AnyArray
 from sbi_phys.store.layout import hdf5_type
 
@@ -40,8 +39,8 @@ except ImportError:
 __all__ = [
     "MARK",
     "MOST_RANGES",
+    "SYNCED",
     "Label",
-    "Sink",
     "array_checksum",
     "array_seed",
     "attribute",
@@ -56,13 +55,18 @@ __all__ = [
     "read_label",
     "reason_kind",
     "set_attributes",
-    "sync_folder",
     "text_checksum",
     "to_json",
-    "write_aside",
+    "write_file",
 ]
 
 
+# How files of a store are written.
+SYNCED: dict[str, Any] = {
+    "sync": True,
+    "error": StoreError,
+    "advice": "shards that are finished are intact, the same call continues after them",
+}
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?([eE][-+]?\d+)?")
 
 
@@ -297,61 +301,6 @@ def _crc(file: Any, length: int, crc: int, piece: memoryview) -> int:
     return crc
 
 
-class Sink(io.FileIO):
-    """A file that remembers its first write error and swallows the rest.
-
-    HDF5 can not close a file whose writes fail (it keeps the handle and complains again when the interpreter ends), so
-    the error is kept from it and raised by `write_aside` once HDF5 has let go.
-    """
-
-    failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write all of it, or remember why not."""
-        view = memoryview(data).cast("B")
-        if self.failure is None:
-            try:
-                sent = 0
-                while sent < len(view):
-                    sent += self._send(view[sent:])
-            except OSError as err:
-                self.failure = err
-        return len(view)
-
-    def _send(self, view: memoryview) -> int:
-        return super().write(view) or 0
-
-
-def write_aside(path: Path, fill: Callable[[Sink], None]) -> None:
-    """Write a file under a temporary name in the same folder, sync it, and rename it to `path`.
-
-    Raises: StoreError where the disk is full or the folder can not be written; the temporary file is removed.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with Sink(temporary, "w+") as sink:
-            try:
-                fill(sink)
-            except Exception:
-                if sink.failure is None:
-                    raise
-            if sink.failure is not None:
-                raise sink.failure
-            os.fsync(sink.fileno())
-        # the folder itself is not synced here: a rename that a power cut undoes leaves a shard to be made again
-        os.replace(temporary, path)
-    except OSError as err:
-        raise StoreError(
-            f"{path} could not be written: {err.strerror or err}; shards that are finished are intact, the same call continues after them"
-        ) from err
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file of a store atomically.   Raises: StoreError, e.g. where the disk is full."""
+    write_aside(path, content, **SYNCED)

@@ -18,7 +18,7 @@ from typing import Any
 
 from sbi_phys.core.errors import StoreError
 from sbi_phys.store.encoding import read_label, reason_kind
-from sbi_phys.store.shards import open_shard, shard_name, write_aside
+from sbi_phys.store.shards import open_shard, shard_name, write_file
 
 __all__ = ["INDEX", "Index", "reason_kind"]
 
@@ -73,12 +73,9 @@ class Index:
         values = {"version": _VERSION, "shards": {str(shard): list(entry) for shard, entry in sorted(self._load().items())}}
         text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
-        def fill(sink: Any) -> None:
-            sink.write(text.encode())
-
         # a cache: that the folder is read-only, or the disk full, is none of the reader's business
         with suppress(StoreError):
-            write_aside(self.folder / INDEX, fill)
+            write_file(self.folder / INDEX, text)
 
     def _load(self) -> dict[int, Entry]:
         if self._entries is None:

@@ -8,12 +8,11 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sbi_phys.core.errors import StoreError
 from sbi_phys.core.provenance import git_state, package_version
 from sbi_phys.store.locks import LOCK_FILE, StoreLock, is_lock_file
-from sbi_phys.store.shards import FORMAT, READABLE, SCHEMA, Header, shard_name, write_aside
+from sbi_phys.store.shards import FORMAT, READABLE, SCHEMA, Header, shard_name, write_file
 
 __all__ = ["MANIFEST", "Manifest", "StoreLock", "list_shards", "read_manifest", "remove_litter", "write_manifest"]
 
@@ -72,11 +71,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         **manifest.header.plain(),
     }
     text = json.dumps(values, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
-
-    def fill(sink: Any) -> None:
-        sink.write(text.encode())
-
-    write_aside(folder / MANIFEST, fill)
+    write_file(folder / MANIFEST, text)
 
 
 def read_manifest(folder: Path) -> Manifest:

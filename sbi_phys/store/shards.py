@@ -29,12 +29,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbi_phys.core.errors import StoreError
+from sbi_phys.core.files import AsideFile, open_aside
 from sbi_phys.core.provenance import git_commit, package_version
 from sbi_phys.core.types import AnyArray, Array
 from sbi_phys.store.encoding import (
     MOST_RANGES,
+    SYNCED,
     Label,
-    Sink,
     array_checksum,
     array_seed,
     attribute,
@@ -47,10 +48,9 @@ from sbi_phys.store.encoding import (
     read_attributes,
     reason_kind,
     set_attributes,
-    sync_folder,
     text_checksum,
     to_json,
-    write_aside,
+    write_file,
 )
 from sbi_phys.store.layout import Layout, Ragged, add_dataset, add_virtual_x, split_x
 
@@ -69,9 +69,8 @@ __all__ = [
     "read_facts",
     "require_place",
     "shard_name",
-    "sync_folder",
     "verify_shard",
-    "write_aside",
+    "write_file",
     "write_shard",
 ]
 
@@ -165,7 +164,7 @@ def write_shard(path: Path, header: Header, index: int, data: ShardData) -> None
     sums: dict[str, str] = dict(zip(arrays, plain(attributes["checksums"]), strict=True))
     label = Label(header.digest(), index, data.status.size, arrays["failed_row"].size, shown, _content(sums), block, 0, (), 0)
 
-    def fill(sink: Sink) -> None:
+    with open_aside(path, **SYNCED) as sink:
         places = _write_content(sink, block, arrays, layout, attributes, header.dtype if virtual else "")
         if sink.failure is None:
             ranges = [(at, arrays[name].nbytes, array_seed(arrays[name]), int(sums[name][6:], 16)) for name, at in places.items()]
@@ -173,11 +172,9 @@ def write_shard(path: Path, header: Header, index: int, data: ShardData) -> None
             sink.seek(0)
             sink.write(whole.encode())
 
-    write_aside(path, fill)
-
 
 def _write_content(
-    sink: Sink, block: int, arrays: dict[str, AnyArray], layout: Layout, attributes: dict[str, Any], virtual: str
+    sink: AsideFile, block: int, arrays: dict[str, AnyArray], layout: Layout, attributes: dict[str, Any], virtual: str
 ) -> dict[str, int]:
     """Write the HDF5 content behind the label's block; return where the values of each dataset begin that are one run of bytes.
 

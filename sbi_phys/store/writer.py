@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbi_phys.core.errors import DataError, StoreError
+from sbi_phys.core.files import sync_folder
 from sbi_phys.store.layout import Layout, Ragged
 from sbi_phys.store.manifest import MANIFEST, Manifest, StoreLock, list_shards, write_manifest
 from sbi_phys.store.shards import (
@@ -30,7 +31,6 @@ from sbi_phys.store.shards import (
     read_facts,
     require_place,
     shard_name,
-    sync_folder,
     write_shard,
 )
 

@@ -4,9 +4,7 @@ The format is torch's zip archive restricted to tensors, numbers, text, lists an
 from a stranger can be wrong, but it can not execute anything.
 """
 
-import os
 import pickle
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 
 from sbi_phys.core.errors import ModelFileError
+from sbi_phys.core.files import open_aside
 
 __all__ = ["read_file", "write_file"]
 
@@ -25,21 +24,9 @@ def write_file(path: str | Path, kind: str, version: int, content: dict[str, Any
 
     Raises: ModelFileError if the folder is missing or the disk is full; the former file then stays as it was.
     """
-    path = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as err:
-        raise ModelFileError(f"{path} can not be written: {err.strerror or err}; expected a writable folder") from err
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": _MAGIC, "kind": kind, "version": version, "content": content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except (OSError, RuntimeError) as err:
-        raise ModelFileError(f"{path} could not be written: {err}; the former file, if any, is unchanged") from err
-    finally:
-        Path(name).unlink(missing_ok=True)
+    advice = "expected a writable folder with room on its disk; the former file, if any, is unchanged"
+    with open_aside(path, sync=True, error=ModelFileError, advice=advice) as file:
+        torch.save({"format": _MAGIC, "kind": kind, "version": version, "content": content}, file)
 
 
 def read_file(path: str | Path, kind: str, version: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from sbi_phys.core.checks import require_int, require_number
 from sbi_phys.core.errors import StoreError
+from sbi_phys.core.files import open_aside, write_aside
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.store.store import Manifest, StoreLock
 from sbi_phys.training.scaling import XScaler
@@ -34,6 +34,11 @@ __all__ = ["Job", "Prepared", "RowSource", "data_digest", "prepare"]
 _FORMAT, _VERSION = "sbi_phys stream cache", 1
 _POLL_S = 0.05
 _ADVICE = "expected a folder that may be written: give one as cache=, or cache=None to transform anew in every epoch"
+_WRITE: dict[str, Any] = {
+    "sync": True,
+    "error": StoreError,
+    "advice": "expected room on the disk: give another folder as cache=, or cache=None to transform anew in every epoch",
+}
 
 T = TypeVar("T")
 
@@ -173,7 +178,7 @@ def _build(job: Job, rows: Path, scale: Path) -> None:
     if meta is None:
         transform = replace(job.transform, shift=typical_row(job.transform, shards))
         data = rows.with_suffix(".f32")
-        with _aside(data) as file:
+        with open_aside(data, **_WRITE) as file:
             moments = _pass(job, shards, split, transform, file, "transform")
         stat = data.stat()
         _write_json(rows, {
@@ -341,28 +346,8 @@ def _until(wait_s: float, ask: Callable[[], T | None], what: str) -> T:
         time.sleep(_POLL_S)
 
 
-@contextmanager
-def _aside(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that is synced and renamed to `path` when the block ends well, else removed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as err:
-        raise StoreError(
-            f"{path} could not be written: {err.strerror or err}; expected room on the disk: give another folder as cache=, "
-            "or cache=None to transform anew in every epoch"
-        ) from err
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with _aside(path) as file:
-        file.write(json.dumps({"format": _FORMAT, "version": _VERSION, **values}, sort_keys=True).encode())
+    write_aside(path, json.dumps({"format": _FORMAT, "version": _VERSION, **values}, sort_keys=True), **_WRITE)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

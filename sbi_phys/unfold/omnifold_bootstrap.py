@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.files import open_aside
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import ArrayLike
@@ -103,11 +103,11 @@ def write_weights(path: str | os.PathLike[str], result: OmniFold, name: str = "o
         raise DataError(f"{target} is a folder; expected an HDF5 file, or a path where there is none")
     if target.exists() and not h5py.is_hdf5(target):
         raise DataError(f"{target} is not an HDF5 file; expected one, or a path where there is none")
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    with open_aside(target) as aside:
         if target.exists():
-            shutil.copyfile(target, aside)
-        with h5py.File(aside, "a") as file:
+            with target.open("rb") as former:
+                shutil.copyfileobj(former, aside)
+        with h5py.File(aside, "r+" if target.exists() else "w") as file:
             for rows in ("theta", "x", "truth", "reco"):
                 if rows in file and isinstance(file[rows], h5py.Dataset) and file[rows].shape[:1] != result.weights.shape:
                     raise ShapeError(f"{target} has {rows} of shape {file[rows].shape} and there are {result.weights.size} weights")
@@ -118,7 +118,4 @@ def write_weights(path: str | os.PathLike[str], result: OmniFold, name: str = "o
                 del group[name]
             dataset = group.create_dataset(name, data=result.weights)
             dataset.attrs.update({key: json.dumps(value) if key == "history" else value for key, value in result.to_dict().items()})
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
     return target

@@ -11,6 +11,7 @@ import numpy as np
 
 from sbi_phys.calibration.inputs import ALPHA, holm
 from sbi_phys.core.figures import figures
+from sbi_phys.core.files import write_aside
 from sbi_phys.core.types import Array
 from sbi_phys.unfold.response import Response
 from sbi_phys.unfold.validate_checks import BottomLine, Closure, Priors, Scan
@@ -170,18 +171,12 @@ class Validation:
     def write(self, folder: str | Path) -> Path:
         """Write validation.json and each figure as PNG and PDF into a folder, each aside and renamed -> the folder.
 
-        Raises: StoreError (the folder can not be written).
+        Raises: WriteError (the folder cannot be written).
         """
-        from sbi_phys.store.shards import write_aside
-
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-        def fill(sink: Any) -> None:
-            sink.write(text.encode())
-
-        write_aside(target / "validation.json", fill)
+        write_aside(target / "validation.json", text, sync=True)
         for name, figure in self.figures().items():
             figures.unfold_validate.save(figure, target, name)
         return target

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from sbi_phys.core.errors import DataError, RunFolderError, SbiPhysError, SettingError
-from sbi_phys.core.files import write_aside
+from sbi_phys.core.files import open_aside, write_aside
 from sbi_phys.core.progress import NoProgress, Progress
 from sbi_phys.core.provenance import __version__
 from sbi_phys.core.rng import rng_for, seed_for
@@ -213,7 +213,7 @@ class Run:
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file aside and rename it."""
-        return write_aside(self.path(name), lambda aside: aside.write_text(text, encoding="utf-8"))
+        return write_aside(self.path(name), text, make_folder=True)
 
     def write_json(self, name: str, content: Any) -> Path:
         """Write JSON; what is not finite becomes null."""
@@ -221,7 +221,9 @@ class Run:
 
     def write_array(self, name: str, array: Array) -> Path:
         """Write a plain .npy file."""
-        return write_aside(self.path(name), lambda aside: np.save(aside, array, allow_pickle=False))
+        with open_aside(self.path(name), make_folder=True) as file:
+            np.save(file, array, allow_pickle=False)
+        return self.path(name)
 
     def read_array(self, name: str) -> Array:
         """Read what `write_array` wrote."""

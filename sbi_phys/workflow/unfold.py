@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from sbi_phys.core.errors import ConvergenceError, DataError, RunFolderError, TrainingError
-from sbi_phys.core.files import write_aside
+from sbi_phys.core.files import open_aside, write_aside
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.types import Array
 from sbi_phys.plotting.figures import save_figure
@@ -149,7 +149,7 @@ class UnfoldRun:
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file aside and rename it."""
-        return write_aside(self.path(name), lambda aside: aside.write_text(text, encoding="utf-8"))
+        return write_aside(self.path(name), text, make_folder=True)
 
     def write_json(self, name: str, content: Any) -> Path:
         """Write JSON; what is not finite becomes null."""
@@ -189,7 +189,8 @@ class UnfoldRun:
             "figures": [f"{name}_{title}" for title in answer.figures],
             "versions": versions(),
         }
-        write_aside(self.path("methods", f"{name}.npz"), lambda aside: np.savez(aside, allow_pickle=False, **arrays))
+        with open_aside(self.path("methods", f"{name}.npz"), make_folder=True) as file:
+            np.savez(file, allow_pickle=False, **arrays)
         self.write_json(f"methods/{name}.json", record)
         found = self.read(name)
         if found is None:

@@ -4,7 +4,6 @@ import matplotlib
 import pytest
 
 from sbi_phys.core.errors import SettingError
-from sbi_phys.core.files import write_aside
 from sbi_phys.plotting.style import house_style, new_figure, save_figure
 
 
@@ -52,16 +51,3 @@ def test_a_name_is_no_path(tmp_path, name):
         save_figure(simple(), tmp_path, name)
     with pytest.raises(SettingError, match="dpi"):
         save_figure(simple(), tmp_path, "x", dpi=5)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    target = tmp_path / "x.txt"
-    write_aside(target, lambda p: p.write_text("old"))
-
-    def fail(path):
-        path.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_aside(target, fail)
-    assert target.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]

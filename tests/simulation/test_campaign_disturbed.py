@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from sbi_phys.core.errors import StoreError
+from sbi_phys.core.files import AsideFile
 from sbi_phys.simulation.campaign import simulate
-from sbi_phys.store import shards
 from sbi_phys.store.shards import shard_name
 from sbi_phys.store.store import Store, list_shards
 from tests.shard_helpers import digests
@@ -201,7 +201,7 @@ def test_the_disk_fills_up_half_way(tmp_path, reference, monkeypatch):
         return io.FileIO.write(self, view)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.Sink, "_send", send)
+        patch.setattr(AsideFile, "_send", send)
         with pytest.raises(StoreError, match=r"shard-0000\d.h5 could not be written: No space left on device.*the same call continues"):
             simulate(FLAKY, 650, tmp_path, seed=7, shard_size=100, workers=1)
     done = list_shards(tmp_path)

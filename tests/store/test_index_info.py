@@ -75,7 +75,7 @@ def test_a_folder_that_may_not_be_written_does_without(tmp_path, monkeypatch):
     def refuse(path, fill):
         raise StoreError("no")
 
-    monkeypatch.setattr(index_module, "write_aside", refuse)
+    monkeypatch.setattr(index_module, "write_file", refuse)
     index = Index(tmp_path)
     assert index.n_failed([0]) == Store(tmp_path).n_failed
     index.save()
