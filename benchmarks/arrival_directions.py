@@ -46,7 +46,7 @@ from sbi_phys.core.files import open_aside
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.hypotheses import TwoHypotheses
 from sbi_phys.nets.classifier import ClassifierConfig
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.training.loop import TrainConfig
 from simulators import ArrivalDirections
 from simulators.arrival_directions import unit_vectors

@@ -29,10 +29,10 @@ from benchmarks.suite.table import Numbers, Part, arguments, run
 from sbi_phys.calibration import c2st, coverage, sbc
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.set_npe import SetNPE, likelihood_embedding
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_set import DeepSet, SetAttention
+from sbi_phys.nets.embedding_set_likelihood import LikelihoodSet
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
-from sbi_phys.nets.set_likelihood import LikelihoodSet
-from sbi_phys.nets.sets import DeepSet, SetAttention
 from sbi_phys.samplers.grid import grid_posterior
 from sbi_phys.training.loop import TrainConfig
 from simulators import ArrivalDirections, LineSearch

@@ -30,7 +30,7 @@ import sbi_phys
 from sbi_phys.core.device import resolve_device
 from sbi_phys.core.files import write_aside
 from sbi_phys.core.rng import rng_for
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import PosteriorNet, npe_loss
 from sbi_phys.priors import NormalPrior, Observable, Parameter

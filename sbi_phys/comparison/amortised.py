@@ -33,8 +33,8 @@ from sbi_phys.core.errors import DataError, ModelFileError, SettingError, ShapeE
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.nets.embed import EmbeddingConfig
-from sbi_phys.nets.sets import take_scaling
+from sbi_phys.nets.embedding_set import take_scaling
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.priors import Observable
 from sbi_phys.simulation.protocol import Simulator, check_output, check_simulator
 from sbi_phys.training.checkpoint import read_file, write_file
@@ -182,7 +182,7 @@ def model_comparison(
     Args: models: {name: simulator}, or {name: x (n, k)} where the simulations are there, drawn with theta from each model's prior;
     all with the same observables. observation: one data set whose probabilities to give at once. n: simulations a model.
     prior: probabilities of the models before the data, any positive numbers; default equal. n_ensemble: networks, whose scores are
-    averaged. embedding: as of an NPE; `nets.sets` has those of event sets. x_transform: as of an NPE.
+    averaged. embedding: as of an NPE; `nets.embedding_set` has those of event sets. x_transform: as of an NPE.
     n_check: simulations a model to test the calibration on, 0 for none; of arrays, that many of their last rows are kept for it.
     seed: of simulations, weights and order.
 

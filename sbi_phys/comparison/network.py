@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbi_phys.core.errors import ShapeError
 from sbi_phys.core.rng import seed_for
-from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
+from sbi_phys.nets.classifier import newton
+from sbi_phys.nets.embedding_vector import EmbeddingConfig, build_embedding
 from sbi_phys.training.scaling import XScaler
 
 __all__ = ["ModelNet", "finish", "model_loss", "solve_last_layer"]
@@ -72,11 +72,7 @@ class ModelNet(nn.Module):
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_for(seed, "weights"))
             self.plain = not isinstance(embedding, nn.Module)
-            if isinstance(embedding, nn.Module):
-                self.embedding: nn.Module = copy.deepcopy(embedding)
-            else:
-                self.embedding = ResidualMLP(math.prod(x_shape), embedding)
-            n_features = self._n_features(x_shape)
+            self.embedding, n_features = build_embedding(embedding, x_shape)
             n_inputs = math.prod(x_shape) if self.plain else n_features
             few = self.plain and n_inputs <= N_PRODUCTS
             self.combine = None if few else nn.Linear(n_inputs, min(N_SQUARES, n_inputs))
@@ -88,17 +84,6 @@ class ModelNet(nn.Module):
             self.head = nn.Linear(self.stages[-1], n_models - 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-
-    def _n_features(self, x_shape: tuple[int, ...]) -> int:
-        mode = self.embedding.training
-        self.embedding.eval()
-        with torch.no_grad():
-            out = self.embedding(torch.zeros(2, *x_shape))
-        self.embedding.train(mode)
-        if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != 2:
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ShapeError(f"embedding maps x of shape (2, {', '.join(map(str, x_shape))}) to {got}; expected (2, n_features)")
-        return int(out.shape[1])
 
     def features(self, x: Tensor) -> Tensor:
         """X (n, ...) -> what the last layer sees (n, k)."""
@@ -170,22 +155,19 @@ def solve_last_layer(net: ModelNet, x: Tensor, label: Tensor, weight: Tensor, *,
     ridge = torch.full_like(start, _RIDGE)
     ridge[:, : min(len(used), N_TOTALS if net.counts else 0)] = _RIDGE_TOTALS
 
-    def objective(theta: Tensor) -> Tensor:
-        scores = F.pad(h @ theta.T, (1, 0))
-        return (w * F.cross_entropy(scores, label, reduction="none")).sum() + 0.5 * (ridge * (theta - start) ** 2).sum()
+    def scores(theta: Tensor) -> Tensor:
+        return F.pad(h @ theta.view_as(start).T, (1, 0))
 
-    theta, value = start.clone(), objective(start)
-    for _ in range(_NEWTON_STEPS):
-        p = F.pad(h @ theta.T, (1, 0)).softmax(dim=1)[:, 1:]
-        gradient = ((w[:, None] * (p - target)).T @ h + ridge * (theta - start)).flatten()
-        step = torch.linalg.solve(_hessian(h, p, w) + torch.diag(ridge.flatten()), gradient)
-        scale = 1.0
-        while scale > 1e-3 and not objective(theta - scale * step.view_as(theta)) <= value:
-            scale /= 2
-        if scale <= 1e-3 or float(gradient @ step) < 1e-14:
-            break
-        theta = theta - scale * step.view_as(theta)
-        value = objective(theta)
+    def objective(theta: Tensor) -> Tensor:
+        penalty = (ridge * (theta.view_as(start) - start) ** 2).sum()
+        return (w * F.cross_entropy(scores(theta), label, reduction="none")).sum() + 0.5 * penalty
+
+    def derivatives(theta: Tensor) -> tuple[Tensor, Tensor]:
+        p = scores(theta).softmax(dim=1)[:, 1:]
+        gradient = (w[:, None] * (p - target)).T @ h + ridge * (theta.view_as(start) - start)
+        return gradient.flatten(), _hessian(h, p, w) + torch.diag(ridge.flatten())
+
+    theta = newton(objective, derivatives, start.flatten(), n_steps=_NEWTON_STEPS, gain=1e-14).view_as(start)
     net.head.weight.zero_()
     net.head.weight[:, : len(used)] = theta[:, :-1].to(net.head.weight.dtype)
     net.head.bias.copy_(theta[:, -1].to(net.head.bias.dtype))

@@ -28,7 +28,7 @@ from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import seed_for
 from sbi_phys.core.types import Array, ArrayLike, Integers, Mask
 from sbi_phys.estimators.density_sampling import PosteriorDraws, sample_posterior
-from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
+from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP
 from sbi_phys.priors import Prior
 from sbi_phys.samplers.importance import Proposal
 from sbi_phys.training.loop import TrainConfig, fit

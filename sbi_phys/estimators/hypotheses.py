@@ -32,8 +32,8 @@ from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.estimators.fitting import History, fit_ensemble, train_member
 from sbi_phys.estimators.model_file import FILE, common_content, common_settings, with_weights
 from sbi_phys.nets.classifier import ClassifierConfig, LabelledFeatures, PairClassifier, solve_last_layer
-from sbi_phys.nets.embed import EmbeddingConfig
-from sbi_phys.nets.sets import take_scaling
+from sbi_phys.nets.embedding_set import take_scaling
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.priors import Observable
 from sbi_phys.training.batches import MemoryBatches
 from sbi_phys.training.checkpoint import write_file

@@ -41,7 +41,7 @@ from sbi_phys.estimators.fitting import History, fit_ensemble, train_member
 from sbi_phys.estimators.hypotheses import Events, HypothesisRatio, as_events, cross_entropy, standard_units
 from sbi_phys.estimators.model_file import FILE, common_content, common_settings, with_weights
 from sbi_phys.nets.classifier import ClassifierConfig, PairClassifier
-from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
+from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP
 from sbi_phys.priors import Observable
 from sbi_phys.training.batches import MemoryBatches
 from sbi_phys.training.checkpoint import write_file

@@ -11,7 +11,7 @@ from torch import nn
 
 from sbi_phys.core.errors import ModelFileError
 from sbi_phys.core.provenance import __version__
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.priors import Observable, prior_from_dict
 from sbi_phys.training.loop import TrainConfig
 

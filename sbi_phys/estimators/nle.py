@@ -35,7 +35,7 @@ from sbi_phys.estimators.density_sampling import Gradient, PosteriorDraws, sampl
 from sbi_phys.estimators.emulator import Emulator
 from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, stores_or_data, train_member
 from sbi_phys.estimators.model_file import FILE, shared_content, shared_settings, with_weights
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.likelihood import DequantisedLoss, XColumns, log_density_rows, noise_points, value_and_gradient
 from sbi_phys.nets.posterior import PosteriorNet, sample_net

@@ -34,10 +34,10 @@ from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, rows_of, train_member
 from sbi_phys.estimators.model_file import FILE, maker, shared_content, shared_settings, with_weights
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_set import take_scaling
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import FlowProposal, PosteriorNet, encode_net, log_prob_nets, npe_loss, sample_net
-from sbi_phys.nets.sets import take_scaling
 from sbi_phys.priors import Observable, Prior, standard_normal_log_prob
 from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.store.identity import simulator_identity

@@ -14,7 +14,7 @@ Where a posterior is much narrower than the prior, hardly a marginal pair falls 
 - The contrasts theta' of a row come from q(theta' | x), half the prior (other rows' theta) and half a Gaussian posterior, widened, that is
   learned beside. The classifier's log odds are then log p(theta | x) / q(theta | x), and f = log odds + log q(theta | x) / p(theta) is
   log r for any q: where the contrasts lie decides how well f is learned, not what is learned.
-- f starts from a reference, the log ratio of Gaussians learned by maximum likelihood (`nets.reference`); the classifier corrects it.
+- f starts from a reference, the log ratio of Gaussians learned by maximum likelihood (`nets.classifier`); the classifier corrects it.
 
 Source: Hermans, Begy & Louppe 2019, arXiv:1903.04057; Miller et al. 2022, arXiv:2210.06170; Delaunoy et al. 2022, arXiv:2208.13624.
 """
@@ -39,10 +39,9 @@ from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, ro
 from sbi_phys.estimators.model_file import FILE, shared_content, shared_settings, with_weights
 from sbi_phys.estimators.ratio_losses import LOSSES
 from sbi_phys.estimators.ratio_mean import Gaussians, PriorMean, joined, mean_over_prior
-from sbi_phys.nets.classifier import NEAR, ClassifierConfig, PairClassifier, Parts
-from sbi_phys.nets.embed import EmbeddingConfig
-from sbi_phys.nets.reference import REFERENCES
-from sbi_phys.nets.sets import take_scaling
+from sbi_phys.nets.classifier import NEAR, REFERENCES, ClassifierConfig, PairClassifier, Parts
+from sbi_phys.nets.embedding_set import take_scaling
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.priors import Observable, Prior
 from sbi_phys.samplers.importance import Proposal
 from sbi_phys.store.store import Store
@@ -68,7 +67,7 @@ class NRE:
         seed: of weights, split, order and draws.
         loss: 'carl' (the same as 'nre-a'), 'nre-c' or 'bnre', see `ratio_losses`.
         network: of the part that sees pairs; None takes a trunk of width 64 and 32 products.
-        reference: 'posterior', 'likelihood' (see `nets.reference`) or 'auto': the latter for up to 64 columns of numbers, the former where
+        reference: 'posterior', 'likelihood' (see `nets.classifier`) or 'auto': the latter for up to 64 columns of numbers, the former where
             there are more, or an embedding of one's own.
         embedding: of x: None (residual perceptron), an EmbeddingConfig, or any nn.Module (n, *x_shape) -> (n, k).
         n_ensemble: networks, trained with different seeds and splits; log r is the mean of theirs, so that their factors of x alone, which

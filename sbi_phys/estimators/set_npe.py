@@ -13,7 +13,7 @@ learns: the loss of the second stage is that of `npe`.
     scores = likelihood_embedding(prior, simulator=small_sets, n=1_000_000)
     npe = SetNPE(prior, embedding=scores).fit(simulator=sets_of_all_sizes, online=True, n=200_000)
 
-Source: see `nets.set_likelihood`.
+Source: see `nets.embedding_set_likelihood`.
 """
 
 from collections.abc import Iterator
@@ -33,11 +33,11 @@ from sbi_phys.core.types import ArrayLike
 from sbi_phys.estimators.fitting import History, train_member
 from sbi_phys.estimators.model_file import FILE
 from sbi_phys.estimators.npe import NPE
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_set import take_scaling
+from sbi_phys.nets.embedding_set_likelihood import AnchoredFlow, LikelihoodSet, contrastive_loss
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import PosteriorNet
-from sbi_phys.nets.set_likelihood import AnchoredFlow, LikelihoodSet, contrastive_loss
-from sbi_phys.nets.sets import take_scaling
 from sbi_phys.priors import Prior
 from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.training.batches import Batches
@@ -58,7 +58,7 @@ class _AnchoredNet(PosteriorNet):
         super().__init__(dim, x_shape, flow, embedding, seed=seed)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_for(seed, "anchored flow"))
-            self.flow = AnchoredFlow(dim, self._n_features(x_shape), flow, rng=torch_rng_for(seed, "splits"))
+            self.flow = AnchoredFlow(dim, self.n_features, flow, rng=torch_rng_for(seed, "splits"))
 
     def start_at(self, u: Tensor) -> None:
         """The anchor says where to begin."""

@@ -26,9 +26,8 @@ equals the share of the numerator, which is the balance E_num[d] + E_ref[d] = 1 
 Source: Cranmer, Pavez & Louppe 2015, arXiv:1506.02169; Hermans, Begy & Louppe 2019, arXiv:1903.04057.
 """
 
-import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,16 +36,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbi_phys.core.checks import require_int
-from sbi_phys.core.errors import ShapeError
 from sbi_phys.core.rng import seed_for
-from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
-from sbi_phys.nets.reference import LikelihoodReference, PosteriorReference
+from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP, build_embedding
 
 __all__ = ["NEAR", "ClassifierConfig", "Contrasts", "LabelledFeatures", "PairClassifier", "Parts", "solve_last_layer"]
 
 Parts = tuple[Tensor, ...]  # what the trunk, the products and the reference take from one side of a pair
 LabelledFeatures = tuple[Tensor, Tensor, Tensor]  # features (n, k), weights of numerator and reference (n,)
 
+REFERENCES = ("posterior", "likelihood")
+_SCALE_LIMIT = 12.0  # of the logs of inverse widths
+_CLIP = 10.0  # of the standardised columns, in sd
 _RIDGE = 1e-5  # holds the last layer where the rows say nothing
 _NEWTON_STEPS = 12
 NEAR, _WIDTHS = 0.5, (1.0, 2.0)  # share of the contrasts that come from the proposal, and how much it is widened
@@ -86,6 +86,110 @@ class ClassifierConfig:
         require_int("classifier rank", self.rank, low=1)
 
 
+class PosteriorReference(nn.Module):
+    """log N(u; mu, S) - log N(u; 0, I), mu and S functions of the features h (n, k) of x."""
+
+    def __init__(self, dim: int, n_features: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.context = nn.Linear(n_features, 2 * dim + dim * (dim - 1) // 2)
+        nn.init.zeros_(self.context.weight)
+        nn.init.zeros_(self.context.bias)
+
+    def x_part(self, h: Tensor, x: Tensor) -> Tensor:
+        """Mean, log inverse widths and correlations of rows (n, c)."""
+        out: Tensor = self.context(h)
+        return out
+
+    def theta_part(self, u: Tensor) -> Tensor:
+        """U itself (m, dim)."""
+        return u
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d = self.dim
+        mean, raw, lower = x.split([d, d, d * (d - 1) // 2], dim=-1)
+        return mean, _SCALE_LIMIT * torch.tanh(raw / _SCALE_LIMIT), lower
+
+    def draw(self, x: Tensor, noise: Tensor) -> Tensor:
+        """u = mu + S^(1/2) noise for parts x (n, c) and noise (n, m, dim) -> (n, m, dim)."""
+        mean, log_scale, lower = (part[:, None] for part in self._split(x))
+        scaled, first = noise * (-log_scale).exp(), 0
+        centred: list[Tensor] = []
+        for i in range(self.dim):
+            value = scaled[..., i]
+            for j in range(i):
+                value = value - lower[..., first + j] * centred[j]
+            first += i
+            centred.append(value)
+        return mean + torch.stack(centred, dim=-1)
+
+    def forward(self, x: Tensor, u: Tensor, width: float = 1.0) -> Tensor:
+        """Log ratio of parts (..., c) and (..., dim), broadcast; `width` widens S^(1/2)."""
+        d = self.dim
+        mean, log_scale, lower = self._split(x)
+        log_scale = log_scale - math.log(width)
+        centred = u - mean
+        out = log_scale.sum(dim=-1) + 0.5 * (u**2).sum(dim=-1)
+        first = 0
+        for i in range(d):  # row by row of the triangular matrix: tables of pairs are too large for one small product a pair
+            turned = centred[..., i]
+            for j in range(i):
+                turned = turned + lower[..., first + j] * centred[..., j]
+            first += i
+            out = out - 0.5 * (log_scale[..., i].exp() * turned) ** 2
+        return out
+
+    def table(self, x: Tensor, u: Tensor) -> Tensor:
+        """Log ratios (m, e) of m theta and e events."""
+        out: Tensor = self(x[None], u[:, None])
+        return out
+
+
+class LikelihoodReference(nn.Module):
+    """log N(L t; L m, diag(a)^-2) - log N(t; 0, I), m and a functions of u (n, dim), t (n, size) the clipped columns of x."""
+
+    def __init__(self, dim: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        shape = EmbeddingConfig(hidden=64, n_blocks=2, n_features=32)
+        self.theta = ResidualMLP(dim, shape)
+        self.context = nn.Linear(shape.n_features, 2 * size)
+        nn.init.zeros_(self.context.weight)
+        nn.init.zeros_(self.context.bias)
+        self.lower = nn.Parameter(torch.zeros(size * (size - 1) // 2))
+        rows, columns = torch.tril_indices(size, size, offset=-1)
+        self.register_buffer("_flat", rows * size + columns, persistent=False)
+
+    def _turned(self, t: Tensor) -> Tensor:
+        k = self.size
+        lower = self.lower.new_zeros(k * k).index_copy(0, self.get_buffer("_flat"), self.lower).view(k, k)
+        return t + t @ lower.T
+
+    def x_part(self, h: Tensor, x: Tensor) -> Tensor:
+        """L t and |t|^2 / 2 of rows x (n, ...) -> (n, size + 1)."""
+        t = torch.flatten(x, start_dim=1)
+        t = t / torch.sqrt(1 + (t / _CLIP) ** 2)
+        return torch.cat([self._turned(t), 0.5 * (t**2).sum(dim=1, keepdim=True)], dim=1)
+
+    def theta_part(self, u: Tensor) -> Tensor:
+        """L m and log a of u (m, dim) -> (m, 2 size)."""
+        mean, raw = self.context(self.theta(u)).chunk(2, dim=1)
+        return torch.cat([self._turned(mean), _SCALE_LIMIT * torch.tanh(raw / _SCALE_LIMIT)], dim=1)
+
+    def forward(self, x: Tensor, theta: Tensor) -> Tensor:
+        """Log ratio of parts (..., size + 1) and (..., 2 size), broadcast."""
+        mean, log_scale = theta.chunk(2, dim=-1)
+        y = log_scale.exp() * (x[..., :-1] - mean)
+        return log_scale.sum(dim=-1) - 0.5 * (y**2).sum(dim=-1) + x[..., -1]
+
+    def table(self, x: Tensor, theta: Tensor) -> Tensor:
+        """Log ratios (m, e) of m theta and e events: products of matrices, in double because large terms cancel."""
+        mean, log_scale = theta.double().chunk(2, dim=1)
+        t, square, precision = x[:, :-1].double(), x[:, -1].double(), (2 * log_scale).exp()
+        chi2 = precision @ (t**2).T - 2 * (precision * mean) @ t.T + (precision * mean**2).sum(dim=1)[:, None]
+        return (log_scale.sum(dim=1)[:, None] - 0.5 * chi2 + square).to(x.dtype)
+
+
 class PairClassifier(nn.Module):
     """Log odds f(x, theta).
 
@@ -108,11 +212,7 @@ class PairClassifier(nn.Module):
         self.dim = dim
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_for(seed, "weights"))
-            if isinstance(embedding, nn.Module):
-                self.embedding: nn.Module = copy.deepcopy(embedding)
-            else:
-                self.embedding = ResidualMLP(math.prod(x_shape), embedding)
-            n_x = _n_features(self.embedding, x_shape)
+            self.embedding, n_x = build_embedding(embedding, x_shape)
             self.trunk_x = nn.Linear(n_x, network.hidden) if network.hidden else None
             self.left = nn.Linear(n_x, network.rank)
             if dim:
@@ -233,18 +333,6 @@ class PairClassifier(nn.Module):
         return self.log_odds(parts, self.theta_parts(u0)) - self.log_odds(parts, self.theta_parts(u1))
 
 
-def _n_features(embedding: nn.Module, x_shape: tuple[int, ...]) -> int:
-    mode = embedding.training
-    embedding.eval()
-    with torch.no_grad():
-        out = embedding(torch.zeros(2, *x_shape))
-    embedding.train(mode)
-    if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != 2:
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ShapeError(f"embedding maps x of shape (2, {', '.join(map(str, x_shape))}) to {got}; expected (2, n_features)")
-    return int(out.shape[1])
-
-
 @torch.no_grad()
 def solve_last_layer(
     head: nn.Linear, rows: Sequence[LabelledFeatures], valid: Sequence[LabelledFeatures], *, intercept: bool = True
@@ -255,7 +343,7 @@ def solve_last_layer(
     Returns: whether the new weights were kept.
     """
     start = torch.cat([head.weight.view(-1), head.bias]).double()
-    theta = _newton([_with_constant(chunk, intercept) for chunk in rows], start)
+    theta = _optimum([_with_constant(chunk, intercept) for chunk in rows], start)
     held_out = [_with_constant(chunk, intercept) for chunk in valid]
     if not bool(torch.isfinite(theta).all()) or _mean_loss(held_out, theta) > _mean_loss(held_out, start):
         return False
@@ -274,26 +362,52 @@ def _mean_loss(rows: Sequence[LabelledFeatures], theta: Tensor) -> float:
     return total / sum(len(w1) for _, w1, _ in rows)
 
 
-def _newton(rows: Sequence[LabelledFeatures], start: Tensor) -> Tensor:
+def _optimum(rows: Sequence[LabelledFeatures], start: Tensor) -> Tensor:
     n = sum(len(w1) for _, w1, _ in rows)
 
     def objective(theta: Tensor) -> float:
         return _mean_loss(rows, theta) + 0.5 * _RIDGE * float(((theta - start) ** 2).sum())
 
-    theta, value = start.clone(), objective(start)
-    for _ in range(_NEWTON_STEPS):
+    def derivatives(theta: Tensor) -> tuple[Tensor, Tensor]:
         gradient = _RIDGE * (theta - start)
         hessian = _RIDGE * torch.eye(len(start), dtype=start.dtype, device=start.device)
         for h, w1, w0 in rows:
             p = torch.sigmoid(h @ theta)
             gradient += (w0 * p - w1 * (1 - p)) @ h / n
             hessian += (h * ((w0 + w1) * p * (1 - p))[:, None]).T @ h / n
-        step = torch.linalg.solve(hessian, gradient)
-        scale = 1.0
-        while scale > 1e-3 and not objective(theta - scale * step) <= value:
-            scale /= 2
-        if scale <= 1e-3 or float(gradient @ step) < 1e-12:
+        return gradient, hessian
+
+    return newton(objective, derivatives, start, n_steps=_NEWTON_STEPS, gain=1e-12)
+
+
+def newton(
+    objective: Callable[[Tensor], float | Tensor],
+    derivatives: Callable[[Tensor], tuple[Tensor, Tensor]],
+    start: Tensor,
+    *,
+    n_steps: int,
+    gain: float,
+) -> Tensor:
+    """Minimum (k,) of a convex function by at most n_steps damped Newton steps from start (k,); ends where a step gains less than `gain`.
+
+    Args: derivatives: theta (k,) -> gradient (k,) and Hessian (k, k).
+    """
+    theta = start.clone()
+    for _ in range(n_steps):
+        moved, decrement = newton_step(objective, theta, *derivatives(theta))
+        if moved is theta or decrement < gain:
             break
-        theta = theta - scale * step
-        value = objective(theta)
+        theta = moved
     return theta
+
+
+def newton_step(objective: Callable[[Tensor], float | Tensor], theta: Tensor, gradient: Tensor, hessian: Tensor) -> tuple[Tensor, float]:
+    """theta - s H^-1 g, s the largest of 1, 1/2, 1/4, ... that does not raise the objective, or theta itself, and g H^-1 g."""
+    step = torch.linalg.solve(hessian, gradient)
+    value, scale = objective(theta), 1.0
+    while scale > 1e-3:
+        moved = theta - scale * step
+        if objective(moved) <= value:
+            return moved, float(gradient @ step)
+        scale /= 2
+    return theta, float(gradient @ step)

@@ -14,14 +14,18 @@ from typing import cast
 import torch
 from nflows.transforms.base import Transform
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sbi_phys.core.checks import require_choice, require_int, require_number
-from sbi_phys.nets.layers import AffineCoupling, GaussianLayer, MaskedAutoregressive, SplineCoupling
+from sbi_phys.nets._kernels import silu_layer
+from sbi_phys.nets.spline import n_spline_parameters, rational_quadratic_spline
 
 __all__ = ["FLOWS", "ConditionalFlow", "FlowConfig"]
 
 FLOWS = ("spline", "affine", "maf")
 _LOG_2PI = 1.8378770664093453
+_LOG_SCALE_LIMIT = 12.0
+_COUPLING_SCALE = 3.0  # largest log scale of one layer, so that none can blow up alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,3 +134,159 @@ def _autoregressive(config: FlowConfig, dim: int, rng: torch.Generator) -> list[
         order = torch.randperm(dim, generator=rng)
         orders += [order, order.flip(0)]
     return [MaskedAutoregressive(order, hidden=config.hidden) for order in orders[: config.n_layers]]
+
+
+class GaussianLayer(Transform):
+    r"""Full conditional affine map z = A(x) (u - mu(x)), A = diag(e^s) (I + N), N strictly lower triangular.
+
+    With a normal base this alone is a Gaussian posterior with full covariance. It stands next to the data, so that the
+    layers behind it see a posterior of unit width however narrow it is within the prior: log|dz/du| = sum_k s_k.
+
+    Context (n, d + d + d(d-1)/2): mu, s, the entries of N.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.context_size = 2 * features + features * (features - 1) // 2
+        self.context_zero = self.context_size
+        rows, columns = torch.tril_indices(features, features, offset=-1)
+        self.register_buffer("_flat", rows * features + columns, persistent=False)
+
+    def _split(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d = self.features
+        mean, raw, lower = context.split([d, d, d * (d - 1) // 2], dim=-1)
+        log_scale = _LOG_SCALE_LIMIT * torch.tanh(raw / _LOG_SCALE_LIMIT)
+        unit = context.new_zeros(context.shape[0], d * d).index_copy(1, cast(Tensor, self._flat), lower).view(-1, d, d)
+        return mean, log_scale, unit
+
+    def forward(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """u (n, d) -> z (n, d), log|dz/du| (n,)."""
+        mean, log_scale, lower = self._split(context)
+        centred = inputs - mean
+        z = log_scale.exp() * (centred + torch.bmm(lower, centred.unsqueeze(-1)).squeeze(-1))
+        return z, log_scale.sum(dim=-1)
+
+    def inverse(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """z (n, d) -> u (n, d), log|du/dz| (n,)."""
+        mean, log_scale, lower = self._split(context)
+        scaled = (inputs * (-log_scale).exp()).unsqueeze(-1)
+        centred = torch.linalg.solve_triangular(lower, scaled, upper=False, unitriangular=True).squeeze(-1)
+        return mean + centred, -log_scale.sum(dim=-1)
+
+
+class MaskedAutoregressive(Transform):
+    r"""Affine autoregressive map z_k = u_k e^{s_k} + t_k, (s_k, t_k) a function of the features before k and of the context.
+
+    Forward in one pass of a masked network: hidden unit m has a degree and sees features of rank <= it, outputs of rank k see
+    degrees < k. The first feature's numbers come from the context alone, so each output also has a share of it.
+    Inverse feature by feature, d passes. Context (n, hidden + 2 d). Source: Papamakarios+ 2017, arXiv:1705.07057 (over MADE, 1502.03509).
+
+    Args: order: features from first to last. hidden: width of the conditioner.
+    """
+
+    def __init__(self, order: Tensor, *, hidden: int) -> None:
+        super().__init__()
+        d = len(order)
+        self.context_size, self.context_zero = hidden + 2 * d, 2 * d
+        rank, degree = torch.argsort(order), torch.arange(hidden) % max(1, d - 1)
+        self.order = order.tolist()
+        out = (rank[:, None] > degree[None, :]).float()
+        self.register_buffer("_first_mask", (degree[:, None] >= rank[None, :]).float(), persistent=False)
+        self.register_buffer("_second_mask", (degree[:, None] >= degree[None, :]).float(), persistent=False)
+        self.register_buffer("_last_mask", torch.cat([out, out]), persistent=False)
+        self.first = nn.Linear(d, hidden, bias=False)
+        self.second = nn.Linear(hidden, hidden)
+        self.last = nn.Linear(hidden, 2 * d, bias=False)
+        nn.init.zeros_(self.last.weight)
+
+    def _scale_shift(self, u: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_share, direct = context.split([self.first.out_features, self.last.out_features], dim=-1)
+        hidden = silu_layer(u, self.first.weight * cast(Tensor, self._first_mask), hidden_share)
+        hidden = silu_layer(hidden, self.second.weight * cast(Tensor, self._second_mask), self.second.bias, skip=True)
+        shift, raw = (direct + F.linear(hidden, self.last.weight * cast(Tensor, self._last_mask))).chunk(2, dim=-1)
+        return _COUPLING_SCALE * torch.tanh(raw / _COUPLING_SCALE), shift
+
+    def forward(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """u (n, d) -> z (n, d), log|dz/du| (n,)."""
+        log_scale, shift = self._scale_shift(inputs, context)
+        return torch.addcmul(shift, inputs, log_scale.exp()), log_scale.sum(dim=-1)
+
+    def inverse(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """z (n, d) -> u (n, d), log|du/dz| (n,)."""
+        columns = [torch.zeros_like(inputs[:, 0])] * len(self.order)
+        total = torch.zeros_like(inputs[:, 0])
+        for k in self.order:
+            log_scale, shift = self._scale_shift(torch.stack(columns, dim=1), context)
+            columns[k] = (inputs[:, k] - shift[:, k]) * (-log_scale[:, k]).exp()
+            total = total - log_scale[:, k]
+        return torch.stack(columns, dim=1), total
+
+
+class Coupling(Transform):
+    """Coupling layer: features `kept` pass unchanged and, with the context, set the map of the others.
+
+    Args: kept, changed: positions that together are 0 .. d-1 (`kept` may be empty: then the context alone sets the map).
+    hidden: width of the conditioner. n_parameters: numbers per changed feature.
+    """
+
+    def __init__(self, kept: Tensor, changed: Tensor, *, hidden: int, n_parameters: int) -> None:
+        super().__init__()
+        self.context_size, self.context_zero = hidden, 0
+        self.n_parameters = n_parameters
+        self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("changed", changed, persistent=False)
+        self.register_buffer("_back", torch.argsort(torch.cat([kept, changed])), persistent=False)
+        self.first = nn.Linear(len(kept), hidden, bias=False) if len(kept) else None
+        self.second = nn.Linear(hidden, hidden)
+        self.last = nn.Linear(hidden, len(changed) * n_parameters)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def _parameters_of(self, kept: Tensor, context: Tensor) -> Tensor:
+        hidden = F.silu(context) if self.first is None else silu_layer(kept, self.first.weight, context)
+        hidden = silu_layer(hidden, self.second.weight, self.second.bias, skip=True)
+        return cast(Tensor, self.last(hidden)).view(kept.shape[0], -1, self.n_parameters)
+
+    def _apply_map(self, inputs: Tensor, context: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        kept, changed = inputs[:, cast(Tensor, self.kept)], inputs[:, cast(Tensor, self.changed)]
+        out, log_slope = self.elementwise(changed, self._parameters_of(kept, context), inverse=inverse)
+        return torch.cat([kept, out], dim=1)[:, cast(Tensor, self._back)], log_slope.sum(dim=1)
+
+    def elementwise(self, x: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Map x (n, c) with parameters (n, c, n_parameters) -> y (n, c), log|dy/dx| (n, c)."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """u (n, d) -> z (n, d), log|dz/du| (n,)."""
+        return self._apply_map(inputs, context, inverse=False)
+
+    def inverse(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """z (n, d) -> u (n, d), log|du/dz| (n,)."""
+        return self._apply_map(inputs, context, inverse=True)
+
+
+class SplineCoupling(Coupling):
+    """Coupling with a rational-quadratic spline (Durkan+ 2019, arXiv:1906.04032)."""
+
+    def __init__(self, kept: Tensor, changed: Tensor, *, hidden: int, n_bins: int, bound: float) -> None:
+        super().__init__(kept, changed, hidden=hidden, n_parameters=n_spline_parameters(n_bins))
+        self.bound = bound
+
+    def elementwise(self, x: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Spline on [-bound, bound], identity outside."""
+        return rational_quadratic_spline(x, parameters, bound=self.bound, inverse=inverse)
+
+
+class AffineCoupling(Coupling):
+    """Coupling y = x e^s + t, the conditional invertible network of the physics papers (Ardizzone+ 2019, arXiv:1907.02392)."""
+
+    def __init__(self, kept: Tensor, changed: Tensor, *, hidden: int) -> None:
+        super().__init__(kept, changed, hidden=hidden, n_parameters=2)
+
+    def elementwise(self, x: Tensor, parameters: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Affine map; the log scale is held within +-3 by tanh."""
+        shift, log_scale = parameters[..., 0], _COUPLING_SCALE * torch.tanh(parameters[..., 1] / _COUPLING_SCALE)
+        if inverse:
+            return (x - shift) * (-log_scale).exp(), -log_scale
+        return x * log_scale.exp() + shift, log_scale

@@ -1,6 +1,5 @@
 r"""The network of neural posterior estimation: q(u | x) = flow(u | h = embedding(x)), and mixtures of such networks."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sbi_phys.core.checks import require_number
-from sbi_phys.core.errors import SettingError, ShapeError
+from sbi_phys.core.errors import SettingError
 from sbi_phys.core.rng import seed_for, torch_rng_for
 from sbi_phys.core.types import Array
-from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
+from sbi_phys.nets.embedding_vector import EmbeddingConfig, build_embedding
 from sbi_phys.nets.flow import ConditionalFlow, FlowConfig, base_log_prob
 from sbi_phys.priors import standard_normal_log_prob
 
@@ -34,22 +33,8 @@ class PosteriorNet(nn.Module):
         super().__init__()
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_for(seed, "weights"))
-            if isinstance(embedding, nn.Module):
-                self.embedding: nn.Module = copy.deepcopy(embedding)
-            else:
-                self.embedding = ResidualMLP(math.prod(x_shape), embedding)
-            self.flow = ConditionalFlow(dim, self._n_features(x_shape), flow, rng=torch_rng_for(seed, "splits"))
-
-    def _n_features(self, x_shape: tuple[int, ...]) -> int:
-        mode = self.embedding.training
-        self.embedding.eval()
-        with torch.no_grad():
-            out = self.embedding(torch.zeros(2, *x_shape))
-        self.embedding.train(mode)
-        if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != 2:
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ShapeError(f"embedding maps x of shape (2, {', '.join(map(str, x_shape))}) to {got}; expected (2, n_features)")
-        return int(out.shape[1])
+            self.embedding, self.n_features = build_embedding(embedding, x_shape)
+            self.flow = ConditionalFlow(dim, self.n_features, flow, rng=torch_rng_for(seed, "splits"))
 
     def start_at(self, u: Tensor) -> None:
         """Let the Gaussian layer begin at the mean and covariance of the training parameters u (n, d).

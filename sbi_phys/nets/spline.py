@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sbi_phys.nets import native
-from sbi_phys.nets.spline_op import spline_operator
+from sbi_phys.nets import _kernels
 
 __all__ = ["n_spline_parameters", "rational_quadratic_spline", "spline_map"]
 
@@ -50,7 +49,7 @@ def rational_quadratic_spline(x: Tensor, parameters: Tensor, *, bound: float, in
     differentiated = torch.is_grad_enabled() and (x.requires_grad or parameters.requires_grad)
     fast = _fits(x, parameters)
     if not differentiated and fast:
-        return native.spline_map(x, parameters, _constants(bound), inverse=inverse)
+        return _kernels.spline_map(x, parameters, _constants(bound), inverse=inverse)
     if inverse or not differentiated:
         return spline_map(x, parameters, bound=bound, inverse=inverse)
     y, log_slope = (_NativeSpline if fast else _Spline).apply(x, parameters, bound)
@@ -59,7 +58,7 @@ def rational_quadratic_spline(x: Tensor, parameters: Tensor, *, bound: float, in
 
 def _fits(x: Tensor, parameters: Tensor) -> bool:
     width = parameters.shape[-1]
-    return width < 3 * native.MAX_BINS and parameters.numel() == width * x.numel() and native.usable(x, parameters)
+    return width < 3 * _kernels.MAX_BINS and parameters.numel() == width * x.numel() and _kernels.usable(x, parameters)
 
 
 def _constants(bound: float) -> tuple[float, ...]:
@@ -197,7 +196,7 @@ class _NativeSpline(torch.autograd.Function):
         """Map x."""
         ctx.bound = bound
         ctx.save_for_backward(x, parameters)
-        return native.spline_map(x, parameters, _constants(bound), inverse=False)
+        return _kernels.spline_map(x, parameters, _constants(bound), inverse=False)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -205,7 +204,7 @@ class _NativeSpline(torch.autograd.Function):
         x, parameters = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _recorded_gradient(x, parameters, grad_y, grad_log, ctx.bound)
-        return *native.spline_gradient(x, parameters, grad_y, grad_log, _constants(ctx.bound)), None
+        return *_kernels.spline_gradient(x, parameters, grad_y, grad_log, _constants(ctx.bound)), None
 
 
 def _recorded_gradient(
@@ -236,3 +235,47 @@ def _to_parameters(
     knots = weight.new_zeros(*place.shape[:-1], n_bins + 1)
     knots.scatter_(-1, torch.cat([place, place + 1], dim=-1), g_derivative * raw.sigmoid())
     return torch.cat([g_raw.flatten(-2), knots[..., 1:-1]], dim=-1)
+
+
+# The kernel as an operator that torch.compile takes into its graph unchanged. The code that the compiler generates for the torch operations
+# is slower, because it keeps dozens of intermediate arrays for the gradient. The operator has shapes (`register_fake`) and a gradient,
+# which is another operator.
+
+
+@torch.library.custom_op("sbi_phys::spline", mutates_args=())
+def _operator(x: Tensor, parameters: Tensor, constants: list[float]) -> tuple[Tensor, Tensor]:
+    return _kernels.spline_map(x, parameters, tuple(constants), inverse=False)
+
+
+@_operator.register_fake
+def _(x: Tensor, parameters: Tensor, constants: list[float]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("sbi_phys::spline_gradient", mutates_args=())
+def _operator_gradient(x: Tensor, parameters: Tensor, grad_y: Tensor, grad_log: Tensor, constants: list[float]) -> tuple[Tensor, Tensor]:
+    return _kernels.spline_gradient(x, parameters, grad_y, grad_log, tuple(constants))
+
+
+@_operator_gradient.register_fake
+def _(x: Tensor, parameters: Tensor, grad_y: Tensor, grad_log: Tensor, constants: list[float]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(parameters, memory_format=torch.contiguous_format)
+
+
+def _operator_setup(ctx: Any, inputs: tuple[Tensor, Tensor, list[float]], output: tuple[Tensor, Tensor]) -> None:
+    x, parameters, ctx.constants = inputs
+    ctx.save_for_backward(x, parameters)
+
+
+def _operator_backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, parameters = ctx.saved_tensors
+    return *_operator_gradient(x, parameters, grad_y, grad_log, ctx.constants), None
+
+
+_operator.register_autograd(_operator_backward, setup_context=_operator_setup)
+
+
+def spline_operator(x: Tensor, parameters: Tensor, constants: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Y and log|dy/dx| as `_kernels.spline_map` has them, differentiable once."""
+    y, log_slope = _operator(x, parameters, list(constants))
+    return y, log_slope

@@ -32,7 +32,8 @@ from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import SettingError
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array
-from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
+from sbi_phys.nets.classifier import newton_step
+from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP
 from sbi_phys.training.loop import TrainConfig, fit
 
 __all__ = ["RatioEstimator", "RatioFit", "RatioNet", "ratio_loss"]
@@ -212,31 +213,23 @@ def _solve_last_layer(net: RatioNet, n_effective: float | None, x: Tensor, w1: T
     penalty = torch.full((g.shape[1],), _RIDGE, dtype=g.dtype, device=g.device)
     theta, tau = torch.zeros_like(penalty), 1.0
 
-    def entropy(theta: Tensor) -> Tensor:
+    def objective(theta: Tensor) -> Tensor:
         f = g @ theta
-        return (w1 * F.softplus(-f) + w0 * F.softplus(f)).mean()
+        return (w1 * F.softplus(-f) + w0 * F.softplus(f)).mean() + 0.5 * (penalty * theta**2).sum()
 
-    value = entropy(theta)
     for _ in range(_NEWTON_STEPS):
         if n_effective is not None:
             penalty[:k] = tau / n_effective
         p = torch.sigmoid(g @ theta)
         gradient = (w0 * p - w1 * (1 - p)) @ g / n + penalty * theta
         hessian = (g * ((w0 + w1) * p * (1 - p))[:, None]).T @ g / n + torch.diag(penalty)
-        step = torch.linalg.solve(hessian, gradient)
-        length, start = 1.0, theta
-        while length > 1e-3:
-            theta = start - length * step
-            before, value = value, entropy(theta)
-            if value + 0.5 * (penalty * theta**2).sum() <= before + 0.5 * (penalty * start**2).sum():
-                break
-            length, theta, value = length / 2, start, before
+        theta, decrement = newton_step(objective, theta, gradient, hessian)
         last = tau
         if n_effective is not None:
             # MacKay: number of features that the data determine, over their size; the covariance is 1 / (n_effective * hessian)
             determined = k - tau / n_effective * float(torch.linalg.inv(hessian).diagonal()[:k].sum())
             tau = min(max(determined / max(float((theta[:k] ** 2).sum()), 1e-12), _TAU[0]), _TAU[1])
-        if float(gradient @ step) < _NEWTON_GAIN and abs(math.log(tau / last)) < 0.2:
+        if decrement < _NEWTON_GAIN and abs(math.log(tau / last)) < 0.2:
             break
     net.head.weight.copy_(theta[:-1].view(1, -1).to(net.head.weight.dtype))
     net.head.bias.copy_(theta[-1:].to(net.head.bias.dtype))

@@ -8,7 +8,7 @@ from sbi_phys.core.errors import DataError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.unfold.flow import FlowUnfolder

@@ -33,7 +33,7 @@ from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import PosteriorNet, encode_net, log_prob_nets, sample_net
 from sbi_phys.training.loop import TrainConfig, fit

@@ -15,7 +15,7 @@ from sbi_phys.core.files import open_aside
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import ArrayLike
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.unfold.omnifold_inputs import Events, check_events
 from sbi_phys.unfold.omnifold_weights import OmniFold, check_settings, unfold_events

@@ -44,7 +44,7 @@ from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import seed_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.unfold.classifier import RatioEstimator
 from sbi_phys.unfold.omnifold_inputs import Events, check_events, lowest_efficiency

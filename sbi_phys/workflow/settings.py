@@ -26,7 +26,7 @@ from sbi_phys.core.checks import require_choice, require_int, require_known, req
 from sbi_phys.core.errors import SettingError
 from sbi_phys.estimators.density_sampling import METHODS as SAMPLERS
 from sbi_phys.estimators.ratio_losses import LOSSES
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.store.layout import Layout
 from sbi_phys.training.loop import TrainConfig

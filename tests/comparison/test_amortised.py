@@ -10,8 +10,8 @@ from sbi_phys.comparison import ModelComparison, model_comparison
 from sbi_phys.comparison.network import ModelNet, finish, model_loss, solve_last_layer
 from sbi_phys.core.errors import DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SimulatorMismatchError
 from sbi_phys.core.rng import rng_for
-from sbi_phys.nets.embed import EmbeddingConfig
-from sbi_phys.nets.sets import DeepSet
+from sbi_phys.nets.embedding_set import DeepSet
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.training.loop import TrainConfig
 from simulators import LineSearch, OnOff
 from tests.toys import LinearGaussian

@@ -12,7 +12,7 @@ from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeE
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.extended_likelihood import EventSets, ExtendedLikelihood, fit_expected_counts
 from sbi_phys.estimators.nle import NLE
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 
 # theta = (rate, decay constant): n ~ Poisson(rate), x_e ~ Exp(lambda); log L = n log(rate lambda) - rate - lambda sum x

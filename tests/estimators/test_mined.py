@@ -12,7 +12,7 @@ from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.hypotheses import TwoHypotheses
 from sbi_phys.estimators.mined import SALLY, MinedRatio, alice_loss, rolr_loss
 from sbi_phys.nets.classifier import ClassifierConfig
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 
 NETWORK = {
     "network": ClassifierConfig(hidden=32, n_features=16, rank=16),

@@ -12,7 +12,7 @@ import sbi_phys as sp
 from sbi_phys.core.errors import DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SupportError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.nle import NLE
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FLOWS, FlowConfig
 from sbi_phys.priors import Prior
 from sbi_phys.samplers.grid import grid_posterior

@@ -18,7 +18,7 @@ from sbi_phys.core.errors import (
     SupportError,
 )
 from sbi_phys.core.rng import rng_for
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FLOWS, FlowConfig
 from sbi_phys.priors import standard_normal_log_prob
 from tests.toys import LinearGaussian

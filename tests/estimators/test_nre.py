@@ -15,7 +15,7 @@ from sbi_phys.estimators import nre as module
 from sbi_phys.estimators.npe import load
 from sbi_phys.estimators.nre import NRE
 from sbi_phys.nets.classifier import ClassifierConfig
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.priors import standard_normal_log_prob
 from sbi_phys.samplers.importance import importance_sample
 from tests.toys import LinearGaussian

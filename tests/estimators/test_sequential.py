@@ -10,7 +10,7 @@ import sbi_phys as sp
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.sequential import TruncatedPrior, truncated_rounds
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from tests.toys import LinearGaussian
 

@@ -9,10 +9,10 @@ from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.model_file import FILE
 from sbi_phys.estimators.npe import NPE
 from sbi_phys.estimators.set_npe import SetNPE, likelihood_embedding
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_set import pad_sets
+from sbi_phys.nets.embedding_set_likelihood import LikelihoodSet
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
-from sbi_phys.nets.set_likelihood import LikelihoodSet
-from sbi_phys.nets.sets import pad_sets
 from sbi_phys.priors import NormalPrior, Parameter
 from sbi_phys.training.checkpoint import read_file, write_file
 from sbi_phys.training.loop import TrainConfig

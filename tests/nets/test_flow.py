@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from sbi_phys.core.errors import SettingError
-from sbi_phys.nets.flow import FLOWS, ConditionalFlow, FlowConfig, coupling_splits
-from sbi_phys.nets.layers import AffineCoupling, GaussianLayer
+from sbi_phys.nets.flow import FLOWS, AffineCoupling, ConditionalFlow, FlowConfig, GaussianLayer, coupling_splits
 
 DIMS = (1, 2, 5)
 

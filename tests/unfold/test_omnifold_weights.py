@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.rng import rng_for
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.unfold.classifier import LOGIT_LIMIT, RatioEstimator, RatioNet
 from sbi_phys.unfold.omnifold_bootstrap import bootstrap_omnifold, write_weights

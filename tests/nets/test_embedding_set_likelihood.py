@@ -8,10 +8,10 @@ from torch import nn
 
 from sbi_phys.core.errors import SettingError
 from sbi_phys.core.rng import rng_for
-from sbi_phys.nets.embed import EmbeddingConfig
+from sbi_phys.nets.embedding_set import pad_sets
+from sbi_phys.nets.embedding_set_likelihood import AnchoredFlow, EventScores, LikelihoodSet, contrastive_loss
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
-from sbi_phys.nets.set_likelihood import AnchoredFlow, EventScores, LikelihoodSet, contrastive_loss
-from sbi_phys.nets.sets import pad_sets
 
 SMALL = EmbeddingConfig(hidden=16, n_blocks=1, n_features=5)
 RANK = 2

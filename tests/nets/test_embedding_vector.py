@@ -2,7 +2,7 @@
 
 import torch
 
-from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
+from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP
 
 
 def test_shapes_and_flattening() -> None:

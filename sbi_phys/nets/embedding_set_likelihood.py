@@ -32,10 +32,9 @@ from torch.nn import functional as F
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.rng import seed_for
-from sbi_phys.nets.embed import EmbeddingConfig
-from sbi_phys.nets.flow import ConditionalFlow, FlowConfig
-from sbi_phys.nets.layers import GaussianLayer
-from sbi_phys.nets.sets import SetEmbedding, segment_sum
+from sbi_phys.nets.embedding_set import SetEmbedding, segment_sum
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
+from sbi_phys.nets.flow import ConditionalFlow, FlowConfig, GaussianLayer
 from sbi_phys.training.scaling import XScaler
 
 __all__ = ["AnchoredFlow", "EventScores", "LikelihoodSet", "contrastive_loss"]

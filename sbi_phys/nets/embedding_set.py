@@ -26,7 +26,7 @@ from sbi_phys.core.checks import as_real, require_finite, require_int
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.rng import seed_for
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.nets.embed import EmbeddingConfig, ResidualMLP
+from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP
 from sbi_phys.training.scaling import XScaler
 
 __all__ = ["DeepSet", "SetAttention", "SetEmbedding", "pad_sets", "take_scaling"]

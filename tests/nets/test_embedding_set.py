@@ -7,8 +7,8 @@ import torch
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.npe import NPE
-from sbi_phys.nets.embed import EmbeddingConfig
-from sbi_phys.nets.sets import DeepSet, SetAttention, pad_sets, take_scaling
+from sbi_phys.nets.embedding_set import DeepSet, SetAttention, pad_sets, take_scaling
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.priors import NormalPrior, Parameter
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.training.scaling import XScaler
@@ -50,7 +50,7 @@ def test_a_set_does_not_see_the_others_of_its_batch(net, monkeypatch):
     data = sets([3, 0, 20, 5])
     want = run(net, pad_sets(data))
     np.testing.assert_allclose([run(net, pad_sets([s], 20))[0] for s in data], want, atol=1e-6)
-    monkeypatch.setattr("sbi_phys.nets.sets._EVENTS", 25)  # one set at a time
+    monkeypatch.setattr("sbi_phys.nets.embedding_set._EVENTS", 25)  # one set at a time
     np.testing.assert_allclose(run(net, pad_sets(data)), want, atol=1e-6)
 
 

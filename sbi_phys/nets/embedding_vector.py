@@ -1,5 +1,7 @@
-r"""Summary networks: an observation x (n, ...) -> features h (n, k)."""
+r"""Embedding of vectors, a residual perceptron, and what every embedding has in common: a module x (n, ...) -> features h (n, k)."""
 
+import copy
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -8,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbi_phys.core.checks import require_int
-from sbi_phys.nets.silu import silu_layer
+from sbi_phys.core.errors import ShapeError
+from sbi_phys.nets._kernels import silu_layer
 
-__all__ = ["EmbeddingConfig", "ResidualMLP"]
+__all__ = ["EmbeddingConfig", "ResidualMLP", "build_embedding"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,3 +61,21 @@ class ResidualMLP(nn.Module):
             hidden = hidden + down(silu_layer(F.silu(hidden), cast(Tensor, up.weight), cast(Tensor, up.bias)))
         out: Tensor = self.last(F.silu(hidden)) + self.straight(x)
         return out
+
+
+def build_embedding(embedding: EmbeddingConfig | nn.Module, x_shape: tuple[int, ...]) -> tuple[nn.Module, int]:
+    """Return an embedding of observations of shape x_shape, and its number of features k.
+
+    Args: embedding: the shape of a `ResidualMLP`, whose weights come from torch's global generator, or a module
+    (n, *x_shape) -> (n, k), which is copied.   Raises: ShapeError (the module returns another shape).
+    """
+    module = copy.deepcopy(embedding) if isinstance(embedding, nn.Module) else ResidualMLP(math.prod(x_shape), embedding)
+    mode = module.training
+    module.eval()
+    with torch.no_grad():
+        out = module(torch.zeros(2, *x_shape))
+    module.train(mode)
+    if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != 2:
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ShapeError(f"embedding maps x of shape (2, {', '.join(map(str, x_shape))}) to {got}; expected (2, n_features)")
+    return module, int(out.shape[1])
