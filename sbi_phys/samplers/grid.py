@@ -54,11 +54,11 @@ class GridPosterior:
 
 
 def grid_posterior(
-    log_target: Callable[[Array], Array], low: ArrayLike, high: ArrayLike, *, n_cells: int = 40_000, max_cell_mass: float = 0.02
+    log_prob: Callable[[Array], Array], low: ArrayLike, high: ArrayLike, *, n_cells: int = 40_000, max_cell_mass: float = 0.02
 ) -> GridPosterior:
-    """Normalise exp(log_target) over a box.
+    """Normalise exp(log_prob) over a box.
 
-    Args: log_target: (n, d) -> (n,), unnormalised log density; -inf allowed. low, high (d,), d = 1 or 2.
+    Args: log_prob: (n, d) -> (n,), unnormalised log density; -inf allowed. low, high (d,), d = 1 or 2.
     n_cells: evaluations at each level, about. max_cell_mass: refuse a coarser grid.
     Raises: ShapeError, NonFiniteError (NaN, or -inf everywhere), ConvergenceError (a mode is narrower than the cells).
     """
@@ -72,7 +72,7 @@ def grid_posterior(
     for level in range(20):
         width = (high - low) / shape
         centres = low + (index + 0.5) * width
-        values = _evaluate(log_target, centres)
+        values = _evaluate(log_prob, centres)
         kept = _with_neighbours(index[values > values.max() - _KEEP[min(level, len(_KEEP) - 1)]], shape)
         factor = int((n_cells / len(kept)) ** (1 / dim))
         if factor < 2 and level >= len(_KEEP) - 1:
@@ -101,8 +101,8 @@ def _with_neighbours(index: Integers, shape: Integers) -> Integers:
     return np.stack(np.unravel_index(flat, tuple(shape)), axis=1)
 
 
-def _evaluate(log_target: Callable[[Array], Array], points: Array) -> Array:
-    values = np.concatenate([log_target(points[i : i + _CHUNK]) for i in range(0, len(points), _CHUNK)])
+def _evaluate(log_prob: Callable[[Array], Array], points: Array) -> Array:
+    values = np.concatenate([log_prob(points[i : i + _CHUNK]) for i in range(0, len(points), _CHUNK)])
     if np.isnan(values).any() or not np.isfinite(values.max()):
-        raise NonFiniteError("log_target is NaN somewhere in the box, or -inf everywhere; expected a log density")
+        raise NonFiniteError("log_prob is NaN somewhere in the box, or -inf everywhere; expected a log density")
     return values

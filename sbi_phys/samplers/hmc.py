@@ -1,4 +1,4 @@
-r"""Hamiltonian Monte Carlo: all chains in one vectorised batch, run until they have converged, or an error that says why not.
+r"""Hamiltonian Monte Carlo: all chains in one vectorised batch, run until they have converged; otherwise the error says why not.
 
 With the covariance Sigma = L L^T of the draws so far, a position u and a momentum p ~ N(0, I) per chain follow
 
@@ -6,57 +6,61 @@ With the covariance Sigma = L L^T of the draws so far, a position u and a moment
 
 by n leapfrog steps of size e, and the end is accepted with probability min(1, exp(-dH)), H = |p|^2 / 2 - log p(u).
 
-- The step e is adapted in warm-up by dual averaging, on the acceptance of all chains together, towards 0.8; higher where that leaves
+- The step e is adapted in warm-up by dual averaging towards an acceptance of 0.8, averaged over all chains; higher if that leaves
   divergences (below), since one step must serve the bulk and the tails.
-- The path n e is drawn anew for each transition, uniform on (0, pi): a fixed one can return to where it began. e is jittered too.
-- Warm-up goes in blocks that double; after each the covariance (dense or diagonal) is that of all chains' latest half. It ends when the
-  chains of a block agree (split R-hat) without divergences, or its share of the steps is used up. Production changes nothing any more.
-- A transition whose energy error exceeds 1000 has diverged: the density is too curved for the step there (or has a wall), and the
-  chain keeps away from a part of it. A share of more than `max_divergent` is no convergence.
+- The path n e is drawn anew for each transition, uniform on (0, pi), because a fixed path can end where it began. e is varied too.
+- Warm-up goes in blocks that double; after each, the covariance (dense or diagonal) is that of the latest half of all chains. It ends when
+  the chains of a block agree (split R-hat) without divergences, or its share of the steps is used up. Production adapts nothing.
+- A transition whose energy error exceeds 1000 has diverged: the density is too curved for the step there (or has an edge), and the
+  chain avoids a part of it. With a share of more than `max_divergent` the chains have not converged.
 
-Written here, since no library fits: Pyro brings a modelling language and runs chains one by one, BlackJAX and NumPyro need JAX.
+This sampler is written here because no library fits: Pyro brings a modelling language and runs chains one by one, BlackJAX and NumPyro
+need JAX.
 
 Source: Neal 2011, arXiv:1206.1901; dual averaging: Hoffman & Gelman 2014, arXiv:1111.4246; divergences: Betancourt, arXiv:1701.02434.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sbi_phys.core.checks import as_array, require_choice, require_int, require_number
-from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, ShapeError
+from sbi_phys.core.errors import ShapeError
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.samplers.diagnostics import autocorrelation_time, split_r_hat
+from sbi_phys.samplers.density import CheckedGradient, LogDensityAndGrad, require_positive
+from sbi_phys.samplers.diagnostics import Verdict, judge, require_converged, run_until_converged, split_r_hat, thinned
 
-__all__ = ["HMCResult", "LogDensityAndGrad", "run_hmc"]
+__all__ = ["HMCResult", "run_hmc"]
 
-LogDensityAndGrad = Callable[[Array], tuple[Array, Array]]
-
-R_HAT_MAX = 1.01
-R_HAT_WARM = 1.1  # of a block of warm-up, which is short: agreement, not yet precision
+R_HAT_WARM = 1.1  # of a block of warm-up, which is too short for 1.01
 # R-hat - 1 of slow chains halves when their steps double; of chains in separate modes it stays. Over three doublings:
 STUCK_BLOCKS, STUCK_SHARE = 3, 0.7
-LENGTH_IN_TAU = 50
 ACCEPTANCE, HIGHEST_ACCEPTANCE = 0.8, 0.99
 MAX_ENERGY_ERROR = 1000.0
 MAX_LEAPFROG = 256
 FIRST_BLOCK, LEAST = 50, 100  # steps
-_FARTHEST = 1e8  # a position beyond has left for good
+_FARTHEST = 1e8  # a chain beyond this distance has diverged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HMCResult:
-    r"""Draws of Hamiltonian chains and the evidence for their convergence.
+    r"""Draws of Hamiltonian chains and the evidence for their convergence, returned by `run_hmc`.
 
     samples (n, d), about independent, in random order (fewer than asked for only if not converged); log_prob (n,) at them.
     chains (n_chains, n_steps, d), production only. autocorr_time (d,), steps. n_effective, chains x steps / largest tau. r_hat (d,),
     split R-hat between single chains. acceptance, mean probability of acceptance. step_size, in units of the posterior's own width.
     covariance (d, d), inverse mass matrix. n_divergent, transitions of production that diverged. n_burn, steps dropped.
-    n_evaluations, points at which density and gradient were asked for. converged; message says why or why not.
+    n_evaluations, points at which density and gradient were evaluated. converged; message says why or why not.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> start = np.random.default_rng(0).standard_normal((8, 2))
+    >>> result = sp.samplers.run_hmc(lambda u: (-0.5 * (u**2).sum(axis=1), -u), start, n_draws=500)
+    >>> result.summary().startswith("HMC, 8 chains"), result.n_divergent
+    (True, 0)
     """
 
     samples: Array
@@ -87,7 +91,7 @@ def run_hmc(
     log_prob_and_grad: LogDensityAndGrad,
     start: ArrayLike,
     *,
-    n_samples: int = 10_000,
+    n_draws: int = 10_000,
     max_steps: int = 20_000,
     seed: int = 0,
     metric: str = "dense",
@@ -95,12 +99,12 @@ def run_hmc(
     raise_on_failure: bool = True,
     progress: Progress | None = None,
 ) -> HMCResult:
-    r"""Draw from exp(log_prob) by Hamiltonian Monte Carlo until the chains agree and hold n_samples effectively independent draws.
+    r"""Draw from exp(log_prob) by Hamiltonian Monte Carlo until the chains agree and hold n_draws effectively independent draws.
 
     Args:
         log_prob_and_grad: u (m, d) -> log density (m,), unnormalised, and its gradient (m, d); -inf outside the support.
         start: (n_chains, d), 4 chains at least, places of positive density, spread wider than the target (see `spread_start`).
-        n_samples: effectively independent draws to return.
+        n_draws: effectively independent draws to return.
         max_steps: most transitions of a chain, warm-up included.
         seed: same seed, same chains.
         metric: 'dense' or 'diagonal', the covariance that the momenta use.
@@ -112,34 +116,40 @@ def run_hmc(
     Raises: ShapeError, NonFiniteError (NaN or +inf, naming the point), DataError (start), SettingError, ConvergenceError.
     Source: Neal 2011, arXiv:1206.1901; Hoffman & Gelman 2014, arXiv:1111.4246.
     Read: r_hat <= 1.01 and no divergences = converged as far as any chain has reached; chains that sit in different modes do not agree,
-        and are given up once more steps bring R-hat no lower.
+        and the run ends once more steps do not lower R-hat.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> start = np.random.default_rng(0).standard_normal((8, 2))
+    >>> result = sp.samplers.run_hmc(lambda u: (-0.5 * (u**2).sum(axis=1), -u), start, n_draws=500)
+    >>> result.converged, result.samples.shape
+    (True, (500, 2))
     """
     at = as_array("start", start, (None, None))
     if at.shape[0] < 4 or at.shape[1] < 1:
         raise ShapeError(f"start has shape {at.shape}; expected (n_chains >= 4, d >= 1)")
-    n_samples, max_steps = require_int("n_samples", n_samples, low=1), require_int("max_steps", max_steps, low=2 * LEAST)
+    n_draws, max_steps = require_int("n_draws", n_draws, low=1), require_int("max_steps", max_steps, low=2 * LEAST)
     dense = require_choice("metric", metric, ("dense", "diagonal")) == "dense"
     most = require_number("max_divergent", max_divergent, low=0, high=1)
-    chains = _Chains(_Target(log_prob_and_grad, at.shape[1]), at, rng_for(seed, "hmc"))
+    chains = _Chains(CheckedGradient(log_prob_and_grad, at.shape[1]), at, rng_for(seed, "hmc"))
     with or_none(progress).task("HMC", total=1.0) as task:
         n_burn, stuck = _warm_up(chains, max_steps // 2, dense, most, task)
-        verdict = _produce(chains, n_samples, LEAST if stuck else max_steps - n_burn, most, task, stuck)
-    if not verdict.good and raise_on_failure:
-        raise ConvergenceError(f"HMC did not converge: {verdict.text}; expected convergence within max_steps = {max_steps}")
-    return _result(chains, verdict, n_burn, n_samples, rng_for(seed, "hmc draws"))
-
-
-def _result(chains: "_Chains", verdict: "_Verdict", n_burn: int, n_samples: int, rng: np.random.Generator) -> HMCResult:
-    """Thin the chains to n_samples draws in random order."""
-    history, values = chains.history(), chains.values()
-    thin = max(1, history.shape[1] // math.ceil(n_samples / history.shape[0]))
-    samples, log_prob = history[:, thin - 1 :: thin].reshape(-1, history.shape[-1]), values[:, thin - 1 :: thin].reshape(-1)
-    order = rng.permutation(samples.shape[0])[:n_samples]
+        verdict = run_until_converged(
+            chains.run,
+            lambda: _judge(chains, n_draws, most, stuck),
+            task,
+            first=max(LEAST, math.ceil(1.5 * n_draws / len(at))),
+            max_steps=LEAST if stuck else max_steps - n_burn,
+        )
+    if raise_on_failure:
+        require_converged("HMC", verdict, max_steps)
+    history = chains.history()
+    samples, values = thinned(history, chains.values(), n_draws, rng_for(seed, "hmc draws"))
     return HMCResult(
-        samples=samples[order],
-        log_prob=log_prob[order],
+        samples=samples,
+        log_prob=values,
         chains=history,
-        autocorr_time=verdict.tau,
+        autocorr_time=verdict.autocorr_time,
         n_effective=verdict.n_effective,
         r_hat=verdict.r_hat,
         acceptance=chains.acceptance(),
@@ -148,33 +158,9 @@ def _result(chains: "_Chains", verdict: "_Verdict", n_burn: int, n_samples: int,
         n_divergent=chains.n_divergent(),
         n_burn=n_burn,
         n_evaluations=chains.target.n_evaluations,
-        converged=verdict.good,
-        message=verdict.text,
+        converged=verdict.converged,
+        message=verdict.message,
     )
-
-
-class _Target:
-    """The density and its gradient, checked and counted; an error names the point."""
-
-    def __init__(self, function: LogDensityAndGrad, dim: int) -> None:
-        self.function, self.dim, self.n_evaluations = function, dim, 0
-
-    def __call__(self, u: Array) -> tuple[Array, Array]:
-        found = self.function(u)
-        if not isinstance(found, tuple) or len(found) != 2:
-            raise ShapeError(f"log_prob_and_grad(u) gave a {type(found).__name__}; expected (log_prob (m,), gradient (m, d))")
-        values = as_array("log_prob_and_grad(u)[0]", found[0], (u.shape[0],), finite=False)
-        gradient = as_array("log_prob_and_grad(u)[1]", found[1], u.shape, finite=False)
-        zero = np.isneginf(values)
-        bad = np.isnan(values) | np.isposinf(values) | (~np.isfinite(gradient).all(axis=1) & ~zero)
-        if bad.any():
-            i = int(np.argmax(bad))
-            raise NonFiniteError(
-                f"log_prob is {values[i]} with gradient {gradient[i].tolist()} at u = {u[i].tolist()};"
-                " expected a finite number, or -inf, and a finite gradient"
-            )
-        self.n_evaluations += values.size
-        return values, np.where(zero[:, None], 0.0, gradient)
 
 
 @dataclass(slots=True)
@@ -187,14 +173,12 @@ class _State:
 
 
 class _Chains:
-    """All chains, their step and metric, and what they have done since `forget`."""
+    """All chains, their step and metric, and their history since `forget`."""
 
-    def __init__(self, target: _Target, start: Array, rng: np.random.Generator) -> None:
+    def __init__(self, target: CheckedGradient, start: Array, rng: np.random.Generator) -> None:
         self.target, self.rng = target, rng
         value, gradient = target(start)
-        if np.isneginf(value).any():
-            i = int(np.argmax(np.isneginf(value)))
-            raise DataError(f"start has log_prob -inf at chain {start[i].tolist()}; expected places of positive density, see spread_start")
+        require_positive(value, start, "chain")
         self.state = _State(start, value, gradient)
         spread = start.std(axis=0)
         self.factor = np.diag(np.where(spread > 0, spread, 1.0))
@@ -219,6 +203,10 @@ class _Chains:
     def n_divergent(self) -> int:
         return self._divergent
 
+    def run(self, n_steps: int) -> None:
+        for _ in range(n_steps):
+            self.transition()
+
     def transition(self) -> float:
         """Move every chain once -> mean probability of acceptance."""
         path = math.pi * self.rng.random()
@@ -242,7 +230,7 @@ class _Chains:
         return self._accept[-1]
 
     def _leapfrog(self, p: Array, step: float, n_steps: int) -> tuple[_State, Array]:
-        """Follow the equations of motion -> (end, energy error (m,), inf where a chain has left)."""
+        """Follow the equations of motion -> (end, energy error (m,), inf where a chain has diverged)."""
         energy = 0.5 * (p**2).sum(axis=1) - self.state.value
         error = np.zeros(len(energy))
         u, value, gradient = self.state.u, self.state.value, self.state.gradient
@@ -250,7 +238,7 @@ class _Chains:
         for _ in range(n_steps):
             p = p + 0.5 * step * gradient @ self.factor
             moved = u + step * p @ self.factor.T
-            # a chain that has left stands still: its transition is rejected anyway, and its density is never asked for
+            # a chain that has diverged stands still: its transition is rejected, and its density is not evaluated
             alive &= np.isfinite(moved).all(axis=1) & (np.abs(moved).max(axis=1) < _FARTHEST)
             u = np.where(alive[:, None], moved, self.state.u)
             value, gradient = self.target(u)
@@ -295,7 +283,7 @@ class _DualAveraging:
         self.centre, self.total, self.count, self.log_mean, self.wanted = math.log(10 * step), 0.0, 0, 0.0, wanted
 
     def update(self, acceptance: float) -> float:
-        """Take in one transition -> the step to try next."""
+        """Add the acceptance of one transition -> the next step."""
         self.count += 1
         t = self.count
         self.total += (self.wanted - acceptance - self.total) / (t + 10)
@@ -306,7 +294,7 @@ class _DualAveraging:
 
 
 def _warm_up(chains: _Chains, max_steps: int, dense: bool, most: float, task: Task) -> tuple[int, str]:
-    """Adapt step and metric in blocks that double, then forget -> steps done, and why more would be in vain, if so."""
+    """Adapt step and metric in blocks that double, then drop the steps -> number of steps, and why more would not help, if so."""
     done, block, wanted = 0, FIRST_BLOCK, ACCEPTANCE
     excess: list[float] = []
     while True:
@@ -324,7 +312,7 @@ def _warm_up(chains: _Chains, max_steps: int, dense: bool, most: float, task: Ta
         divergent = (chains.n_divergent() - before) / (half * len(chains.state.u))
         task.update(0.0, text=f"warm-up, {done} steps, R-hat {r_hat:.2f}")
         calm = divergent <= most or wanted >= HIGHEST_ACCEPTANCE
-        # the metric of the last block was made from draws that had agreed nearly as well: two blocks at least
+        # two blocks at least, so that the metric comes from draws that agreed nearly as well
         if (r_hat < R_HAT_WARM and calm and done > FIRST_BLOCK) or done + block >= max_steps:
             chains.forget()
             return done, ""
@@ -340,49 +328,10 @@ def _warm_up(chains: _Chains, max_steps: int, dense: bool, most: float, task: Ta
         block *= 2
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Verdict:
-    """What the convergence criteria say."""
-
-    tau: Array
-    n_effective: float
-    r_hat: Array
-    needed: float
-    good: bool
-    text: str
-
-
-def _produce(chains: _Chains, n_samples: int, max_steps: int, most: float, task: Task, stuck: str) -> _Verdict:
-    done = 0
-    target = max(LEAST, math.ceil(1.5 * n_samples / len(chains.state.u)))
-    while True:
-        target = min(target, max_steps)
-        while done < target:
-            chains.transition()
-            done += 1
-            if done % 20 == 0:
-                task.update(0.99 * done / target, text=f"{done} of about {target} steps")
-        verdict = _judge(chains, n_samples, most, stuck)
-        if verdict.good or done >= max_steps:
-            task.update(1.0, text=f"{done} steps, tau {verdict.tau.max():.1f}")
-            return verdict
-        longer = 1.1 * verdict.needed if done <= verdict.needed else 1.5 * done
-        target = math.ceil(min(max(longer, 1.3 * done), 3 * done))
-
-
-def _judge(chains: _Chains, n_samples: int, most: float, stuck: str) -> _Verdict:
+def _judge(chains: _Chains, n_draws: int, most: float, stuck: str) -> Verdict:
     history = chains.history()
-    n_chains, n_steps, _ = history.shape
-    tau, r_hat = autocorrelation_time(history), split_r_hat(history)
-    longest = float(tau.max())
-    n_effective = n_chains * n_steps / longest
-    needed = max(LENGTH_IN_TAU * longest, n_samples * longest / n_chains)
-    divergent = chains.n_divergent() / (n_chains * n_steps)
-    good = n_steps >= needed and r_hat.max() <= R_HAT_MAX and divergent <= most and not stuck
-    text = (
-        f"{n_steps} steps are {n_steps / longest:.0f} tau (tau = {longest:.1f}, {LENGTH_IN_TAU} tau wanted),"
-        f" {n_effective:.0f} effective draws ({n_samples} wanted), R-hat {r_hat.max():.4f} between chains (<= {R_HAT_MAX}),"
-        f" {chains.n_divergent()} divergent transitions ({100 * divergent:.2g} %, <= {100 * most:.2g} %)"
-    )
-    text = f"{stuck}; {text}" if stuck else text
-    return _Verdict(tau=tau, n_effective=n_effective, r_hat=r_hat, needed=needed, good=bool(good), text=text)
+    found = judge(history, n_draws, split_r_hat(history), "chains")
+    divergent = chains.n_divergent() / (history.shape[0] * history.shape[1])
+    text = f"{found.message}, {chains.n_divergent()} divergent transitions ({100 * divergent:.2g} %, <= {100 * most:.2g} %)"
+    good = found.converged and divergent <= most and not stuck
+    return replace(found, converged=good, message=f"{stuck}; {text}" if stuck else text)

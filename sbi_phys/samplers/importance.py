@@ -12,7 +12,6 @@ Source: Vehtari, Simpson, Gelman, Yao & Gabry, arXiv:1507.02646 (k and smoothing
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,10 +23,9 @@ from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeE
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, Integers
+from sbi_phys.samplers.density import LogDensity, require_log_density
 
-__all__ = ["ImportanceResult", "LogDensity", "Proposal", "effective_size", "importance_sample", "pareto_smooth", "resample_indices"]
-
-LogDensity = Callable[[Array], Array]
+__all__ = ["ImportanceResult", "Proposal", "effective_size", "importance_sample", "pareto_smooth", "resample_indices"]
 
 
 class Proposal(Protocol):
@@ -89,7 +87,7 @@ class ImportanceResult:
 
 
 def importance_sample(
-    log_target: LogDensity,
+    log_prob: LogDensity,
     proposal: Proposal,
     n: int,
     *,
@@ -99,10 +97,10 @@ def importance_sample(
     smooth: bool = False,
     progress: Progress | None = None,
 ) -> ImportanceResult:
-    r"""Self-normalised importance sampling of p~(u) = exp log_target(u) with draws from a proposal.
+    r"""Self-normalised importance sampling of p~(u) = exp log_prob(u) with draws from a proposal.
 
     Args:
-        log_target: (m, d) -> (m,), unnormalised log density in the proposal's space; -inf outside its support.
+        log_prob: (m, d) -> (m,), unnormalised log density in the proposal's space; -inf outside its support.
         proposal: has .sample(n, rng) -> (n, d) and .log_prob(u) -> (n,), normalised.
         n: most draws.
         seed: chunk i draws from the generator of (seed, i): a larger n begins with the same draws.
@@ -123,7 +121,7 @@ def importance_sample(
     with or_none(progress).task("importance sampling", total=n) as task:
         for i in range(-(-n // chunk)):
             size = min(chunk, n - done)
-            parts.append(_draw(log_target, proposal, size, rng_for(seed, "importance", i)))
+            parts.append(_draw(log_prob, proposal, size, rng_for(seed, "importance", i)))
             done += size
             ess = effective_size(np.concatenate([w for _, w in parts]))
             task.advance(size, text=f"ESS {ess:.0f}")
@@ -131,25 +129,17 @@ def importance_sample(
                 break
     samples, log_weights = (np.concatenate(column) for column in zip(*parts, strict=True))
     if not np.isfinite(log_weights).any():
-        raise DataError(f"all {done} draws of the proposal have log target -inf; expected a proposal that overlaps the target")
+        raise DataError(f"all {done} draws of the proposal have log_prob -inf; expected a proposal that overlaps the target")
     return _result(samples, log_weights, smooth, n)
 
 
-def _draw(log_target: LogDensity, proposal: Proposal, size: int, rng: np.random.Generator) -> tuple[Array, Array]:
+def _draw(log_prob: LogDensity, proposal: Proposal, size: int, rng: np.random.Generator) -> tuple[Array, Array]:
     u = as_array("proposal.sample(n, rng)", proposal.sample(size, rng), (size, None))
     log_q = as_array("proposal.log_prob(u)", proposal.log_prob(u), (size,), finite=False)
-    log_p = as_array("log_target(u)", log_target(u), (size,), finite=False)
-    _require_density("proposal.log_prob", log_q, u, allow_zero=False)
-    _require_density("log_target", log_p, u, allow_zero=True)
+    log_p = as_array("log_prob(u)", log_prob(u), (size,), finite=False)
+    require_log_density("proposal.log_prob", log_q, u, zero=False)
+    require_log_density("log_prob", log_p, u)
     return u, log_p - log_q
-
-
-def _require_density(name: str, values: Array, u: Array, *, allow_zero: bool) -> None:
-    bad = np.isnan(values) | np.isposinf(values) | (np.isneginf(values) & (not allow_zero))
-    if bad.any():
-        i = int(np.argmax(bad))
-        expected = "a finite number or -inf" if allow_zero else "a finite number at the proposal's own draws"
-        raise NonFiniteError(f"{name} is {values[i]} at u = {u[i].tolist()} ({int(bad.sum())} of {bad.size} points); expected {expected}")
 
 
 def _result(samples: Array, log_weights: Array, smooth: bool, n_requested: int) -> ImportanceResult:
@@ -173,9 +163,11 @@ def _result(samples: Array, log_weights: Array, smooth: bool, n_requested: int) 
 
 def effective_size(log_weights: Array) -> float:
     """Kish's effective sample size (sum w)^2 / sum w^2 of unnormalised log weights (n,); 0 if all are -inf."""
-    if not np.isfinite(log_weights).any():
+    top = log_weights.max()
+    if not np.isfinite(top):
         return 0.0
-    return float(np.exp(2 * logsumexp(log_weights) - logsumexp(2 * log_weights)))
+    w = np.exp(log_weights - top)
+    return float(w.sum() ** 2 / (w**2).sum())
 
 
 def pareto_smooth(log_weights: Array) -> tuple[Array, float]:
