@@ -40,7 +40,7 @@ def exact() -> Numbers:
     worst = 1.0
     for count, efficiency in ((0, 0.5), (1, 0.5), (7, 0.8), (400, 0.3)):
         response = Response(np.diag([efficiency, 0.9]))
-        found = bayesian_unfold([count, 3.0], response, prior="flat", n_samples=8000, seed=1)
+        found = bayesian_unfold([count, 3.0], response, prior="flat", n_draws=8000, seed=1)
         worst = min(worst, float(kstest(found.samples[:, 0], gamma(count + 1, scale=1 / efficiency).cdf).pvalue))
     numbers["one bin: smallest KS p-value against Gamma(N + 1), N = 0, 1, 7, 400"] = (worst, ">=", 1e-3)
     counts, matrix = np.array([22.0, 14.0, 5.0]), np.array([[0.6, 0.2], [0.2, 0.5], [0.05, 0.1]])
@@ -52,14 +52,14 @@ def exact() -> Numbers:
     p /= p.sum()
     mean, sd = p @ n, np.sqrt(p @ (n - p @ n) ** 2)
     for method in ("hmc", "emcee"):
-        found = bayesian_unfold(counts, response, prior="flat", method=method, n_samples=20_000, max_steps=20_000, seed=4)
+        found = bayesian_unfold(counts, response, prior="flat", method=method, n_draws=20_000, max_steps=20_000, seed=4)
         numbers[f"two bins, {method}: |mean - grid| [sd]"] = (float(np.abs((found.counts - mean) / sd).max()), "<=", 0.03)
         numbers[f"two bins, {method}: |sd / grid - 1|"] = (float(np.abs(found.errors / sd - 1).max()), "<=", 0.03)
     edges = np.arange(9.0)
     response = Response.from_resolution(edges, edges, 0.7)
     truth = 1e8 * np.exp(-0.3 * np.arange(8.0))
     data = response.fold(truth) * (1 + 1e-5 * rng_for(1, "noise").standard_normal(8))
-    found = bayesian_unfold(data, response, smoothness=3e3, reference=truth, level_sd=1e3, tilt_sd=1e3, n_samples=10_000, seed=6)
+    found = bayesian_unfold(data, response, smoothness=3e3, reference=truth, level_sd=1e3, tilt_sd=1e3, n_draws=10_000, seed=6)
     limit = tikhonov(data, response, 3e3, prior=truth)
     numbers["Gaussian limit: |mean - Tikhonov| [sd]"] = (float(np.abs((found.counts - limit.counts) / found.errors).max()), "<=", 0.05)
     return numbers
@@ -93,7 +93,7 @@ def steep(n_toys: int) -> Numbers:
         found = []
         for i in range(n):
             counts, own = rng_for(2, "steep", i).poisson(expected), response if make is None else make(i)
-            found.append(bayesian_unfold(counts, own, n_samples=1000, seed=i, raise_on_failure=False, **settings))
+            found.append(bayesian_unfold(counts, own, n_draws=1000, seed=i, raise_on_failure=False, **settings))
         numbers.update({f"{name}: {key}": value for key, value in pulls_of(found, real).items()})
         numbers[f"{name}: seconds a toy"] = ((time.perf_counter() - begin) / n, "", None)
         return found

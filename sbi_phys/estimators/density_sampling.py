@@ -6,7 +6,7 @@ All work in the prior's whitened space u, where the target is
 
 so no draw leaves the support and no scale has to be known.
 
-- 'importance': independent draws of a proposal, an NPE's (`NPE.proposal(x)`) or a mixture found by tempering (`samplers.explore`),
+- 'importance': independent draws of a proposal, an NPE's (`NPE.proposal(x)`) or a mixture found by tempering (`samplers.tempering`),
   resampled by weight. Large batches, no burn-in, the evidence for nothing; trusted only with Pareto k < 0.7.
 - 'emcee': an ensemble of walkers (`samplers.mcmc`). Many short calls: slow for networks, but it needs neither proposal nor gradient.
 - 'hmc': with the gradient of log L (`samplers.hmc`); for many parameters.
@@ -29,11 +29,11 @@ from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array
 from sbi_phys.priors import Prior, standard_normal_log_prob
-from sbi_phys.samplers.explore import explore
 from sbi_phys.samplers.grid import grid_posterior
 from sbi_phys.samplers.hmc import run_hmc
 from sbi_phys.samplers.importance import Proposal, importance_sample, resample_indices
-from sbi_phys.samplers.mcmc import run_emcee, spread_start
+from sbi_phys.samplers.mcmc import run_emcee
+from sbi_phys.samplers.tempering import spread_start, temper
 
 __all__ = ["METHODS", "LogLikelihood", "PosteriorDraws", "sample_posterior"]
 
@@ -228,8 +228,7 @@ def _importance(job: _Job) -> PosteriorDraws:
 
 
 def _explored(job: _Job) -> Proposal:
-    with job.progress.task("tempering", total=None) as task:
-        found = explore(job.target.log_likelihood, job.dim, rng_for(job.seed, "explore"), task)
+    found = temper(job.target.log_likelihood, job.dim, rng_for(job.seed, "explore"), progress=job.progress)
     job.start = found.u
     if found.power < 1:
         raise ConvergenceError(
@@ -270,15 +269,14 @@ def _places(job: _Job, n_chains: int, rng: np.random.Generator) -> Array:
         from_prior = rng.standard_normal((10 * n_chains, job.dim))
         job.start = np.concatenate([job.proposal.sample(20 * n_chains, rng), from_prior])
     if job.start is None:
-        with job.progress.task("tempering", total=None) as task:
-            job.start = explore(job.target.log_likelihood, job.dim, rng_for(job.seed, "explore"), task).u
+        job.start = temper(job.target.log_likelihood, job.dim, rng_for(job.seed, "explore"), progress=job.progress).u
     return spread_start(job.target.log_prob, job.start, n_chains, rng)
 
 
 def _emcee(job: _Job) -> PosteriorDraws:
     n_walkers = max(64, 4 * (2 * job.dim + 2))
     start = _places(job, n_walkers, rng_for(job.seed, "start"))
-    result = run_emcee(job.target.log_prob, start, n_samples=job.n, seed=seed_for(job.seed, "emcee"), progress=job.progress)
+    result = run_emcee(job.target.log_prob, start, n_draws=job.n, seed=seed_for(job.seed, "emcee"), progress=job.progress)
     return job.draws(
         result.samples,
         result.log_prob,
@@ -291,7 +289,7 @@ def _emcee(job: _Job) -> PosteriorDraws:
 
 def _hmc(job: _Job) -> PosteriorDraws:
     start = _places(job, 64, rng_for(job.seed, "start"))
-    result = run_hmc(job.target.log_prob_and_grad, start, n_samples=job.n, seed=seed_for(job.seed, "hmc"), progress=job.progress)
+    result = run_hmc(job.target.log_prob_and_grad, start, n_draws=job.n, seed=seed_for(job.seed, "hmc"), progress=job.progress)
     return job.draws(
         result.samples, result.log_prob, method="hmc", message=result.summary(), n_effective=result.n_effective, r_hat=result.r_hat
     )

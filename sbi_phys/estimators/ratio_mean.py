@@ -13,7 +13,7 @@ that they were drawn from,
 
     w_i = r(x | u_i) N(u_i; 0, I) / q(u_i),     q = sum_j (n_j / n) q_j,     m = mean(w),     n_eff = (sum w)^2 / sum w^2,
 
-and rounds end at `WANTED` effective draws; where sixteen do not come near, tempering (`samplers.explore`) finds a mixture. Points of a
+and rounds end at `WANTED` effective draws; where sixteen do not come near, tempering (`samplers.tempering`) finds a mixture. Points of a
 round are a Sobol sequence, shifted at random for each x, so that the error quoted, that of independent draws,
 sqrt((1 / n_eff - 1 / n) n / (n - 1)), is on the safe side. A mode near which neither one of the caller's Gaussians nor a draw of the
 prior falls is not seen: the Gaussians should be learned by maximum likelihood, so that they cover all modes.
@@ -29,11 +29,12 @@ import numpy as np
 from scipy.special import logsumexp, ndtri
 
 from sbi_phys.core.errors import ConvergenceError
-from sbi_phys.core.progress import or_none
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, Integers
 from sbi_phys.priors import standard_normal_log_prob
-from sbi_phys.samplers.explore import explore
+from sbi_phys.samplers.importance import effective_size
+from sbi_phys.samplers.mixture import Mixture
+from sbi_phys.samplers.tempering import temper
 
 __all__ = ["LEAST", "WANTED", "Gaussians", "PriorMean", "joined", "mean_over_prior"]
 
@@ -93,15 +94,15 @@ def mean_over_prior(
         if not len(todo):
             break
     log_w = [s.log_w for s in states]
-    for i in (i for i in todo if _effective(log_w[i]) < ENOUGH):
+    for i in (i for i in todo if effective_size(log_w[i]) < ENOUGH):
         other = _by_tempering(log_ratio, int(i), d, _ROUNDS * n_draws, rng_for(seed, "tempering", first + int(i)))
-        log_w[i] = max(log_w[i], other, key=_effective)
-        if _effective(log_w[i]) < LEAST:
+        log_w[i] = max(log_w[i], other, key=effective_size)
+        if effective_size(log_w[i]) < LEAST:
             raise ConvergenceError(
                 f"the mean of the ratio over the prior at observation {first + i}: {len(log_w[i])} draws are worth"
-                f" {_effective(log_w[i]):.1f}; expected at least {LEAST:g}: the ratio has narrow peaks that no Gaussians follow"
+                f" {effective_size(log_w[i]):.1f}; expected at least {LEAST:g}: the ratio has narrow peaks that no Gaussians follow"
             )
-    size, ess = np.array([len(w) for w in log_w]), np.array([_effective(w) for w in log_w])
+    size, ess = np.array([len(w) for w in log_w]), np.array([effective_size(w) for w in log_w])
     return PriorMean(
         log_mean=np.array([logsumexp(w) - math.log(len(w)) for w in log_w]),
         error=np.sqrt(np.maximum(1 / ess - 1 / size, 0.0) * size / (size - 1)),
@@ -116,8 +117,7 @@ def _by_tempering(log_ratio: Callable[[Array, Rows], Array], i: int, dim: int, n
     def log_r(u: Array) -> Array:
         return log_ratio(u[None], np.array([i]))[0]
 
-    with or_none(None).task("tempering", total=None) as task:
-        proposal = explore(log_r, dim, rng, task).proposal
+    proposal = temper(log_r, dim, rng).proposal
     u = proposal.sample(n, rng)
     return log_r(u) + standard_normal_log_prob(u) - proposal.log_prob(u)
 
@@ -139,7 +139,7 @@ class _State:
         self.dim, self.start = dim, start  # components of the first round: means (k, d) and factors (k, d, d)
         self.u = np.empty((0, dim))
         self.log_target = np.empty(0)  # log r + log N(u; 0, I)
-        self.components: list[tuple[float, Array, Array]] = []  # number of draws, mean (d,), inverse factor (d, d)
+        self.components: list[tuple[float, Array, Array]] = []  # number of draws, mean (d,), factor (d, d)
         self.log_w = np.empty(0)  # log of target over mixture
         self.n_effective = 0.0
 
@@ -155,37 +155,23 @@ class _State:
         sizes = [len(a) for a in np.array_split(z[from_prior:], len(parts) - (from_prior > 0))]
         sizes = [from_prior, *sizes] if from_prior else sizes
         chunks = np.split(z, np.cumsum(sizes)[:-1])
-        self.components += [
-            (float(len(c)), m, np.asarray(np.linalg.inv(f), dtype=np.float64)) for c, (m, f) in zip(chunks, parts, strict=True)
-        ]
+        self.components += [(float(len(c)), m, f) for c, (m, f) in zip(chunks, parts, strict=True)]
         return np.concatenate([m + c @ f.T for c, (m, f) in zip(chunks, parts, strict=True)])
 
     def add(self, u: Array, log_ratio: Array) -> None:
         """Take in log r (m,) of draws (m, d)."""
         self.u = np.concatenate([self.u, u])
         self.log_target = np.concatenate([self.log_target, log_ratio + standard_normal_log_prob(u)])
-        total = sum(count for count, _, _ in self.components)
-        logs = [
-            math.log(count / total) + float(np.log(np.abs(np.diag(inverse))).sum()) + standard_normal_log_prob((self.u - mean) @ inverse.T)
-            for count, mean, inverse in self.components
-        ]
-        self.log_w = self.log_target - logsumexp(np.stack(logs), axis=0)
-        self.n_effective = _effective(self.log_w)
-
-
-def _effective(log_w: Array) -> float:
-    top = log_w.max()
-    if not np.isfinite(top):
-        return 0.0
-    w = np.exp(log_w - top)
-    return float(w.sum() ** 2 / (w**2).sum())
+        counts, means, factors = (np.array(part, dtype=np.float64) for part in zip(*self.components, strict=True))
+        self.log_w = self.log_target - Mixture(weights=counts / counts.sum(), means=means, factors=factors).log_prob(self.u)
+        self.n_effective = effective_size(self.log_w)
 
 
 def _fitted(u: Array, log_w: Array) -> tuple[Array, Array]:
     """Mean (d,) and Cholesky factor (d, d) of weighted draws, the weights tempered until `_FIT` draws count."""
     log_w = np.where(np.isneginf(log_w), log_w[np.isfinite(log_w)].min() - 1e3, log_w)
     power = 1.0
-    while _effective(power * log_w) < min(_FIT, 0.5 * len(log_w)):
+    while effective_size(power * log_w) < min(_FIT, 0.5 * len(log_w)):
         power *= 0.7
     w = np.exp(power * (log_w - log_w.max()))
     w /= w.sum()

@@ -29,7 +29,7 @@ from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.unfold.bayes_sampler import Mixture, run_chains
+from sbi_phys.unfold.bayes_sampler import LaplaceGrid, run_chains
 from sbi_phys.unfold.histograms import counts_of, to_hist
 from sbi_phys.unfold.ibu_steps import bayes_step, scaled_prior
 from sbi_phys.unfold.inputs import check_counts, check_covariance, check_nonnegative, check_prior, warn_few
@@ -155,7 +155,7 @@ def bayesian_unfold(
     tilt_sd: float = 10.0,
     counts_covariance: ArrayLike | None = None,
     background: ArrayLike | None = None,
-    n_samples: int = 4000,
+    n_draws: int = 4000,
     max_steps: int = 4000,
     seed: int = 0,
     method: str = "hmc",
@@ -177,7 +177,7 @@ def bayesian_unfold(
         tilt_sd: the same of its slope over half of the range.
         counts_covariance: (r, r); then the likelihood is Gaussian. None = Poisson.
         background: (r,), expected counts that are no signal; None = the response's own.
-        n_samples: effectively independent draws to return.
+        n_draws: effectively independent draws to return.
         max_steps: most steps of each of the 16 chains (of each walker with emcee).
         seed: same seed, same draws.
         method: "hmc" (`bayes_sampler`) or "emcee" (`samplers.mcmc`; slower, an independent check).
@@ -194,13 +194,13 @@ def bayesian_unfold(
     resp, data, covariance = _inputs(counts, response, counts_covariance, background)
     warn_few(data, resp.n_truth)
     require_choice("method", method, METHODS)
-    n_samples, max_steps = require_int("n_samples", n_samples, low=100), require_int("max_steps", max_steps, low=100)
+    n_draws, max_steps = require_int("n_draws", n_draws, low=100), require_int("max_steps", max_steps, low=100)
     spectrum_prior = _prior(prior, smoothness, reference, hyper_scale, dof, level_sd, tilt_sd, data, resp)
     posterior = LogPosterior(data, resp, spectrum_prior, None if covariance is None else _inverse(covariance))
-    mixture = Mixture(posterior, _start(data, resp))
+    mixture = LaplaceGrid(posterior, _start(data, resp))
     sample = _by_hmc if method == "hmc" else _by_emcee
     with or_none(progress).task("Bayesian unfolding", 1.0) as task:
-        draws = sample(posterior, mixture, n_samples, max_steps, seed, raise_on_failure, task)
+        draws = sample(posterior, mixture, n_draws, max_steps, seed, raise_on_failure, task)
     return _result(draws, posterior, mixture.best, resp, data, prior, method, seed)
 
 
@@ -269,17 +269,18 @@ def _inverse(covariance: Array) -> Array:
         raise DataError(f"counts_covariance is singular ({err}); expected one that can be inverted, merge bins without variance") from err
 
 
-def _by_hmc(posterior: LogPosterior, mixture: Mixture, n: int, max_steps: int, seed: int, strict: bool, task: Task) -> _Draws:
+def _by_hmc(posterior: LogPosterior, mixture: LaplaceGrid, n: int, max_steps: int, seed: int, strict: bool, task: Task) -> _Draws:
     rng = rng_for(seed, "bayes chains")
-    chains = run_chains(posterior, mixture, n_samples=n, max_steps=max_steps, rng=rng, raise_on_failure=strict, task=task)
+    chains = run_chains(posterior, mixture, n_draws=n, max_steps=max_steps, rng=rng, raise_on_failure=strict, task=task)
     # evenly spaced along each chain, so that neighbours are a correlation time apart
     z, log_sigma = chains.z.reshape(-1, posterior.dim), chains.log_sigma.ravel()
     keep = rng.permutation(np.unique(np.linspace(0, len(z) - 1, min(n, len(z))).round().astype(np.int64)))
+    found = chains.verdict
     accepted = f"; accepted {chains.acceptance:.2f} (HMC), {chains.acceptance_independence:.2f} (independent)"
-    return _Draws(z[keep], log_sigma[keep], chains.r_hat, chains.n_effective, chains.converged, chains.message + accepted)
+    return _Draws(z[keep], log_sigma[keep], found.r_hat, found.n_effective, found.converged, found.message + accepted)
 
 
-def _by_emcee(posterior: LogPosterior, mixture: Mixture, n: int, max_steps: int, seed: int, strict: bool, task: Task) -> _Draws:
+def _by_emcee(posterior: LogPosterior, mixture: LaplaceGrid, n: int, max_steps: int, seed: int, strict: bool, task: Task) -> _Draws:
     from sbi_phys.samplers.mcmc import run_emcee
 
     best, d = mixture.best, posterior.dim
@@ -297,9 +298,7 @@ def _by_emcee(posterior: LogPosterior, mixture: Mixture, n: int, max_steps: int,
     z, log_sigma = mixture.sample(4 * max(2 * (d + varied) + 2, 8), rng_for(seed, "bayes start"))
     whitened = np.linalg.solve(best.factor, (z - best.mode).T).T
     start = np.column_stack([whitened, log_sigma]) if varied else whitened
-    found = run_emcee(
-        log_prob, start, n_samples=n, max_steps=max_steps, seed=seed_for(seed, "bayes emcee") % 2**31, raise_on_failure=strict
-    )
+    found = run_emcee(log_prob, start, n_draws=n, max_steps=max_steps, seed=seed_for(seed, "bayes emcee") % 2**31, raise_on_failure=strict)
     task.update(1.0)
     z, log_sigma = unpack(found.samples)
     return _Draws(z, log_sigma, found.r_hat, found.n_effective, found.converged, found.message)

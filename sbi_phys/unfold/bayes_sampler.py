@@ -22,18 +22,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sbi_phys.core.errors import ConvergenceError
 from sbi_phys.core.progress import Task
 from sbi_phys.core.types import Array, Integers
-from sbi_phys.samplers.diagnostics import autocorrelation_time, split_r_hat
+from sbi_phys.samplers.diagnostics import R_HAT_MAX, Verdict, autocorrelation_time, require_converged, run_until_converged, split_r_hat
 from sbi_phys.unfold.spectrum_posterior import Laplace, LogPosterior
 
-__all__ = ["Chains", "Mixture", "run_chains"]
+__all__ = ["Chains", "LaplaceGrid", "run_chains"]
 
 
 N_CELLS = 36  # of the grid in log sigma: a third of a unit each
 N_CHAINS = 16
-R_HAT_MAX = 1.01
 DOF = 30.0  # of the t, heavier in the tails than the posterior
 SCALES, SHARES = np.array([1.0, 3.0]), np.array([0.85, 0.15])  # a part is wider, for bins with few counts
 WIDER = 1.3  # by this much chains start farther out than the mixture
@@ -41,7 +39,7 @@ ANGLE = 1.8  # length of a trajectory; pi / 2 makes a Gaussian independent
 BURN_BLOCK, BURN_BLOCKS = 25, 8
 
 
-class Mixture:
+class LaplaceGrid:
     """Laplace approximations on a grid of log sigma, as one density of (z, log sigma).
 
     Args: posterior. start (t,): where the search for modes begins.   Raises: ConvergenceError.
@@ -95,18 +93,14 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chains:
-    """z (c, s, t), log_sigma (c, s) of production; r_hat (p,) and tau (p,), of z, log sigma if it varies, and log p; acceptances."""
+    """z (c, s, t), log_sigma (c, s) of production; verdict on z, log sigma if it varies, and log p; acceptances."""
 
     z: Array
     log_sigma: Array
-    r_hat: Array
-    tau: Array
-    n_effective: float
+    verdict: Verdict
     acceptance: float
     acceptance_independence: float
     n_burn: int
-    converged: bool
-    message: str
 
 
 @dataclass(slots=True)
@@ -120,7 +114,7 @@ class _State:
 class _Kernel:
     """The three moves, for all chains at once, with what they have accepted."""
 
-    def __init__(self, posterior: LogPosterior, mixture: Mixture, rng: np.random.Generator) -> None:
+    def __init__(self, posterior: LogPosterior, mixture: LaplaceGrid, rng: np.random.Generator) -> None:
         self.posterior, self.mixture, self.rng = posterior, mixture, rng
         self.step_size = 0.45
         self.forget()
@@ -186,49 +180,54 @@ class _Kernel:
 
 def run_chains(
     posterior: LogPosterior,
-    mixture: Mixture,
+    mixture: LaplaceGrid,
     *,
-    n_samples: int,
+    n_draws: int,
     max_steps: int,
     rng: np.random.Generator,
     raise_on_failure: bool,
     task: Task,
 ) -> Chains:
-    """Run until converged, with n_samples effectively independent draws.   Raises: ConvergenceError."""
+    """Run until converged, with n_draws effectively independent draws.   Raises: ConvergenceError."""
     kernel = _Kernel(posterior, mixture, rng)
+    stored: list[tuple[Array, Array, Array]] = []
+
+    def advance(n: int) -> None:
+        for _ in range(n):
+            kernel.step(state)
+            stored.append((state.z, state.log_sigma, state.value + posterior.log_hyper(state.log_sigma)))
+
+    def history() -> list[Array]:
+        return [np.swapaxes(np.array(part), 0, 1) for part in zip(*stored, strict=True)]
+
+    def verdict() -> Verdict:
+        z, log_sigma, value = history()
+        watched = [z, log_sigma[:, :, None], value[:, :, None]] if mixture.hierarchical else [z, value[:, :, None]]
+        numbers = np.concatenate(watched, axis=2)
+        r_hat, tau = split_r_hat(numbers), autocorrelation_time(numbers)
+        size = N_CHAINS * len(stored) / float(tau.max())
+        message = (
+            f"R-hat {r_hat.max():.4f} (<= {R_HAT_MAX}), {size:.0f} effective draws of {n_draws} wanted in {N_CHAINS} x {len(stored)} steps"
+        )
+        good = bool(r_hat.max() <= R_HAT_MAX) and size >= n_draws
+        # n_needed 0: chains that have not converged are made half as long again
+        return Verdict(autocorr_time=tau, r_hat=r_hat, n_effective=size, n_needed=0.0, converged=good, message=message)
+
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # trajectories that diverge are refused
         state = kernel.start()
         n_burn = _burn_in(kernel, state)
-        stored: list[tuple[Array, Array, Array]] = []
-        wanted = min(max_steps, max(100, math.ceil(1.2 * n_samples / N_CHAINS)))
-        while True:
-            for _ in range(wanted - len(stored)):
-                kernel.step(state)
-                stored.append((state.z, state.log_sigma, state.value + posterior.log_hyper(state.log_sigma)))
-            z, log_sigma, value = (np.swapaxes(np.array(part), 0, 1) for part in zip(*stored, strict=True))
-            watched = [z, log_sigma[:, :, None], value[:, :, None]] if mixture.hierarchical else [z, value[:, :, None]]
-            numbers = np.concatenate(watched, axis=2)
-            r_hat, tau = split_r_hat(numbers), autocorrelation_time(numbers)
-            size = N_CHAINS * wanted / float(tau.max())
-            good = bool(r_hat.max() <= R_HAT_MAX) and size >= n_samples
-            task.update(min(1.0, size / n_samples), f"R-hat {r_hat.max():.3f}")
-            if good or wanted >= max_steps:
-                break
-            wanted = min(max_steps, math.ceil(1.5 * wanted))
-    message = f"R-hat {r_hat.max():.4f}, {size:.0f} effective draws of {n_samples} wanted in {N_CHAINS} x {wanted} steps"
-    if not good and raise_on_failure:
-        raise ConvergenceError(f"bayesian_unfold did not converge: {message}; expected R-hat <= {R_HAT_MAX} within max_steps = {max_steps}")
+        first = max(100, math.ceil(1.2 * n_draws / N_CHAINS))
+        found = run_until_converged(advance, verdict, task, first=first, max_steps=max_steps)
+    if raise_on_failure:
+        require_converged("bayesian_unfold", found, max_steps)
+    z, log_sigma, _ = history()
     return Chains(
         z=z,
         log_sigma=log_sigma,
-        r_hat=r_hat,
-        tau=tau,
-        n_effective=size,
+        verdict=found,
         acceptance=kernel.accepted / kernel.n_steps,
         acceptance_independence=kernel.independent / kernel.n_steps,
         n_burn=n_burn,
-        converged=good,
-        message=message,
     )
 
 

@@ -7,7 +7,8 @@ import numpy as np
 from sbi_phys.calibration import c2st
 from sbi_phys.core.errors import DataError
 from sbi_phys.report.tables import shift_table
-from sbi_phys.samplers.mcmc import run_emcee, spread_start
+from sbi_phys.samplers.mcmc import run_emcee
+from sbi_phys.samplers.tempering import spread_start
 from sbi_phys.workflow.infer import log_target
 from sbi_phys.workflow.run import Run
 
@@ -26,7 +27,7 @@ def reference(run: Run, numbers: dict[str, Any]) -> None:
     result = run_emcee(
         target,
         spread_start(target, prior.to_unbounded(candidates), settings.n_walkers, rng),
-        n_samples=settings.n_samples,
+        n_draws=settings.n_draws,
         max_steps=settings.max_steps,
         seed=run.seed("reference"),
         raise_on_failure=False,  # the report says so; the rest of the run is still worth having

@@ -169,19 +169,19 @@ class ReferenceSettings:
     """The exact answer by Markov chains on the simulator's own likelihood.
 
     Args: method: 'emcee' or 'none'. n_walkers: at least 2 d + 2 for each of up to four independent groups.
-    n_samples: effectively independent draws. max_steps: most steps of a walker.   Raises: SettingError.
+    n_draws: effectively independent draws. max_steps: most steps of a walker.   Raises: SettingError.
     """
 
     method: str = "emcee"
     n_walkers: int = 64
-    n_samples: int = 10_000
+    n_draws: int = 10_000
     max_steps: int = 50_000
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
         require_choice("reference.method", self.method, ("emcee", "none"))
         require_int("reference.n_walkers", self.n_walkers, low=4)
-        require_int("reference.n_samples", self.n_samples, low=100)
+        require_int("reference.n_draws", self.n_draws, low=100)
         require_int("reference.max_steps", self.max_steps, low=100)
 
 
@@ -248,7 +248,7 @@ _QUICK = {
     "rounds.max_epochs": 12,
     "infer.n_draws": 2_000,
     "infer.n_refine": 40_000,
-    "reference.n_samples": 2_000,
+    "reference.n_draws": 2_000,
     "reference.max_steps": 16_000,
     "calibrate.n": 100,
     "calibrate.n_draws": 200,

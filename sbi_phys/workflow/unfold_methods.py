@@ -134,7 +134,7 @@ def posterior(task: Task) -> Answer:
         task.extended,
         smoothness=s.bayes_smoothness or None,
         reference=task.start,
-        n_samples=s.bayes_samples,
+        n_draws=s.bayes_samples,
         seed=task.seed("bayes") % 2**31,
         progress=task.progress,
     )

@@ -45,7 +45,7 @@ def test_correlated_gaussian_in_eight_dimensions(metric):
     rng = np.random.default_rng(0)
     a = rng.standard_normal((8, 8))
     covariance, mean = a @ a.T + 0.5 * np.eye(8), np.arange(8.0)
-    result = run_hmc(gaussian(mean, covariance), 10 * rng.standard_normal((32, 8)), n_samples=3000, seed=1, metric=metric)
+    result = run_hmc(gaussian(mean, covariance), 10 * rng.standard_normal((32, 8)), n_draws=3000, seed=1, metric=metric)
     assert result.converged and result.n_divergent == 0
     assert result.samples.shape == (3000, 8)
     assert result.r_hat.max() <= 1.01
@@ -62,13 +62,13 @@ def test_correlated_gaussian_in_eight_dimensions(metric):
 def test_the_dense_metric_learns_the_covariance():
     covariance = np.array([[1e-4, 0.9e-2], [0.9e-2, 1.0]])
     start = np.random.default_rng(0).standard_normal((32, 2))
-    result = run_hmc(gaussian(np.zeros(2), covariance), start, n_samples=2000, seed=0)
+    result = run_hmc(gaussian(np.zeros(2), covariance), start, n_draws=2000, seed=0)
     np.testing.assert_allclose(result.covariance / covariance, 1, atol=0.2)
     assert result.autocorr_time.max() < 4  # paths of about a quarter turn: draws are nearly independent
 
 
 def test_banana_has_its_moments():
-    result = run_hmc(banana, 2 * np.random.default_rng(2).standard_normal((32, 2)), n_samples=1000, seed=3)
+    result = run_hmc(banana, 2 * np.random.default_rng(2).standard_normal((32, 2)), n_draws=1000, seed=3)
     u0, u1 = result.chains[..., 0], result.chains[..., 1]
     n = result.n_effective
     assert u0.mean() == pytest.approx(0, abs=5 / np.sqrt(n))
@@ -87,7 +87,7 @@ def test_rosenbrock_has_its_moments():
         return -((x - 1) ** 2) / 20 - 5 * off**2, np.stack([-(x - 1) / 10 + 20 * off * x, -10 * off], axis=1)
 
     start = np.random.default_rng(4).normal([1, 5], [3, 10], (64, 2))
-    result = run_hmc(rosenbrock, start, n_samples=600, seed=5)
+    result = run_hmc(rosenbrock, start, n_draws=600, seed=5)
     x, y = result.chains[..., 0], result.chains[..., 1]
     n = result.n_effective
     assert x.mean() == pytest.approx(1, abs=5 * np.sqrt(10 / n))
@@ -97,32 +97,32 @@ def test_rosenbrock_has_its_moments():
 
 def test_a_funnel_diverges_and_is_refused():
     start = np.random.default_rng(6).standard_normal((16, 9))
-    result = run_hmc(funnel, start, n_samples=500, max_steps=300, seed=7, raise_on_failure=False)
+    result = run_hmc(funnel, start, n_draws=500, max_steps=300, seed=7, raise_on_failure=False)
     assert not result.converged and "NOT converged" in result.summary()
     assert result.n_divergent > 1e-3 * 16 * result.chains.shape[1]
     with pytest.raises(ConvergenceError, match=r"divergent transitions"):
-        run_hmc(funnel, start, n_samples=500, max_steps=200, seed=7)
+        run_hmc(funnel, start, n_draws=500, max_steps=200, seed=7)
 
 
 def test_chains_in_different_modes_are_no_convergence():
     start = np.random.default_rng(8).normal([0, 0], [10, 1], (16, 2))
     with pytest.raises(ConvergenceError, match="R-hat"):
-        run_hmc(two_modes, start, n_samples=500, max_steps=300, seed=9)
-    assert run_hmc(two_modes, start, n_samples=500, max_steps=300, seed=9, raise_on_failure=False).r_hat.max() > 1.1
+        run_hmc(two_modes, start, n_draws=500, max_steps=300, seed=9)
+    assert run_hmc(two_modes, start, n_draws=500, max_steps=300, seed=9, raise_on_failure=False).r_hat.max() > 1.1
 
 
 def test_separate_modes_are_given_up_long_before_the_steps_are_used_up():
     start = np.random.default_rng(8).normal([0, 0], [10, 1], (16, 2))
     with pytest.raises(ConvergenceError, match=r"R-hat has stayed at .* separate modes"):
-        run_hmc(two_modes, start, n_samples=500, max_steps=100_000, seed=9)
-    result = run_hmc(two_modes, start, n_samples=500, max_steps=100_000, seed=9, raise_on_failure=False)
+        run_hmc(two_modes, start, n_draws=500, max_steps=100_000, seed=9)
+    result = run_hmc(two_modes, start, n_draws=500, max_steps=100_000, seed=9, raise_on_failure=False)
     assert not result.converged and result.n_burn + result.chains.shape[1] < 2000
 
 
 def test_same_seed_same_draws():
     start = np.random.default_rng(10).standard_normal((16, 2))
     target = gaussian(np.zeros(2), np.eye(2))
-    one, again, other = (run_hmc(target, start, n_samples=300, seed=s) for s in (1, 1, 2))
+    one, again, other = (run_hmc(target, start, n_draws=300, seed=s) for s in (1, 1, 2))
     assert (one.chains == again.chains).all() and (one.samples == again.samples).all()
     assert (one.samples != other.samples).any()
 
@@ -135,7 +135,7 @@ def test_a_wall_is_never_crossed():
     result = run_hmc(
         half,
         np.abs(np.random.default_rng(0).standard_normal((8, 2))),
-        n_samples=200,
+        n_draws=200,
         max_steps=400,
         max_divergent=1.0,
         raise_on_failure=False,

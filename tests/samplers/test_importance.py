@@ -168,13 +168,13 @@ def test_effective_size():
 def test_bad_input():
     log_target, *_ = conjugate()
     q = Normal(3)
-    with pytest.raises(NonFiniteError, match=r"log_target is nan at u = \["):
+    with pytest.raises(NonFiniteError, match=r"log_prob is nan at u = \["):
         importance_sample(lambda u: np.full(len(u), np.nan), q, 10)
-    with pytest.raises(NonFiniteError, match="log_target is inf"):
+    with pytest.raises(NonFiniteError, match="log_prob is inf"):
         importance_sample(lambda u: np.full(len(u), np.inf), q, 10)
     with pytest.raises(DataError, match="all 10 draws"):
         importance_sample(lambda u: np.full(len(u), -np.inf), q, 10)
-    with pytest.raises(ShapeError, match="log_target"):
+    with pytest.raises(ShapeError, match="log_prob"):
         importance_sample(lambda u: u, q, 10)
     for n in (1, 2.5, True):
         with pytest.raises(SettingError, match="n is"):

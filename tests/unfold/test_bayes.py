@@ -12,7 +12,7 @@ from sbi_phys.core.rng import rng_for
 from sbi_phys.samplers.diagnostics import split_r_hat
 from sbi_phys.unfold import Response, tikhonov
 from sbi_phys.unfold.bayes import bayesian_unfold
-from sbi_phys.unfold.bayes_sampler import Mixture, run_chains
+from sbi_phys.unfold.bayes_sampler import LaplaceGrid, run_chains
 from sbi_phys.unfold.spectrum_posterior import LogPosterior, SpectrumPrior, curvature_matrix, level_and_tilt
 from tests.unfold import steep_toy
 
@@ -40,7 +40,7 @@ def model(**settings):
 @pytest.mark.parametrize(("count", "efficiency"), [(1, 0.5), (7, 0.8), (400, 0.3)])
 def test_one_bin_is_a_gamma_distribution(count, efficiency):
     """Flat prior, no background: p(n | N) = Gamma(N + 1, rate eps); the neighbour Gamma(N) is told apart."""
-    found = bayesian_unfold([count], [[efficiency]], prior="flat", n_samples=4000, seed=1)
+    found = bayesian_unfold([count], [[efficiency]], prior="flat", n_draws=4000, seed=1)
     exact = gamma(count + 1, scale=1 / efficiency)
     assert kstest(found.samples[:, 0], exact.cdf).pvalue > 1e-3
     if count < 100:
@@ -54,7 +54,7 @@ def test_one_bin_with_background():
     """p(n) ~ (eps n + b)^N e^{-eps n} by quadrature, n > 0: the posterior leans on the edge."""
     count, efficiency, background = 4, 0.5, 5.0
     response = Response([[efficiency]], background=[background])
-    found = bayesian_unfold([count], response, prior="flat", n_samples=4000, seed=3)
+    found = bayesian_unfold([count], response, prior="flat", n_draws=4000, seed=3)
     n = np.linspace(0, 80, 40_001)
     density = (efficiency * n + background) ** count * np.exp(-efficiency * n)
     cdf = np.cumsum(density) / density.sum()
@@ -63,7 +63,7 @@ def test_one_bin_with_background():
 
 def test_diagonal_response_has_independent_gamma_bins():
     counts, efficiency = np.array([3.0, 50.0, 0.0, 12.0]), np.array([0.9, 0.5, 0.4, 0.7])
-    found = bayesian_unfold(counts, np.diag(efficiency), prior="flat", n_samples=4000, seed=2)
+    found = bayesian_unfold(counts, np.diag(efficiency), prior="flat", n_draws=4000, seed=2)
     for i, (n, e) in enumerate(zip(counts, efficiency, strict=True)):
         assert kstest(found.samples[:, i], gamma(n + 1, scale=1 / e).cdf).pvalue > 1e-3
     off = found.correlation - np.eye(4)
@@ -87,7 +87,7 @@ def grid_moments(counts, response, sides=250):
 def test_two_bins_against_a_grid(method):
     counts, response = np.array([22.0, 14.0, 5.0]), Response(TWO, fakes=[0.1, 0.0, 0.2], background=[1.0, 2.0, 0.5])
     mean, covariance = grid_moments(counts, response)
-    found = bayesian_unfold(counts, response, prior="flat", method=method, n_samples=4000, seed=4)
+    found = bayesian_unfold(counts, response, prior="flat", method=method, n_draws=4000, seed=4)
     np.testing.assert_allclose(found.counts, mean, atol=4 * np.sqrt(np.diag(covariance) / 4000).max())
     np.testing.assert_allclose(found.covariance, covariance, atol=0.08 * np.abs(covariance).max())
     assert found.correlation[0, 1] < -0.2  # migration ties the bins
@@ -99,7 +99,7 @@ def test_hierarchical_posterior_of_three_bins_by_quadrature(dof):
     counts = np.array([30.0, 9.0, 6.0])
     response = Response(np.array([[0.8, 0.2, 0.0], [0.1, 0.6, 0.2], [0.0, 0.1, 0.7]]))
     reference, settings = np.array([40.0, 20.0, 10.0]), {"level_sd": 0.7, "tilt_sd": 0.6, "hyper_scale": 0.5, "dof": dof}
-    found = bayesian_unfold(counts, response, reference=reference, n_samples=4000, seed=5, **settings)
+    found = bayesian_unfold(counts, response, reference=reference, n_draws=4000, seed=5, **settings)
     posterior = LogPosterior(counts, response, SpectrumPrior.build(reference, None, **settings))
     side = [np.linspace(m - 7 * s, m + 5 * s, 33) for m, s in zip(np.log(found.samples).mean(0), np.log(found.samples).std(0), strict=True)]
     z = np.stack([g.ravel() for g in np.meshgrid(*side, indexing="ij")], axis=1)
@@ -121,7 +121,7 @@ def test_gaussian_limit_is_tikhonov():
     truth = 1e8 * np.exp(-0.3 * np.arange(8.0))
     counts = response.fold(truth) * (1 + 1e-5 * rng_for(1, "noise").standard_normal(8))
     strength = 3e3
-    found = bayesian_unfold(counts, response, smoothness=strength, reference=truth, level_sd=1e3, tilt_sd=1e3, n_samples=5000, seed=6)
+    found = bayesian_unfold(counts, response, smoothness=strength, reference=truth, level_sd=1e3, tilt_sd=1e3, n_draws=5000, seed=6)
     exact = tikhonov(counts, response, strength, prior=truth)
     weight = np.linalg.inv(np.diag(response.fold(truth)))
     penalty = curvature_matrix(None, 8)
@@ -140,7 +140,7 @@ def test_counts_covariance_gives_the_gaussian_posterior():
     truth = np.array([1e6, 2e6])
     v = np.diag([1e6, 4e6, 1e6]) + 3e5
     mean = response.fold(truth) + np.array([900.0, -700.0, 300.0])
-    found = bayesian_unfold(mean, response, prior="flat", counts_covariance=v, n_samples=5000, seed=7)
+    found = bayesian_unfold(mean, response, prior="flat", counts_covariance=v, n_draws=5000, seed=7)
     inverse = np.linalg.inv(v)
     covariance = np.linalg.inv(TWO.T @ inverse @ TWO)
     centre = covariance @ TWO.T @ inverse @ mean
@@ -214,7 +214,7 @@ def test_curvature_of_equal_bins_is_the_second_difference():
 def test_mixture_density_is_that_of_its_draws():
     """Importance weights between two mixtures of the same draws average to one."""
     posterior = model()
-    mixture, other = Mixture(posterior, np.log(np.full(5, 200.0))), Mixture(model(hyper_scale=0.13), np.log(np.full(5, 200.0)))
+    mixture, other = LaplaceGrid(posterior, np.log(np.full(5, 200.0))), LaplaceGrid(model(hyper_scale=0.13), np.log(np.full(5, 200.0)))
     z, log_sigma = other.sample(40_000, rng_for(0, "mixture"))
     inside = (log_sigma > mixture.edges[0]) & (log_sigma < mixture.edges[-1])
     ratio = np.exp(mixture.log_prob(z, log_sigma) - other.log_prob(z, log_sigma)) * inside
@@ -231,12 +231,12 @@ class _Task:
 def test_each_move_alone_leaves_the_posterior_alone():
     """Chains with the independent proposals off agree with those that have them, in mean and spread, sigma included."""
     posterior = model(hyper_scale=0.3)
-    mixture = Mixture(posterior, np.log(np.full(5, 200.0)))
-    kept = run_chains(posterior, mixture, n_samples=1500, max_steps=4000, rng=rng_for(1, "a"), raise_on_failure=True, task=_Task())
+    mixture = LaplaceGrid(posterior, np.log(np.full(5, 200.0)))
+    kept = run_chains(posterior, mixture, n_draws=1500, max_steps=4000, rng=rng_for(1, "a"), raise_on_failure=True, task=_Task())
     draws = np.concatenate([kept.z.reshape(-1, 5), kept.log_sigma.reshape(-1, 1)], axis=1)
     for cell in range(len(mixture.cells)):
         mixture.log_weights[cell] = -50 if cell else 0.0  # proposes one corner alone: never of use, and never wrong
-    alone = run_chains(posterior, mixture, n_samples=1500, max_steps=2000, rng=rng_for(2, "b"), raise_on_failure=False, task=_Task())
+    alone = run_chains(posterior, mixture, n_draws=1500, max_steps=2000, rng=rng_for(2, "b"), raise_on_failure=False, task=_Task())
     again = np.concatenate([alone.z.reshape(-1, 5), alone.log_sigma.reshape(-1, 1)], axis=1)
     assert alone.acceptance_independence < 0.05 < kept.acceptance_independence
     assert kept.acceptance > 0.6
@@ -252,7 +252,7 @@ def test_each_move_alone_leaves_the_posterior_alone():
 def steep():
     response = steep_toy.response()
     counts = rng_for(1, "steep").poisson(response.fold(steep_toy.power_law(2.7)))
-    return response, counts, bayesian_unfold(counts, response, n_samples=2000, seed=8)
+    return response, counts, bayesian_unfold(counts, response, n_draws=2000, seed=8)
 
 
 def test_steep_spectrum_is_found_within_its_errors(steep):
@@ -271,7 +271,7 @@ def test_the_index_of_the_reference_changes_nothing(steep):
     """A power law is a straight line in log n: 2.4 and 3.0 give the same posterior, within the noise of the draws."""
     response, counts, found = steep
     for index in (2.4, 3.0):
-        other = bayesian_unfold(counts, response, reference=steep_toy.power_law(index), n_samples=2000, seed=9)
+        other = bayesian_unfold(counts, response, reference=steep_toy.power_law(index), n_draws=2000, seed=9)
         assert np.abs((other.counts - found.counts) / found.errors).max() < 0.12
 
 
@@ -279,12 +279,12 @@ def test_a_wrong_background_is_seen(steep):
     response, counts, _ = steep
     spoiled = counts.copy()
     spoiled[8] *= 1.5
-    assert bayesian_unfold(spoiled, response, smoothness=100, n_samples=500).predictive_pvalue < 0.01
+    assert bayesian_unfold(spoiled, response, smoothness=100, n_draws=500).predictive_pvalue < 0.01
 
 
 def test_same_seed_same_draws(steep):
     response, counts, _ = steep
-    one, two, other = (bayesian_unfold(counts, response, n_samples=300, seed=s) for s in (1, 1, 2))
+    one, two, other = (bayesian_unfold(counts, response, n_draws=300, seed=s) for s in (1, 1, 2))
     np.testing.assert_array_equal(one.samples, two.samples)
     assert (one.samples != other.samples).any()
 
@@ -295,7 +295,7 @@ def test_noise_of_the_response_is_propagated():
     n_simulated = np.full(5, 2000.0)
     response = small(n_simulated=n_simulated)
     counts = exact.fold(np.array([3e5, 2e5, 1e5, 4e5, 2.5e5]))
-    settings = {"smoothness": 20.0, "n_samples": 3000, "seed": 3}
+    settings = {"smoothness": 20.0, "n_draws": 3000, "seed": 3}
     found = bayesian_unfold(counts, response, **settings)
     without = bayesian_unfold(counts, exact, **settings)
     rng = rng_for(4, "matrices")
@@ -330,7 +330,7 @@ def test_ranks_of_truths_from_the_prior_are_uniform():
         truth = reference * np.exp(x)
         if truth.max() > 1e6:
             continue  # a half-Cauchy has no mean: such spectra are in the prior, not in a test's budget
-        found = bayesian_unfold(rng.poisson(response.fold(truth)), response, reference=reference, n_samples=199, seed=i, **settings)
+        found = bayesian_unfold(rng.poisson(response.fold(truth)), response, reference=reference, n_draws=199, seed=i, **settings)
         ranks.append(np.append((found.samples < truth).sum(axis=0), (found.hyper < sigma).sum()))
     uniform = (np.array(ranks) + rng_for(12, "jitter").random((len(ranks), 7))) / 200
     assert len(ranks) > 130
@@ -354,7 +354,7 @@ def test_ranks_of_truths_from_the_prior_are_uniform():
         ({"dof": 0.5}, SettingError, "dof is 0.5"),
         ({"hyper_scale": -1.0}, SettingError, "hyper_scale is -1.0"),
         ({"reference": [1, 2, 0, 4, 5]}, DataError, "prior is 0 at truth bin 2"),
-        ({"n_samples": 10}, SettingError, "n_samples is 10; expected a finite number >= 100"),
+        ({"n_draws": 10}, SettingError, "n_draws is 10; expected a finite number >= 100"),
         ({"background": np.ones(5)}, ShapeError, "background has shape"),
         ({"counts_covariance": np.zeros((6, 6))}, DataError, "counts_covariance is singular"),
         ({"progress": "bar"}, SettingError, "progress is 'bar'"),
@@ -370,13 +370,13 @@ def test_background_given_twice_and_few_events():
     with pytest.raises(SettingError, match="background is given twice"):
         bayesian_unfold(COUNTS, small(background=BACKGROUND), background=BACKGROUND)
     with pytest.warns(UserWarning, match="3 events for 5 truth bins"):
-        bayesian_unfold([1, 0, 0, 1, 0, 1], small(), level_sd=1.0, tilt_sd=1.0, n_samples=100)
+        bayesian_unfold([1, 0, 0, 1, 0, 1], small(), level_sd=1.0, tilt_sd=1.0, n_draws=100)
 
 
 def test_too_few_steps_are_an_error_that_says_how_far_it_got():
     with pytest.raises(ConvergenceError, match="R-hat .* effective draws of 100000 wanted"):
-        bayesian_unfold(COUNTS, small(), n_samples=100_000, max_steps=100)
-    found = bayesian_unfold(COUNTS, small(), n_samples=100_000, max_steps=100, raise_on_failure=False)
+        bayesian_unfold(COUNTS, small(), n_draws=100_000, max_steps=100)
+    found = bayesian_unfold(COUNTS, small(), n_draws=100_000, max_steps=100, raise_on_failure=False)
     assert not found.converged and "NOT converged" in found.summary() and len(found.samples) == 1600
 
 

@@ -99,7 +99,7 @@ def test_learned_response_in_bayesian_unfolding(flat, data):
     """The spectrum within its errors, unfolded with the learned matrix."""
     edges, reco = np.linspace(-2.2, 2.6, 9), np.linspace(-4, 4.4, 22)
     counts = np.histogram(data, reco)[0]
-    found = bayesian_unfold(counts, flat.response(edges, reco), n_samples=1000, seed=2)
+    found = bayesian_unfold(counts, flat.response(edges, reco), n_draws=1000, seed=2)
     truth = 12_000 * np.diff(norm.cdf(edges, MEAN, SD))
     pull = (found.counts - truth) / found.errors
     assert np.abs(pull).max() < 3.5 and (np.abs(pull) < 1.5).mean() >= 0.5

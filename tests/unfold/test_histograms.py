@@ -61,7 +61,7 @@ def test_protocol_alone_is_enough():
     np.testing.assert_allclose(weighted.errors, np.sqrt(2) * plain.errors)
 
 
-@pytest.mark.parametrize("unfold", [ibu, tikhonov, lambda c, r: bayesian_unfold(c, r, n_samples=200)])
+@pytest.mark.parametrize("unfold", [ibu, tikhonov, lambda c, r: bayesian_unfold(c, r, n_draws=200)])
 def test_filled_histogram_gives_the_answer_of_its_array(bh, unfold):
     events = rng_for(0, "events").uniform(18.4, 19.2, 4000)
     histogram = bh.Histogram(bh.axis.Variable(EDGES))
@@ -82,8 +82,8 @@ def test_weighted_fill_uses_its_variances(bh):
     histogram = bh.Histogram(bh.axis.Variable(EDGES), storage=bh.storage.Weight())
     histogram.fill(events, weight=weights)
     variance = np.histogram(events, EDGES, weights=weights**2)[0]
-    found = bayesian_unfold(histogram, RESPONSE, n_samples=1000)
-    explicit = bayesian_unfold(histogram.values(), RESPONSE, counts_covariance=np.diag(variance), n_samples=1000)
+    found = bayesian_unfold(histogram, RESPONSE, n_draws=1000)
+    explicit = bayesian_unfold(histogram.values(), RESPONSE, counts_covariance=np.diag(variance), n_draws=1000)
     np.testing.assert_allclose(found.counts, explicit.counts, rtol=1e-9)
     assert ibu(histogram, RESPONSE).errors == pytest.approx(ibu(histogram.values(), RESPONSE, counts_covariance=np.diag(variance)).errors)
     with pytest.raises(SettingError, match="weighted histogram; expected plain counts"):

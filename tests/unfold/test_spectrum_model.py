@@ -66,7 +66,7 @@ def test_neural_posterior_is_that_of_the_chains():
     npe = NPE(model.prior, 0, observables=model.observables, device="cpu").fit(theta, model.simulate(theta, rng))
     for i, w in enumerate(([0, 0, 0, 0, 0], [1, -1, 0.5, 0, 1], [-1.2, 0.8, 1, -1, 0])):
         counts = model.simulate(np.array([w], dtype=float), rng_for(5, "data", i))[0]
-        exact = np.log(bayesian_unfold(counts, RESPONSE, reference=REFERENCE, n_samples=4000, seed=i, **SETTINGS).samples)
+        exact = np.log(bayesian_unfold(counts, RESPONSE, reference=REFERENCE, n_draws=4000, seed=i, **SETTINGS).samples)
         learned = np.log(model.spectrum(npe.sample(counts, 4000, seed=i)))
         assert np.abs((learned.mean(axis=0) - exact.mean(axis=0)) / exact.std(axis=0)).max() < 0.15
         np.testing.assert_allclose(learned.std(axis=0) / exact.std(axis=0), 1, atol=0.15)

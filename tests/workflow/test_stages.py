@@ -36,7 +36,7 @@ TINY = {
     "infer.n_draws": 1000,
     "infer.n_refine": 20_000,
     "reference.n_walkers": 24,
-    "reference.n_samples": 1000,
+    "reference.n_draws": 1000,
     "calibrate.n": 50,
     "calibrate.n_draws": 50,
     "check.n": 200,
