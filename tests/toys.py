@@ -1,18 +1,41 @@
-"""Simulators with known answers, at the top of a module so that worker processes can import them."""
+"""What several test files share: simulators with known answers (importable by worker processes), training sets, posteriors, power."""
 
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import NormalPrior, Observable, Parameter
 
 Array = NDArray[np.float64]
+
+
+def training_set(simulator: Any, n: int, seed: int = 0) -> tuple[Array, Array]:
+    """theta (n, d) from the simulator's prior, and x (n, k)."""
+    theta = simulator.prior.sample(n, rng_for(seed, "theta"))
+    return theta, simulator.simulate(theta, rng_for(seed, "x"))
+
+
+def gaussian_posteriors(
+    rng: np.random.Generator, *, n: int = 500, n_draws: int = 99, d: int = 1, width: float = 1.0, shift: float = 0.0, spread: float = 1.0
+) -> tuple[Array, Array]:
+    """Truths (n, d) and draws (n, n_draws, d) of exact posteriors N(m, 1), m ~ N(0, spread^2), or of wrong ones N(m + shift, width^2)."""
+    mean = spread * rng.standard_normal((n, d))
+    theta = mean + rng.standard_normal((n, d))
+    return theta, mean[:, None] + shift + width * rng.standard_normal((n, n_draws, d))
+
+
+def rejection_rate(pvalue: Callable[[np.random.Generator, int], float], repetitions: int, seed: int, alpha: float = 0.05) -> float:
+    """Share of repetitions i with pvalue(rng, i) < alpha, one generator for all: the size of a test, or its power."""
+    rng = np.random.default_rng(seed)
+    return float(np.mean([pvalue(rng, i) < alpha for i in range(repetitions)]))
 
 
 class LinearGaussian:

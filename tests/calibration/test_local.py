@@ -7,6 +7,7 @@ from sbi_phys.calibration.coverage import coverage
 from sbi_phys.calibration.local import local_coverage
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.priors import Parameter
+from tests.toys import rejection_rate
 
 NOISE = 0.7
 GAIN = 1 / (1 + NOISE**2)
@@ -33,12 +34,11 @@ def boxed(rng, *, n=500, n_draws=49):
 
 
 def rejections(make, repetitions, seed, by=0, **settings):
-    rng = np.random.default_rng(seed)
-    found = []
-    for i in range(repetitions):
+    def pvalue(rng, i):
         theta, draws, x = make(rng)
-        found.append(local_coverage(theta, draws, x if by is None else by, seed=i, **settings).pvalue < 0.05)
-    return np.mean(found)
+        return local_coverage(theta, draws, x if by is None else by, seed=i, **settings).pvalue
+
+    return rejection_rate(pvalue, repetitions, seed)
 
 
 @pytest.mark.parametrize("repetitions", [80, pytest.param(400, marks=pytest.mark.slow)])

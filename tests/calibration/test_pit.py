@@ -6,6 +6,7 @@ from scipy.special import ndtri
 from sbi_phys.calibration.pit import pit_regression
 from sbi_phys.calibration.sbc import sbc
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from tests.toys import rejection_rate
 
 
 def conjugate(rng, *, n=500, n_draws=100, d=1, k=1, width=1.0, shift=0.0, scale=None, prior=False):
@@ -22,8 +23,7 @@ def halves(x):
 
 
 def rejections(repetitions, seed, **kwargs):
-    rng = np.random.default_rng(seed)
-    return np.mean([pit_regression(*conjugate(rng, **kwargs), seed=i).pvalue < 0.05 for i in range(repetitions)])
+    return rejection_rate(lambda rng, i: pit_regression(*conjugate(rng, **kwargs), seed=i).pvalue, repetitions, seed)
 
 
 @pytest.mark.parametrize("repetitions", [80, pytest.param(400, marks=pytest.mark.slow)])

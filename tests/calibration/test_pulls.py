@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
@@ -5,11 +7,9 @@ from matplotlib.axes import Axes
 from sbi_phys.calibration.pulls import pulls
 from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.priors import Parameter
+from tests.toys import gaussian_posteriors
 
-
-def gaussian(rng, *, n=500, n_draws=100, d=1, width=1.0, shift=0.0, spread=2.0):
-    mean = spread * rng.standard_normal((n, d))
-    return mean + rng.standard_normal((n, d)), mean[:, None] + shift + width * rng.standard_normal((n, n_draws, d))
+gaussian = partial(gaussian_posteriors, n_draws=100, spread=2.0)
 
 
 def skewed(rng, n, n_draws):

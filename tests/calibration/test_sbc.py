@@ -6,18 +6,11 @@ from scipy.stats import chisquare
 from sbi_phys.calibration import sbc
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.priors import Parameter
-
-
-def gaussian(rng, *, n=500, n_draws=99, d=1, width=1.0, shift=0.0):
-    """Exact posterior of a conjugate Gaussian, mean m(x) and sd 1, or one with another width or a shift (in posterior sd)."""
-    mean = rng.standard_normal((n, d))
-    theta = mean + rng.standard_normal((n, d))
-    return theta, mean[:, None] + shift + width * rng.standard_normal((n, n_draws, d))
+from tests.toys import gaussian_posteriors, rejection_rate
 
 
 def rejections(repetitions, seed, **kwargs):
-    rng = np.random.default_rng(seed)
-    return np.mean([sbc(*gaussian(rng, **kwargs)).pvalue < 0.05 for _ in range(repetitions)])
+    return rejection_rate(lambda rng, i: sbc(*gaussian_posteriors(rng, **kwargs)).pvalue, repetitions, seed)
 
 
 @pytest.mark.parametrize("n_draws", [20, 99])
@@ -32,13 +25,13 @@ def test_power_on_wrong_posteriors(wrong):
 
 def test_chi_square_has_the_right_size_where_bins_do_not_divide_the_ranks():
     rng = np.random.default_rng(3)
-    p = [sbc(*gaussian(rng, n_draws=22), n_bins=10).pvalues_chi2["theta_0"] for _ in range(400)]
+    p = [sbc(*gaussian_posteriors(rng, n_draws=22), n_bins=10).pvalues_chi2["theta_0"] for _ in range(400)]
     assert abs(np.mean(np.array(p) < 0.05) - 0.05) < 3 * np.sqrt(0.05 * 0.95 / 400)
 
 
 def test_ranks_histogram_and_chi_square_by_hand():
     rng = np.random.default_rng(4)
-    theta, draws = gaussian(rng, n=200, n_draws=10, d=2)
+    theta, draws = gaussian_posteriors(rng, n=200, n_draws=10, d=2)
     result = sbc(theta, draws, n_bins=4)
     ranks = (draws < theta[:, None]).sum(axis=1)
     np.testing.assert_array_equal(result.ranks, ranks)
@@ -63,7 +56,7 @@ def test_ranks_histogram_and_chi_square_by_hand():
     ],
 )
 def test_words_and_sizes(wrong, word, shift, width):
-    result = sbc(*gaussian(np.random.default_rng(5), n=2000, n_draws=399, **wrong))
+    result = sbc(*gaussian_posteriors(np.random.default_rng(5), n=2000, n_draws=399, **wrong))
     assert result.verdicts == {"theta_0": word}
     assert word in result.summary()
     assert result.shift[0] == pytest.approx(shift, abs=4 * result.shift_err[0])
@@ -80,7 +73,7 @@ def test_words_for_a_wrong_shape():
 
 def test_bonferroni_keeps_the_family_size():
     rng = np.random.default_rng(7)
-    rate = np.mean([sbc(*gaussian(rng, n=200, n_draws=49, d=5)).pvalue < 0.05 for _ in range(200)])
+    rate = np.mean([sbc(*gaussian_posteriors(rng, n=200, n_draws=49, d=5)).pvalue < 0.05 for _ in range(200)])
     assert rate < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200)
 
 
@@ -116,7 +109,7 @@ def test_quantities_catch_a_posterior_that_equals_the_prior():
 
 def test_truths_outside_all_draws_have_the_end_ranks():
     rng = np.random.default_rng(10)
-    theta, draws = gaussian(rng, n=100, n_draws=20)
+    theta, draws = gaussian_posteriors(rng, n=100, n_draws=20)
     theta[:50] = 1e6
     theta[50:] = -1e6
     result = sbc(theta, draws)
@@ -143,7 +136,7 @@ def test_flat_arrays_integers_and_lists_are_one_parameter():
 
 def test_result_is_frozen_and_names_come_from_parameters():
     rng = np.random.default_rng(13)
-    result = sbc(*gaussian(rng, n=60, d=2), names=[Parameter("gamma", latex=r"\gamma"), "lg_rcut"])
+    result = sbc(*gaussian_posteriors(rng, n=60, d=2), names=[Parameter("gamma", latex=r"\gamma"), "lg_rcut"])
     assert result.names == ("gamma", "lg_rcut")
     assert result.labels == (r"$\gamma$", "lg_rcut")
     with pytest.raises(AttributeError):
@@ -153,7 +146,7 @@ def test_result_is_frozen_and_names_come_from_parameters():
 @pytest.mark.parametrize("d", [1, 7, 10])
 def test_plots(d):
     rng = np.random.default_rng(14)
-    result = sbc(*gaussian(rng, n=60, n_draws=30, d=d))
+    result = sbc(*gaussian_posteriors(rng, n=60, n_draws=30, d=d))
     for kind in ("ecdf", "histogram"):
         ax = result.plot(kind=kind)
         assert isinstance(ax, Axes)
@@ -168,7 +161,7 @@ def test_plots(d):
 
 def test_bad_input():
     rng = np.random.default_rng(15)
-    theta, draws = gaussian(rng, n=50, n_draws=20, d=2)
+    theta, draws = gaussian_posteriors(rng, n=50, n_draws=20, d=2)
     with pytest.raises(NonFiniteError, match="draws has NaN or Inf in 1 of 50"):
         sbc(theta, np.where(np.arange(50)[:, None, None] == 3, np.nan, draws))
     with pytest.raises(NonFiniteError, match="theta"):

@@ -4,6 +4,7 @@ from matplotlib.axes import Axes
 
 from sbi_phys.calibration.tarp import tarp
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from tests.toys import rejection_rate
 
 
 def conjugate(rng, *, n=500, n_draws=100, d=1, noise=0.5, width=1.0, shift=0.0, prior=False):
@@ -17,8 +18,7 @@ def conjugate(rng, *, n=500, n_draws=100, d=1, noise=0.5, width=1.0, shift=0.0, 
 
 
 def rejections(repetitions, seed, **kwargs):
-    rng = np.random.default_rng(seed)
-    return np.mean([tarp(*conjugate(rng, **kwargs), seed=i).pvalue < 0.05 for i in range(repetitions)])
+    return rejection_rate(lambda rng, i: tarp(*conjugate(rng, **kwargs), seed=i).pvalue, repetitions, seed)
 
 
 @pytest.mark.parametrize("repetitions", [80, pytest.param(400, marks=pytest.mark.slow)])

@@ -1,6 +1,7 @@
 """A likelihood as a simulator: its rows against the exact distribution, NPE trained on them against the exact posterior."""
 
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,13 @@ from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.emulator import Emulator
 from sbi_phys.simulation.protocol import check_simulator
 from sbi_phys.store.identity import simulator_identity
+from tests import toys
 from tests.toys import LinearGaussian
 
 SIM = LinearGaussian(dim=2)
+training_set = partial(toys.training_set, SIM)
 SMALL = sp.EmbeddingConfig(hidden=32, n_blocks=1, n_features=16)
 NO_COUPLINGS = sp.FlowConfig(n_layers=0)
-
-
-def training_set(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    theta = SIM.prior.sample(n, rng_for(seed, "theta"))
-    return theta, SIM.simulate(theta, rng_for(seed, "x"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """NLE against exact likelihoods: densities, probabilities of counts, event sets, gradients, posteriors, files, and what it refuses."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,14 @@ from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FLOWS, FlowConfig
 from sbi_phys.priors import Prior
 from sbi_phys.samplers.grid import grid_posterior
+from tests import toys
 from tests.toys import LinearGaussian
 
 SIM = LinearGaussian(dim=2)
+training_set = partial(toys.training_set, SIM)
 SMALL = EmbeddingConfig(hidden=32, n_blocks=1, n_features=16)
 QUICK = sp.TrainConfig(max_epochs=12, batch_size=128)
 RATE = sp.BoxPrior([sp.Parameter("rate", 0.2, 30.0)])
-
-
-def training_set(n: int = 3000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    theta = SIM.prior.sample(n, rng_for(seed, "theta"))
-    return theta, SIM.simulate(theta, rng_for(seed, "x"))
 
 
 def make(prior: Prior | None = None, **settings: object) -> NLE:
@@ -42,7 +40,7 @@ def rates(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def trained() -> NLE:
-    return make(n_ensemble=2).fit(*training_set())
+    return make(n_ensemble=2).fit(*training_set(3000))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def counting() -> NLE:
 @pytest.mark.parametrize("kind", FLOWS)
 def test_every_flow_learns_the_likelihood(kind: str) -> None:
     """Mean divergence of q(x | theta) from the exact density on fresh pairs, nats."""
-    nle = make(flow=FlowConfig(kind=kind, n_layers=2, hidden=32)).fit(*training_set())
+    nle = make(flow=FlowConfig(kind=kind, n_layers=2, hidden=32)).fit(*training_set(3000))
     theta, x = training_set(2000, seed=7)
     divergence = (SIM.log_likelihood(x, theta) - nle.log_likelihood(x, theta)).mean()
     assert -0.01 < divergence < 0.08

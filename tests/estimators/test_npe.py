@@ -1,5 +1,6 @@
 """NPE against exact posteriors, its density against quadrature, its files, and what it refuses."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +22,13 @@ from sbi_phys.core.rng import rng_for
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FLOWS, FlowConfig
 from sbi_phys.priors import standard_normal_log_prob
+from tests import toys
 from tests.toys import LinearGaussian
 
 SIM = LinearGaussian(dim=2)
+training_set = partial(toys.training_set, SIM)
 SMALL = EmbeddingConfig(hidden=32, n_blocks=1, n_features=16)
 QUICK = sp.TrainConfig(max_epochs=12, batch_size=128)
-
-
-def training_set(n: int = 3000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    theta = SIM.prior.sample(n, rng_for(seed, "theta"))
-    return theta, SIM.simulate(theta, rng_for(seed, "x"))
 
 
 def make(**settings: object) -> sp.NPE:
@@ -40,13 +38,13 @@ def make(**settings: object) -> sp.NPE:
 
 @pytest.fixture(scope="module")
 def trained() -> sp.NPE:
-    return make(n_ensemble=2).fit(*training_set())
+    return make(n_ensemble=2).fit(*training_set(3000))
 
 
 @pytest.mark.parametrize("kind", FLOWS)
 def test_every_flow_learns_the_conjugate_posterior(kind: str) -> None:
     """Mean expected divergence from the exact posterior on fresh pairs, in nats; the prior itself would be off by 2."""
-    npe = make(flow=FlowConfig(kind=kind, n_layers=2, hidden=32)).fit(*training_set())
+    npe = make(flow=FlowConfig(kind=kind, n_layers=2, hidden=32)).fit(*training_set(3000))
     theta, x = training_set(2000, seed=7)
     divergence = (SIM.exact_log_posterior(theta, x) - npe.log_prob(theta, x)).mean()
     assert -0.01 < divergence < 0.08
@@ -110,7 +108,7 @@ def test_same_seed_same_result_and_members_differ(trained: sp.NPE) -> None:
     x = training_set(3, seed=3)[1]
     assert (trained.sample(x, 50, seed=4) == trained.sample(x, 50, seed=4)).all()
     assert (trained.sample(x, 50, seed=4) != trained.sample(x, 50, seed=5)).any()
-    again = make(n_ensemble=2).fit(*training_set())
+    again = make(n_ensemble=2).fit(*training_set(3000))
     assert (again.sample(x, 50) == trained.sample(x, 50)).all()
     one, other = trained._nets
     assert not torch.equal(one.flow.context.weight, other.flow.context.weight)
@@ -274,7 +272,7 @@ def test_what_it_refuses(trained: sp.NPE) -> None:
 
 @pytest.mark.cuda
 def test_on_cuda() -> None:
-    npe = make(device="cuda").fit(*training_set())
+    npe = make(device="cuda").fit(*training_set(3000))
     theta, x = training_set(2000, seed=7)
     assert (SIM.exact_log_posterior(theta, x) - npe.log_prob(theta, x)).mean() < 0.08
 

@@ -1,5 +1,6 @@
 """NRE against exact ratios and posteriors of a linear Gaussian, its event sets, gradients and files, and what it refuses."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,14 @@ from sbi_phys.nets.classifier import ClassifierConfig
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.priors import standard_normal_log_prob
 from sbi_phys.samplers.importance import importance_sample
+from tests import toys
 from tests.toys import LinearGaussian
 
 SIM = LinearGaussian(dim=2, noise=0.7)
+training_set = partial(toys.training_set, SIM)
 SMALL = EmbeddingConfig(hidden=32, n_blocks=1, n_features=16)
 PAIRS = ClassifierConfig(hidden=0, n_features=16, rank=16)
 QUICK = sp.TrainConfig(max_epochs=12, batch_size=128)
-
-
-def training_set(n: int = 4000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    theta = SIM.prior.sample(n, rng_for(seed, "theta"))
-    return theta, SIM.simulate(theta, rng_for(seed, "x"))
 
 
 def make(**settings: object) -> NRE:
@@ -42,7 +40,7 @@ def exact_log_ratio(x: np.ndarray, theta: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def trained() -> NRE:
-    return make(n_ensemble=2).fit(*training_set())
+    return make(n_ensemble=2).fit(*training_set(4000))
 
 
 @pytest.mark.parametrize("loss", ["carl", "nre-c", "bnre"])

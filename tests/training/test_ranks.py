@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import pytest
 
 import sbi_phys as sp
 from sbi_phys.core.errors import SettingError
-from sbi_phys.core.rng import rng_for
 from sbi_phys.training.ranks import Ranks, current_ranks, process_group
+from tests import toys
 from tests.toys import LinearGaussian
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ with process_group("cpu") as ranks:
     for source in ("arrays", "store"):
         npe = estimator()
         if source == "arrays":
-            npe.fit(*training_set(), checkpoint=folder + "/checkpoint")
+            npe.fit(*training_set(2000), checkpoint=folder + "/checkpoint")
         else:
             npe.fit(folder + "/store", memory=2**18)
         theta, x = training_set(500, seed=9)
@@ -37,11 +38,7 @@ with process_group("cpu") as ranks:
             json.dump(result, file)
 """
 SIM = LinearGaussian(dim=2)
-
-
-def training_set(n: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    theta = SIM.prior.sample(n, rng_for(seed, "theta"))
-    return theta, SIM.simulate(theta, rng_for(seed, "x"))
+training_set = partial(toys.training_set, SIM)
 
 
 def estimator() -> sp.NPE:
@@ -94,7 +91,7 @@ def test_two_processes_equal_one(two_ranks: dict[str, list[dict]]) -> None:
     assert first["log_prob"] == second["log_prob"]
     losses = [[(r["train"], r["valid"]) for r in rank["history"]] for rank in (first, second)]
     assert losses[0] == losses[1]
-    alone = estimator().fit(*training_set())
+    alone = estimator().fit(*training_set(2000))
     mine = alone.log_prob(*training_set(500, seed=9))
     # every batch holds the same rows; a batch of 129 is 65 and 64, which count as halves, and sums are taken in another order
     assert np.mean(first["log_prob"]) == pytest.approx(mine.mean(), abs=6e-3)
