@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # the toys are the tests' own
 from benchmarks.suite.table import Numbers, Part, arguments, run
 from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import IBU, Response, forward_fold, ibu, tikhonov
-from sbi_phys.unfold.flux import bin_integral, broken_power_law
+from sbi_phys.unfold.folding import bin_integral, broken_power_law
 from tests.unfold import steep_toy
 
 Array = NDArray[np.float64]

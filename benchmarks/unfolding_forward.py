@@ -24,10 +24,9 @@ sys.path.insert(0, str(ROOT))  # the toys are the tests' own
 from benchmarks.suite.table import Numbers, Part, arguments, run
 from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import Response, ibu, tikhonov
-from sbi_phys.unfold.bayes import BayesianUnfold, bayesian_unfold
-from sbi_phys.unfold.bayes_sampler import Mixture
+from sbi_phys.unfold.bayes import BayesianUnfold, Mixture, bayesian_unfold
 from sbi_phys.unfold.forward import ForwardUnfolder
-from sbi_phys.unfold.spectrum_posterior import LogPosterior, SpectrumPrior
+from sbi_phys.unfold.spectrum import LogPosterior, SpectrumPrior
 from tests.unfold import steep_toy
 from tests.unfold.omnifold_oracle import gaussian_recursion
 

@@ -26,9 +26,7 @@ from benchmarks.suite.table import Numbers, Part, arguments, run
 from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import FlowUnfolder, ibu, omnifold, tikhonov
 from sbi_phys.unfold.response import Response
-from sbi_phys.unfold.validate_pit import event_pit
-from sbi_phys.unfold.validate_result import Validation
-from sbi_phys.unfold.validation import validate
+from sbi_phys.unfold.validation import Validation, event_pit, validate
 from tests.unfold import omnifold_oracle, steep_toy
 
 Array = NDArray[np.float64]

@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from sbi_phys.unfold.folding import ForwardFold
-    from sbi_phys.unfold.ibu import IBU
+    from sbi_phys.unfold.ibu import IBU, Stopping
     from sbi_phys.unfold.response import Response
-    from sbi_phys.unfold.stopping import Stopping
     from sbi_phys.unfold.tikhonov import Tikhonov, TikhonovScan
 
 __all__ = ["flux", "response", "scan", "spectrum", "stopping"]

@@ -14,14 +14,14 @@ from sbi_phys.calibration.inputs import ALPHA
 from sbi_phys.core.files import open_aside
 from sbi_phys.core.types import Array
 from sbi_phys.plotting.calibration import BAND, COLOURS
-from sbi_phys.unfold.validate_rows import ONE_SIGMA, TWO_SIGMA
+from sbi_phys.unfold.checks import ONE_SIGMA, TWO_SIGMA
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sbi_phys.unfold.validate_checks import Scan
-    from sbi_phys.unfold.validate_result import MethodValidation, Validation
+    from sbi_phys.unfold.checks import Scan
+    from sbi_phys.unfold.validation import MethodValidation, Validation
 
 __all__ = ["closure", "correlation", "coverage", "figures", "pulls", "regularisation", "save", "stress"]
 

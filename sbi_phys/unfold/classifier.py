@@ -1,20 +1,21 @@
 r"""Density ratios from classifiers: r(x) = p_1(x) / p_0(x) by weighted binary cross entropy.
 
-    minimise  sum_i [ w1_i log(1 + e^{-f(x_i)}) + w0_i log(1 + e^{f(x_i)}) ],   f*(x) = log( w1 at x / w0 at x )
+    minimise  sum_i [ w1_i log(1 + e^{-f(x_i)}) + w0_i log(1 + e^{f(x_i)}) ] ,   f*(x) = log( w1 at x / w0 at x )
 
-A row carries both weights. Two samples are stacked, each with the other's weight at zero; one sample seen under two sets of weights
-stands once, which halves the work and takes out the noise that two copies would have.
+Every row carries both weights. Two samples are stacked, each with weight zero in the other's place. One sample under two sets of weights
+appears once, which halves the work and avoids the noise of two copies.
 
-After the network is trained, its last layer is solved for exactly (Newton): the optimum of a convex loss in few numbers, so that what
-stochastic steps leave undone in them is gone. f is there a quadratic form in x, linear far out, plus the network's features g_k:
+After the training the last layer is solved exactly by Newton's method: the loss is convex in its few weights, and stochastic steps do
+not reach the optimum. There f is a quadratic form in x, linear at large |x|, plus the features g_k of the network:
 
-    f(x) = a + b x + x C x + sum_k theta_k g_k(x),      theta ~ N(0, 1 / tau),
+    f(x) = a + b x + x C x + sum_k theta_k g_k(x) ,      theta ~ N(0, 1 / tau) .
 
-and tau, a weak ridge by default, is with `smooth` the one for which the data are most probable (MacKay's evidence, over
-N = 2 n_1 n_0 / (n_1 + n_0) effective events). Where they do not ask for more, log p_1 / p_0 is then quadratic, the log ratio of two normal
-laws, and goes on like one where there are no rows; densities smoothed by a penalty on the third derivative of their logarithm have the same
-limit (Silverman). It suits what is nearly normal, and is an assumption wherever rows are few. At the optimum constant, inputs and squares
-have the same mean in both samples, seen through the classifier. Last, the ratio is scaled so that sum w0 r = sum w1.
+tau is a weak ridge by default. With `smooth` it is the value for which the data are most probable (MacKay's evidence, for
+N = 2 n_1 n_0 / (n_1 + n_0) effective events). Where the data support no more, log p_1 / p_0 is then quadratic, the log ratio of two normal
+distributions, and continues as such where there are no rows. Densities smoothed by a penalty on the third derivative of their logarithm
+have the same limit (Silverman). This suits distributions close to normal and is an assumption wherever rows are few. At the optimum the
+constant, the inputs and their squares have the same mean in both samples, weighted by the classifier. Finally the ratio is scaled so that
+sum w0 r = sum w1.
 
 Source: Cranmer, Pavez & Louppe 2015, arXiv:1506.02169; MacKay 1992, Neural Computation 4, 720; Silverman 1982, Ann. Stat. 10, 795.
 """

@@ -1,21 +1,21 @@
-r"""Event-wise unfolding with a conditional invertible network, iterated to take out the simulation's prior (IcINN).
+r"""Event-by-event unfolding with a conditional invertible network, iterated to remove the simulation's prior (IcINN).
 
-    minimise  sum_i w_i [ -log q(t_i | r_i) ],   unfolded events t ~ q(. | r_data)
+    minimise  sum_i w_i [ -log q(t_i | r_i) ] ,   unfolded events t ~ q(. | r_data)
 
-With w = 1 the network learns p(t | r) under the simulation's spectrum, and unfolded events inherit a part of it. So again and again:
-unfold the data; learn rho(t) = p_unfolded(t) / p_simulation(t) with a classifier; retrain with w_i = rho(t_i). The steps are those of
-iterative Bayesian unfolding, and so is the regularisation: the number of iterations.
+With w = 1 the network learns p(t | r) under the simulated spectrum, and the unfolded events inherit a part of that spectrum. Three steps
+are therefore repeated: unfold the data; learn rho(t) = p_unfolded(t) / p_simulation(t) with a classifier; retrain with w_i = rho(t_i).
+They are the steps of iterative Bayesian unfolding, and the number of iterations is the regularisation.
 
-Acceptance: the network is trained on reconstructed events, and data are reconstructed: draws are the truths of the events measured.
-rho compares reconstructed with reconstructed, so the efficiency cancels in it: as weights of all simulated truths it gives the
+Acceptance. The network is trained on reconstructed events, and the data are reconstructed: the draws are the truths of the measured
+events. rho compares reconstructed with reconstructed events, so the efficiency cancels. As weights of all simulated truths it gives the
 spectrum before the detector.
 
-Background, absolute, given as events with weights that add up to the counts expected: a classifier of it against the data learns
-b(r) / p_data(r), and each data event counts with the probability that it is signal, 1 - b/p_data, kept within 0 and 1 and scaled so that
-they add up to the counts less the background. All draws of an event carry its weight, `data_weights`; nothing is negative.
+Background is given as events whose weights add up to the expected counts. A classifier of background against data learns
+b(r) / p_data(r), and each data event counts with its probability to be signal, 1 - b / p_data, limited to the range 0 to 1 and scaled so
+that the sum is the data minus the background. All draws of an event carry its weight (`data_weights`), which is never negative.
 
-Truth and reco enter in units of the simulation's mean and standard deviation. Take logarithms of what is steep, and pass per-event
-quantities (zenith, number of stations ...) as further columns of reco.
+Truth and reco are standardised with the simulation's mean and standard deviation. Take logarithms of steep quantities, and pass
+quantities of the event (zenith, number of stations ...) as further columns of reco.
 
 Source: Bellagente+ 2020, arXiv:2006.06685 (cINN); Backes+ 2022, arXiv:2212.08674 (IcINN).
 """
@@ -39,10 +39,11 @@ from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import PosteriorNet, log_prob_nets, sample_net
 from sbi_phys.training.loop import TrainConfig, fit
+from sbi_phys.unfold._inputs import MIN_EVENTS, as_columns, as_mask, as_weights, check_overlap
 from sbi_phys.unfold.classifier import RatioEstimator
-from sbi_phys.unfold.omnifold_inputs import MIN_EVENTS, as_columns, as_mask, as_weights, check_overlap
+from sbi_phys.unfold.replicas import SOURCES, WeightReplicas
 
-__all__ = ["FlowUnfolder", "UnfoldIteration"]
+__all__ = ["FlowUnfolder", "UnfoldIteration", "bootstrap_flow"]
 
 
 _ROWS = 32768  # draws decoded at a time: bounds the memory
@@ -281,3 +282,69 @@ def _config(n: int, *, warm: bool) -> TrainConfig:
     batch = int(np.clip(2 ** round(math.log2(n / 40)), 32, 1024))
     epochs = 8 if warm else 14
     return TrainConfig(batch_size=batch, max_epochs=epochs, patience=epochs, learning_rate=2e-3 if warm else 5e-3)
+
+
+def bootstrap_flow(
+    truth: ArrayLike,
+    reco: ArrayLike,
+    data: ArrayLike,
+    n_iterations: int = 1,
+    *,
+    n_boot: int = 10,
+    reco_pass: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    data_weights: ArrayLike | None = None,
+    background: ArrayLike | None = None,
+    background_weights: ArrayLike | None = None,
+    n_ensemble: int = 1,
+    seed: int = 0,
+    flow: str | FlowConfig = "spline",
+    embedding: EmbeddingConfig | None = None,
+    device: str | torch.device = "auto",
+    config: TrainConfig | None = None,
+    progress: Progress | None = None,
+) -> WeightReplicas:
+    """Weights of the simulated truths from `FlowUnfolder`, once, and n_boot times each with data, simulation and seeds varied.
+
+    Args: n_boot: >= 2; 3 n_boot + 1 unfoldings of n_iterations trainings each. The others are those of `FlowUnfolder` and its `fit`.
+    Returns: WeightReplicas.   Raises: what `FlowUnfolder` raises.   Source: `replicas`.
+    Read: `.histogram(truth, edges)` gives the unfolded spectrum with covariances from data, simulation and training apart.
+    """
+    n_boot, seed = require_int("n_boot", n_boot, low=2), require_int("seed", seed, low=0)
+    own = as_weights("weights", weights, len(as_columns("truth", truth)), "truth")
+    counts = as_weights("data_weights", data_weights, len(as_columns("data", data)), "data")
+
+    extra = None if background is None else as_columns("background", background)
+    expected = None if extra is None else as_weights("background_weights", background_weights, len(extra), "background")
+    if extra is None and background_weights is not None:
+        raise DataError("background_weights was given without background; expected both or neither")
+
+    def unfolded(simulated: Array, measured: Array, below: Array | None, member: int) -> Array:
+        unfolder = FlowUnfolder(member, flow=flow, embedding=embedding, n_ensemble=n_ensemble, device=device, config=config)
+        unfolder.fit(
+            truth,
+            reco,
+            data,
+            n_iterations,
+            reco_pass=reco_pass,
+            weights=simulated,
+            data_weights=measured,
+            background=extra,
+            background_weights=below,
+        )
+        return unfolder.weights
+
+    parts: dict[str, list[Array]] = {source: [] for source in SOURCES}
+    with or_none(progress).task("bootstrap flow", 3 * n_boot + 1) as task:
+        nominal = unfolded(own, counts, expected, seed)
+        task.advance()
+        for source in SOURCES:
+            for b in range(n_boot):
+                rng = rng_for(seed, "bootstrap flow", source, b)
+                simulated = own * rng.poisson(1.0, len(own)) if source == "simulation" else own
+                measured = counts * rng.poisson(1.0, len(counts)) if source == "data" else counts
+                below = expected * rng.poisson(1.0, len(expected)) if expected is not None and source == "simulation" else expected
+                parts[source].append(unfolded(simulated, measured, below, seed_for(seed, "bootstrap flow", source, b)))
+                task.advance(1, text=source)
+    stacked = {source: np.stack(replicas) for source, replicas in parts.items()}
+    return WeightReplicas(weights=nominal, truth_pass=np.ones(len(own), dtype=np.bool_), **stacked)

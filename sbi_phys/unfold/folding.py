@@ -1,12 +1,17 @@
-r"""Forward folding: fit a parametric flux through the response, then correct the data by c_i = unfolded_i / folded_i.
+r"""Forward folding: fit a parametric flux to the counts through the response, then correct the counts by c_i = unfolded_i / folded_i.
 
-    n_mu(theta) = exposure int_mu J(E; theta) dE,   f_j = sum_mu P[j, mu] n_mu / (1 - phi_j) + b_j,   -2 ln L = 2 sum (f - N ln f) + const
-    c_i = [exposure int_{reco bin i} J dE] / f_i,    J_i = c_i N_i / (exposure dE_i)
+    n_mu(theta) = exposure int_mu J(E; theta) dE ,   f_j = sum_mu P[j, mu] n_mu / (1 - phi_j) + b_j ,   -2 ln L = 2 sum (f - N ln f) + const
+    c_i = [exposure int_{reco bin i} J dE] / f_i ,   J_i = c_i N_i / (exposure dE_i)
 
-Nothing is inverted, so there is no noise to tame; the answer leans on the form of J instead. Truth bins should reach beyond the reco bins
-on both sides: what migrates in from below the first bin is then in f. The fit depends on the data, and so do the corrections:
-dtheta/dN_j = C (df_j/dtheta) / f_j with C the covariance of the fit, hence for U_i = c_i N_i the full covariance is G diag(f) G^T with
-G_ij = c_i delta_ij + N_i (dc_i/dtheta) . dtheta/dN_j.
+The matrix is not inverted, so no noise is amplified; the result depends on the parametric form of J instead. The truth bins should reach
+beyond the reco bins on both sides, so that f contains the events that migrate in from below the first bin. The fit depends on the data,
+and so do the corrections: with C the covariance of the fit, dtheta/dN_j = C (df_j/dtheta) / f_j, and the covariance of U_i = c_i N_i is
+G diag(f) G^T with G_ij = c_i delta_ij + N_i (dc_i/dtheta) . dtheta/dN_j.
+
+The flux is a power law, or power laws that are joined by b smooth breaks of width w = 0.05 in lg E (about a tenth of a decade):
+
+    J(E) = J0 (E / E0)^-g1  prod_{i=1..b} [1 + (E / E_i)^(1/w)]^((g_i - g_{i+1}) w) ,   E0 = 10^18.5 eV ,
+    theta = (lg J0, g_1 .. g_{b+1}, lg E_1 .. lg E_b) .
 
 Source: Pierre Auger Collaboration 2020, Phys. Rev. D 102, 062005, arXiv:2008.06486.
 """
@@ -22,18 +27,53 @@ from sbi_phys.core.checks import as_array, require_int, require_number
 from sbi_phys.core.errors import ConvergenceError, SbiPhysError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.unfold.flux import LG_E0, bin_integral, broken_power_law, parameter_names
+from sbi_phys.unfold._inputs import check_counts
 from sbi_phys.unfold.histograms import counts_of, to_hist
-from sbi_phys.unfold.inputs import check_counts
+from sbi_phys.unfold.ibu import deviance
 from sbi_phys.unfold.response import Response
-from sbi_phys.unfold.smooth_truth import deviance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["ForwardFold", "forward_fold"]
+__all__ = ["LG_E0", "ForwardFold", "bin_integral", "broken_power_law", "forward_fold", "parameter_names"]
+
 
 Flux = Callable[[Array, Array], Array]
+
+LG_E0 = 18.5
+
+WIDTH = 0.05
+
+POINTS, PANELS = 8, 2  # Gauss-Legendre in each half of a bin: a break of width 0.05 is resolved
+
+
+def parameter_names(n_breaks: int) -> tuple[str, ...]:
+    """Return the names of theta for b smooth breaks (0 = power law): lg_j0, gamma_1 .., lg_e_1 .."""
+    return ("lg_j0", *(f"gamma_{i + 1}" for i in range(n_breaks + 1)), *(f"lg_e_{i + 1}" for i in range(n_breaks)))
+
+
+def broken_power_law(lg_energy: Array, theta: Array) -> Array:
+    """J(E) of theta (2 + 2 b,) at lg(E/eV) (n,), in the unit of J0 (1/(eV km2 sr yr)).
+
+    Source: arXiv:2008.06486.
+    """
+    n_breaks = theta.size // 2 - 1
+    gammas, breaks = theta[1 : n_breaks + 2], theta[n_breaks + 2 :]
+    ln_j = np.log(10) * (theta[0] - gammas[0] * (lg_energy - LG_E0))
+    for i, at in enumerate(breaks):
+        # logaddexp: (E/E_i)^20 overflows nowhere, and far below the break the factor is exactly 1
+        ln_j = ln_j + (gammas[i] - gammas[i + 1]) * WIDTH * np.logaddexp(0, np.log(10) * (lg_energy - at) / WIDTH)
+    return np.asarray(np.exp(np.clip(ln_j, -600, 600)))
+
+
+def bin_integral(flux: Flux, edges: Array, theta: Array) -> Array:
+    """Integral of J dE over bins with edges in lg(E/eV), (n,) = int J(E) E ln10 dlgE."""
+    u, w = np.polynomial.legendre.leggauss(POINTS)
+    cuts = np.linspace(edges[:-1], edges[1:], PANELS + 1).T
+    low, high = cuts[:, :-1, None], cuts[:, 1:, None]
+    x = (low + high) / 2 + (high - low) / 2 * u
+    values = flux(x.ravel(), theta).reshape(x.shape) * 10.0**x * np.log(10)
+    return np.asarray((values * w * (high - low) / 2).sum(axis=(1, 2)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,9 +1,9 @@
-"""Histograms of other libraries in and out, by the Unified Histogram Interface (UHI).
+"""Histograms of other libraries as input and output, through the Unified Histogram Interface (UHI).
 
     counts_of    boost_histogram.Histogram, hist.Hist, or anything with axes, values() and variances() -> counts and covariance
     to_hist      edges, counts and covariance -> hist.Hist, or boost_histogram.Histogram where hist is not installed
 
-Neither library is needed unless a result is to become one of their objects. Under- and overflow are no counts of the response's bins and
+The libraries are needed only to convert a result into one of their objects. Underflow and overflow lie outside the response's bins and
 are not read.
 
 Source: UHI, PlottableHistogram protocol, https://uhi.readthedocs.io.
@@ -16,7 +16,7 @@ import numpy as np
 from sbi_phys.core.checks import as_array, as_real
 from sbi_phys.core.errors import DataError, SbiPhysError, SettingError, ShapeError
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.unfold.inputs import bin_name, check_edges
+from sbi_phys.unfold._inputs import bin_name, check_edges
 
 if TYPE_CHECKING:
     from sbi_phys.unfold.response import Response

@@ -1,64 +1,194 @@
-r"""OmniFold: unbinned unfolding by reweighting simulated events with classifiers.
+r"""OmniFold: unbinned unfolding by reweighting simulated events with classifiers, and its errors by bootstrap.
 
-With simulated pairs (t_i, r_i), nominal weights w_i and data x_j, starting from nu_i = 1:
+With simulated pairs (t_i, r_i), nominal weights w_i and data x_j, starting from nu_i = 1, two steps are repeated:
 
-    step 1   pull_i = nu_i rho(r_i),   rho(r) = p_data(r) / [p_sim(r; w nu) + p_background(r)]
-    step 2   nu(t)  = E[pull | t, reconstructed],                                                    repeated.
+    step 1   pull_i = nu_i rho(r_i) ,   rho(r) = p_data(r) / [p_sim(r; w nu) + p_background(r)]
+    step 2   nu(t)  = E[pull | t, reconstructed]
 
-It is expectation maximisation, iterative Bayesian unfolding without bins: after k iterations it has the same regularisation.
+This is expectation maximisation: iterative Bayesian unfolding without bins, with the same regularisation after k iterations.
 
-Acceptance. Missed events (reco_pass False) have no pull. Weight 1 in its place is biased, for ever; their last weight is right, but
-slow where the efficiency is low. Here step 2 is trained on reconstructed events alone, w pull against w, and its ratio holds for
-every event at that truth: missed events get the mean weight at their truth. This is what the division by the efficiency is in bins.
+Acceptance. Missed events (reco_pass False) have no pull. Weight 1 for them biases the result at every iteration; their previous weight is
+unbiased, but converges slowly where the efficiency is low. Here step 2 is trained on reconstructed events only, w pull against w, and the
+ratio is applied to every event at that truth. Missed events get the mean weight at their truth, which corresponds to the division by the
+efficiency in the binned method.
 
-Where the efficiency is near 0, the ratio of step 2 is extrapolated, and a fluctuation of few events at the edge of what is measured would
-move it by any factor. If it is below a tenth of its mean for a twentieth of the events, the ratio is exp(quadratic form + correction), the
-correction as large as the evidence asks for (`classifier`). If nature over simulation is near to such a form, the answer there is a good
-one; if not, it is this assumption: narrow structures at the limit of significance are smoothed.
+Low efficiency. Where the efficiency is near 0 the ratio of step 2 is an extrapolation, and a fluctuation of a few events at the edge of
+the acceptance can change it by any factor. If the efficiency is below a tenth of its mean for a twentieth of the events, the ratio is
+exp(quadratic form + correction), with a correction as large as the evidence supports (see `classifier`). The result is then good if the
+ratio of nature to simulation is close to such a form; narrow structures at the limit of significance are smoothed.
 
-Fakes (truth_pass False, reconstructed) have no truth to follow. They keep their nominal weight: shape and share of what is measured are
-the simulation's, as with `Response.fakes`. Fitted with the signal (fit_fakes; the mean pull over fakes, as if they all had one truth)
-their number hangs on the small difference of two broad shapes: expectation maximisation takes a part of them for signal in the first
-iteration and does not give it back in fifty. In the tests' toy, a tenth of fakes, 17 % of them are lost, with any number of events.
+Fakes (truth_pass False, reconstructed) have no truth. They keep their nominal weight: their shape and their share of what is measured are
+those of the simulation, as with `Response.fakes`. With fit_fakes they get the mean pull over all fakes. Their number then depends on the
+small difference of two broad shapes, and expectation maximisation assigns a part of them to the signal in the first iteration: with a
+tenth of fakes 17 % of them are lost in the tests' toy, for any number of events.
 
-Background, absolute and not among the pairs, is added to the simulation's side of step 1 with the counts expected. On the data's side
-it would need negative weights, under which a classifier's loss has no lower bound.
+Background, given in absolute counts and not among the pairs, is added to the simulation's side of step 1. Subtracted from the data it
+would need negative weights, under which the loss of a classifier has no lower bound.
 
-Normalisation: weights add up to the unfolded number of events, efficiency-corrected: with the nominal scale of the simulation lost.
+Normalisation. The weights add up to the unfolded number of events, corrected for efficiency.
 
 Source: Andreassen+ 2020, arXiv:1911.09107 (OmniFold), 2105.04448 (acceptance and efficiency).
 """
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from sbi_phys.core.checks import require_int
+from sbi_phys.core.checks import as_real, require_int
 from sbi_phys.core.device import resolve_device
-from sbi_phys.core.errors import SettingError
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, Task, or_none
-from sbi_phys.core.rng import seed_for
+from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.training.loop import TrainConfig
+from sbi_phys.unfold._inputs import MIN_EVENTS, as_columns, as_mask, as_weights, check_overlap
 from sbi_phys.unfold.classifier import RatioEstimator
-from sbi_phys.unfold.omnifold_inputs import Events, check_events, lowest_efficiency
+from sbi_phys.unfold.replicas import SOURCES, WeightReplicas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["OmniFold", "OmniFoldIteration", "omnifold"]
+__all__ = ["OmniFold", "OmniFoldIteration", "bootstrap_omnifold", "omnifold"]
 
 
 _FAR = 7.0  # log ratio of data over simulation that says: hardly any simulation here
+
 _FAR_SHARE = 0.001
+
 _SELDOM = 0.1  # share of the mean efficiency below which the weights of a twentieth of the events are extrapolated, not learned
+
 _LOW_SIZE = 0.01  # effective share of the events below which a handful of them is the answer
+
+
+_HOLE_BINS, _HOLE_EVENTS = 20, 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Events:
+    """Simulated pairs, data and background, checked.
+
+    truth (n, d), reco (n, k); reco_pass, truth_pass (n,); weights (n,), nominal, in units of the data's counts: those that pass, with
+    the background, add up to the data. scale: what the given weights were multiplied by. data (m, k), data_weights (m,).
+    background (b, k), background_weights (b,), expected counts.
+    """
+
+    truth: Array
+    reco: Array
+    reco_pass: Mask
+    truth_pass: Mask
+    weights: Array
+    scale: float
+    data: Array
+    data_weights: Array
+    background: Array
+    background_weights: Array
+
+
+def check_events(
+    truth: ArrayLike,
+    reco: ArrayLike,
+    data: ArrayLike,
+    reco_pass: ArrayLike | None,
+    truth_pass: ArrayLike | None,
+    data_weights: ArrayLike | None,
+    weights: ArrayLike | None,
+    background: ArrayLike | None,
+    background_weights: ArrayLike | None,
+) -> Events:
+    """Check everything that is passed to OmniFold; order and shapes are those of `omnifold` and of `Events`.
+
+    Raises: ShapeError, NonFiniteError, DataError (too few events, negative weights, efficiency 0, more background than data, no overlap).
+    Warns, with the place: data outside the simulation, stretches of the truth without efficiency.
+    """
+    rows = {name: np.shape(as_real(name, a))[:1] for name, a in (("truth", truth), ("reco", reco))}
+    if rows["truth"] != rows["reco"] or rows["truth"] == ():
+        raise ShapeError(f"truth has rows {rows['truth']}, reco has {rows['reco']}; expected the same events in both, row by row")
+    n = rows["truth"][0]
+    seen, true = as_mask("reco_pass", reco_pass, n, "reco"), as_mask("truth_pass", truth_pass, n, "truth")
+    own = as_weights("weights", weights, n, "truth")
+    _require_events(seen, true, own)
+    measured = as_columns("data", data)
+    simulated = as_columns("reco", reco, seen)
+    extra = np.empty((0, simulated.shape[1])) if background is None else as_columns("background", background)
+    for name, a in (("data", measured), ("background", extra)):
+        if a.shape[1] != simulated.shape[1]:
+            raise ShapeError(f"{name} has {a.shape[1]} columns and reco {simulated.shape[1]}; expected the same quantities")
+    counts = as_weights("data_weights", data_weights, len(measured), "data")
+    if background is None and background_weights is not None:
+        raise DataError("background_weights was given without background; expected both or neither")
+    expected = as_weights("background_weights", background_weights, len(extra), "background")
+    if (counts > 0).sum() < MIN_EVENTS:
+        raise DataError(f"data has {(counts > 0).sum()} events; expected at least {MIN_EVENTS} to train on")
+    if expected.sum() >= counts.sum():
+        raise DataError(f"background adds up to {expected.sum():g} and data to {counts.sum():g}; expected less background than data")
+    check_overlap(measured, np.concatenate([simulated[seen], extra]))
+    scale = float((counts.sum() - expected.sum()) / own[seen].sum())
+    events = Events(
+        truth=as_columns("truth", truth, true),
+        reco=simulated,
+        reco_pass=seen,
+        truth_pass=true,
+        weights=scale * own,
+        scale=scale,
+        data=measured,
+        data_weights=counts,
+        background=extra,
+        background_weights=expected,
+    )
+    _warn_holes(events)
+    return events
+
+
+def _require_events(seen: Mask, true: Mask, weights: Array) -> None:
+    n = len(seen)
+    if not (true & (weights > 0)).any():
+        raise DataError(f"truth_pass is False (or the weight 0) in all {n} rows; expected true events")
+    both = int((seen & true & (weights > 0)).sum())
+    if both == 0:
+        raise DataError(
+            f"reco_pass is False in all {int(true.sum())} rows with a truth: the efficiency is 0; expected events that pass both"
+        )
+    if both < MIN_EVENTS:
+        raise DataError(f"{both} of {n} simulated events pass reco_pass and truth_pass with weight; expected at least {MIN_EVENTS}")
+
+
+def lowest_efficiency(events: Events) -> float:
+    """Smallest efficiency of a twentieth of the true events, cut in one column, over the mean efficiency."""
+    true, seen = events.truth[events.truth_pass], events.reco_pass[events.truth_pass]
+    lowest = 1.0
+    for column in true.T:
+        edges = np.unique(np.quantile(column, np.linspace(0, 1, _HOLE_BINS + 1)))
+        place = np.clip(np.searchsorted(edges, column, side="right") - 1, 0, max(len(edges) - 2, 0))
+        total, passed = np.bincount(place), np.bincount(place, weights=seen)
+        lowest = min(lowest, float((passed[total > 0] / total[total > 0]).min() / seen.mean()))
+    return lowest
+
+
+def _warn_holes(events: Events) -> None:
+    """Warn where a stretch of a truth column, a twentieth of the events, has none that is reconstructed: weights are extrapolated."""
+    true, seen = events.truth[events.truth_pass], events.reco_pass[events.truth_pass]
+    for j in range(true.shape[1]):
+        edges = np.unique(np.quantile(true[:, j], np.linspace(0, 1, _HOLE_BINS + 1)))
+        if len(edges) < 3:
+            continue
+        place = np.clip(np.searchsorted(edges, true[:, j], side="right") - 1, 0, len(edges) - 2)
+        total = np.bincount(place, minlength=len(edges) - 1)
+        passed = np.bincount(place[seen], minlength=len(edges) - 1)
+        empty = np.flatnonzero((passed == 0) & (total >= _HOLE_EVENTS))
+        if len(empty):
+            where = ", ".join(f"[{edges[b]:.4g}, {edges[b + 1]:.4g}]" for b in empty[:4])
+            warnings.warn(
+                f"the efficiency is 0 in truth column {j} within {where}: {total[empty].sum()} events, none reconstructed; "
+                "their weights are extrapolated from the neighbourhood",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,17 +255,6 @@ class OmniFold:
         if max(abs(last.norm_reco - 1), abs(last.norm_truth - 1)) > 0.02:
             lines.append(f"the ratios' norms were {last.norm_reco:.3f} and {last.norm_truth:.3f}; expected 1: train longer")
         return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return settings and history as plain values, for a file's attributes or a report."""
-        return {
-            "method": "omnifold",
-            "seed": self.seed,
-            "n_iterations": self.n_iterations,
-            "smooth": self.smooth,
-            "effective_sample_size": self.effective_sample_size,
-            "history": [asdict(record) for record in self.history],
-        }
 
     def plot(self, ax: "Axes | None" = None, *, column: int = 0, bins: int | Sequence[float] = 40) -> "Axes":
         """Draw one column of the truth under the nominal and the unfolded weights.   Raises: SettingError."""
@@ -316,3 +435,65 @@ def _warn_few(effective: float, n: int) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
+
+
+def bootstrap_omnifold(
+    truth: ArrayLike,
+    reco: ArrayLike,
+    data: ArrayLike,
+    n_iterations: int = 4,
+    reco_pass: ArrayLike | None = None,
+    truth_pass: ArrayLike | None = None,
+    *,
+    n_boot: int = 20,
+    data_weights: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    background: ArrayLike | None = None,
+    background_weights: ArrayLike | None = None,
+    fit_fakes: bool = False,
+    smooth: bool | None = None,
+    n_ensemble: int = 1,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    config: TrainConfig | None = None,
+    network: EmbeddingConfig | None = None,
+    progress: Progress | None = None,
+) -> WeightReplicas:
+    """OmniFold once, and n_boot times each with data, simulation and the networks' seeds varied, one at a time.
+
+    Args: n_boot: >= 2; 3 n_boot + 1 unfoldings are run, one after the other. The others are those of `omnifold`.
+    Returns: WeightReplicas.   Raises: what `omnifold` raises.   Source: `replicas`.
+    Read: `.histogram(truth[:, 0], edges)` gives unfolded counts with covariances from data, simulation and training apart.
+    """
+    n_boot, seed = require_int("n_boot", n_boot, low=2), require_int("seed", seed, low=0)
+    events = check_events(truth, reco, data, reco_pass, truth_pass, data_weights, weights, background, background_weights)
+    settings = check_settings(n_iterations, n_ensemble, device, config, network, fit_fakes, smooth)
+    total = 2 * settings.n_iterations * settings.n_ensemble * (3 * n_boot + 1)
+    with or_none(progress).task("bootstrap omnifold", total) as task:
+        result = unfold_events(events, settings, seed=seed, task=task, warn=True)
+        parts = {
+            source: np.stack(
+                [
+                    unfold_events(_replica(events, source, seed, b), settings, seed=seed_for(seed, source, b), task=task).weights
+                    for b in range(n_boot)
+                ]
+            )
+            for source in SOURCES
+        }
+    return WeightReplicas(weights=result.weights, truth_pass=result.truth_pass, **parts)
+
+
+def _replica(events: Events, source: str, seed: int, b: int) -> Events:
+    """Events with the weights of one source drawn anew; nominal weights are scaled to the replica's data as they were to the data."""
+    rng = rng_for(seed, "bootstrap", source, b)
+    if source == "training":
+        return events
+    if source == "data":
+        counts = events.data_weights * rng.poisson(1.0, len(events.data))
+        own, expected = events.weights, events.background_weights
+    else:
+        counts = events.data_weights
+        own = events.weights * rng.poisson(1.0, len(events.weights))
+        expected = events.background_weights * rng.poisson(1.0, len(events.background))
+    scale = max(counts.sum() - expected.sum(), 1e-3 * counts.sum()) / own[events.reco_pass].sum()
+    return replace(events, data_weights=counts, background_weights=expected, weights=scale * own, scale=scale * events.scale)

@@ -1,10 +1,10 @@
-"""Pairs (truth, reco) from a simulation store: whole, or filled into a response shard by shard.
+"""Pairs (truth, reco) from a simulation store: read whole, or filled into a response shard by shard.
 
-A store's columns have names: those of its parameters (theta) and those of its observables (blocks of x). Which of them are the truth of
-an event and which its reconstruction is said here; either may be a parameter or an observable.
+The columns of a store have names: those of its parameters (theta) and of its observables (blocks of x). Either may be the truth of an
+event or its reconstruction.
 
-Rows whose simulation failed are events all the same. What they are has to be said, because leaving them out changes the efficiency:
-"missed" counts rows whose x is not finite as events without reconstruction, "drop" leaves all failed rows out.
+Rows whose simulation failed are events too, and leaving them out changes the efficiency. `failed` therefore says how to treat them:
+"missed" counts rows with a non-finite x as events that are not reconstructed, "drop" leaves all failed rows out, "error" refuses them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.store.store import Store
-from sbi_phys.unfold.inputs import bin_name, check_edges, check_mask, check_nonnegative
+from sbi_phys.unfold._inputs import bin_name, check_edges, check_mask, check_nonnegative
 from sbi_phys.unfold.response import Response
 
 __all__ = ["Pairs", "read_pairs", "response_from_store"]

@@ -1,12 +1,13 @@
-r"""Covariance of anything that is computed from unfolded weights, by bootstrap, with its sources kept apart.
+r"""Bootstrap of unfolded event weights: the covariance of any statistic of the weights, split by source.
 
-Each event of a Poisson-distributed sample is taken Poisson(1) times, so that totals fluctuate as they do. Replicas of the data with the
-simulation fixed, of the simulation (and background) with the data fixed, and of the networks' seeds with both fixed give
+In a replica each event of a Poisson-distributed sample is counted Poisson(1) times, so that the totals fluctuate as well. Replicas of
+the data with the simulation fixed, of the simulation (and background) with the data fixed, and of the networks' seeds with both fixed
+give
 
-    V_data, V_simulation, V_training  of any statistic of the weights,   V = V_data + V_simulation.
+    V_data, V_simulation, V_training  of any statistic of the weights ,   V = V_data + V_simulation .
 
-Every replica trains networks of its own, so V_data and V_simulation each contain V_training: V is not too small. Where V_training is a
-large part of them, more networks (n_ensemble) make the answer better.
+Every replica trains its own networks, so V_data and V_simulation each contain V_training, and V is not too small. Where V_training is a
+large part of them, more networks (n_ensemble) reduce it.
 
 Source: Efron 1979, Ann. Statist. 7, 1.
 """

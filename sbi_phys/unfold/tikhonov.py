@@ -1,14 +1,16 @@
 r"""Tikhonov's regularised least squares: chi-square plus the curvature of truth / prior.
 
-    minimise (N - b - A n)^T V^-1 (N - b - A n) + tau^2 |L x|^2,     x_mu = n_mu / p_mu,  (L x)_i = x_{i-1} - 2 x_i + x_{i+1}
+    minimise (N - b - A n)^T V^-1 (N - b - A n) + tau^2 |L x|^2 ,     x_mu = n_mu / p_mu ,  (L x)_i = x_{i-1} - 2 x_i + x_{i+1}
 
-A = P / (1 - phi), p the prior scaled to the data. Linear in the counts: with B = A diag(p) and K = (B^T V^-1 B + tau^2 L^T L)^-1,
+A = P / (1 - phi), p the prior scaled to the data. The solution is linear in the counts: with B = A diag(p) and
+K = (B^T V^-1 B + tau^2 L^T L)^-1,
 
-    n = diag(p) K B^T V^-1 (N - b),   J = diag(p) K B^T V^-1,   cov = J V J^T .
+    n = diag(p) K B^T V^-1 (N - b) ,   J = diag(p) K B^T V^-1 ,   cov = J V J^T .
 
-A constant and a straight tilt of the ratio to the prior are free; only curvature costs. In the generalised eigenvectors of
-(L^T L, B^T V^-1 B), eigenvalues l_i, the data's part is damped by 1 / (1 + tau^2 l_i), which is the SVD method's filter and sets the range
-of the scan. V holds the expected counts of a first pass, because weights 1/N favour bins that fluctuated down; J does not see that step.
+A constant factor and a straight tilt of n / p have no penalty; only curvature has. In the generalised eigenvectors of
+(L^T L, B^T V^-1 B), with eigenvalues l_i, the contribution of the data is damped by 1 / (1 + tau^2 l_i). This is the filter of the SVD
+method, and it sets the range of the scan. V holds the expected counts of a first pass, because weights 1/N favour bins with a downward
+fluctuation; J neglects this dependence.
 
 Source: Hocker & Kartvelishvili 1996, hep-ph/9509307 (SVD); Schmitt 2012, arXiv:1205.6201 (TUnfold: L-curve, global correlation).
 """
@@ -23,9 +25,9 @@ from sbi_phys.core.checks import require_choice, require_int, require_number
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.types import Array, ArrayLike
+from sbi_phys.unfold._inputs import check_counts, check_covariance, check_nonnegative, check_prior, warn_few
 from sbi_phys.unfold.histograms import counts_of, to_hist
-from sbi_phys.unfold.ibu_steps import scaled_prior
-from sbi_phys.unfold.inputs import check_counts, check_covariance, check_nonnegative, check_prior, warn_few
+from sbi_phys.unfold.ibu import scaled_prior
 from sbi_phys.unfold.response import Response, as_response
 
 if TYPE_CHECKING:

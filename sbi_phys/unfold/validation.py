@@ -1,43 +1,312 @@
-r"""Proof of an unfolding in one call: closure, stress, toys, bottom line, prior, regularisation, event posteriors.
+r"""Validation of an unfolding in one call: closure, stress, toys, bottom line, prior, regularisation, and event posteriors.
 
     methods = {"IBU": lambda c, r: sp.unfold.ibu(c, r, "coverage"), "Tikhonov": sp.unfold.tikhonov}
     report = sp.unfold.validate(methods, response, truth)
     print(report.summary())
-    report.write("proof")                                      # validation.json and figures
+    report.write("validation")                                 # validation.json and figures
 
-Each method is asked the same questions with the same toys (`validate_checks`, `validate_toys`); what is asked of each is in `Criteria`
-and `validate_rows`. Tests that toys decide have p-values, corrected for their number within a method by Holm's rule: a method that
-meets all criteria fails one of them, whichever, in at most 5 % of calls. Tests without noise are met or not.
+Every method gets the same tests on the same toys; `checks` defines them, and `Criteria` holds the limits. The p-values of tests on toys
+are corrected for their number within a method by Holm's rule: a method that meets all criteria fails at least one test in at most 5 % of
+calls. Tests without noise are met or not.
+
+Event posteriors (`event_pit`). The rank of each true value among l draws of q(truth | reco) for its own event is uniform on 0..l if and
+only if q is right on average over events; correct marginals of the unfolded spectrum do not show this. For two quantities the product
+
+    (t_a - m_a)(t_b - m_b) ,   m = mean of draws and truth of the event ,
+
+is ranked as well: it is sensitive to a wrong correlation within the events' posteriors. With the measured quantities the ranks are also
+regressed on them, which finds a q that is right on average over events and wrong for some of them.
+
+Source: Cousins, May & Sun 2016, arXiv:1607.07038 (bottom line); Talts et al. 2018, arXiv:1804.06788 (ranks); Zhao et al. 2021,
+arXiv:2102.10473 (regression).
 """
 
+import itertools
+import json
+import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, holm
+from sbi_phys.calibration.pit import PITRegression, pit_regression
+from sbi_phys.calibration.sbc import SBC, sbc
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.files import write_aside
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.unfold.inputs import bin_name, check_counts, check_nonnegative
-from sbi_phys.unfold.response import Response, as_response
-from sbi_phys.unfold.validate_checks import (
+from sbi_phys.unfold._inputs import bin_name, check_counts, check_nonnegative
+from sbi_phys.unfold.checks import (
     FAR_WAVE,
+    BottomLine,
+    Check,
+    Closure,
+    Criteria,
+    Method,
+    Priors,
+    Scan,
+    Toys,
     bottom_line,
     closure,
     compare_priors,
     default_alternatives,
+    distance,
+    noiseless_checks,
+    prior_check,
+    run_toys,
     scan_strengths,
+    toy_checks,
     waves,
 )
-from sbi_phys.unfold.validate_pit import EventPIT
-from sbi_phys.unfold.validate_result import MethodValidation, Validation
-from sbi_phys.unfold.validate_rows import Criteria, noiseless_checks, prior_check, toy_checks
-from sbi_phys.unfold.validate_toys import Method, distance, run_toys
+from sbi_phys.unfold.response import Response, as_response
 
-__all__ = ["Validation", "validate"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["EventPIT", "MethodValidation", "Row", "Validation", "event_pit", "validate"]
+
+
+MAX_PAIRS = 10  # of truth quantities whose products are ranked
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EventPIT:
+    """Ranks of the events' truths: `sbc` of each quantity and of products of two; `regression` of ranks on reco, or None."""
+
+    sbc: SBC
+    regression: PITRegression | None
+
+    @property
+    def pvalue(self) -> float:
+        """Of both together: the smaller, times two if there are two."""
+        both = {"ranks": self.sbc.pvalue} | ({} if self.regression is None else {"regression": float(self.regression.pvalue)})
+        return combine(both)
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        return self.sbc.summary() if self.regression is None else f"{self.sbc.summary()}\n{self.regression.summary()}"
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the ranks' distribution minus the uniform one, with its band.   Read: inside the band = calibrated."""
+        return self.sbc.plot(ax)
+
+
+def event_pit(
+    truth: ArrayLike, draws: ArrayLike, reco: ArrayLike | None = None, names: Sequence[str] | None = None, *, seed: int = 0
+) -> EventPIT:
+    r"""Ranks of the truths of n events among l draws of q(truth | reco) for each, and their dependence on reco.
+
+    Args:
+        truth: (n, d) or (n,), true values, that q was not trained on, of the spectrum that q has as its prior.
+        draws: (n, l, d) or (n, l), e.g. `FlowUnfolder.sample(reco, l)`; same units.
+        reco: (n, k) or (n,), measured quantities to look for dependence on; None = ranks alone.
+        names: d names.
+        seed: of ties and of the simulated null of the regression.
+
+    Returns: EventPIT.
+    Raises: ShapeError, NonFiniteError, DataError (fewer than 10 events or 2 draws), SettingError.
+    Source: arXiv:1804.06788, 2102.10473.
+    Read: p < 0.05 = the event posteriors are wrong; the summary says whether they are shifted, too narrow, or wrong in correlation.
+    """
+    theta, samples = check_pairs(truth, draws)
+    plain, _ = check_names(names if names is not None else [f"truth_{j}" for j in range(theta.shape[1])], theta.shape[1])
+    together = np.concatenate([theta[:, None], samples], axis=1)  # the truth is one of l + 1 exchangeable values
+    moved = together - together.mean(axis=1, keepdims=True)
+    products = {}
+    for a, b in itertools.islice(itertools.combinations(range(theta.shape[1]), 2), MAX_PAIRS):
+        product = moved[:, :, a] * moved[:, :, b]
+        products[f"{plain[a]} x {plain[b]}"] = (product[:, 0], product[:, 1:])
+    ranks = sbc(theta, samples, plain, products, seed=seed)
+    regression = None if reco is None else pit_regression(theta, samples, np.asarray(reco), names=plain, seed=seed)
+    return EventPIT(sbc=ranks, regression=regression)
+
+
+EVENTS = "event posteriors"
+
+
+class Row(NamedTuple):
+    """One line of the table: passed is None where nothing is asked; pvalue, corrected, where toys decide."""
+
+    name: str
+    value: float
+    criterion: str
+    passed: bool | None
+    words: str
+    pvalue: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodValidation:
+    """What was found of one method.
+
+    checks, each test with its own number. closure; stress and bottom_lines, by the name of the other truth; toys. counts, the answer to
+    the measured counts with its error, or None. priors, scan: None unless asked. warned: what the method warned of, and how often.
+    """
+
+    name: str
+    checks: tuple[Check, ...]
+    closure: Closure
+    stress: Mapping[str, Closure]
+    bottom_lines: Mapping[str, BottomLine]
+    toys: Toys
+    priors: Priors | None
+    scan: Scan | None
+    warned: Mapping[str, int]
+
+    @property
+    def pvalues(self) -> dict[str, float]:
+        """Of each test that toys decide, for itself."""
+        return {c.name: c.pvalue for c in self.checks if c.pvalue is not None}
+
+    @property
+    def adjusted(self) -> dict[str, float]:
+        """Holm's p-values of those."""
+        return holm(self.pvalues)
+
+    def rows(self) -> tuple[Row, ...]:
+        """Every test, decided."""
+        adjusted = self.adjusted
+        return tuple(
+            Row(c.name, c.value, c.criterion, c.met if c.pvalue is None else adjusted[c.name] > ALPHA, c.words, adjusted.get(c.name))
+            for c in self.checks
+        )
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the tests that are not passed."""
+        return tuple(row.name for row in self.rows() if row.passed is False)
+
+    @property
+    def passed(self) -> bool:
+        """Whether all are."""
+        return not self.failed
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        n = sum(row.passed is not None for row in self.rows())
+        if self.passed:
+            return f"{self.name}: passes all {n} tests."
+        return f"{self.name}: fails {len(self.failed)} of {n} tests: {', '.join(self.failed)}."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Validation:
+    """What `validate` found.
+
+    methods, by name. response, truth (t,), n_toys, asked: what it was found with. events: ranks of event posteriors, or None. seconds, by
+    method.
+    """
+
+    methods: Mapping[str, MethodValidation]
+    response: Response
+    truth: Array
+    n_toys: int
+    asked: Criteria
+    events: EventPIT | None
+    seconds: Mapping[str, float] = field(compare=False)
+
+    def table(self) -> tuple[Row, ...]:
+        """Rows (name, value, criterion, passed, words, pvalue); with several methods the name begins with that of the method."""
+        several = len(self.methods) > 1
+        rows = [r._replace(name=f"{name}: {r.name}") if several else r for name, m in self.methods.items() for r in m.rows()]
+        if self.events is not None:
+            p = self.events.pvalue
+            words = self.events.sbc.summary().split("\n")[0]
+            rows.append(Row(EVENTS, p, "ranks of event truths uniform, p > 0.05", p > ALPHA, words, p))
+        return tuple(rows)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the table's rows that are not passed."""
+        return tuple(row.name for row in self.table() if row.passed is False)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every method passes every test."""
+        return not self.failed
+
+    @property
+    def verdict(self) -> str:
+        """A sentence for each method."""
+        words = [m.verdict for m in self.methods.values()]
+        if self.events is not None:
+            words.append(
+                f"{EVENTS.capitalize()}: {'calibrated' if self.events.pvalue > ALPHA else 'wrong'} (p = {self.events.pvalue:.3g})."
+            )
+        return " ".join(words)
+
+    def summary(self) -> str:
+        """Every result in words, the verdict first."""
+        lines = [self.verdict, ""]
+        for row in self.table():
+            mark = {True: "passes", False: "FAILS", None: "-"}[row.passed]
+            p = "" if row.pvalue is None else f", p = {row.pvalue:.3g} corrected"
+            lines.append(f"  {mark:<7} {row.name}: {row.value:.4g} ({row.criterion}{p}); {row.words}")
+        for m in self.methods.values():
+            lines += [f"  {m.name} warned {k} times: {text}" for text, k in m.warned.items()]
+        return "\n".join(lines)
+
+    def figures(self) -> "dict[str, Figure]":
+        """Figures by name: closure, stress, pulls, coverage, correlation; regularisation and events where they were asked for.
+
+        Read: `plots_validate` says for each what a right method looks like.
+        """
+        return figures.unfold_validate.figures(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and words."""
+        return {
+            "verdict": self.verdict, "passed": self.passed, "failed": list(self.failed), "n_toys": self.n_toys,
+            "asked": asdict(self.asked), "truth": self.truth.tolist(), "seconds": dict(self.seconds),
+            "rows": [{k: _plain(v) for k, v in row._asdict().items()} for row in self.table()],
+            "bins": {name: _bins(m) for name, m in self.methods.items()},
+            "warned": {name: dict(m.warned) for name, m in self.methods.items()},
+        }  # fmt: skip
+
+    def write(self, folder: str | Path) -> Path:
+        """Write validation.json and each figure as PNG and PDF into a folder, each written atomically -> the folder.
+
+        Raises: WriteError (the folder cannot be written).
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        write_aside(target / "validation.json", text, sync=True)
+        for name, figure in self.figures().items():
+            figures.unfold_validate.save(figure, target, name)
+        return target
+
+
+def _bins(m: MethodValidation) -> dict[str, Any]:
+    """Numbers of every bin, for tables and other plots."""
+    arrays = {
+        "closure": m.closure.counts,
+        "closure_errors": m.closure.errors,
+        "mean_pull": m.toys.mean_pull,
+        "mean_pull_err": m.toys.mean_pull_err,
+        "coverage": m.toys.covered(1.0).mean(axis=0),
+        "bias": m.toys.bias,
+        "sd": m.toys.sd,
+        "quoted": np.sqrt(np.mean(m.toys.errors**2, axis=0)),
+        **{f"stress: {name}": c.counts for name, c in m.stress.items()},
+    }
+    return {name: values.tolist() for name, values in arrays.items()}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
 
 Unfold = Callable[[Array, Response], Any]
 

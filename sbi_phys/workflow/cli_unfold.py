@@ -17,7 +17,7 @@ import typer
 from sbi_phys.core.errors import SettingError
 
 if TYPE_CHECKING:
-    from sbi_phys.unfold.problem import Measurement
+    from sbi_phys.unfold.measurement import Measurement
     from sbi_phys.workflow.unfold import UnfoldRun
     from sbi_phys.workflow.unfold_tasks import UnfoldSettings
 
@@ -74,7 +74,7 @@ def _asked(
     # a problem of one's own lies in the working directory, which a console script does not search by itself
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    from sbi_phys.unfold.problem import load_measurement, read_measurement
+    from sbi_phys.unfold.measurement import load_measurement, read_measurement
 
     own = {key.removeprefix("problem."): value for key, value in _parsed(changes) if key.startswith("problem.")}
     if (problem is None) == (file is None):

@@ -25,8 +25,8 @@ from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.types import Array
 from sbi_phys.plotting.figures import save_figure
 from sbi_phys.plotting.style import house_style
-from sbi_phys.unfold.flux import bin_integral, broken_power_law
-from sbi_phys.unfold.problem import Measurement
+from sbi_phys.unfold.folding import bin_integral, broken_power_law
+from sbi_phys.unfold.measurement import Measurement
 from sbi_phys.workflow.run import null_safe, versions
 from sbi_phys.workflow.unfold_methods import METHODS, chi2_of, require_methods
 from sbi_phys.workflow.unfold_tasks import TITLES, Answer, Task, UnfoldSettings

@@ -18,8 +18,8 @@ from sbi_phys.core.progress import or_none
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, Mask
 from sbi_phys.unfold import forward_fold
-from sbi_phys.unfold.flux import bin_integral, broken_power_law
-from sbi_phys.unfold.problem import Measurement
+from sbi_phys.unfold.folding import bin_integral, broken_power_law
+from sbi_phys.unfold.measurement import Measurement
 from sbi_phys.workflow.unfold_tasks import Answer, Task
 
 __all__ = ["Pairs", "networks", "simulate_pairs", "weighting"]

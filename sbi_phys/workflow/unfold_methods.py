@@ -13,9 +13,9 @@ import numpy as np
 from sbi_phys.core.checks import require_choice
 from sbi_phys.core.types import Array
 from sbi_phys.unfold import StoppingRule, forward_fold, ibu, tikhonov
-from sbi_phys.unfold.flux import bin_integral, broken_power_law
-from sbi_phys.unfold.problem import Measurement
-from sbi_phys.unfold.smooth_truth import deviance
+from sbi_phys.unfold.folding import bin_integral, broken_power_law
+from sbi_phys.unfold.ibu import deviance
+from sbi_phys.unfold.measurement import Measurement
 from sbi_phys.workflow.unfold_learned import networks, weighting
 from sbi_phys.workflow.unfold_tasks import Answer, Task
 

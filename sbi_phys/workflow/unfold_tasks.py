@@ -10,7 +10,7 @@ from sbi_phys.core.errors import SettingError
 from sbi_phys.core.progress import Progress
 from sbi_phys.core.rng import seed_for
 from sbi_phys.core.types import Array
-from sbi_phys.unfold.problem import Measurement
+from sbi_phys.unfold.measurement import Measurement
 from sbi_phys.unfold.response import Response
 
 __all__ = ["TITLES", "Answer", "Task", "UnfoldSettings"]

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from sbi_phys.plotting import unfold_validate as plots_validate
-from sbi_phys.unfold.validate_result import Validation
-from sbi_phys.unfold.validation import validate
-from tests.unfold import validate_oracle as oracle
+from sbi_phys.unfold.validation import Validation, validate
+from tests.unfold import validation_oracle as oracle
 
 TRUTH = oracle.falling()
 

@@ -11,9 +11,8 @@ from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, Se
 from sbi_phys.core.rng import rng_for
 from sbi_phys.samplers.diagnostics import split_r_hat
 from sbi_phys.unfold import Response, tikhonov
-from sbi_phys.unfold.bayes import bayesian_unfold
-from sbi_phys.unfold.bayes_sampler import LaplaceGrid, run_chains
-from sbi_phys.unfold.spectrum_posterior import LogPosterior, SpectrumPrior, curvature_matrix, level_and_tilt
+from sbi_phys.unfold.bayes import LaplaceGrid, bayesian_unfold, run_chains
+from sbi_phys.unfold.spectrum import LogPosterior, SpectrumPrior, curvature_matrix, level_and_tilt
 from tests.unfold import steep_toy
 
 TWO = np.array([[0.6, 0.2], [0.2, 0.5], [0.05, 0.1]])

@@ -10,8 +10,7 @@ from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeE
 from sbi_phys.core.rng import rng_for
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.training.loop import TrainConfig
-from sbi_phys.unfold.flow import FlowUnfolder
-from sbi_phys.unfold.flow_bootstrap import bootstrap_flow
+from sbi_phys.unfold.flow import FlowUnfolder, bootstrap_flow
 from tests.unfold.omnifold_oracle import gaussian_recursion, moments
 
 # the IcINN toy: simulation N(4, 4), data N(10, 3.8), reco = truth + N(-6, 3)

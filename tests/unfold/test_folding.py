@@ -7,7 +7,7 @@ from scipy.integrate import quad
 from sbi_phys.core.errors import SbiPhysError, SettingError, ShapeError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import Response, forward_fold
-from sbi_phys.unfold.flux import bin_integral, broken_power_law, parameter_names
+from sbi_phys.unfold.folding import bin_integral, broken_power_law, parameter_names
 
 TRUTH_EDGES, RECO_EDGES = np.linspace(18.0, 20.6, 27), np.linspace(18.4, 20.2, 19)
 EXPOSURE = 6e4

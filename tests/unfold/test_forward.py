@@ -11,8 +11,7 @@ from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.unfold import Response, ibu
 from sbi_phys.unfold.bayes import bayesian_unfold
-from sbi_phys.unfold.forward import ForwardUnfolder, gathered
-from sbi_phys.unfold.forward_fit import Kernel, _folds, fit_weights, minimise_density, points_of
+from sbi_phys.unfold.forward import ForwardUnfolder, Kernel, _folds, fit_weights, gathered, minimise_density, points_of
 from tests.unfold.omnifold_oracle import gaussian_recursion
 
 SMEAR, MEAN, SD = 0.8, 0.2, 0.8

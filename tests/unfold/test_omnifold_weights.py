@@ -1,10 +1,8 @@
-"""OmniFold against expectation maximisation on a grid: acceptance, fakes, background; its errors, files, and what it refuses."""
+"""OmniFold against expectation maximisation on a grid: acceptance, fakes, background; its errors, and what it refuses."""
 
-import json
 import re
 import time
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -15,8 +13,7 @@ from sbi_phys.core.rng import rng_for
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.unfold.classifier import LOGIT_LIMIT, RatioEstimator, RatioNet
-from sbi_phys.unfold.omnifold_bootstrap import bootstrap_omnifold, write_weights
-from sbi_phys.unfold.omnifold_weights import OmniFold, omnifold
+from sbi_phys.unfold.omnifold_weights import OmniFold, bootstrap_omnifold, omnifold
 from sbi_phys.unfold.replicas import WeightReplicas
 from tests.unfold import omnifold_oracle as oracle
 
@@ -156,7 +153,7 @@ def test_missed_events(efficiency) -> None:
     mean, sd, total, _ = oracle.exact(3, efficiency)
     assert oracle.moments(result.truth[:, 0], result.weights) == pytest.approx((mean, sd), abs=0.04)
     assert result.weights.sum() / 8000 == pytest.approx(total, abs=0.05)
-    assert result.smooth == result.to_dict()["smooth"] == ("(smooth)" in result.summary()) == (efficiency is oracle.turn_on)
+    assert result.smooth == ("(smooth)" in result.summary()) == (efficiency is oracle.turn_on)
 
 
 def test_the_tolerance_tells_the_biased_treatment_of_missed_events() -> None:
@@ -252,7 +249,6 @@ def test_history_words_and_plain_values(plain: OmniFold) -> None:
     assert plain.effective_sample_size == pytest.approx(weights.sum() ** 2 / (12_000 * (weights**2).sum()))
     assert plain.history[-1].effective_sample_size == pytest.approx(plain.effective_sample_size)
     assert "3 iterations" in plain.summary()
-    assert json.loads(json.dumps(plain.to_dict()))["n_iterations"] == 3
 
 
 def test_plot(plain: OmniFold) -> None:
@@ -388,50 +384,6 @@ def test_one_replica_is_refused() -> None:
     events = oracle.toy(300, 2)
     with pytest.raises(SettingError, match="n_boot is 1"):
         bootstrap_omnifold(events.truth, events.reco, events.data, n_boot=1)
-
-
-# files
-
-
-def test_weights_beside_the_pairs(tmp_path, plain: OmniFold) -> None:
-    path = tmp_path / "pairs.h5"
-    with h5py.File(path, "w") as file:
-        file["theta"], file["x"] = np.arange(24_000.0).reshape(12_000, 2), np.ones((12_000, 3))
-        file.attrs["seed"] = 7
-    assert write_weights(path, plain) == path
-    write_weights(path, plain, "again")
-    with h5py.File(path) as file:
-        np.testing.assert_array_equal(file["weights/omnifold"][:], plain.weights)
-        np.testing.assert_array_equal(file["theta"][:, 0], np.arange(0, 24_000, 2))
-        assert file.attrs["seed"] == 7 and set(file["weights"]) == {"omnifold", "again"}
-        attributes = dict(file["weights/omnifold"].attrs)
-    assert attributes["n_iterations"] == 3 and json.loads(attributes["history"])[2]["iteration"] == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["pairs.h5"]
-
-
-def test_a_new_file_and_weights_of_one_name(tmp_path, plain: OmniFold) -> None:
-    path = write_weights(tmp_path / "new.h5", plain)
-    before = path.read_bytes()
-    with pytest.raises(DataError, match="overwrite"):
-        write_weights(path, plain)
-    assert path.read_bytes() == before
-    write_weights(path, plain, overwrite=True)
-    with h5py.File(path) as file:
-        assert file["weights/omnifold"].shape == (12_000,)
-
-
-def test_files_that_are_refused_stay_as_they_are(tmp_path, plain: OmniFold) -> None:
-    text, other = tmp_path / "a.txt", tmp_path / "b.h5"
-    text.write_text("no")
-    with h5py.File(other, "w") as file:
-        file["theta"] = np.ones((5, 1))
-    for path, error, words in ((text, DataError, "not an HDF5"), (other, ShapeError, "12000 weights"), (tmp_path, DataError, "folder")):
-        with pytest.raises(error, match=words):
-            write_weights(path, plain)
-    for name in ("", "a/b", "."):
-        with pytest.raises(SettingError, match="name"):
-            write_weights(other, plain, name)
-    assert text.read_text() == "no" and sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.h5"]
 
 
 # full size

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from sbi_phys.core.errors import RunFolderError, SettingError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.report.arviz import attributes, group, read_netcdf
-from sbi_phys.unfold.problem import load_measurement
+from sbi_phys.unfold.measurement import load_measurement
 from sbi_phys.workflow.cli import app
 from sbi_phys.workflow.cli_unfold import unfold_settings
 from sbi_phys.workflow.unfold import COLUMNS, QUICK, UnfoldRun, deviations, unfold_spectrum

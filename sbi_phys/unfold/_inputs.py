@@ -1,11 +1,12 @@
-"""What every unfolding takes: edges, counts, weights and masks, checked once, with the bin at fault named in the error."""
+"""Checks of the arguments of every unfolding: edges, counts, covariances, events and weights; errors name the bin or the row."""
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from sbi_phys.core.checks import as_array, as_real
+from sbi_phys.core.checks import as_array, as_real, require_finite
 from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.types import Array, ArrayLike, Mask
 
@@ -112,3 +113,73 @@ def check_mask(name: str, value: ArrayLike | None, n: int) -> Mask:
     if not np.isin(array, (0, 1)).all():
         raise DataError(f"{name} has values other than 0 and 1; expected booleans, one per event")
     return array.astype(bool)
+
+
+MIN_EVENTS = 100  # fewer cannot train a classifier
+
+_OUTSIDE_SHARE = 0.005  # share of the data outside the simulation's range that is worth a word
+
+
+def as_columns(name: str, value: ArrayLike, mask: Mask | None = None) -> Array:
+    """Return `value` as (n, k); (n,) is one column. Rows where `mask` is False may hold anything; they become 0.
+
+    Raises: ShapeError, DataError, NonFiniteError.
+    """
+    array = as_real(name, value)
+    array = array[:, None] if array.ndim == 1 else array
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise ShapeError(f"{name} has shape {np.shape(value)}; expected (n, k), one row per event and at least one column")
+    if mask is not None and len(mask) == len(array):
+        array = np.where(mask[:, None], array, 0.0)
+    require_finite(name, array)
+    return array
+
+
+def as_mask(name: str, value: Any, n: int, partner: str) -> Mask:
+    """Return a boolean (n,); None is True everywhere.   Raises: ShapeError, DataError."""
+    if value is None:
+        return np.ones(n, dtype=np.bool_)
+    array = as_array(name, value, (n,), note=f"one per row of {partner}")
+    odd = np.flatnonzero((array != 0) & (array != 1))
+    if len(odd):
+        raise DataError(f"{name} is {array[odd[0]]:g} at row {odd[0]}; expected True or False (1 or 0)")
+    return array == 1
+
+
+def as_weights(name: str, value: ArrayLike | None, n: int, partner: str) -> Array:
+    """Return weights (n,) >= 0 with a positive sum; None is 1 everywhere.   Raises: ShapeError, NonFiniteError, DataError."""
+    if value is None:
+        return np.ones(n)
+    array = as_array(name, value, (n,), note=f"one per row of {partner}")
+    negative = np.flatnonzero(array < 0)
+    if len(negative):
+        raise DataError(
+            f"{name} has {len(negative)} of {n} entries below 0, first {array[negative[0]]:g} at row {negative[0]}; expected >= 0; "
+            "subtract nothing from the data: pass background events as `background`"
+        )
+    if n and array.sum() <= 0:
+        raise DataError(f"{name} is 0 in all {n} rows; expected a positive sum")
+    return array
+
+
+def check_overlap(data: Array, reco: Array) -> None:
+    """Compare the columns' ranges of data (m, k) and simulation (n, k).
+
+    Raises: DataError if none of the data lies within the simulation's range in some column; warns, with the place, if 0.5 % do not.
+    """
+    for j in range(data.shape[1]):
+        low, high = reco[:, j].min(), reco[:, j].max()
+        outside = (data[:, j] < low) | (data[:, j] > high)
+        values = data[outside, j]
+        if outside.all():
+            raise DataError(
+                f"no overlap in reco column {j}: data within [{values.min():.4g}, {values.max():.4g}], "
+                f"simulation within [{low:.4g}, {high:.4g}]; expected simulated events where the data are"
+            )
+        if outside.mean() > _OUTSIDE_SHARE:
+            warnings.warn(
+                f"{outside.sum()} of {len(outside)} data events lie outside the simulation's range [{low:.4g}, {high:.4g}] in reco "
+                f"column {j}, within [{values.min():.4g}, {values.max():.4g}]; no weight of simulated events can describe them",
+                RuntimeWarning,
+                stacklevel=4,
+            )

@@ -10,8 +10,7 @@ from sbi_phys.simulation.protocol import check_simulator, load_simulator
 from sbi_phys.store.identity import simulator_identity
 from sbi_phys.unfold import Response
 from sbi_phys.unfold.bayes import bayesian_unfold
-from sbi_phys.unfold.spectrum_model import SpectrumModel
-from sbi_phys.unfold.spectrum_posterior import SpectrumPrior
+from sbi_phys.unfold.spectrum import SpectrumModel, SpectrumPrior
 
 EDGES = np.arange(6.0)
 RESPONSE = Response.from_resolution(EDGES, EDGES, 0.5, efficiency=0.8)

@@ -1,14 +1,15 @@
-r"""A measured spectrum to be unfolded: where it comes from, checked once, and the responses that the methods need.
+r"""A measured spectrum to be unfolded, with its response: loaded by name or from a CSV file, and checked once.
 
-Fine true bins (at most 0.02 wide) carry P(j | f); a spectrum s_f within them makes wide true bins,
+Fine true bins (at most 0.02 wide in lg E) have the response P(j | f). With a spectrum s_f within them, wide true bins have
 
     P[j, mu] = sum_{f in mu} P(j | f) s_f / sum_{f in mu} s_f .
 
-True bins reach below and above the measured ones: a steep spectrum pours events from below into the first. Two responses follow:
+The true bins reach below and above the measured ones, because a steep spectrum moves many events from below into the first measured bin.
+Two responses follow:
 
-extended   the outer bins are true bins like the others: for methods that take more unknowns than measurements, or their own form of flux.
-inner      true bins = measured bins; what migrates in from outside is the share phi_j of bin j that the spectrum gives,
-           phi_j = sum_{f outside} P(j | f) s_f / sum_f P(j | f) s_f : a fake, in the words of `response`.
+extended   the outer bins are true bins like the others; for methods with more unknowns than measurements, or with a parametric flux.
+inner      true bins = measured bins; the events that migrate in from outside are a share phi_j of bin j, given by the spectrum,
+           phi_j = sum_{f outside} P(j | f) s_f / sum_f P(j | f) s_f ; these are the fakes of `response`.
 """
 
 import csv
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from sbi_phys.core.checks import as_array, did_you_mean, require_int, require_known, require_number
 from sbi_phys.core.errors import DataError, SbiPhysError, SettingError
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.unfold.inputs import check_counts, check_edges, check_nonnegative
+from sbi_phys.unfold._inputs import check_counts, check_edges, check_nonnegative
 from sbi_phys.unfold.response import Response
 
 __all__ = ["NAMED", "Measurement", "load_measurement", "read_measurement"]

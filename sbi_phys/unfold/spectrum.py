@@ -1,23 +1,29 @@
-r"""Posterior density of a truth spectrum in z = log n, with its gradient, its modes and Gaussian approximations.
+r"""The model behind Bayesian unfolding: a prior of smooth spectra, the posterior density of z = log n, and the model as a simulator.
 
-    log p(z | N, sigma) = sum_j [N_j log f_j - f_j] - 1/2 (z - z0)^T Q(sigma) (z - z0) + const,   f = A e^z + b,   A = P / (1 - phi)
+    log p(z | N, sigma) = sum_j [N_j log f_j - f_j] - 1/2 (z - z0)^T Q(sigma) (z - z0) + const ,   f = A e^z + b ,   A = P / (1 - phi)
     Q(sigma) = D^T D / sigma^2 + l l^T / s_l^2 + k k^T / s_k^2
 
 D x is the second difference of x = z - z0, l.x its mean and k.x its slope over half of the range. On bins of equal width in lg E a power
-law is a straight line in z, so D sees only what is no power law, whatever the index of the reference z0 is. With bins of unequal width
-h the differences are those of sum (x'')^2 h, in units of the mean width.
+law is a straight line in z, so D measures the departure from a power law, for any index of the reference z0. For bins of unequal width h
+the differences are those of sum (x'')^2 h, in units of the mean width.
 
-sigma has a half-Cauchy prior of scale s, cut to s exp(-7) .. s exp(5): a curvature of 1e-4 of the scale is none.
-With `dof` nu the second differences are Student's t instead of Gaussian, for spectra that are straight but for a few sharp breaks:
+sigma has a half-Cauchy prior of scale s, cut to the range s exp(-7) to s exp(5). With `dof` nu the second differences follow Student's t
+instead of a Gaussian, for spectra that are straight except for a few sharp breaks:
 
-    -(nu + 1)/2 sum_i log(1 + (D x)_i^2 / (nu sigma^2))   takes the place of   -1/2 |D x|^2 / sigma^2
+    -(nu + 1)/2 sum_i log(1 + (D x)_i^2 / (nu sigma^2))   replaces   -1/2 |D x|^2 / sigma^2
 
-in Q then stands, as weight of row i, (nu + 1) / (nu sigma^2 + (D x)_i^2): positive, and its steps never lower the density (as in scoring).
+and the weight of row i in Q is (nu + 1) / (nu sigma^2 + (D x)_i^2). It is positive, and steps with it never lower the density.
 
-A flat prior in n is a factor exp(sum z) instead of Q. With a covariance V of the counts -1/2 (N - f)^T V^-1 (N - f) takes the place of
-the Poisson terms.
+A flat prior in n is a factor exp(sum z) instead of Q. With a covariance V of the counts -1/2 (N - f)^T V^-1 (N - f) replaces the Poisson
+terms.
 
     gradient  n * A^T (N / f - 1) - Q x        Fisher matrix  diag(n) A^T diag(1 / f) A diag(n)
+
+As a simulator (`SpectrumModel`) the same model is written in independent coordinates w ~ N(0, 1),
+
+    z = z0 + B w ,   B B^T = Q^-1(sigma) ,   N ~ Poisson(A e^z + b) ,
+
+so that neural posterior estimation can unfold many spectra with one network.
 
 Source: Choudalakis 2012, arXiv:1201.4612 (fully Bayesian unfolding); Faulkner & Minin 2018, arXiv:1512.06505 (heavy-tailed increments);
 Gelman 2006, Bayesian Anal. 1, 515 (half-Cauchy).
@@ -25,19 +31,25 @@ Gelman 2006, Bayesian Anal. 1, 515 (half-Cauchy).
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.linalg import cho_solve
 
-from sbi_phys.core.errors import ConvergenceError
-from sbi_phys.core.types import Array
+from sbi_phys.core.checks import as_matrix, require_known, require_number
+from sbi_phys.core.errors import ConvergenceError, SettingError
+from sbi_phys.core.types import Array, ArrayLike
+from sbi_phys.priors import NormalPrior, Observable, Parameter
+from sbi_phys.unfold._inputs import check_prior
 from sbi_phys.unfold.response import Response
 
-__all__ = ["Laplace", "LogPosterior", "SpectrumPrior", "curvature_matrix", "level_and_tilt"]
+__all__ = ["Laplace", "LogPosterior", "SpectrumModel", "SpectrumPrior", "curvature_matrix", "level_and_tilt"]
 
 
 SIGMA_RANGE = (-7.0, 5.0)  # of log(sigma / scale)
+
 _LOG_LIMIT = 300.0  # of |log n|: a diverging trajectory overflows beyond, and is refused anyway
+
 _STEPS, _DECREMENT = 500, 1e-9
 
 
@@ -274,3 +286,73 @@ class LogPosterior:
             f"bayesian_unfold: the mode at sigma = {math.exp(log_sigma):.3g} was not found in {_STEPS} Newton steps, gradient up to"
             f" {np.abs(gradient).max():.3g}; expected counts that the response can describe"
         )
+
+
+ARRAYS = ("matrix", "truth_edges", "reco_edges", "fakes", "background")
+
+
+class SpectrumModel:
+    """Spectra from the smooth prior, and counts from them: a `Simulator`.
+
+    Args: response: Response, or a dict of its arrays (as in `settings`). reference (t,) > 0, counts: the prior's centre, absolute.
+    smoothness = 1 / sigma. level_sd, tilt_sd: of the mean of log(n / reference) and of its slope over half of the range; they make up the
+    range of spectra that a network has to learn, so no wider than needed.
+    Raises: SettingError, ShapeError, NonFiniteError, DataError.
+    """
+
+    def __init__(
+        self,
+        response: Response | dict[str, Any],
+        reference: ArrayLike,
+        *,
+        smoothness: float = 10.0,
+        level_sd: float = 0.5,
+        tilt_sd: float = 0.5,
+    ) -> None:
+        if isinstance(response, dict):
+            require_known("response", response, ARRAYS)
+            arrays: dict[str, Any] = {name: None if v is None else np.asarray(v, dtype=np.float64) for name, v in response.items()}
+            response = Response(**arrays)
+        if not isinstance(response, Response):
+            raise SettingError(f"response is a {type(response).__name__}; expected a Response")
+        self.response = response
+        self.reference = check_prior(reference, response.n_truth, response.truth_edges)
+        self.smoothness = require_number("smoothness", smoothness, low=0, open_low=True)
+        self.level_sd = require_number("level_sd", level_sd, low=0, open_low=True)
+        self.tilt_sd = require_number("tilt_sd", tilt_sd, low=0, open_low=True)
+        built = SpectrumPrior.build(
+            self.reference, response.truth_edges, smoothness=self.smoothness, level_sd=self.level_sd, tilt_sd=self.tilt_sd
+        )
+        values, vectors = np.linalg.eigh(built.precision(-np.log(self.smoothness)))
+        self.basis = vectors / np.sqrt(values)
+        self.prior = NormalPrior([Parameter(f"w{k}", latex=f"w_{{{k}}}") for k in range(response.n_truth)])
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The waves w_k, without unit."""
+        return self.prior.parameters
+
+    @property
+    def observables(self) -> tuple[Observable, ...]:
+        """The measured counts."""
+        edges = self.response.reco_edges
+        return (Observable("counts", self.response.n_reco, kind="counts", edges=() if edges is None else tuple(edges)),)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments as plain values, the response by its arrays, for the identity of stores and models."""
+        arrays = {name: getattr(self.response, name) for name in ARRAYS}
+        plain = {name: None if value is None else value.tolist() for name, value in arrays.items()}
+        return {
+            "response": plain, "reference": self.reference.tolist(), "smoothness": self.smoothness,
+            "level_sd": self.level_sd, "tilt_sd": self.tilt_sd,
+        }  # fmt: skip
+
+    def spectrum(self, theta: ArrayLike) -> Array:
+        """True counts (n, t) of theta (n, t) = w.   Raises: ShapeError, NonFiniteError."""
+        w = as_matrix("theta", theta, self.prior.dim)
+        return np.asarray(self.reference * np.exp(w @ self.basis.T))
+
+    def simulate(self, theta: ArrayLike, rng: np.random.Generator) -> Array:
+        """Draw measured counts (n, r), Poisson around the folded spectra of theta (n, t).   Raises: ShapeError, NonFiniteError."""
+        return rng.poisson(self.response.fold(self.spectrum(theta))).astype(np.float64)

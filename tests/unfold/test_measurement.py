@@ -3,7 +3,7 @@ import pytest
 
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError
 from sbi_phys.unfold import Response
-from sbi_phys.unfold.problem import load_measurement, read_measurement
+from sbi_phys.unfold.measurement import load_measurement, read_measurement
 from tests.unfold.toy_problem import EDGES, TRUTH, Toy, true_counts
 
 TOY = "tests.unfold.toy_problem:Toy"
