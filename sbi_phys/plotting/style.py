@@ -1,7 +1,7 @@
-"""One house style for every figure, and the one place where a figure becomes files.
+"""The one style of all figures: palette, fonts, axes, legends, and how a figure is written to files.
 
-Figures are made with matplotlib's object interface: no pyplot, hence no figure kept in a global list and no window.
-The style is applied in a context and leaves rcParams as it was.
+Figures use matplotlib's objects only, never pyplot: no window opens, and no global list keeps them.
+The style holds within `house_style()`; matplotlib's rcParams are restored after it.
 """
 
 import contextlib
@@ -15,20 +15,40 @@ from sbi_phys.core.errors import SettingError
 from sbi_phys.core.files import open_aside
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "MARKERS", "STYLE", "house_style", "new_figure", "save_figure"]
+__all__ = [
+    "BAND",
+    "COLOURS",
+    "LINES",
+    "MARKERS",
+    "MUTED",
+    "PALETTE",
+    "STYLE",
+    "finish",
+    "house_style",
+    "line_style",
+    "new_axes",
+    "new_figure",
+    "save_figure",
+]
 
-# Okabe and Ito's palette: told apart with every common colour blindness and in grey print.
+# Okabe and Ito's palette, which every common colour blindness can tell apart; their yellow, too pale for a line, is a dark brown here.
+# Blue, vermilion, green, purple, orange, sky blue, brown, grey.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6000", "#555555")
 COLOURS = {
-    "flow": "#0072B2",
+    "flow": PALETTE[0],
+    "amortised": PALETTE[1],
+    "truth": PALETTE[2],
+    "published": PALETTE[3],
     "reference": "#111111",
-    "amortised": "#D55E00",
-    "truth": "#009E73",
-    "published": "#AA3377",
     "prior": "#9A9A9A",
     "grey": "#6B6B6B",
 }
+BAND = "#D9D9D9"  # the range that a hypothesis allows, or a 95 % band
+MUTED = "#999999"  # what stands in the background: measured counts, an uncorrected result
+LINES = ("-", "--", ":", "-.")
 MARKERS = ("*", "D", "^", "s", "P", "v", "X", "o")
 
 STYLE: dict[str, Any] = {
@@ -58,26 +78,98 @@ STYLE: dict[str, Any] = {
 
 @contextlib.contextmanager
 def house_style() -> Iterator[None]:
-    """Context in which matplotlib draws in the house style; rcParams are restored after it."""
+    """Context in which matplotlib draws in the style of the package; rcParams are restored after it.
+
+    >>> import matplotlib
+    >>> from sbi_phys.plotting import house_style
+    >>> before = matplotlib.rcParams["xtick.direction"]
+    >>> with house_style():
+    ...     matplotlib.rcParams["xtick.direction"]
+    'in'
+    >>> matplotlib.rcParams["xtick.direction"] == before
+    True
+    """
     import matplotlib
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc does not reach the figures; the backend is left alone
+        matplotlib.rcdefaults()  # settings of the user's matplotlibrc do not apply; the backend stays
         matplotlib.rcParams.update(cast(Any, STYLE))
         yield
 
 
 def new_figure(width: float, height: float, *, constrained: bool = True) -> "Figure":
-    """Empty figure of width x height inches, known to no pyplot list; call it within `house_style`."""
+    """Empty figure of width x height inches that pyplot does not know; call it within `house_style`.
+
+    >>> from sbi_phys.plotting import house_style, new_figure
+    >>> with house_style():
+    ...     figure = new_figure(5.2, 4.0)
+    >>> figure.get_size_inches().tolist()
+    [5.2, 4.0]
+    """
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained" if constrained else None)
 
 
+def new_axes(ax: "Axes | None" = None, *, width: float = 5.2, height: float = 4.0) -> "Axes":
+    """Return `ax`, or where it is None the axes of a new figure of width x height inches in the style of the package.
+
+    >>> from sbi_phys.plotting import new_axes
+    >>> ax = new_axes(width=4.0, height=3.0)
+    >>> new_axes(ax) is ax
+    True
+    """
+    if ax is not None:
+        return ax
+    with house_style():
+        return new_figure(width, height).add_subplot()
+
+
+def line_style(k: int) -> dict[str, Any]:
+    """Colour and line style of curve k: the colours of `PALETTE` in turn, from the ninth curve on with another line style.
+
+    >>> from sbi_phys.plotting.style import line_style
+    >>> line_style(1)
+    {'color': '#D55E00', 'linestyle': '-'}
+    """
+    return {"color": PALETTE[k % len(PALETTE)], "linestyle": LINES[(k // len(PALETTE)) % len(LINES)]}
+
+
+def finish(ax: "Axes", *, legend: str = "auto", columns: int = 4) -> "Axes":
+    """Add the legend of the labelled artists, if there are any, and return `ax`.
+
+    `legend`: 'above' the axes in rows of at most `columns`, 'beside' them, a location of matplotlib ('upper left'), 'none', or
+    'auto': in the best corner, of more than six entries beside the axes, where it hides no curve.
+
+    >>> from sbi_phys.plotting import finish, new_axes
+    >>> ax = new_axes()
+    >>> line = ax.plot([0, 1], [0, 1], label="data")
+    >>> [text.get_text() for text in finish(ax).get_legend().get_texts()]
+    ['data']
+    """
+    labels = ax.get_legend_handles_labels()[1]
+    where = ("best" if len(labels) <= 6 else "beside") if legend == "auto" else legend
+    if not labels or where == "none":
+        return ax
+    if where == "beside":
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False)
+    elif where == "above":
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "columnspacing": 1.0, "handlelength": 1.4}
+        ax.legend(ncols=columns, fontsize="small", frameon=False, **place)
+    else:
+        ax.legend(loc=cast(Any, where), fontsize="small", frameon=True, framealpha=0.85, edgecolor="none")
+    return ax
+
+
 def save_figure(fig: "Figure", folder: str | os.PathLike[str], name: str, *, dpi: int = 150) -> tuple[Path, Path]:
-    """Write `name`.png (dpi 150) and `name`.pdf into `folder` -> the two paths.
+    """Write `name`.png (dpi 150) and `name`.pdf into `folder` and return the two paths.
 
     The files hold no date and no version: the same figure gives the same bytes.   Raises: SettingError.
+
+    >>> from sbi_phys.plotting import new_axes, save_figure
+    >>> ax = new_axes(width=2.0, height=1.5)
+    >>> [path.name for path in save_figure(ax.figure, "figures", "empty")]
+    ['empty.png', 'empty.pdf']
     """
     dpi = require_int("dpi", dpi, low=20, high=1200)
     if not name or not name.replace("-", "_").replace("_", "a").isalnum():
