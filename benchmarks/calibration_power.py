@@ -33,10 +33,9 @@ from sbi_phys.calibration.lc2st import lc2st
 from sbi_phys.calibration.local import local_coverage
 from sbi_phys.calibration.pit import pit_regression
 from sbi_phys.calibration.pulls import pulls
-from sbi_phys.calibration.recalibration import recalibrate_ranks
+from sbi_phys.calibration.recalibration import recalibrate_ranks, temper
 from sbi_phys.calibration.sbc import sbc
 from sbi_phys.calibration.tarp import tarp
-from sbi_phys.calibration.tempering import temper
 from sbi_phys.core.files import write_aside
 from sbi_phys.core.rng import rng_for
 from tests.oracles import ORACLES, WRONG, Pairs

@@ -28,8 +28,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from benchmarks.suite.table import Numbers, arguments, run
 from benchmarks.suite.workers import Worker, WorkerError
 from sbi_phys.calibration import c2st
-from sbi_phys.calibration.ratio_recalibration import RatioCalibration, recalibrate_ratio
-from sbi_phys.calibration.ratios import ReweightingAUC, check_ratio, reweighting_auc
+from sbi_phys.calibration.ratios import RatioCalibration, ReweightingAUC, check_ratio, recalibrate_ratio, reweighting_auc
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.hypotheses import HypothesisRatio, TwoHypotheses
 from sbi_phys.estimators.mined import SALLY, MinedRatio

@@ -9,34 +9,39 @@ ratios          mean_ratio · reliability · reweighting_auc · check_ratio · r
 repair          conformal_regions · recalibrate_ranks · temper · mix_draws
 """
 
-from sbi_phys.calibration.c2st import C2ST, c2st
 from sbi_phys.calibration.calibrate import Calibration, calibrate
 from sbi_phys.calibration.conformal import ConformalRegions, conformal_regions, hpd_content
 from sbi_phys.calibration.coverage import Coverage, coverage
-from sbi_phys.calibration.distances import MMD, MarginalKS, SlicedWasserstein, marginal_ks, mmd, sliced_wasserstein
 from sbi_phys.calibration.lc2st import LC2ST, LC2STModel, lc2st, train_lc2st
 from sbi_phys.calibration.local import LocalCoverage, local_coverage
 from sbi_phys.calibration.misspecification import Misspecification, misspecification
 from sbi_phys.calibration.pit import PITRegression, pit_regression
 from sbi_phys.calibration.posterior_sbc import PosteriorSBC, augmented_draws, posterior_sbc
-from sbi_phys.calibration.predictive import PredictivePValue, predictive_pvalue
-from sbi_phys.calibration.predictive_checks import PredictiveChecks, PriorPredictive, predictive_checks, prior_predictive_check
+from sbi_phys.calibration.predictive import (
+    PredictiveChecks,
+    PredictivePValue,
+    PriorPredictive,
+    predictive_checks,
+    predictive_pvalue,
+    prior_predictive_check,
+)
 from sbi_phys.calibration.pulls import Pulls, pulls
-from sbi_phys.calibration.ratio_recalibration import RatioCalibration, recalibrate_ratio
 from sbi_phys.calibration.ratios import (
     MeanRatio,
+    RatioCalibration,
     RatioCheck,
     Reliability,
     ReweightingAUC,
     check_ratio,
     mean_ratio,
+    recalibrate_ratio,
     reliability,
     reweighting_auc,
 )
-from sbi_phys.calibration.recalibration import RankRecalibration, recalibrate_ranks
+from sbi_phys.calibration.recalibration import RankRecalibration, Tempering, mix_draws, recalibrate_ranks, temper
 from sbi_phys.calibration.sbc import SBC, sbc
 from sbi_phys.calibration.tarp import TARP, tarp
-from sbi_phys.calibration.tempering import Tempering, mix_draws, temper
+from sbi_phys.calibration.two_sample import C2ST, MMD, MarginalKS, SlicedWasserstein, c2st, marginal_ks, mmd, sliced_wasserstein
 
 __all__ = [
     "C2ST", "LC2ST", "MMD", "SBC", "TARP", "Calibration", "ConformalRegions", "Coverage", "LC2STModel", "LocalCoverage",

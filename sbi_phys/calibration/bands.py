@@ -1,17 +1,17 @@
-r"""Simultaneous bands and exact p-values for the empirical distribution of uniform quantities.
+"""Simultaneous bands and exact p-values for the empirical distribution of uniform quantities.
 
-Let c_i be how many of N independent U(0, 1) values lie at or below z_i, z_1 < ... < z_K. Each c_i ~ Binomial(N, z_i), and
+Let c_i be the number of N independent U(0, 1) values at or below z_i, with z_1 < ... < z_K. Each c_i ~ Binomial(N, z_i), and
 
     gamma(c) = min_i 2 min{ P(B_i <= c_i), P(B_i >= c_i) },   B_i ~ Binomial(N, z_i),
 
-is the two-sided level of the curve's most extreme point. The simultaneous band of coverage 1 - alpha keeps every point
-whose level is above the alpha-quantile of gamma; the p-value of a curve is P(gamma <= observed gamma). Both follow from one
-number, the probability that a whole curve lies between two integer boundaries. It is computed here without simulation:
-given their sum, Poisson counts in the intervals (z_i-1, z_i] are multinomial, so the boundary-crossing probability is a
-chain of K convolutions (Moscovich & Nadler 2017), divided by the Poisson probability of the total.
+is the two-sided level of the most extreme point of the curve. The simultaneous band of coverage 1 - alpha contains every point whose
+level is above the alpha-quantile of gamma; the p-value of a curve is P(gamma <= observed gamma). Both follow from the probability
+that a whole curve lies between two integer boundaries. This probability is computed without simulation: given their sum, Poisson
+counts in the intervals (z_i-1, z_i] are multinomial, so the boundary-crossing probability is a chain of K convolutions, divided by
+the Poisson probability of the total.
 
-The same numbers hold for discrete ranks r in 0..L as long as each z_i is a multiple of 1/(L+1): #{r < k} is exactly
-Binomial(N, k/(L+1)). No continuous approximation enters, whatever L.
+The same numbers hold for discrete ranks r in 0..L if each z_i is a multiple of 1/(L+1), because #{r < k} is exactly
+Binomial(N, k/(L+1)). No continuous approximation is made for any L.
 
 Source: Sailynoja, Burkner & Vehtari 2022, arXiv:2103.10522 (the band); Moscovich & Nadler 2017, arXiv:1503.04363 (the sum).
 """

@@ -1,11 +1,11 @@
-r"""Every calibration test in one call: draw, test, correct for the number of tests, and say in words what was found.
+"""All calibration tests in one call: draw from the posterior, run the tests, correct for their number, and report the result in words.
 
-    report = sp.calibrate(npe, simulator, n=1000, x_obs=x_obs)     # or a store, or (theta, x) that the network has not seen
+    report = sp.calibrate(npe, simulator, n=1000, x_obs=x_obs)     # or a store, or (theta, x) that was not used in training
     print(report.summary())
     report = sp.calibrate(draws, (theta, x))                       # draws (n, l, d) of any other tool, or an ArviZ object of them
 
-The tests of calibration are a family: `adjusted` holds Holm's p-values, so that an exact posterior fails one of them, whichever,
-in 5 % of calls. What is said of the observation (is it like the simulations) is told apart from what is said of the posterior.
+`adjusted` holds the p-values of all tests after Holm's correction: an exact posterior fails any of them in at most 5 % of calls. The check
+of whether the observation resembles the simulations is reported separately from the tests of the posterior.
 """
 
 import json

@@ -1,20 +1,20 @@
-r"""Conformal highest-density regions: credible regions that hold the truth as often as they say, for any q, in finite samples.
+"""Conformal highest-density regions: credible regions with guaranteed coverage for any q and any number of simulations.
 
-A score e(theta, x) grows from the inside of the posterior outwards. Over n held-out simulations take its k-th smallest value t,
+A score e(theta, x) increases from the inside of the posterior outwards. Let t be its k-th smallest value over n held-out simulations,
 k = ceil((n + 1) a). A new pair (theta, x) is exchangeable with the held-out ones, so
 
-    P(e(theta, x) <= t) = k / (n + 1)  in [a, a + 1 / (n + 1)],
+    P(e(theta, x) <= t) = k / (n + 1)  in [a, a + 1 / (n + 1)]
 
-whatever q is. {theta: e(theta, x) <= t} is the repaired region of content a. Given the n simulations in hand, its true content is
-Beta(k, n + 1 - k) distributed around that.
+for any q. {theta: e(theta, x) <= t} is the repaired region of content a. Given the n simulations at hand, its true content has a
+Beta(k, n + 1 - k) distribution.
 
-Scores: "density", e = -log q(theta | x), one density cut for all x; "hpd", e = content of the smallest highest-density region of
-q(. | x) that reaches theta, estimated from draws, which widens each x's own region. Between draws the content is interpolated; beyond
-the last one it goes on in units of the sd of log q over the draws, so that a posterior that is far too narrow still gets a threshold.
+Scores: "density", e = -log q(theta | x), one density threshold for all x; "hpd", e = content of the smallest highest-density region of
+q(. | x) that contains theta, estimated from draws, which enlarges the region of each x. The content is interpolated between draws; beyond
+the last draw it continues in units of the sd of log q over the draws, so that a posterior that is much too narrow still gets a threshold.
 
-The guarantee is an average over x. With features of x the a-quantile of e given x is learned first (gradient boosting, quantile loss)
-on one part of the simulations, and e less that quantile is the score of the other part: the average is still guaranteed, and each
-region of x comes near its own content as far as the quantile is learned.
+The guarantee is an average over x. If features of x are given, the a-quantile of e given x is learned first (gradient boosting with the
+quantile loss) on one part of the simulations, and e minus that quantile is the score on the other part: the average is still guaranteed,
+and the coverage at each x is as good as the learned quantile.
 
 Source: Vovk et al. 2005; Lei et al. 2018, arXiv:1604.04173; features: Romano, Patterson & Candes 2019, arXiv:1905.03222.
 """

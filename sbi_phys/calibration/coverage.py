@@ -1,14 +1,14 @@
-r"""Expected coverage: how often credible regions of content a hold the truth, averaged over x.
+"""Expected coverage: how often credible regions of content a contain the true parameters, averaged over x.
 
-With log densities: the highest-density region of content a holds theta* when theta*'s log q(theta* | x) ranks among the upper
-share a of the draws' log q(theta_l | x). r = #{l: log q(theta_l) > log q(theta*)} is uniform on 0..L for a calibrated q.
+With log densities, the highest-density region of content a contains theta* if log q(theta* | x) is among the largest fraction a of the
+values log q(theta_l | x) of the draws. r = #{l: log q(theta_l) > log q(theta*)} is uniform on 0..L for a calibrated q.
 
-Without: the central interval of each parameter. The places 0..L of theta* among the draws are numbered from the middle outwards,
-f = |2 rank - L| (less one on the lower side), which maps uniform ranks to uniform f; the interval made of the k middle places
-holds theta* when f < k.
+Without log densities, the central interval of each parameter is used. The positions 0..L of theta* among the draws are numbered from
+the middle outwards, f = |2 rank - L| (less one on the lower side), which maps uniform ranks to uniform f. The interval of the k
+innermost positions contains theta* if f < k.
 
-Either way the number of truths held at content k / (L + 1) is exactly Binomial(n, k / (L + 1)): bands and p-value are those of
-`bands`, with no continuous approximation. Levels asked for are moved to the nearest multiple of 1 / (L + 1).
+In both cases the number of true values inside at content k / (L + 1) is exactly Binomial(n, k / (L + 1)), so bands and p-value are those
+of `bands`, without a continuous approximation. Requested levels are moved to the nearest multiple of 1 / (L + 1).
 
 Source: Hermans et al. 2021, arXiv:2110.06581; the band: Sailynoja et al. 2022, arXiv:2103.10522.
 """

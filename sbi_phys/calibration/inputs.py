@@ -1,4 +1,4 @@
-"""What every calibration test takes: truths and draws, checked once, with ranks, names and words in common."""
+"""The inputs that calibration tests share: simulated parameters, posterior draws, names and further quantities, checked in one place."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,24 +1,25 @@
-r"""Local coverage: how often credible regions hold the truth, in cells of one or two quantities instead of on average.
+"""Local coverage: how often credible regions contain the true parameters, in cells of one or two quantities instead of on average.
 
-**What may be conditioned on.** A posterior is calibrated given x: in cells of any function of x (a summary statistic, the posterior mean)
-the regions of content a hold the truth with probability a exactly. In cells of the *true* theta they do not, even for an exact posterior:
-near an edge of the prior a central interval rarely reaches the edge, so truths there are missed, and truths in the middle are held
-too often. Cells of theta therefore come in two kinds, `at`:
+A posterior is calibrated given x: in cells of any function of x (a summary statistic, the posterior mean), regions of content a contain
+the true value with probability a exactly. In cells of the *true* theta they do not, even for an exact posterior: near a boundary of the
+prior a central interval rarely reaches the boundary, so true values there are missed, and true values in the middle are contained too
+often. Cells of theta therefore come in two kinds, chosen by `at`:
 
-"posterior" (default): cells of the posterior mean. Taken with the truth as one of the L + 1 values, the mean treats truth and draws alike,
-    so the cell tells nothing about which of them is the truth: the number of truths held in a cell of M rows is exactly Binomial(M, a), at
-    any L. (The mean of the draws alone is not quite independent of the truth's rank: it carries the draws' own fluctuation.)
-"truth": the frequentist map over the true theta. Its nominal value is not a. What a calibrated posterior *with these draws* would show is
-    known though: truth and draws are exchangeable, so letting each of the L + 1 values of a row be the truth in turn gives the expected
-    coverage of every cell, prior edges and all. The map is compared with that. Departure of `expected` from the level is the price of
-    conditioning on the truth, departure of `observed` from `expected` is a fault of the posterior, and the p-value is valid.
+"posterior" (default): cells of the posterior mean. The mean includes the true value as one of the L + 1 values, so it treats true value
+    and draws alike, and the number of true values contained in a cell of M rows is exactly Binomial(M, a) for any L. (The mean of the
+    draws alone is not exactly independent of the rank of the true value, because it fluctuates with the draws.)
+"truth": cells of the true theta (the frequentist coverage map). The nominal value is not a, but the value for a calibrated posterior
+    *with these draws* is known: true value and draws are exchangeable, so letting each of the L + 1 values of a row be the true one in
+    turn gives the expected coverage of every cell, including boundary effects. The map is compared with that. The difference between
+    `expected` and the level is the effect of conditioning on the true value; the difference between `observed` and `expected` is a fault
+    of the posterior, and the p-value is valid.
 
-Cells hold equal numbers of rows (the second quantity is cut anew within each slice of the first, so that none is empty). THE p-value of
-a kind of region takes the better of two views, the sum of z^2 over cells and levels (faults everywhere) and the largest |z| (one bad
-cell), ranked among simulated calibrated counts, so that its size is exact.
+Cells contain equal numbers of rows; the second quantity is divided separately within each slice of the first, so that no cell is empty.
+The p-value of each kind of region combines two statistics, the sum of z^2 over cells and levels (faults everywhere) and the largest |z|
+(one bad cell), ranked among simulated calibrated counts, so that its size is exact.
 
-Coverage at one level is a blunt statistic: `pit_regression` finds weaker faults, this map shows where they are. A posterior that equals
-the prior passes in cells of its own mean, which is noise; in cells of x it does not.
+Coverage at one level is a weak statistic: `pit_regression` detects smaller faults, and this map shows where they are. A posterior that
+equals the prior passes in cells of its own mean, which is noise; in cells of x it does not pass.
 
 Source: coverage as a function of theta: Dey et al. 2022 (arXiv:2205.14568), Masserano et al. 2023 (arXiv:2205.15680); errors: Clopper
 & Pearson 1934.
@@ -32,11 +33,10 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 from scipy.stats import beta, binom
 
-from sbi_phys.calibration.cells import Cells, candidate_ranks, make_cells, read_by
 from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, count_below, holm, require_varying
-from sbi_phys.calibration.montecarlo import chunks, smallest_pvalue
-from sbi_phys.core.checks import as_array
-from sbi_phys.core.errors import DataError, NonFiniteError, SettingError
+from sbi_phys.calibration.pvalues import chunks, smallest_pvalue
+from sbi_phys.core.checks import as_array, as_real, require_choice, require_finite, require_int
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import AnyArray, Array, ArrayLike, Integers, Mask
@@ -45,12 +45,14 @@ from sbi_phys.priors import Parameter
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["LocalCoverage", "local_coverage"]
-
+__all__ = ["Cells", "LocalCoverage", "candidate_ranks", "local_coverage", "make_cells", "read_by"]
 
 HPD = "highest-density regions"
+
 CENTRAL = "central intervals"
+
 N_NULL = 1999
+
 ONE_SIGMA = 0.6827
 
 
@@ -253,7 +255,7 @@ def _places(values: Array, truth_alone: bool, central: bool, rng: np.random.Gene
     return np.where(2 * rank >= n_draws, 2 * rank - n_draws, n_draws - 2 * rank - 1) if central else rank
 
 
-def _compare(cells: Cells, held: Mask, level: Array) -> tuple[dict[str, AnyArray], Array]:
+def _compare(cells: "Cells", held: Mask, level: Array) -> tuple[dict[str, AnyArray], Array]:
     """Everything about single cells (fields of LocalCoverage), and the standard deviation of held - expected (c, m, r)."""
     count = cells.sums(np.ones(held.shape[0]), 0).astype(np.int64)
     looks = held[:, 0].reshape(held.shape[0], -1)
@@ -277,7 +279,7 @@ def _compare(cells: Cells, held: Mask, level: Array) -> tuple[dict[str, AnyArray
     return found, sd
 
 
-def _expected(cells: Cells, held: Mask, level: Array, count: Integers) -> tuple[Array, Array]:
+def _expected(cells: "Cells", held: Mask, level: Array, count: Integers) -> tuple[Array, Array]:
     """Share expected in each cell and the standard deviation of (held - expected) summed over the cell's rows -> (c, m, r) each."""
     if cells.fixed:
         share = np.broadcast_to(level[:, None], (count.size, *held.shape[2:])).copy()
@@ -296,7 +298,7 @@ def _expected(cells: Cells, held: Mask, level: Array, count: Integers) -> tuple[
     return share, sd
 
 
-def _pvalue(cells: Cells, held: Mask, level: Array, found: dict[str, AnyArray], sd: Array, r: int, rng: np.random.Generator) -> float:
+def _pvalue(cells: "Cells", held: Mask, level: Array, found: dict[str, AnyArray], sd: Array, r: int, rng: np.random.Generator) -> float:
     """p-value of the map of one kind of region r, held (n, 1 or l + 1, m), sd (c, m)."""
     z, expected, count = found["z"][..., r], found["expected"][..., r], found["count"]
     if cells.fixed:
@@ -327,3 +329,130 @@ def _statistics(z: Array) -> Array:
 def _threshold(n_looks: int) -> float:
     """|z| that the largest of n_looks exceeds with probability about ALPHA."""
     return float(-ndtri(ALPHA / (2 * n_looks)))
+
+
+Names = tuple[tuple[str, ...], tuple[str, ...]]
+
+MIN_ROWS_PER_CELL = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cells:
+    """Cell of every value, index (n, 1) or, where each of the l + 1 values has its own, (n, l + 1); edges low, high (c, q)."""
+
+    index: Integers
+    low: Array
+    high: Array
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a row's cell is the same whichever of its values is the truth."""
+        return self.index.shape[1] == 1
+
+    def sums(self, values: Array | Mask, candidate: int) -> AnyArray:
+        """Sum of values (n,) over the rows of each cell -> (c,), with that candidate (0: the truth) of each row."""
+        return np.bincount(self.index[:, candidate], weights=values, minlength=self.low.shape[0])
+
+
+def read_by(
+    by: ArrayLike | str | int | Sequence[str | int],
+    truth: Array,
+    samples: Array,
+    names: Names,
+    at: str,
+    by_names: Sequence[str | Parameter] | None,
+) -> tuple[Array, tuple[str, ...], tuple[str, ...], str]:
+    """Values that define the cells, (n, 1 or l + 1, q), their names and labels, and 'posterior', 'truth' or 'given'.
+
+    Raises: ShapeError, NonFiniteError, DataError, SettingError.
+    """
+    at = require_choice("at", at, ("posterior", "truth"))
+    chosen = _columns(by, names[0])
+    if chosen is None:
+        if at == "truth":
+            raise SettingError("at is 'truth' with an array `by`; expected names or columns of theta, whose true values are known")
+        values, (plain, labels) = _given(by, truth, names[0], by_names)
+        return values[:, None, :], plain, labels, "given"
+    both = np.concatenate([truth[:, None, chosen], samples[:, :, chosen]], axis=1)
+    values = both if at == "truth" else both.mean(axis=1, keepdims=True)
+    return values, tuple(names[0][j] for j in chosen), tuple(names[1][j] for j in chosen), at
+
+
+def _columns(by: object, names: tuple[str, ...]) -> list[int] | None:
+    """Columns of theta that `by` names, or None if it is an array of values."""
+    entries = [by] if isinstance(by, str | int | np.integer | Parameter) else list(by) if isinstance(by, list | tuple) else []
+    if not entries or len(entries) > 2 or not all(isinstance(e, str | int | np.integer | Parameter) for e in entries):
+        return None
+    out = []
+    for entry in entries:
+        if isinstance(entry, str | Parameter):
+            name = entry if isinstance(entry, str) else entry.name
+            out.append(names.index(require_choice("by", name, names)))
+        else:
+            out.append(require_int("by", entry, low=0, high=len(names) - 1))
+    if len(set(out)) < len(out):
+        raise SettingError(f"by is {by!r}; expected two different parameters")
+    return out
+
+
+def _given(by: object, truth: Array, names: tuple[str, ...], by_names: Sequence[str | Parameter] | None) -> tuple[Array, Names]:
+    values = as_real("by", by)
+    if values.ndim == 1:
+        values = values[:, None]
+    if values.ndim != 2 or values.shape[0] != truth.shape[0] or values.shape[1] not in (1, 2):
+        raise ShapeError(
+            f"by has shape {values.shape}; expected one or two names or columns of theta, or values (n,) or (n, 2), n = {len(truth)}"
+        )
+    require_finite("by", values)
+    for j, name in enumerate(names):
+        if any(np.array_equal(column, truth[:, j]) for column in values.T):
+            raise DataError(f"by has the true values of {name!r}; no posterior is calibrated given the truth: use by={name!r}, at='truth'")
+    if by_names is None:
+        by_names = ("by",) if values.shape[1] == 1 else ("by_0", "by_1")
+    return values, check_names(by_names, values.shape[1])
+
+
+def make_cells(values: Array, n_bins: int | None) -> Cells:
+    """Cut values (n, k, q) into n_bins cells of equal numbers per quantity; the second is cut anew within each slice of the first.
+
+    Tied values share a cell, so that a discrete quantity may have fewer.   Raises: SettingError, DataError (a constant quantity).
+    """
+    n, _, q = values.shape
+    if n_bins is None:
+        n_bins = int(np.clip(n // 50, 2, 10)) if q == 1 else int(np.clip(np.sqrt(n / 25), 2, 8))
+    n_bins = require_int("n_bins", n_bins, low=1)
+    if n < MIN_ROWS_PER_CELL * n_bins**q:
+        raise SettingError(f"n_bins is {n_bins} per quantity for {n} simulations; expected at least {MIN_ROWS_PER_CELL} rows in each cell")
+    if np.any(values.min(axis=(0, 1)) == values.max(axis=(0, 1))):
+        raise DataError("by is constant; expected a quantity that varies between simulations")
+    corners: list[tuple[float, float, float, float]] = []
+    first, edges = _cut(values[..., 0], np.ones(values.shape[:2], dtype=bool), n_bins)
+    if q == 1:
+        return Cells(index=first, low=edges[:-1, None], high=edges[1:, None])
+    index = np.zeros_like(first)
+    for i in range(edges.size - 1):
+        second, inner = _cut(values[..., 1], first == i, n_bins)
+        index = np.where(first == i, second + len(corners), index)
+        corners += [(edges[i], inner[j], edges[i + 1], inner[j + 1]) for j in range(inner.size - 1)]
+    box = np.array(corners)
+    return Cells(index=index, low=box[:, :2], high=box[:, 2:])
+
+
+def _cut(values: Array, chosen: Mask, n_bins: int) -> tuple[Integers, Array]:
+    """Bin of every value (only those chosen count) and the edges (b + 1,), about equal numbers of the chosen in each."""
+    inside = values[chosen]
+    lowest = inside.min()
+    cuts = np.quantile(inside, np.arange(1, n_bins) / n_bins, method="higher")
+    if np.any(cuts == lowest) and inside.max() > lowest:  # ties at the lower end: cut above them, or nothing lies below
+        cuts = np.where(cuts == lowest, inside[inside > lowest].min(), cuts)
+    cuts = np.unique(cuts[cuts > lowest])
+    return np.searchsorted(cuts, values, side="right").astype(np.int64), np.concatenate([[lowest], cuts, [inside.max()]])
+
+
+def candidate_ranks(values: Array, rng: np.random.Generator) -> Integers:
+    """Rank 0..l of each of the l + 1 values of every row among the others, ties in random order -> (n, l + 1)."""
+    shuffle = rng.random(values.shape).argsort(axis=1)
+    order = np.take_along_axis(values, shuffle, axis=1).argsort(axis=1, kind="stable")
+    ranks = np.empty(values.shape, dtype=np.int64)
+    np.put_along_axis(ranks, np.take_along_axis(shuffle, order, axis=1), np.arange(values.shape[1])[None], axis=1)
+    return ranks

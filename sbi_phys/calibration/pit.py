@@ -1,21 +1,22 @@
-r"""PIT regressed on x: is the rank of the truth independent of the observation, as it must be?
+"""PIT regression: is the rank of the true parameter independent of the observation x?
 
-SBC averages over x: a posterior that is too narrow for half of the observations and too wide for the other half passes it. If q is right,
-the rank of theta* among the draws is uniform *given x*, so no function of x predicts it. Take normal scores of the ranks,
+SBC averages over x: a posterior that is too narrow for half of the observations and too wide for the other half passes. If q is right,
+the rank of theta* among the draws is uniform *given x*, so no function of x predicts it. Let
 
-    s = Phi^-1((rank + 1/2)/(L + 1)), scaled to mean 0 and variance 1 under uniform ranks,
+    s = Phi^-1((rank + 1/2)/(L + 1)), scaled to mean 0 and variance 1 under uniform ranks.
 
-whose mean is the bias (-s) and whose square is the width ((s^2 - 1)/sd, large where the posterior is too narrow). Both are regressed on
-functions h(x), each with mean 0 and variance 1 over the simulations, by their correlations T = sum_i s_i h(x_i)/sqrt(n), gathered in views:
+The mean of s measures the bias (with opposite sign) and its square the width ((s^2 - 1)/sd is large where the posterior is too narrow).
+Both are regressed on functions h(x) with mean 0 and variance 1 over the simulations, by their correlations
+T = sum_i s_i h(x_i)/sqrt(n). The functions are grouped in sets:
 
     1; every column of x (its normal score); its square; the principal components of all columns; random smooth functions of all of x.
 
-The largest |T| of a view sees one column that matters among many, the sum of T^2 sees what is spread over them. Under the null the ranks
-are independent and uniform whatever x is, so the null is simulated from uniform ranks at the very same x, and the best view's p-value is
-ranked among the simulated ones: its size is exact at any n, L and number of columns. Nothing is trained, so nothing can overfit.
+The largest |T| of a set is sensitive to one relevant column among many, the sum of T^2 to an effect spread over all. Under the null the
+ranks are independent and uniform whatever x is, so the null is simulated from uniform ranks at the same x, and the smallest p-value is
+ranked among the simulated ones: its size is exact for any n, L and number of columns. Nothing is trained, so nothing can overfit.
 
-The constant 1 makes it a test of calibration given x, not only of dependence: a posterior that is too narrow everywhere is found too, and
-one that equals the prior (which SBC passes) is found by its bias.
+With the constant 1 the test is one of calibration given x, not only of dependence on x: it also detects a posterior that is too narrow
+everywhere, and a posterior that equals the prior (which passes SBC) by its bias.
 
 Source: Zhao et al. 2021, arXiv:2102.10473 (the regression of PIT on x); the random functions: Rahimi & Recht 2007.
 """
@@ -27,9 +28,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from sbi_phys.calibration.covariates import check_x, normal_scores, random_features
+from sbi_phys.calibration._covariates import check_x, normal_scores, random_features
 from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, count_below, holm, require_varying, verdict_words
-from sbi_phys.calibration.montecarlo import chunks, smallest_pvalue
+from sbi_phys.calibration.pvalues import chunks, smallest_pvalue
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for

@@ -1,22 +1,24 @@
-r"""Posterior SBC: is the inference right near the observed data, rather than on average over the prior?
+"""Posterior SBC: is the inference right near the observed data, instead of on average over the prior?
 
-Draw theta' ~ q(. | x_o), simulate x' ~ p(x | theta'), and rank theta' in the posterior given *both*, x_o and x':
+Draw theta' ~ q(. | x_o), simulate x' ~ p(x | theta'), and rank theta' in the posterior given *both* x_o and x':
 
-    p(theta | x_o, x') ~ q(theta | x_o) p(x' | theta) = q(theta | x_o) q(theta | x') / p(theta)
+    p(theta | x_o, x') ~ q(theta | x_o) p(x' | theta) = q(theta | x_o) q(theta | x') / p(theta).
 
-so the augmented posterior is the one at hand, reweighted: draws theta_m of q(. | x_o) with weights w_m = q(theta_m | x') / p(theta_m).
+The augmented posterior is therefore the one at hand, reweighted: draws theta_m of q(. | x_o) get the weights
+w_m = q(theta_m | x') / p(theta_m).
 
-**Exact at any effective sample size.** Let every theta'_i be *picked from the m draws themselves*, uniformly with replacement. Given the
-draws and x'_i, Bayes' rule says that draw k was the one picked with probability w_ik / sum_m w_im, if q is right at x'. With V uniform,
+**The test is exact for any effective sample size.** Let every theta'_i be *chosen from the m draws themselves*, uniformly with
+replacement. Given the draws and x'_i, Bayes' rule gives the probability w_ik / sum_m w_im that draw k was the chosen one, if q is right
+at x'. With V uniform,
 
     U_i = (sum_{m: theta_m < theta'_i} w_im + V_i w_i,same) / sum_m w_im
 
-is then exactly uniform, and the U_i are independent given the draws: no error from importance sampling, however few draws carry the
-weight. A small effective sample size costs power (U is then mostly V), never validity. With theta' that are not among the draws, U lacks
-the truth's own weight and all rows share one set of draws: the p-value is approximate and needs an effective sample size of about 20 n.
+is exactly uniform, and the U_i are independent given the draws. A small effective sample size reduces the power (U is then mostly V) but
+not the validity. If theta' is not among the draws, U lacks the weight of the true value and all rows share one set of draws: the p-value
+is then approximate and needs an effective sample size of about 20 n.
 
-What it tests is q(. | x') for x' like the observed data. It does not test the draws of q(. | x_o) as such, and a q that equals the prior
-(all weights 1) passes.
+The test concerns q(. | x') for x' similar to the observed data. It does not test the draws of q(. | x_o) themselves, and a q that equals
+the prior (all weights 1) passes.
 
 Source: Sailynoja, Schmitt, Burkner & Vehtari 2025, arXiv:2502.03279.
 """

@@ -1,17 +1,19 @@
-r"""Pulls, posterior contraction, and bias of the posterior mean against the truth.
+"""Pulls, posterior contraction, and the bias of the posterior mean.
 
     pull = (theta* - mean_l theta_l) / sd_l theta_l        contraction = 1 - E[var(theta | x)] / var(theta)
 
-A pull is standard normal only if the posterior is normal, and its variance at finite L only nearly 1. The *test* needs neither: if q is
-right, theta* and the L draws are exchangeable given x. Standardise the L + 1 values z_k together, u_k = (z_k - mean)/sd: then the truth is
-one of the u_k with equal chances, so that E[u] = 0 and E[u^2] = 1 hold exactly, for every shape and every L, and the null distribution of
-mean(u) and of var(u) over n simulations is simulated by picking one of the L + 1 values at random in every row. Exact size for skewed,
-heavy-tailed and bimodal posteriors, where a t test of mean(pull^2) = 1 has none.
+A pull is standard normal only if the posterior is normal, and for finite L its variance is only approximately 1. The *test* assumes
+neither. If q is right, theta* and the L draws are exchangeable given x. Standardise the L + 1 values z_k together,
+u_k = (z_k - mean)/sd: the true value is any of the u_k with equal probability, so E[u] = 0 and E[u^2] = 1 hold exactly for every shape
+and every L. The null distribution of mean(u) and var(u) over n simulations is simulated by choosing one of the L + 1 values at
+random in every row. The size of the test is exact for skewed, heavy-tailed and bimodal posteriors; a t test of mean(pull^2) = 1 has no
+exact size there.
 
-Reported are the usual pulls, which are not bounded by sqrt(L) as u is, and beside their width the one that the same draws would show if
-they were right.
+The result reports the usual pulls, which are not bounded by sqrt(L) as u is, and beside their width the width expected from the same
+draws if they are right.
 
-Contraction near 0 tells a posterior that is as wide as the prior, which SBC and pulls pass: x says nothing, or q has not learned it.
+A contraction near 0 means that the posterior is as wide as the prior, which SBC and pulls do not detect: either x carries no information
+or q has not learned it.
 
 Source: Demortier & Lyons 2002, CDF/ANAL/PUBLIC/5776 (pulls); Betancourt 2018, arXiv:1803.08393 (contraction).
 """
@@ -24,7 +26,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, holm, require_varying, verdict_words
-from sbi_phys.calibration.montecarlo import chunks, smallest_pvalue
+from sbi_phys.calibration.pvalues import chunks, smallest_pvalue
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for

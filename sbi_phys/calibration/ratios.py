@@ -1,21 +1,33 @@
-r"""Is a learned ratio r(x) = p_num(x) / p_ref(x) right? Checks that need events of both samples.
+"""Checks of a learned ratio r(x) = p_num(x) / p_ref(x) with events of both samples, and its recalibration.
 
-- **mean_ratio**: E_ref[r] = 1 and E_num[1/r] = 1 hold for the exact ratio and nearly no other. r is heavy-tailed where the samples lie
-  apart, so p-values are of the mean with its skewness transformed away (Hall 1992), and the number of events that carry the mean is
-  told. Where these are few, the sample has not seen the tail that the mean comes from, and its mean lies below 1 nearly always: only one
-  that is too large counts then, by its standard error (which a large event widens) or by 1 / mean, Markov's bound for any r >= 0.
-  Third, with d = r / (1 + r), E_num[d] + E_ref[d] = 1 (the balance of arXiv:2208.13624), whose terms lie in (0, 1): it never has heavy
-  tails.
-- **reliability**: among events for which the classifier says p, the share p is from the numerator; exact binomial bands.
-- **reweighting_auc**: the reference weighted with r must look like the numerator. A second classifier (gradient-boosted trees) that sees
-  x itself is trained on half of the events (at most 1e5) to tell them apart; on the others its area under the ROC curve is 0.5 with a
-  variance that follows from the ranks (DeLong, with weights). This alone sees an r that is a calibrated function of too little of x.
+- **mean_ratio**: E_ref[r] = 1 and E_num[1/r] = 1 hold for the exact ratio. r has heavy tails where the samples lie apart, so the p-value
+  is that of the mean with its skewness transformed away (Hall 1992), and the number of events that dominate the mean is reported. If few
+  events dominate, the sample has not reached the tail that determines the mean, and the sample mean is nearly always below 1; then
+  only a mean that is too large counts, by its standard error or by 1 / mean (Markov's bound for any r >= 0). Third, with
+  d = r / (1 + r), E_num[d] + E_ref[d] = 1 (the balance of arXiv:2208.13624); its terms lie in (0, 1) and never have heavy tails.
+- **reliability**: among events to which the classifier assigns probability p, a fraction p comes from the numerator; exact binomial bands.
+- **reweighting_auc**: the reference weighted with r must have the distribution of the numerator. A second classifier (gradient-boosted
+  trees) that sees x is trained on half of the events (at most 1e5) to separate them; on the others its area under the ROC curve is 0.5,
+  with a variance that follows from the ranks (DeLong, with weights). Only this check detects an r that is a calibrated function of too
+  little of x.
 
-All events must be held out: neither trained on nor used in a recalibration (`ratios_repair`). The numerator of a likelihood-to-evidence
-ratio at one theta are events of p(x | theta), the reference events of p(x); over all theta, joint and marginal pairs (theta, x).
+All events must be held out: neither used in training nor in a recalibration. The numerator of a likelihood-to-evidence ratio at one theta
+are events of p(x | theta), the reference events of p(x); over all theta they are joint and marginal pairs (theta, x).
+
+**recalibrate_ratio** repairs the ratio for one theta. The score s = log r(x) of a network orders events better than it estimates their
+ratio. Isotonic regression of the label (numerator or reference) on s gives the best monotone function; neighbouring levels are joined until
+each block B contains enough events of both samples. With the rates P_num(B), P_ref(B) of a block,
+
+    log r_calibrated(s) = s + c(s),      c(s_B) = log P_num(B) / P_ref(B) - s_B,      s_B = log mean_ref[e^s | B],
+
+with c linear between the s_B and constant beyond them. With this s_B the reference weighted with r_calibrated has the rate of the
+numerator in every block, and E_ref[r] = 1. Beyond the outer blocks, where counts alone would give 0 or infinity, the shape of the
+network's ratio is kept. Small blocks follow every detail and are noisy (25 events of either sample leave an error of 28 %), so the
+number of events in a block is chosen by cross-validation with preference for large blocks. If no deviation can be shown, one block
+remains: a factor that makes E_ref[r] = 1.
 
 Source: Cranmer, Pavez & Louppe 2015, arXiv:1506.02169; Hermans et al. 2021, arXiv:2110.06581; Hall 1992, J. R. Stat. Soc. B 54, 221;
-DeLong et al. 1988, Biometrics 44, 837.
+DeLong et al. 1988, Biometrics 44, 837; scikit-learn's IsotonicRegression.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +35,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.special import expit, ndtr
+from scipy.special import expit, logsumexp, ndtr
 from scipy.stats import binom, skew
 
 from sbi_phys.calibration.inputs import ALPHA, combine
-from sbi_phys.core.checks import as_array, as_real, require_int
+from sbi_phys.core.checks import as_array, as_real, require_finite, require_int
 from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for, seed_for
@@ -37,12 +49,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MeanRatio", "RatioCheck", "Reliability", "ReweightingAUC", "check_ratio", "mean_ratio", "reliability", "reweighting_auc"]
-
+__all__ = [
+    "MeanRatio",
+    "RatioCalibration",
+    "RatioCheck",
+    "Reliability",
+    "ReweightingAUC",
+    "check_ratio",
+    "mean_ratio",
+    "recalibrate_ratio",
+    "reliability",
+    "reweighting_auc",
+]
 
 MIN_EVENTS = 20
+
 REFERENCE, NUMERATOR, BALANCE = "E_ref[r]", "E_num[1/r]", "E_num[d] + E_ref[d]"
+
 MOST_TRAINED = 100_000  # events of a sample that the trees are trained on: more cost time and show no more
+
 FEW = 50  # effective events below which a mean of r says little
 
 
@@ -388,3 +413,134 @@ def _weighted_auc(one: Array, zero: Array, weight: Array) -> tuple[float, float]
     auc = float(above_zero.mean())
     variance = above_zero.var(ddof=1) / one.size + float((weight**2 * (above_one - auc) ** 2).sum()) / total[-1] ** 2
     return auc, float(np.sqrt(variance))
+
+
+FEWEST = 25  # events of either sample in a block
+
+_RATIO = 4  # between the sizes of blocks that are tried
+
+_FOLDS = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RatioCalibration:
+    """Monotone correction of log r for one theta: log r + correction(log r), linear between b blocks, constant beyond them.
+
+    score (b,), log of the mean r of the block's reference events; value (b,), log of the ratio of event rates in it, with error (b,);
+    count (b, 2), numerator and reference events. before, the reliability that was repaired, on the same events; pvalue, its own: whether
+    a repair was needed.
+    """
+
+    score: Array
+    value: Array
+    error: Array
+    count: Integers
+    before: Reliability
+    pvalue: float
+
+    def apply(self, log_r: ArrayLike) -> Array:
+        """Calibrated log r, of any shape, nats. Beyond the outer blocks, where nothing was measured, the correction stays as it is.
+
+        Raises: NonFiniteError.
+        """
+        array = as_real("log_r", log_r)
+        require_finite("log_r", array)
+        return array + np.interp(array, self.score, self.value - self.score)
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        n1, n0 = self.count.sum(axis=0)
+        largest = float(np.abs(self.value - self.score).max())
+        return (
+            f"Isotonic calibration from {n1} numerator and {n0} reference events, {self.score.size} blocks: log r moved by up to"
+            f" {largest:.3f}; before: {self.before.verdict} (p = {self.pvalue:.3g})"
+        )
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw calibrated against learned log r, with the blocks' errors and the diagonal."""
+        return figures.calibration_ratios.calibration(self, ax)
+
+
+def recalibrate_ratio(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, *, min_events: int | None = None) -> RatioCalibration:
+    r"""Isotonic regression of the label on log r for one theta: the ratio of event rates in blocks of the score.
+
+    Args:
+        log_r_numerator: (n1,), log r of numerator events, nats, neither trained on nor checked on later.
+        log_r_reference: (n0,), of reference events likewise.
+        min_events: of either sample in a block; neighbouring blocks are joined until they have as many. None: as many as the events
+            themselves ask for, by cross-validation; where r is right but for a factor that is one block.
+
+    Returns: RatioCalibration, whose `apply` corrects log r.
+    Raises: ShapeError, NonFiniteError, DataError (fewer events than min_events), SettingError.
+    Source: arXiv:1506.02169.
+    Read: the correction is as noisy as the blocks are small (`error`); a good reliability curve needs none.
+    """
+    one, zero = single_ratio("log_r_numerator", log_r_numerator), single_ratio("log_r_reference", log_r_reference)
+    least = FEWEST if min_events is None else require_int("min_events", min_events, low=1)
+    if min(one.size, zero.size) < least:
+        raise DataError(f"{one.size} numerator and {zero.size} reference events; expected at least min_events = {least} of each")
+    if min_events is None:
+        least = _chosen(one, zero)
+    score, value, count = _blocks(one, zero, _levels(one, zero), least)
+    before = reliability(one, zero)
+    return RatioCalibration(
+        score=score, value=value, error=np.sqrt((1 / count).sum(axis=1)), count=count.astype(np.int64), before=before, pvalue=before.pvalue
+    )
+
+
+def _levels(one: Array, zero: Array) -> Array:
+    """Isotonic share of the numerator at each event, both samples of equal weight (n1 + n0,)."""
+    from sklearn.isotonic import IsotonicRegression
+
+    score, label = np.concatenate([one, zero]), np.repeat([1.0, 0.0], [one.size, zero.size])
+    weight = np.where(label == 1, 1 / one.size, 1 / zero.size)
+    return np.asarray(IsotonicRegression().fit_transform(score, label, sample_weight=weight), dtype=np.float64)
+
+
+def _blocks(one: Array, zero: Array, level: Array, least: int) -> tuple[Array, Array, Array]:
+    """Scores and values (b,) of blocks, and their events (b, 2)."""
+    label = np.repeat([1.0, 0.0], [one.size, zero.size])
+    block = _joined(level, label, least)
+    n1, n0 = np.bincount(block, label), np.bincount(block, 1 - label)
+    of_zero = block[one.size :]
+    score = np.array([logsumexp(zero[of_zero == b]) for b in range(n0.size)]) - np.log(n0)
+    return score, np.log(n1 / one.size) - np.log(n0 / zero.size), np.stack([n1, n0], axis=1)
+
+
+def _chosen(one: Array, zero: Array) -> int:
+    """Events a block: the most whose cross entropy on events left out is not worse, by a standard error, than that of the best."""
+    sizes = [min(one.size, zero.size)]
+    while sizes[-1] > _RATIO * FEWEST:
+        sizes.append(sizes[-1] // _RATIO)
+    sizes.append(FEWEST)
+    rng = rng_for(0, "folds of a calibration")
+    folds = [rng.permutation(n) % _FOLDS for n in (one.size, zero.size)]
+    losses = [np.empty((len(sizes), n)) for n in (one.size, zero.size)]
+    for k in range(_FOLDS):
+        inside, outside = ([x[(f == k) == left] for x, f in zip((one, zero), folds, strict=True)] for left in (False, True))
+        level = _levels(inside[0], inside[1])
+        for j, size in enumerate(sizes):
+            score, value, _ = _blocks(inside[0], inside[1], level, size)
+            for loss, fold, x, sign in zip(losses, folds, outside, (-1, 1), strict=True):
+                loss[j, fold == k] = np.logaddexp(0, sign * (x + np.interp(x, score, value - score)))
+    best = int(np.argmin(sum(loss.mean(axis=1) for loss in losses)))
+    for j, size in enumerate(sizes):
+        excess = [loss[j] - loss[best] for loss in losses]
+        if sum(e.mean() for e in excess) <= np.sqrt(sum(e.var() / e.size for e in excess)):
+            return size
+    return FEWEST
+
+
+def _joined(level: Array, label: Array, least: int) -> Integers:
+    """Block of each event: levels joined from below until a block holds `least` events of either sample."""
+    _, first = np.unique(level, return_inverse=True)
+    counts = np.stack([np.bincount(first, label), np.bincount(first, 1 - label)], axis=1)
+    to = np.zeros(len(counts), dtype=np.int64)
+    held, current = np.zeros(2), 0
+    for i, count in enumerate(counts):
+        to[i] = current
+        held = held + count
+        if held.min() >= least:
+            held, current = np.zeros(2), current + 1
+    # what is left above the last full block belongs to it
+    return np.minimum(to, max(current - 1, 0))[first]

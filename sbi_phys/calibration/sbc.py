@@ -1,17 +1,17 @@
-r"""Simulation-based calibration: the rank of the truth among posterior draws is uniform.
+"""Simulation-based calibration (SBC): the rank of the true parameter among posterior draws is uniform.
 
 If theta* ~ p(theta), x ~ p(x | theta*) and theta_1..theta_L ~ p(theta | x), then theta* and the draws are exchangeable given x,
-so r = #{l: theta_l < theta*} is uniform on the whole numbers 0..L, for every parameter and every function f(theta, x).
+so r = #{l: theta_l < theta*} is uniform on the integers 0..L, for every parameter and every function f(theta, x).
 
-Ranks are whole numbers: a test against the continuous uniform rejects every calibrated posterior when L is small. Here the
-ECDF is taken at multiples of 1/(L+1), where its counts are exactly binomial (`bands`), and the histogram's bins carry the exact
-probabilities of the discrete uniform, also where L + 1 is not a multiple of their number.
+Ranks are integers, and a test against the continuous uniform distribution rejects calibrated posteriors when L is small. The ECDF is
+therefore evaluated at multiples of 1/(L+1), where its counts are exactly binomial (`bands`), and the histogram's bins have the exact
+probabilities of the discrete uniform distribution, also where L + 1 is not a multiple of the number of bins.
 
-THE p-value of a parameter is that of the ECDF test with simultaneous band. Measured at N = 500, L = 1000 it finds a width x0.9
-in two repetitions of three, chi-square on 10 bins in one of two; a shift of 0.15 sd in 79 against 59 %. Chi-square is given beside it.
+The p-value of a parameter is that of the ECDF test with simultaneous band. At N = 500 and L = 1000 it detects a width of x0.9 in two
+of three repetitions (chi-square on 10 bins: one of two) and a shift of 0.15 sd in 79 % (59 %). Chi-square is reported beside it.
 
-SBC sees marginals only, and a posterior equal to the prior passes it: rank a quantity that depends on x, such as the log
-likelihood, through `quantities` to close that gap (Modrak et al. 2023, arXiv:2211.02383).
+SBC tests marginals only, and a posterior equal to the prior passes. To detect that, rank a quantity that depends on x, such as the log
+likelihood, with the argument `quantities` (Modrak et al. 2023, arXiv:2211.02383).
 
 Source: Talts et al. 2018, arXiv:1804.06788; Sailynoja et al. 2022, arXiv:2103.10522.
 """

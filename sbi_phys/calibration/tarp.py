@@ -1,22 +1,23 @@
-r"""TARP: is the truth as near to a reference point as the posterior's draws are?
+"""TARP (tests of accuracy with random points): is the true parameter as far from a reference point as the posterior's draws are?
 
-With a reference r(x) that is chosen without looking at theta*, let f = #{l: |theta_l - r| < |theta* - r|}. Given x, theta* and the
-draws are exchangeable if q(theta | x) is right, so f is uniform on 0..L. The share of simulations with f < k is the coverage of the
-balls around r that hold k of the L + 1 values: the expected-coverage curve of all parameters together, without densities.
+For a reference r(x) that is chosen without knowledge of theta*, let f = #{l: |theta_l - r| < |theta* - r|}. Given x, theta* and the
+draws are exchangeable if q(theta | x) is right, so f is uniform on 0..L. The fraction of simulations with f < k is the coverage of the
+balls around r that contain k of the L + 1 values: the expected coverage of all parameters together, without densities.
 
-f itself is tested for uniformity, exactly (`bands`): two grids of credibility and coverage compared by a KS test miss a width that is
-20 % too small.
+The integers f are tested for uniformity exactly (`bands`). A KS test between two grids of credibility and coverage, which is often
+used, does not detect a width that is 20 % too small.
 
-**References depend on x by default.** If they are drawn independently of x, a posterior that equals the prior passes: theta* and the
-prior's draws are then alike for r. Here r(x) = m(x) + c s(x) e + s g(x)/2: m is a ridge regression of theta on x and |x - <x>|, s its
-prediction error, s(x) a second regression, of |theta - m(x)| on the same, e a random direction, the same for all rows (so that a bias does
-not cancel between references on its two sides), and g a bounded random nonlinear function of x. If q were the prior, theta* would lie
-nearer to m(x) than its draws; and where x moves the spread alone, as with two modes at +-a(x), half of the truths lie next to r(x).
+**References depend on x by default.** With references drawn independently of x, a posterior that equals the prior passes, because theta*
+and draws from the prior are then equally distributed around r. Here r(x) = m(x) + c s(x) e + s g(x)/2: m is a ridge regression of theta
+on x and |x - <x>| with prediction error s; s(x) is a second regression, of |theta - m(x)| on the same features; e is one random direction
+for all rows, so that a bias does not cancel between references on opposite sides; g is a bounded random nonlinear function of x. If q
+is the prior, theta* lies closer to m(x) than its draws do. Where x changes only the spread of theta, as with two modes at +-a(x), half
+of the true values lie next to r(x).
 
-Nothing of this may know theta*_i, or the null is broken. So row i's regression is fitted to rows that come before it in a seeded random
-order (in blocks that double), never to itself or to later ones: given all that was used before, f_i is uniform, and therefore the f are
-*independent* uniform, exactly; with ordinary cross-fitting, where A predicts B and B predicts A, they would not be. The first block has
-m = 0. Distances are in units of the interquartile range of truths and draws together, which treats the two alike as well.
+The reference of row i must not depend on theta*_i. The regression for row i is therefore fitted only to rows that precede it in a seeded
+random order (in blocks that double in size). Given everything used before, f_i is uniform, so the f are exactly *independent* and
+uniform; with ordinary cross-fitting, where fold A predicts B and B predicts A, they would not be independent. The first block uses m = 0.
+Distances are in units of the interquartile range of true values and draws together, which also treats both alike.
 
 Source: Lemos et al. 2023, arXiv:2302.03026; the band: Sailynoja et al. 2022, arXiv:2103.10522.
 """
@@ -27,8 +28,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sbi_phys.calibration._covariates import check_x, random_features, standardised
 from sbi_phys.calibration.bands import band_counts, curve_pvalue, rank_grid
-from sbi_phys.calibration.covariates import check_x, random_features, standardised
 from sbi_phys.calibration.inputs import ALPHA, check_pairs, count_below, require_varying
 from sbi_phys.core.checks import as_array, require_choice
 from sbi_phys.core.errors import DataError, SettingError

@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 from torch import Tensor, nn
 
-from sbi_phys.comparison.models import prior_probabilities, require_names
 from sbi_phys.comparison.network import ModelNet, finish, model_loss
-from sbi_phys.comparison.probabilities import ProbabilityCalibration, check_probabilities
+from sbi_phys.comparison.probabilities import ProbabilityCalibration, check_probabilities, prior_probabilities, require_names
 from sbi_phys.core.checks import as_real, require_finite, require_int
 from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, ShapeError, SimulatorMismatchError

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.special import logsumexp
 
-from sbi_phys.comparison.models import prior_probabilities, require_names
+from sbi_phys.comparison.probabilities import prior_probabilities, require_names
 from sbi_phys.core.checks import as_real, require_finite
 from sbi_phys.core.errors import ConvergenceError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress

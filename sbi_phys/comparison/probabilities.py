@@ -1,25 +1,26 @@
-r"""Are the probabilities of a classifier calibrated: among data sets of which it says p, is the share p from that model?
+"""Probabilities of models: prior probabilities, and the calibration of a classifier's probabilities.
 
-Under the null hypothesis the label of data set i is drawn from the probabilities it was given, k_i ~ Categorical(p_i). That is all
-there is to simulate, so the distributions of the statistics below are known to any accuracy, whatever the bins and however few the data:
+A classifier is calibrated if, among data sets to which it assigns probability p for a model, a fraction p comes from that model. Under the
+null hypothesis the label of data set i is drawn from the probabilities it was given, k_i ~ Categorical(p_i). Simulating these labels gives
+the null distribution of both statistics below for any bins and any number of data sets:
 
-    calibration error   ECE = mean over models k of sum_b (n_b / n) |share of k in bin b - mean p_k in bin b|,  bins of equal content
+    calibration error   ECE = mean over models k of sum_b (n_b / n) |fraction of k in bin b - mean p_k in bin b|,  bins of equal content
     log score           S = mean_i -log p_i,k_i, whose mean under the null is the mean entropy of the p_i
 
-The first sees any bend of the reliability curve, the second an over- or underconfidence spread over all of it (two-sided). The ECE of
-perfect probabilities is not zero; its mean under the null is given beside it. p-value: the smaller of the two, times two.
+The first is sensitive to any deviation of the reliability curve, the second (two-sided) to a general over- or underconfidence. The ECE of
+exact probabilities is not zero; its mean under the null is reported beside it. p-value: the smaller of the two, times two.
 
 Source: Guo et al. 2017, arXiv:1706.04599 (ECE); Vaicenavicius et al. 2019, arXiv:1902.06977 (its null distribution).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from sbi_phys.calibration.inputs import ALPHA, combine
-from sbi_phys.core.checks import as_array, require_int
+from sbi_phys.core.checks import as_array, require_choice, require_int, require_known, require_number
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
@@ -28,11 +29,14 @@ from sbi_phys.core.types import Array, ArrayLike, Integers
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["ProbabilityCalibration", "check_probabilities"]
+__all__ = ["ProbabilityCalibration", "check_probabilities", "prior_probabilities", "require_names"]
 
 Labels = Integers
+
 ECE, LOG_SCORE = "calibration error", "log score"
+
 _FLOOR = 1e-12  # a probability of zero for what happened is very wrong, not infinitely so
+
 MIN_ROWS = 50
 
 
@@ -179,3 +183,20 @@ def _sums(labels: Labels, bins: Labels, n_bins: int) -> Array:
 def _upper(toys: Array, value: float) -> float:
     # rounding of equal sums must not count as a difference
     return float((1 + (toys >= value - 1e-12).sum()) / (toys.size + 1))
+
+
+def require_names(name: str, names: Sequence[str]) -> int:
+    """Place of a model among the names.   Raises: SettingError with the nearest name."""
+    return list(names).index(require_choice("model", name, names))
+
+
+def prior_probabilities(names: Sequence[str], prior: Mapping[str, float] | None) -> Array:
+    """Probabilities (K,) that sum to 1 from positive numbers per name; None: equal.   Raises: SettingError."""
+    if prior is None:
+        return np.full(len(names), 1 / len(names))
+    require_known("prior", prior, names)
+    missing = [n for n in names if n not in prior]
+    if missing:
+        raise SettingError(f"prior has no number for {', '.join(missing)}; expected one for each of {', '.join(names)}")
+    values = np.array([require_number(f"prior of {n}", prior[n], low=0, open_low=True) for n in names])
+    return values / values.sum()

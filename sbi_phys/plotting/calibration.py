@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sbi_phys.calibration.c2st import C2ST
     from sbi_phys.calibration.coverage import Coverage
     from sbi_phys.calibration.predictive import PredictivePValue
     from sbi_phys.calibration.sbc import SBC
+    from sbi_phys.calibration.two_sample import C2ST
 
 __all__ = ["c2st_folds", "coverage_curve", "new_axes", "predictive", "sbc_ecdf", "sbc_figure", "sbc_histogram"]
 

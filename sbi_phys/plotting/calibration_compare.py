@@ -14,10 +14,10 @@ from sbi_phys.plotting.calibration import BAND, COLOURS, new_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from sbi_phys.calibration.distances import MarginalKS
     from sbi_phys.calibration.lc2st import LC2ST
     from sbi_phys.calibration.misspecification import Misspecification
-    from sbi_phys.calibration.predictive_checks import PredictiveChecks, PriorPredictive
+    from sbi_phys.calibration.predictive import PredictiveChecks, PriorPredictive
+    from sbi_phys.calibration.two_sample import MarginalKS
 
 __all__ = ["lc2st_map", "lc2st_null", "marginal_ks", "misspecification", "null_histogram", "predictive_checks", "prior_predictive"]
 

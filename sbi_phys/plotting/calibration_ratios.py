@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sbi_phys.calibration.ratio_recalibration import RatioCalibration
-    from sbi_phys.calibration.ratios import MeanRatio, RatioCheck, Reliability, ReweightingAUC
+    from sbi_phys.calibration.ratios import MeanRatio, RatioCalibration, RatioCheck, Reliability, ReweightingAUC
 
 __all__ = ["calibration", "check", "mean_ratio", "reliability", "reweighting_auc"]
 

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from sbi_phys.calibration.conformal import ConformalRegions
-    from sbi_phys.calibration.recalibration import RankRecalibration
-    from sbi_phys.calibration.tempering import Tempering
+    from sbi_phys.calibration.recalibration import RankRecalibration, Tempering
 
 __all__ = ["conformal_scores", "rank_map", "tempering_curve"]
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sbi_phys.calibration.covariates import check_x, normal_scores, random_features, standardised
+from sbi_phys.calibration._covariates import check_x, normal_scores, random_features, standardised
 from sbi_phys.core.errors import DataError, ShapeError
 
 

@@ -3,7 +3,23 @@ import pytest
 from scipy.special import expit
 from sklearn.naive_bayes import GaussianNB
 
-from sbi_phys.calibration.lc2st import LC2STModel, lc2st, train_lc2st
+from sbi_phys.calibration.lc2st import (
+    MAX_TERMS,
+    Classifier,
+    LC2STModel,
+    Terms,
+    _exchanged,
+    _latent_rows,
+    affordable,
+    check_kind,
+    fit_all,
+    lc2st,
+    polynomial,
+    reduction,
+    residuals,
+    train_lc2st,
+    whitened,
+)
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.priors import Parameter
 
@@ -267,3 +283,98 @@ def test_bad_input_at_the_observation():
         latent.at(0.0, own)
     with pytest.raises(ShapeError, match="rows differ"):
         latent.at(0.0, own, latent_obs=own[:25])
+
+
+@pytest.mark.parametrize("terms", [Terms(True, True), Terms(False, True), Terms(True, False), Terms(False, False)])
+@pytest.mark.parametrize(("d", "c"), [(1, 1), (2, 3), (3, 2)])
+def test_features_are_orthonormal_for_standard_normal_variables(terms, d, c):
+    rng = np.random.default_rng(0)
+    features = polynomial(rng.standard_normal((100_000, d)), rng.standard_normal((100_000, c)), terms)
+    assert features.shape[1] == terms.count(d, c)
+    gram = features.T @ features / len(features)
+    # w and u are held at 6 and 3 sd, which takes 1.5 % of the variance of u^2
+    np.testing.assert_allclose(gram, np.eye(len(gram)), atol=0.12)
+
+
+def test_features_by_hand():
+    row = polynomial(np.array([[2.0, 3.0]]), np.array([[0.5]]), Terms(False, False))[0]
+    root = np.sqrt(2)
+    np.testing.assert_allclose(row, [1, 0.5, 2, 1, 3, 1.5, 3 / root, 1.5 / root, 8 / root, 4 / root, 6])
+
+
+@pytest.mark.parametrize("n", [100, 1000, 10_000])
+@pytest.mark.parametrize(("d", "c"), [(1, 1), (2, 8), (7, 8), (10, 8)])
+def test_terms_stay_within_what_rows_and_time_allow(n, d, c):
+    terms = affordable(n, d, c)
+    assert terms == Terms(False, False) or terms.count(d, c) <= min(n / 10, MAX_TERMS)
+    assert affordable(10_000, 2, 2) == Terms(True, True)
+
+
+def test_reduction_has_unit_variance_and_drops_what_does_not_move():
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((500, 3)) * [1, 1e-6, 1e6] + [0, 5, 0]
+    full = np.column_stack([x, x[:, 0] - 2, np.full(500, 1 / 3)])
+    reduce = reduction(full, 8, rng)
+    u = reduce(full)
+    assert u.shape == (500, 3)
+    np.testing.assert_allclose(np.cov(u.T, ddof=0), np.eye(3), atol=1e-8)
+    assert reduction(full, 2, rng).n_components == 2
+    with pytest.raises(DataError, match="every column of x is constant"):
+        reduction(np.full((500, 2), 1 / 3), 2, rng)
+
+
+def test_spare_draws_whiten_and_their_own_rows_come_out_standard():
+    rng = np.random.default_rng(2)
+    mix = rng.standard_normal((4, 3, 3)) + 2 * np.eye(3)
+    spare = np.einsum("nij,nsj->nsi", mix, rng.standard_normal((4, 200, 3))) + 7
+    w = whitened(spare, spare)
+    np.testing.assert_allclose(w.mean(axis=1), 0, atol=1e-8)
+    for rows in w:
+        np.testing.assert_allclose(np.cov(rows.T), np.eye(3), atol=1e-4)
+    shifted = whitened(1e3 * spare - 5, 1e3 * spare - 5)
+    np.testing.assert_allclose(shifted, w, atol=1e-6)
+
+
+def test_residuals_know_no_truth_and_remove_the_trend():
+    rng = np.random.default_rng(3)
+    u = rng.standard_normal((400, 1))
+    rows = (u + 0.5 * u**2)[:, None] * [1.0, -2.0] + 0.1 * rng.standard_normal((400, 2, 2))
+    frame, swapped = residuals(rows, u), residuals(rows[:, ::-1], u)
+    np.testing.assert_allclose(frame(rows[:, 0], u), swapped(rows[:, 0], u), rtol=1e-6)
+    w = np.concatenate([frame(rows[:, 0], u), frame(rows[:, 1], u)])
+    np.testing.assert_allclose(np.cov(w.T, ddof=0), np.eye(2), atol=1e-6)
+    inside = np.abs(u[:, 0]) < 3
+    assert abs(np.corrcoef(frame(rows[:, 0], u)[inside, 0], u[inside, 0])[0, 1]) < 0.15
+
+
+def test_exchange_keeps_each_row_and_gives_each_member_the_first_place_equally_often():
+    rows = np.arange(3000.0).reshape(1000, 3, 1)
+    np.testing.assert_array_equal(_exchanged(rows, 0, np.random.default_rng(0)), rows)
+    exchanged = _exchanged(rows, 1, np.random.default_rng(0))
+    np.testing.assert_array_equal(np.sort(exchanged, axis=1), rows)
+    counts = np.bincount((exchanged[:, 0, 0] % 3).astype(int))
+    assert np.all(np.abs(counts - 1000 / 3) < 4 * np.sqrt(1000 * 2 / 9))
+
+
+def test_null_rows_replace_the_latent_variables_and_the_observed_ones_stay():
+    z = np.full((50, 1, 2), 7.0)
+    observed, null = (_latent_rows(z, 2, index, np.random.default_rng(1)) for index in (0, 1))
+    assert observed.shape == null.shape == (50, 3, 2)
+    assert np.all(observed[:, 0] == 7)
+    assert np.abs(null).max() < 6
+
+
+def test_ensembles_are_keyed_by_their_number():
+    rng = np.random.default_rng(2)
+    rows, u = rng.standard_normal((100, 1, 1)), rng.standard_normal((100, 1))
+    kind = Classifier(kind="quadratic", terms=Terms(True, True))
+    few, many = (fit_all(kind, rows, u, latent=True, n_members=2, n_null=n, seed=3, workers=1) for n in (3, 15))
+    assert [len(f) for f in (few, many, many[0])] == [4, 16, 2]
+    for one, other in zip(few, many, strict=False):  # a longer null begins with the shorter one
+        np.testing.assert_array_equal(one[1].coef_, other[1].coef_)
+
+
+def test_what_is_no_classifier():
+    for kind in ("forest", 3, None):
+        with pytest.raises(SettingError, match="classifier is"):
+            check_kind(kind)

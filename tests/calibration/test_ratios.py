@@ -7,8 +7,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binom
 from sklearn.metrics import roc_auc_score
 
-from sbi_phys.calibration.ratio_recalibration import recalibrate_ratio
-from sbi_phys.calibration.ratios import _weighted_auc, check_ratio, mean_ratio, reliability, reweighting_auc
+from sbi_phys.calibration.ratios import _weighted_auc, check_ratio, mean_ratio, recalibrate_ratio, reliability, reweighting_auc
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 
 

@@ -1,4 +1,4 @@
-"""Observations x as covariates of a calibration test: checked, made comparable, and turned into functions of x."""
+"""The observations x as covariates of a calibration test: checked, standardised, and mapped to smooth functions of x."""
 
 import numpy as np
 from scipy.special import ndtri

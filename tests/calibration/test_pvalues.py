@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sbi_phys.calibration.montecarlo import chunks, smallest_pvalue
+from sbi_phys.calibration.pvalues import chunks, smallest_pvalue
 
 
 def test_one_statistic_is_the_usual_monte_carlo_pvalue():

@@ -1,9 +1,11 @@
-"""p-values by simulation of the null that are exact at any number of simulations, and the best of several statistics as one p-value.
+"""p-values: correction for several tests, and exact p-values from a simulated null distribution.
 
-The observed row of statistics and B rows simulated under the null are exchangeable if the null holds. Whatever is computed from all
-B + 1 rows in the same way is exchangeable too: here the smallest of the statistics' own p-values, ranked once more among the rows.
+If the null hypothesis holds, the observed row of statistics and the B rows simulated under it are exchangeable. Any function that is
+computed from all B + 1 rows in the same way is exchangeable too. `smallest_pvalue` takes the smallest of several p-values of each
+row and ranks it once more among the rows, which gives one exact p-value for several dependent statistics.
 
-Source: Phipson & Smyth 2010, arXiv:1603.05766 ((1 + #)/(B + 1)); Westfall & Young 1993 (the smallest of several, calibrated jointly).
+Source: Phipson & Smyth 2010, arXiv:1603.05766 ((1 + #)/(B + 1)); Westfall & Young 1993 (the smallest of several, calibrated jointly);
+Holm 1979, Scand. J. Stat. 6, 65.
 """
 
 import numpy as np
