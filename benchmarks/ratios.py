@@ -95,7 +95,7 @@ def areas(ratio: HypothesisRatio, repair: RatioCalibration, theta: float, seed: 
     x1, x0 = (latent(np.full((n, 1), t), rng)[1] for n, t in ((N_AREA, theta), (int(N_AREA * np.exp(0.8 * theta**2 / 5)), 0.0)))
     learned = ratio.log_ratio(x0, [theta], [0.0])
     logs = (learned, repair.apply(learned), exact_log_ratio(x0, np.array([[theta]])))
-    return [reweighting_auc(x1, x0, log_r, seed) for log_r in logs]
+    return [reweighting_auc(x1, x0, log_r, seed=seed) for log_r in logs]
 
 
 def calibrated(name: str, ratio: HypothesisRatio, seed: int) -> Numbers:

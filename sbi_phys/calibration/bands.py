@@ -25,7 +25,7 @@ from sbi_phys.core.checks import as_array, require_int, require_number
 from sbi_phys.core.errors import SettingError
 from sbi_phys.core.types import Array, ArrayLike, Integers
 
-__all__ = ["band_counts", "curve_pvalue", "pointwise_level", "rank_grid", "staying_probability"]
+__all__ = ["band_counts", "count_curves", "curve_pvalue", "pointwise_level", "rank_grid", "staying_probability"]
 
 
 def rank_grid(n_draws: int, n_points: int = 100) -> Integers:
@@ -160,3 +160,8 @@ def curve_pvalue(counts: ArrayLike, n: int, z: ArrayLike) -> float:
     stays = staying_probability(n, levels, *_corridor(n, levels, gamma * (1 + 1e-9)))
     # 1 - stays loses its digits for tiny p; the union bound takes over there, and p is never below one point's own tail
     return float(np.clip(1 - stays, max(gamma / 2, 1e-300), min(1.0, levels.size * gamma) or 1e-300))
+
+
+def count_curves(ranks: Integers, k: Integers) -> Integers:
+    """Counts #{rank < k} (k, d) of integer ranks (n, d), one curve for each column."""
+    return np.stack([np.searchsorted(np.sort(column), k, side="left") for column in ranks.T], axis=-1)

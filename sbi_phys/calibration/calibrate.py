@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sbi_phys.calibration.coverage import coverage
-from sbi_phys.calibration.inputs import ALPHA, check_pairs, draws_from_arviz, holm
+from sbi_phys.calibration.inputs import check_pairs, draws_from_arviz
 from sbi_phys.calibration.lc2st import train_lc2st
 from sbi_phys.calibration.local import local_coverage
 from sbi_phys.calibration.misspecification import misspecification
 from sbi_phys.calibration.pit import pit_regression
 from sbi_phys.calibration.posterior_sbc import posterior_sbc
 from sbi_phys.calibration.pulls import pulls
+from sbi_phys.calibration.pvalues import ALPHA, holm
 from sbi_phys.calibration.sbc import sbc
 from sbi_phys.calibration.tarp import tarp
 from sbi_phys.core.checks import as_real, require_int

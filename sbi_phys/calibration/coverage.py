@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sbi_phys.calibration.bands import band_counts, curve_pvalue, rank_grid
-from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, count_below, holm, require_varying
+from sbi_phys.calibration._results import NamedTests
+from sbi_phys.calibration.bands import band_counts, count_curves, curve_pvalue, rank_grid
+from sbi_phys.calibration.inputs import check_log_probs, check_names, check_pairs, count_below, require_varying
+from sbi_phys.calibration.pvalues import ALPHA, combine
 from sbi_phys.core.checks import as_array
-from sbi_phys.core.errors import DataError, NonFiniteError, SettingError
+from sbi_phys.core.errors import SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
@@ -39,24 +41,27 @@ CENTRAL = "central intervals"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Coverage:
-    r"""Coverage curve of n simulations with l draws. All without unit.
+class Coverage(NamedTests):
+    r"""Result of `coverage`: coverage curves of n simulations with l draws; dimensionless.
 
-    kind, which regions. level (m,), contents, multiples of 1/(l+1). observed, share of truths inside: (m,) for highest-density
+    kind, which regions. level (m,), contents, multiples of 1/(l+1). observed, fraction of true values inside: (m,) for highest-density
     regions, (m, d) for the central intervals of d parameters. band (m, 2), simultaneous 95 % band of one curve. ranks (n,) or (n, d),
-    place of the truth from the innermost outwards, 0..l. pvalues by name; pvalue, the smallest times their number (Bonferroni).
+    position of the true value from the innermost outwards, 0..l. pvalues by name; pvalue, the smallest times their number (Bonferroni).
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> result = sp.calibration.coverage(rng.normal(size=(400, 1)), rng.normal(size=(400, 99, 1)))
+    >>> result.kind, bool(abs(result.at(0.9)[0] - 0.9) < 0.1)
+    ('central intervals', True)
     """
 
     kind: str
-    names: tuple[str, ...]
-    labels: tuple[str, ...]
     level: Array
     observed: Array
     band: Array
     ranks: Integers
     n_draws: int
-    pvalues: dict[str, float]
-    pvalue: float
 
     @property
     def n(self) -> int:
@@ -68,37 +73,26 @@ class Coverage:
         """Mean of observed - level over the curve -> (d,); 0 is right, negative overconfident."""
         return np.atleast_2d(self.observed.T).mean(axis=1) - self.level.mean()
 
-    @property
-    def verdicts(self) -> dict[str, str]:
-        """'calibrated', or what is wrong, per curve; Holm's correction keeps the family-wise error at 5 %."""
-        adjusted = holm(self.pvalues)
-        # under calibration the mean over levels of a curve has the sd of a uniform's mean, 1 / sqrt(12 n)
-        large = 2 / np.sqrt(12 * self.n)
-        out = {}
-        for name, excess in zip(self.names, self.excess, strict=True):
-            shape = "wrong shape" if abs(excess) <= large else "overconfident" if excess < 0 else "underconfident"
-            out[name] = shape if adjusted[name] <= ALPHA else "calibrated"
-        return out
+    def _fault(self, j: int) -> str:
+        # for a calibrated posterior the mean of a curve over levels has the sd of the mean of n uniform values, 1 / sqrt(12 n)
+        if abs(self.excess[j]) <= 2 / np.sqrt(12 * self.n):
+            return "wrong shape"
+        return "overconfident" if self.excess[j] < 0 else "underconfident"
 
-    def at(self, content: float) -> Array:
-        """Observed coverage (d,) at the level nearest to `content`, in (0, 1)."""
-        return np.atleast_2d(self.observed.T)[:, int(np.argmin(np.abs(self.level - content)))]
+    def at(self, level: float) -> Array:
+        """Observed coverage (d,) at the nearest computed level; level in (0, 1)."""
+        return np.atleast_2d(self.observed.T)[:, int(np.argmin(np.abs(self.level - level)))]
 
     def summary(self) -> str:
-        """Return the result in words: one line for all, one line per curve with the coverage at 50, 68, 90 and 95 %."""
-        verdicts = self.verdicts
-        bad = sum(v != "calibrated" for v in verdicts.values())
-        head = "no deviation found" if not bad else f"{bad} of {len(verdicts)} not calibrated"
-        lines = [f"Coverage of {self.kind}, {self.n} simulations x {self.n_draws} draws: {head} (p = {self.pvalue:.3g})"]
-        pad = max(map(len, self.names))
-        shown = [c for c in (0.5, 0.68, 0.9, 0.95) if np.min(np.abs(self.level - c)) < 0.02]
-        for j, name in enumerate(self.names):
-            parts = []
-            for content in shown:
-                got = float(self.at(content)[j])
-                parts.append(f"{100 * content:.0f} %: {100 * got:.1f} +- {100 * np.sqrt(max(got * (1 - got), 1 / self.n) / self.n):.1f}")
-            lines.append(f"  {name:<{pad}}  {verdicts[name]:<14}  p = {self.pvalues[name]:<8.3g}  " + "  ".join(parts))
-        return "\n".join(lines)
+        """Return the result in words: one line for all, one line for each curve with the coverage at 50, 68, 90 and 95 %."""
+        subject = f"Coverage of {self.kind}, {self.n} simulations x {self.n_draws} draws"
+        shown = [level for level in (0.5, 0.68, 0.9, 0.95) if np.min(np.abs(self.level - level)) < 0.02]
+        details = []
+        for j in range(len(self.names)):
+            got = {level: float(self.at(level)[j]) for level in shown}
+            error = {level: np.sqrt(max(p * (1 - p), 1 / self.n) / self.n) for level, p in got.items()}
+            details.append("  ".join(f"{100 * level:.0f} %: {100 * got[level]:.1f} +- {100 * error[level]:.1f}" for level in shown))
+        return "\n".join(self._summary(subject, "no deviation found", "not calibrated", details))
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw observed against credible level with the 95 % band.   Read: below the diagonal = overconfident."""
@@ -118,33 +112,38 @@ def coverage(
     r"""Expected coverage of credible regions, E[1{theta in C_a(x)}].
 
     Args:
-        theta: (n, d), the values the simulations were made with, prior units; n >= 10.
+        theta: (n, d), true parameters of the simulations, prior units; n >= 10.
         draws: (n, l, d), independent posterior draws for each simulation; l >= 2.
-        log_prob_theta: (n,), log q(theta* | x), any constant per x; -inf where theta* is outside q's support.
+        log_prob_theta: (n,), log q(theta* | x), up to a constant for each x; -inf where theta* is outside the support of q.
         log_prob_draws: (n, l), log q(theta_l | x). With both: highest-density regions; with neither: central intervals.
-        levels: contents in (0, 1); default at most 99, evenly spread. Each is moved to a multiple of 1/(l+1).
+        levels: contents in (0, 1); default at most 99, evenly spaced. Each is moved to a multiple of 1/(l+1).
         names: d names, or Parameters, for central intervals.
-        seed: of the random places given to ties; without ties the result does not depend on it.
+        seed: for breaking ties at random; without ties the result does not depend on it.
 
     Returns: Coverage: level (m,), observed (m,) or (m, d), band (m, 2).
     Raises: ShapeError, NonFiniteError, DataError, SettingError.
     Source: Hermans et al. 2021, arXiv:2110.06581.
-    Read: observed below level = overconfident. Only averages over x are seen, and a posterior equal to the prior passes.
+    Read: observed below level = overconfident. Only averages over x are tested, and a posterior equal to the prior passes.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> theta, draws = rng.normal(size=(200, 1)), 0.6 * rng.normal(size=(200, 99, 1))  # draws that are too narrow
+    >>> sp.calibration.coverage(theta, draws, names=["energy"]).verdicts
+    {'energy': 'overconfident'}
     """
     truth, samples = check_pairs(theta, draws)
     n, n_draws, dim = samples.shape
     plain, labels = check_names(names, dim)
-    if (log_prob_theta is None) != (log_prob_draws is None):
-        missing = "log_prob_draws" if log_prob_draws is None else "log_prob_theta"
-        raise SettingError(f"{missing} is None; expected both log_prob_theta (n,) and log_prob_draws (n, l), or neither")
-    k = _steps(levels, n_draws)
-    if log_prob_theta is not None and log_prob_draws is not None:
-        ranks = _density_ranks(log_prob_theta, log_prob_draws, n, n_draws, seed)[:, None]
+    densities = check_log_probs(log_prob_theta, log_prob_draws, n, n_draws)
+    k = rank_grid(n_draws) if levels is None else level_steps("levels", levels, n_draws)
+    if densities is not None:
+        ranks = count_below(-densities[0], -densities[1], rng_for(seed, "coverage ties"))[:, None]
         plain, labels, kind = (HPD,), (HPD,), HPD
     else:
         ranks, kind = _central_ranks(truth, samples, plain, seed), CENTRAL
     level = k / (n_draws + 1)
-    counts = np.stack([np.searchsorted(np.sort(r), k, side="left") for r in ranks.T], axis=-1)
+    counts = count_curves(ranks, k)
     pvalues = {name: curve_pvalue(c, n, level) for name, c in zip(plain, counts.T, strict=True)}
     flat = kind == HPD
     return Coverage(
@@ -161,25 +160,17 @@ def coverage(
     )
 
 
-def _steps(levels: ArrayLike | None, n_draws: int) -> Integers:
-    if levels is None:
-        return rank_grid(n_draws)
-    wanted = np.atleast_1d(as_array("levels", np.atleast_1d(np.asarray(levels)), (None,)))
+def level_steps(name: str, level: ArrayLike, n_draws: int) -> Integers:
+    """Requested contents as multiples k of 1 / (l + 1), increasing, 1 <= k <= l.   Raises: SettingError, ShapeError."""
+    wanted = as_array(name, np.atleast_1d(np.asarray(level)), (None,))
     if wanted.size == 0 or np.any((wanted <= 0) | (wanted >= 1)):
-        raise SettingError(f"levels is {wanted.tolist()}; expected contents within (0, 1)")
+        raise SettingError(f"{name} is {wanted.tolist()}; expected contents within (0, 1)")
     return np.unique(np.clip(np.rint(wanted * (n_draws + 1)), 1, n_draws).astype(np.int64))
 
 
-def _density_ranks(log_prob_theta: ArrayLike, log_prob_draws: ArrayLike, n: int, n_draws: int, seed: int) -> Integers:
-    at_truth = as_array("log_prob_theta", log_prob_theta, (n,), finite=False)
-    at_draws = as_array("log_prob_draws", log_prob_draws, (n, n_draws), finite=False)
-    for name, array in (("log_prob_theta", at_truth), ("log_prob_draws", at_draws)):
-        if np.isnan(array).any() or np.isposinf(array).any():
-            row = int(np.argwhere(np.isnan(array) | np.isposinf(array))[0][0])
-            raise NonFiniteError(f"{name} has NaN or +Inf, first in row {row}; expected log densities (finite or -Inf)")
-    if at_draws.min() == at_draws.max() == at_truth.min() == at_truth.max():
-        raise DataError(f"log_prob_theta and log_prob_draws are constant ({at_truth[0]:g}); expected densities that differ between draws")
-    return count_below(-at_truth, -at_draws, rng_for(seed, "coverage ties"))
+def from_the_middle(rank: Integers, n_draws: int) -> Integers:
+    """Ranks 0..l numbered from the median outwards, so that uniform ranks stay uniform."""
+    return np.where(2 * rank >= n_draws, 2 * rank - n_draws, n_draws - 2 * rank - 1)
 
 
 def _central_ranks(truth: Array, samples: Array, names: tuple[str, ...], seed: int) -> Integers:
@@ -187,6 +178,5 @@ def _central_ranks(truth: Array, samples: Array, names: tuple[str, ...], seed: i
     for j, name in enumerate(names):
         require_varying(name, truth[:, j], samples[:, :, j])
         rank = count_below(truth[:, j], samples[:, :, j], rng_for(seed, "coverage ties", name))
-        n_draws = samples.shape[1]
-        out.append(np.where(2 * rank >= n_draws, 2 * rank - n_draws, n_draws - 2 * rank - 1))
+        out.append(from_the_middle(rank, samples.shape[1]))
     return np.stack(out, axis=-1)

@@ -11,25 +11,21 @@ from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.priors import Parameter
 
 __all__ = [
-    "ALPHA",
+    "check_log_probs",
     "check_names",
     "check_pairs",
     "check_quantities",
-    "combine",
     "count_below",
     "draws_from_arviz",
-    "holm",
     "require_varying",
-    "verdict_words",
 ]
 
 
-ALPHA = 0.05  # level at which results are put in words; the p-values themselves do not depend on it
-MIN_ROWS = 10  # below this no test of uniformity has any power
+MIN_ROWS = 10  # with fewer, no test of uniformity has power
 
 
 def check_pairs(theta: ArrayLike, draws: ArrayLike) -> tuple[Array, Array]:
-    """Return theta (n, d) and draws (n, l, d) as finite float64; theta (n,) with draws (n, l) is one parameter.
+    """Return theta (n, d) and draws (n, l, d) as finite float64; theta (n,) with draws (n, l) means one parameter.
 
     Raises: ShapeError, NonFiniteError, DataError (complex or text dtype, fewer than 10 rows, fewer than 2 draws).
     """
@@ -54,7 +50,7 @@ def check_pairs(theta: ArrayLike, draws: ArrayLike) -> tuple[Array, Array]:
 def check_names(names: Sequence[str | Parameter] | str | Parameter | None, dim: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return (names, labels for axes) of `dim` parameters; None gives theta_0, theta_1, ...
 
-    Raises: ShapeError for the wrong number, SettingError for repeated names or something that is no name.
+    Raises: ShapeError for the wrong number, SettingError for repeated names or an entry that is not a name.
     """
     if names is None:
         return tuple(f"theta_{i}" for i in range(dim)), tuple(rf"$\theta_{{{i}}}$" for i in range(dim))
@@ -76,7 +72,7 @@ def check_names(names: Sequence[str | Parameter] | str | Parameter | None, dim: 
 def check_quantities(quantities: Mapping[str, tuple[ArrayLike, ArrayLike]] | None, n: int, n_draws: int) -> dict[str, tuple[Array, Array]]:
     """Return named quantities as {name: (values (n,), draw values (n, l))}.
 
-    Infinite values keep their rank (a log density may be -inf); NaN is refused.   Raises: ShapeError, NonFiniteError, SettingError.
+    Infinite values are ranked (a log density may be -inf); NaN is refused.   Raises: ShapeError, NonFiniteError, SettingError.
     """
     checked = {}
     for name, pair in (quantities or {}).items():
@@ -90,48 +86,43 @@ def check_quantities(quantities: Mapping[str, tuple[ArrayLike, ArrayLike]] | Non
     return checked
 
 
+def check_log_probs(log_prob_theta: ArrayLike | None, log_prob_draws: ArrayLike | None, n: int, n_draws: int) -> tuple[Array, Array] | None:
+    """Return log densities of true values (n,) and draws (n, l), or None if neither is given; -inf is allowed.
+
+    Raises: SettingError (only one of them), ShapeError, NonFiniteError, DataError (all values equal).
+    """
+    if log_prob_theta is None and log_prob_draws is None:
+        return None
+    if log_prob_theta is None or log_prob_draws is None:
+        missing = "log_prob_draws" if log_prob_draws is None else "log_prob_theta"
+        raise SettingError(f"{missing} is None; expected both log_prob_theta (n,) and log_prob_draws (n, l), or neither")
+    at_truth = as_array("log_prob_theta", log_prob_theta, (n,), finite=False)
+    at_draws = as_array("log_prob_draws", log_prob_draws, (n, n_draws), finite=False)
+    for name, array in (("log_prob_theta", at_truth), ("log_prob_draws", at_draws)):
+        bad = np.isnan(array) | np.isposinf(array)
+        if bad.any():
+            row = int(np.argwhere(bad)[0][0])
+            raise NonFiniteError(f"{name} has NaN or +Inf, first in row {row}; expected log densities (finite or -Inf)")
+    if at_draws.min() == at_draws.max() == at_truth.min() == at_truth.max():
+        raise DataError(f"log_prob_theta and log_prob_draws are constant ({at_truth[0]:g}); expected densities that differ between draws")
+    return at_truth, at_draws
+
+
 def require_varying(name: str, values: Array, draw_values: Array) -> None:
-    """Raise DataError if a quantity has one single value in truths and draws alike: there is nothing to rank."""
+    """Raise DataError if a quantity has the same value in all true values and draws, so that ranks are undefined."""
     if values.min() == values.max() == draw_values.min() == draw_values.max():
         raise DataError(f"parameter {name!r} is constant ({values[0]:g}) in theta and in every draw; expected a varying one, leave it out")
 
 
 def count_below(values: Array, draw_values: Array, rng: np.random.Generator) -> Integers:
-    """Rank of each value among its draws, 0..l: draws below it, and of the draws equal to it a random share.
+    """Rank of each value among its draws, 0..l: the number of draws below it, with ties broken at random.
 
     Args: values (n,). draw_values (n, l).
-    With m ties the rank is uniform on the m + 1 places between, so ranks of a calibrated discrete quantity are uniform too.
+    With m ties the rank is uniform on m + 1 positions, so ranks of a calibrated discrete quantity are uniform too.
     """
     below = (draw_values < values[:, None]).sum(axis=1)
     ties = (draw_values == values[:, None]).sum(axis=1)
     return (below + rng.integers(0, ties + 1)).astype(np.int64)
-
-
-def holm(pvalues: Mapping[str, float]) -> dict[str, float]:
-    """Holm's adjusted p-values: reject where adjusted <= alpha and the family-wise error is at most alpha."""
-    adjusted, running = {}, 0.0
-    for i, (name, p) in enumerate(sorted(pvalues.items(), key=lambda item: item[1])):
-        running = max(running, min(1.0, (len(pvalues) - i) * p))
-        adjusted[name] = running
-    return {name: adjusted[name] for name in pvalues}
-
-
-def combine(pvalues: Mapping[str, float]) -> float:
-    """One p-value for all: the smallest, times their number (Bonferroni; the same as Holm's smallest), valid under any dependence."""
-    return min(1.0, len(pvalues) * min(pvalues.values()))
-
-
-def verdict_words(shift: float, shift_err: float, width: float, width_err: float) -> str:
-    """Put a rejected shape in words from the size of its shift (posterior - truth, in posterior sd) and its width (1 is right).
-
-    Deviations under two standard errors are not named; where neither stands out the shape itself is wrong.
-    """
-    words = []
-    if abs(shift) > 2 * shift_err:
-        words.append("biased high" if shift > 0 else "biased low")
-    if abs(width - 1) > 2 * width_err:
-        words.append("overconfident" if width < 1 else "underconfident")
-    return " and ".join(words) or "wrong shape"
 
 
 def draws_from_arviz(data: Any, names: Sequence[str | Parameter] | None = None) -> Array:

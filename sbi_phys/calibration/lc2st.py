@@ -42,7 +42,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sbi_phys.calibration.inputs import ALPHA, check_names, verdict_words
+from sbi_phys.calibration._results import fault_words
+from sbi_phys.calibration.inputs import check_names
+from sbi_phys.calibration.pvalues import ALPHA
 from sbi_phys.core.checks import as_array, as_real, require_choice, require_finite, require_int, require_same_rows
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
@@ -112,9 +114,9 @@ class LC2ST:
         """What is wrong at x_obs per parameter: directions in which the classifier would move q by three standard errors or more."""
         if self.pvalue > ALPHA:
             return dict.fromkeys(self.names, "calibrated")
-        # verdict_words asks for two; there are two directions for every parameter
+        # fault_words asks for two; there are two directions for every parameter
         sizes = zip(self.shift, 1.5 * self.shift_err, self.width, 1.5 * self.width_err, strict=True)
-        words = {name: verdict_words(*size) for name, size in zip(self.names, sizes, strict=True)}
+        words = {name: fault_words(*size) for name, size in zip(self.names, sizes, strict=True)}
         if all(word == "wrong shape" for word in words.values()):
             return words
         return {name: "nothing seen" if word == "wrong shape" else word for name, word in words.items()}

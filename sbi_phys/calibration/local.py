@@ -33,8 +33,8 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 from scipy.stats import beta, binom
 
-from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, count_below, holm, require_varying
-from sbi_phys.calibration.pvalues import chunks, smallest_pvalue
+from sbi_phys.calibration.inputs import check_names, check_pairs, count_below, require_varying
+from sbi_phys.calibration.pvalues import ALPHA, chunks, combine, holm, smallest_pvalue
 from sbi_phys.core.checks import as_array, as_real, require_choice, require_finite, require_int
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.figures import figures

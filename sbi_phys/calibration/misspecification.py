@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import rankdata
 
-from sbi_phys.calibration.inputs import ALPHA, check_names, combine
+from sbi_phys.calibration.inputs import check_names
+from sbi_phys.calibration.pvalues import ALPHA, combine
 from sbi_phys.calibration.two_sample import MIN_DRAWS, MMD, mmd
 from sbi_phys.core.checks import as_array, as_real, require_int
 from sbi_phys.core.errors import DataError, ShapeError

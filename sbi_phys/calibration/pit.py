@@ -23,14 +23,16 @@ Source: Zhao et al. 2021, arXiv:2102.10473 (the regression of PIT on x); the ran
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from scipy.special import ndtr, ndtri
 
 from sbi_phys.calibration._covariates import check_x, normal_scores, random_features
-from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, count_below, holm, require_varying, verdict_words
-from sbi_phys.calibration.pvalues import chunks, smallest_pvalue
+from sbi_phys.calibration._results import NamedTests, fault_words, shape_text
+from sbi_phys.calibration.inputs import check_names, check_pairs, count_below, require_varying
+from sbi_phys.calibration.pvalues import chunks, combine, smallest_pvalue
+from sbi_phys.core.checks import require_choice
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
@@ -51,19 +53,27 @@ MIN_DRAWS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PITRegression:
-    r"""Dependence of the rank scores of d parameters on k columns of x; n simulations, l draws. All without unit but x.
+class PITRegression(NamedTests):
+    r"""Result of `pit_regression`: dependence of the rank scores of d parameters on k columns of x; n simulations, l draws.
 
     scores (n, d), normal scores of the ranks, mean 0 and variance 1 if calibrated. x (n, k), columns that vary, x_names (k).
     z_shift, z_width (d, 2, k), standard-normal correlations of s and of s^2 with each column ([:, 0]) and its square ([:, 1]):
     z_shift > 0, the posterior is biased low where the column is high; z_width > 0, too narrow there.
     column, shape (d,): the column with the largest |z| and whether its own score (0) or its square (1) has it. shift, width (d, 2) with
-    errors: posterior - truth in posterior sd and posterior sd over the right one, in the two parts of that column that `parts` names.
+    errors: posterior - true value in posterior sd and posterior sd over the right one, in the two parts of that column (see `parts`).
     pvalues by name; pvalue, smallest times d.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(300, 1))
+    >>> result = sp.calibration.pit_regression(x + rng.normal(size=(300, 1)), x[:, None] + rng.normal(size=(300, 50, 1)), x)
+    >>> result.scores.shape, result.x_names, result.verdicts
+    ((300, 1), ('x_0',), {'theta_0': 'calibrated given x'})
     """
 
-    names: tuple[str, ...]
-    labels: tuple[str, ...]
+    PASSED: ClassVar[str] = "calibrated given x"
+
     x_names: tuple[str, ...]
     n_draws: int
     scores: Array
@@ -76,8 +86,6 @@ class PITRegression:
     shift_err: Array
     width: Array
     width_err: Array
-    pvalues: dict[str, float]
-    pvalue: float
 
     @property
     def n(self) -> int:
@@ -85,55 +93,39 @@ class PITRegression:
         return int(self.scores.shape[0])
 
     def parts(self, j: int) -> tuple[str, str]:
-        """The two parts of the column that `shift` and `width` of parameter j are about, in words."""
+        """The two parts of the column to which `shift` and `width` of parameter j refer, in words."""
         low, high = KINDS[int(self.shape[j])]
         name = self.x_names[int(self.column[j])]
         return f"where {name} is {low}", f"where {name} is {high}"
 
-    @property
-    def verdicts(self) -> dict[str, str]:
-        """'calibrated given x', or what is wrong where, per parameter; Holm's correction keeps the family-wise error at 5 %."""
-        adjusted, out = holm(self.pvalues), {}
-        for j, name in enumerate(self.names):
-            said = []
-            for h, part in enumerate(self.parts(j)):
-                words = verdict_words(self.shift[j, h], self.shift_err[j, h], self.width[j, h], self.width_err[j, h])
-                if words != "wrong shape":
-                    said.append(f"{words} {part}")
-            wrong = ", ".join(said) or "ranks depend on x, on no single column alone"
-            out[name] = wrong if adjusted[name] <= ALPHA else "calibrated given x"
-        return out
+    def _sizes(self, j: int, h: int) -> tuple[float, float, float, float]:
+        return self.shift[j, h], self.shift_err[j, h], self.width[j, h], self.width_err[j, h]
+
+    def _fault(self, j: int) -> str:
+        found = [(fault_words(*self._sizes(j, h)), part) for h, part in enumerate(self.parts(j))]
+        words = ", ".join(f"{fault} {part}" for fault, part in found if fault != "wrong shape")
+        return words or "ranks depend on x, but on no single column alone"
 
     def summary(self) -> str:
-        """Return the result in words: one line for all, one or two lines per parameter with the sizes in both parts of the column."""
+        """Return the result in words: one line for all, up to three for each parameter with the sizes in both parts of the column."""
+        subject = f"PIT regressed on x, {self.n} simulations x {self.n_draws} draws, {len(self.x_names)} columns"
         verdicts = self.verdicts
-        bad = sum(v != "calibrated given x" for v in verdicts.values())
-        head = "no dependence of the ranks on x found" if not bad else f"{bad} of {len(verdicts)} not calibrated given x"
-        lines = [
-            f"PIT regressed on x, {self.n} simulations x {self.n_draws} draws, {len(self.x_names)} columns: {head} (p = {self.pvalue:.3g})"
-        ]
-        pad = max(map(len, self.names))
+        head, *_ = self._summary(subject, "no dependence of the ranks on x found", "not calibrated given x")
+        lines, pad = [head], max(map(len, self.names))
         for j, name in enumerate(self.names):
             lines.append(f"  {name:<{pad}}  p = {self.pvalues[name]:<8.3g}  {verdicts[name]}")
-            if verdicts[name] != "calibrated given x":
-                for h, part in enumerate(self.parts(j)):
-                    lines.append(
-                        f"  {'':<{pad}}  {part}: shift {self.shift[j, h]:+.2f} +- {self.shift_err[j, h]:.2f} sd,"
-                        f" width x{self.width[j, h]:.2f} +- {self.width_err[j, h]:.2f}"
-                    )
+            if verdicts[name] != self.PASSED:
+                lines += [f"  {'':<{pad}}  {part}: {shape_text(*self._sizes(j, h))}" for h, part in enumerate(self.parts(j))]
         return "\n".join(lines)
 
     def plot(self, ax: "Axes | None" = None, *, name: str | None = None) -> "Axes":
-        """Draw local shift and width of one parameter (default: the worst) along the column of x where it shows most.
+        """Draw local shift and width of one parameter (default: the worst) along the column of x with the largest effect.
 
         Raises: SettingError.   Read: width under 1 = overconfident there; shift over 0 = the posterior lies too high there.
         """
-        from sbi_phys.core.checks import require_choice
-
         worst = min(self.pvalues, key=lambda key: self.pvalues[key])
-        return figures.calibration_local.pit_line(
-            self, self.names.index(require_choice("name", worst if name is None else name, self.names)), ax
-        )
+        chosen = require_choice("name", worst if name is None else name, self.names)
+        return figures.calibration_local.pit_line(self, self.names.index(chosen), ax)
 
 
 def pit_regression(
@@ -148,17 +140,25 @@ def pit_regression(
     r"""Test that the rank of the truth does not depend on x, E[s h(x)] = 0 and E[(s^2 - 1) h(x)] = 0.
 
     Args:
-        theta: (n, d), the values the simulations were made with, prior units; n >= 10.
+        theta: (n, d), true parameters of the simulations, prior units; n >= 10.
         draws: (n, l, d), independent posterior draws for each simulation, same units; l >= 5.
         x: (n, ...), the observations or summaries of them, any units; columns that do not vary are left out.
         names: d names, or Parameters.
         x_names: k names of the columns of x; default x_0, x_1, ...
-        seed: of the random functions, of the places given to ties, and of the simulated null.
+        seed: of the random functions, for breaking ties, and of the simulated null.
 
     Returns: PITRegression.
     Raises: ShapeError, NonFiniteError, DataError (few rows or draws, constant parameter, constant x), SettingError.
     Source: Zhao et al. 2021, arXiv:2102.10473.
     Read: p < 0.05 = wrong somewhere in x, even if right on average; the summary names the column, the part and the size.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(300, 1))
+    >>> theta, draws = x + rng.normal(size=(300, 1)), rng.normal(size=(300, 50, 1))  # draws that ignore x
+    >>> sp.calibration.pit_regression(theta, draws, x, x_names=["signal"]).parts(0)
+    ('where signal is low', 'where signal is high')
     """
     truth, samples = check_pairs(theta, draws)
     n, n_draws, dim = samples.shape
@@ -177,12 +177,12 @@ def pit_regression(
     rng = rng_for(seed, "pit regression")
     views = _views(normal_scores(values), rng)
     observed = table[:, np.stack(ranks)]  # (2, d, n)
-    # one simulated null serves all parameters: it depends on x, n and L alone
+    # one simulated null is used for all parameters, because it depends only on x, n and L
     null = (table[:, rng.integers(0, n_draws + 1, (rows, n))] for rows in chunks(N_NULL, n))
     simulated = np.concatenate([_statistics(_correlations(scores, views), views) for scores in null])
     z = _correlations(observed, views)
     statistics = _statistics(z, views)
-    tails = 2 * z[0].size * ndtr(-np.abs(z).max(axis=(1, 2)))  # Bonferroni, normal; below what the simulations resolve
+    tails = 2 * z[0].size * ndtr(-np.abs(z).max(axis=(1, 2)))  # Bonferroni, normal: for p too small for the simulations
     pvalues = {p: smallest_pvalue(s, simulated, float(t)) for p, s, t in zip(plain, statistics, tails, strict=True)}
     return _result(observed, z, values, views, pvalues, names=plain, labels=labels, x_names=columns, n_draws=n_draws)
 
@@ -196,11 +196,12 @@ def _score_table(n_draws: int) -> Array:
 
 
 def _views(scores: Array, rng: np.random.Generator) -> list[Array]:
-    """Functions of x (n, f) in groups; each column has mean 0 and variance 1, but for the constant."""
+    """Sets of functions of x (n, f); each column has mean 0 and variance 1, except the constant."""
     n = scores.shape[0]
     squares = scores**2 - 1
     sd = squares.std(axis=0)
-    squares = np.where(sd > 1e-9, (squares - squares.mean(axis=0)) / np.where(sd > 1e-9, sd, 1.0), 0.0)  # two values have no square
+    # the square of a column with only two values is constant
+    squares = np.where(sd > 1e-9, (squares - squares.mean(axis=0)) / np.where(sd > 1e-9, sd, 1.0), 0.0)
     u, weight, _ = np.linalg.svd(scores, full_matrices=False)
     keep = min(N_COMPONENTS, max(n // 10, 1), int((weight > 1e-6 * weight[0]).sum()))
     return [np.ones((n, 1)), scores, squares, u[:, :keep] * np.sqrt(n), random_features(scores, N_RANDOM, rng)]
@@ -214,7 +215,7 @@ def _correlations(values: Array, views: list[Array]) -> Array:
 
 
 def _statistics(correlations: Array, views: list[Array]) -> Array:
-    """Largest |T| and sum of T^2 of every view, for the shift and the width on their own -> (b, s)."""
+    """Largest |T| and sum of T^2 of every set of functions, separately for shift and width -> (b, s)."""
     out = []
     for part in np.split(correlations, np.cumsum([view.shape[1] for view in views])[:-1], axis=2):
         out.append(np.abs(part).max(axis=2))

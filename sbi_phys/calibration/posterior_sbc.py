@@ -31,9 +31,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from sbi_phys.calibration._results import ShapeTests
 from sbi_phys.calibration.bands import band_counts, curve_pvalue
-from sbi_phys.calibration.inputs import ALPHA, check_names, combine, holm, verdict_words
-from sbi_phys.core.checks import as_array, as_real, require_finite, require_int
+from sbi_phys.calibration.inputs import check_names
+from sbi_phys.calibration.pvalues import ALPHA, combine
+from sbi_phys.core.checks import as_array, as_real, require_finite
 from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
@@ -43,26 +45,31 @@ from sbi_phys.priors import Parameter
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["PosteriorSBC", "augmented_draws", "posterior_sbc"]
-
+__all__ = ["PosteriorSBC", "posterior_sbc"]
 
 MIN_ROWS = 10
-LOW_ESS = 50.0  # below it a rank is too coarse to show a width that is 20 % off
-ENOUGH_PER_ROW = 20.0  # effective draws per row from which shared draws add under 5 % to the variance of the curve
+LOW_ESS = 50.0  # with fewer effective draws a rank is too coarse to show a width that is 20 % off
+ENOUGH_PER_ROW = 20.0  # with so many effective draws per row, shared draws add less than 5 % to the variance of the curve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PosteriorSBC:
-    r"""Ranks of n replicated truths in their augmented posteriors, d parameters. All without unit.
+class PosteriorSBC(ShapeTests):
+    r"""Result of `posterior_sbc`: ranks of n replicated true values in their augmented posteriors, d parameters; dimensionless.
 
     pit (n, d), weighted ranks in (0, 1), uniform if calibrated. level (k,), ecdf (k, d), band (k, 2), simultaneous 95 %.
-    ess (n,), effective number of the m draws behind each rank. exact, whether the truths were picked from the draws.
-    shift, width (d,) with errors: posterior - truth in posterior sd, posterior sd over the right one (normal scores).
+    ess (n,), effective number of the m draws for each rank. exact, whether the true values were chosen from the draws.
+    shift, width (d,) with errors: posterior - true value in posterior sd, posterior sd over the right one (normal scores).
     pvalues by name; pvalue, smallest times d (Bonferroni).
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> draws = rng.normal(size=(500, 1))
+    >>> result = sp.calibration.posterior_sbc(draws[:50], draws, np.zeros((50, 500)))  # equal weights
+    >>> result.exact, result.pit.shape, bool(np.allclose(result.ess, 500))
+    (True, (50, 1), True)
     """
 
-    names: tuple[str, ...]
-    labels: tuple[str, ...]
     n_draws: int
     pit: Array
     level: Array
@@ -70,12 +77,6 @@ class PosteriorSBC:
     band: Array
     ess: Array
     exact: bool
-    shift: Array
-    shift_err: Array
-    width: Array
-    width_err: Array
-    pvalues: dict[str, float]
-    pvalue: float
 
     @property
     def n(self) -> int:
@@ -83,43 +84,30 @@ class PosteriorSBC:
         return int(self.pit.shape[0])
 
     @property
-    def verdicts(self) -> dict[str, str]:
-        """'calibrated', or what is wrong, per parameter; Holm's correction keeps the family-wise error at 5 %."""
-        adjusted = holm(self.pvalues)
-        sizes = zip(self.shift, self.shift_err, self.width, self.width_err, strict=True)
-        return {n: verdict_words(*s) if adjusted[n] <= ALPHA else "calibrated" for n, s in zip(self.names, sizes, strict=True)}
-
-    @property
     def warning(self) -> str:
-        """What a low effective sample size means for this result, or ''."""
+        """The consequence of a low effective sample size for this result, or ''."""
         median = float(np.median(self.ess))
         if not self.exact and median < ENOUGH_PER_ROW * self.n:
             return (
-                f"the truths are not among the draws and the median effective sample size is {median:.0f}, below {ENOUGH_PER_ROW:.0f} "
-                f"per replication ({ENOUGH_PER_ROW * self.n:.0f}): the p-value is too small; pick the truths from the draws"
+                f"the true values are not among the draws and the median effective sample size is {median:.0f}, below {ENOUGH_PER_ROW:.0f} "
+                f"per replication ({ENOUGH_PER_ROW * self.n:.0f}): the p-value is too small; choose the true values from the draws"
             )
         if median < LOW_ESS:
             return (
-                f"the median effective sample size is {median:.0f} of {self.n_draws} draws: the p-value holds, but the ranks are coarse "
-                "and see little; take more draws given the observed data"
+                f"the median effective sample size is {median:.0f} of {self.n_draws} draws: the p-value is valid, but the ranks are coarse "
+                "and the test has little power; take more draws given the observed data"
             )
         return ""
 
     def summary(self) -> str:
-        """Return the result in words: one line for all, one line per parameter, and a warning where the weights are few."""
-        verdicts = self.verdicts
-        bad = sum(v != "calibrated" for v in verdicts.values())
-        head = "no deviation near the observed data found" if not bad else f"{bad} of {len(verdicts)} not calibrated near the observed data"
-        lines = [f"Posterior SBC, {self.n} replications, {self.n_draws} draws: {head} (p = {self.pvalue:.3g})"]
-        pad = max(map(len, self.names))
-        for j, name in enumerate(self.names):
-            shape = f"shift {self.shift[j]:+.2f} +- {self.shift_err[j]:.2f} sd  width x{self.width[j]:.2f} +- {self.width_err[j]:.2f}"
-            lines.append(f"  {name:<{pad}}  {verdicts[name]:<14}  p = {self.pvalues[name]:<8.3g}  {shape}")
+        """Return the result in words: one line for all, one line for each parameter, and a warning if the effective sample is small."""
+        subject, failed = f"Posterior SBC, {self.n} replications, {self.n_draws} draws", "not calibrated near the observed data"
+        lines = self._summary(subject, "no deviation near the observed data found", failed, self._shapes())
         lines.append(f"  effective sample size: median {np.median(self.ess):.0f}, smallest {self.ess.min():.1f}")
         return "\n".join(lines + ([f"  WARNING: {self.warning}"] if self.warning else []))
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw ECDF minus uniform of all parameters with the 95 % band.   Read: as for SBC; inside the band = calibrated."""
+        """Draw the ECDF minus the uniform one for all parameters, with the 95 % band.   Read: inside the band = calibrated."""
         return figures.calibration_local.ecdf_difference(self, ax)
 
 
@@ -134,17 +122,26 @@ def posterior_sbc(
     r"""Weighted rank of theta'_i in p(theta | x_o, x'_i), uniform if q is right near x_o.
 
     Args:
-        theta: (n, d), theta' that the replicated data x' were simulated with, prior units; n >= 10. For an exact test pick them from
+        theta: (n, d), theta' with which the replicated data x' were simulated, prior units; n >= 10. For an exact test choose them from
             the draws: draws_obs[rng.integers(m, size=n)].
         draws_obs: (m, d), independent draws of q(. | x_o), same units.
         log_ratio: (n, m), log q(theta_m | x'_i) - log p(theta_m), up to a constant per row; -inf is weight 0.
         names: d names, or Parameters.
-        seed: of V, the place of the truth within its own weight.
+        seed: of V, the position of the true value within its own weight.
 
     Returns: PosteriorSBC.
     Raises: ShapeError, NonFiniteError, DataError (few rows or draws, a constant parameter, a row without weight).
     Source: Sailynoja et al. 2025, arXiv:2502.03279; the exact weighted rank: module docstring.
     Read: p < 0.05 = wrong for data like the observed; read `warning` too.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> draws = rng.normal(size=(1000, 1))  # theta ~ N(0, 1) given the observation
+    >>> theta = draws[:100]
+    >>> x = theta + rng.normal(size=(100, 1))  # replicated data, x ~ N(theta, 1): the likelihood gives the weights
+    >>> sp.calibration.posterior_sbc(theta, draws, -0.5 * (x - draws[:, 0]) ** 2).verdicts
+    {'theta_0': 'calibrated'}
     """
     draws, weights, ess = _weights(draws_obs, log_ratio)
     truth = as_array("theta", theta, (None, draws.shape[1]), note="the columns of draws_obs")
@@ -159,23 +156,6 @@ def posterior_sbc(
             raise DataError(f"parameter {name!r} is constant ({draws[0, j]:g}) in draws_obs; expected a varying one, leave it out")
         pit[:, j] = _weighted_rank(truth[:, j], draws[:, j], weights, rng_for(seed, "posterior sbc", name))
     return _from_pit(pit, ess, _picked(truth, draws), plain, labels, draws.shape[0])
-
-
-def augmented_draws(draws_obs: ArrayLike, log_ratio: ArrayLike, n_draws: int, seed: int = 0) -> tuple[Array, Array]:
-    r"""Draws of p(theta | x_o, x'_i) ~ q(theta | x_o) q(theta | x'_i) / p(theta) by importance resampling of draws of q(. | x_o).
-
-    Args: draws_obs (m, d). log_ratio (n, m), as in `posterior_sbc`. n_draws = l, with replacement. seed.
-    Returns: draws (n, l, d), parameters' units, and the effective sample size (n,), (sum w)^2 / sum w^2, from 1 to m.
-    Raises: ShapeError, NonFiniteError, DataError, SettingError.   Source: Sailynoja et al. 2025, arXiv:2502.03279.
-    Read: where the effective sample size is below n_draws the draws repeat; `posterior_sbc` ranks by the weights themselves instead.
-    """
-    draws, weights, ess = _weights(draws_obs, log_ratio)
-    n_draws = require_int("n_draws", n_draws, low=1)
-    rng = rng_for(seed, "augmented draws")
-    out = np.empty((weights.shape[0], n_draws, draws.shape[1]))
-    for i, row in enumerate(weights):
-        out[i] = draws[rng.choice(draws.shape[0], size=n_draws, p=row)]
-    return out, ess
 
 
 def _weights(draws_obs: ArrayLike, log_ratio: ArrayLike) -> tuple[Array, Array, Array]:
@@ -210,12 +190,12 @@ def _weighted_rank(truth: Array, draws: Array, weights: Array, rng: np.random.Ge
 
 
 def _picked(truth: Array, draws: Array) -> bool:
-    """Whether every row of truth is one of the draws."""
+    """Whether every row of `truth` is one of the draws."""
     return bool(np.isin(_rows(truth), _rows(draws)).all())
 
 
 def _rows(values: Array) -> NDArray[np.void]:
-    whole = np.ascontiguousarray(values + 0.0)  # -0.0 becomes 0.0: equal numbers, equal bytes
+    whole = np.ascontiguousarray(values + 0.0)  # -0.0 becomes 0.0, so that equal numbers have equal bytes
     return whole.view([("", whole.dtype)] * whole.shape[1]).reshape(-1)
 
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sbi_phys.calibration.inputs import ALPHA, check_names, combine, holm
+from sbi_phys.calibration.inputs import check_names
+from sbi_phys.calibration.pvalues import ALPHA, combine, holm
 from sbi_phys.core.checks import as_array, as_real
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures

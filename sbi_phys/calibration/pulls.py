@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import ndtr
 
-from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, holm, require_varying, verdict_words
-from sbi_phys.calibration.pvalues import chunks, smallest_pvalue
+from sbi_phys.calibration._results import NamedTests, fault_words
+from sbi_phys.calibration.inputs import check_names, check_pairs, require_varying
+from sbi_phys.calibration.pvalues import chunks, combine, smallest_pvalue
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
@@ -39,22 +40,29 @@ if TYPE_CHECKING:
 __all__ = ["Pulls", "pulls"]
 
 
-MIN_DRAWS = 10  # a standard deviation from fewer makes pulls with no variance to speak of
+MIN_DRAWS = 10  # pulls with a standard deviation from fewer draws have no meaningful variance
 N_NULL = 999
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pulls:
-    r"""Pulls of n simulations with l draws and d parameters; (d,) unless said, without unit unless said.
+class Pulls(NamedTests):
+    r"""Result of `pulls` for n simulations with l draws and d parameters; (d,) and dimensionless unless stated.
 
-    pull (n, d), (truth - posterior mean) / posterior sd. mean, width (sd) of the pulls with errors that assume no shape;
-    width_expected, the width that the same draws would show if they were right (1 for many draws).
-    contraction with error, 1 = x tells everything, 0 = as wide as the prior. bias, mean of (posterior mean - truth), with error, and
+    pull (n, d), (true value - posterior mean) / posterior sd. mean, width (sd) of the pulls with errors that assume no shape;
+    width_expected, the width expected from the same draws if they are right (1 for many draws).
+    contraction with error, 1 = x determines theta, 0 = as wide as the prior. bias, mean of (posterior mean - true value), with error, and
     rmse, in the parameters' units. pvalues_mean, pvalues_width, pvalues (both together) by name; pvalue, smallest times d.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> theta = rng.normal(size=(300, 1))
+    >>> x = theta + rng.normal(size=(300, 1))
+    >>> result = sp.calibration.pulls(theta, (x / 2)[:, None] + np.sqrt(0.5) * rng.normal(size=(300, 50, 1)))  # the exact posterior
+    >>> result.pull.shape, bool(abs(result.contraction[0] - 0.5) < 0.2)
+    ((300, 1), True)
     """
 
-    names: tuple[str, ...]
-    labels: tuple[str, ...]
     n_draws: int
     pull: Array
     mean: Array
@@ -69,42 +77,36 @@ class Pulls:
     rmse: Array
     pvalues_mean: dict[str, float]
     pvalues_width: dict[str, float]
-    pvalues: dict[str, float]
-    pvalue: float
 
     @property
     def n(self) -> int:
         """Number of simulations."""
         return int(self.pull.shape[0])
 
-    @property
-    def verdicts(self) -> dict[str, str]:
-        """'calibrated', or what is wrong, per parameter; Holm's correction keeps the family-wise error at 5 %."""
-        adjusted = holm(self.pvalues)
-        width = self.width_expected / self.width  # of the posterior, over the right one
-        sizes = zip(-self.mean, self.mean_err, width, width * self.width_err / self.width, strict=True)
-        return {n: verdict_words(*s) if adjusted[n] <= ALPHA else "calibrated" for n, s in zip(self.names, sizes, strict=True)}
+    def _fault(self, j: int) -> str:
+        width = self.width_expected[j] / self.width[j]  # of the posterior, over the right one
+        return fault_words(-self.mean[j], self.mean_err[j], width, width * self.width_err[j] / self.width[j])
 
     def summary(self) -> str:
-        """Return the result in words: one line for all, one line per parameter."""
-        verdicts = self.verdicts
-        bad = sum(v != "calibrated" for v in verdicts.values())
-        head = "no deviation found" if not bad else f"{bad} of {len(verdicts)} not calibrated"
-        lines = [f"Pulls, {self.n} simulations x {self.n_draws} draws: {head} (p = {self.pvalue:.3g}, corrected for {len(verdicts)} tests)"]
-        pad = max(map(len, self.names))
-        for j, name in enumerate(self.names):
-            lines.append(
-                f"  {name:<{pad}}  {verdicts[name]:<14}  p = {self.pvalues[name]:<8.3g}  "
-                f"pull {self.mean[j]:+.2f} +- {self.mean_err[j]:.2f}  width {self.width[j]:.2f} +- {self.width_err[j]:.2f}"
-                f" (right: {self.width_expected[j]:.2f})  bias {self.bias[j]:+.3g} +- {self.bias_err[j]:.2g}"
-                f"  contraction {self.contraction[j]:.2f} +- {self.contraction_err[j]:.2f}"
-            )
+        """Return the result in words: one line for all, one or two lines for each parameter."""
+        details = [
+            f"pull {self.mean[j]:+.2f} +- {self.mean_err[j]:.2f}  width {self.width[j]:.2f} +- {self.width_err[j]:.2f}"
+            f" (right: {self.width_expected[j]:.2f})  bias {self.bias[j]:+.3g} +- {self.bias_err[j]:.2g}"
+            f"  contraction {self.contraction[j]:.2f} +- {self.contraction_err[j]:.2f}"
+            for j in range(len(self.names))
+        ]
+        subject, note = f"Pulls, {self.n} simulations x {self.n_draws} draws", f", corrected for {len(self.names)} tests"
+        head, *rows = self._summary(subject, "no deviation found", "not calibrated", details, note)
+        lines, pad = [head], max(map(len, self.names))
+        for j, row in enumerate(rows):
+            lines.append(row)
             if self.contraction[j] < 3 * self.contraction_err[j]:
-                lines.append(f"  {'':<{pad}}  as wide as the prior: x says little about {name}, or the posterior has not learned it")
+                words = f"as wide as the prior: x contains little information on {self.names[j]}, or the posterior has not learned it"
+                lines.append(f"  {'':<{pad}}  {words}")
         return "\n".join(lines)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw mean and width of the pulls with errors, one row per parameter.
+        """Draw mean and width of the pulls with errors, one row for each parameter.
 
         Read: mean left of 0 = posterior too high; width right of 1 = overconfident.
         """
@@ -112,19 +114,28 @@ class Pulls:
 
 
 def pulls(theta: ArrayLike, draws: ArrayLike, names: Sequence[str | Parameter] | None = None, *, seed: int = 0) -> Pulls:
-    r"""Pulls (theta* - m)/s of the posterior mean, tested for mean 0 and the width that the draws imply.
+    r"""Pulls (theta* - m)/s of the posterior mean, tested for mean 0 and the width expected from the draws.
 
     Args:
-        theta: (n, d), the values the simulations were made with, prior units; n >= 10.
+        theta: (n, d), true parameters of the simulations, prior units; n >= 10.
         draws: (n, l, d), independent posterior draws for each simulation, same units; l >= 10.
         names: d names, or Parameters.
         seed: of the simulated null distribution.
 
     Returns: Pulls.
-    Raises: ShapeError, NonFiniteError, DataError (few rows or draws, a constant parameter, draws of a row that are all equal).
+    Raises: ShapeError, NonFiniteError, DataError (few rows or draws, a constant parameter, equal draws in a row).
     Source: Demortier & Lyons 2002, CDF/ANAL/PUBLIC/5776; contraction: Betancourt 2018, arXiv:1803.08393.
-    Read: mean +0.3 = the posterior lies 0.3 of its sd too low; width 1.25 = it is 1/1.25 = 0.8 of what it should be.
-        A truth outside all draws is a large pull, not an error.
+    Read: mean +0.3 = the posterior lies 0.3 of its sd too low; width 1.25 = its sd is 1/1.25 = 0.8 of the right one.
+        A true value outside all draws is a large pull, not an error.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> theta = rng.normal(size=(300, 1))
+    >>> x = theta + rng.normal(size=(300, 1))
+    >>> draws = (x / 2)[:, None] + 0.5 * rng.normal(size=(300, 50, 1))  # sd 0.5 instead of 0.71
+    >>> sp.calibration.pulls(theta, draws, ["energy"]).verdicts
+    {'energy': 'overconfident'}
     """
     truth, samples = check_pairs(theta, draws)
     n_draws, dim = samples.shape[1:]
@@ -169,7 +180,7 @@ def _sizes(truth: Array, samples: Array) -> dict[str, float | Array]:
     fourth = float(np.mean((pull - mean) ** 4))
     prior = truth.var(ddof=1)
     ratio = variance.mean() / prior if prior > 0 else np.nan
-    # a ratio of two means of the same n rows, linearised
+    # linearised error of a ratio of two means over the same n rows
     slope = (variance - ratio * (truth - truth.mean()) ** 2) / prior if prior > 0 else np.full(n, np.nan)
     error = centre - truth
     return {
@@ -195,8 +206,8 @@ def _together(truth: Array, samples: Array) -> Array:
 
 
 def _expected_width(u: Array, n_draws: int) -> float:
-    # The pull of value k against the other L follows from u_k alone: leaving it out moves mean and sum of squares by known amounts.
-    # A value that alone differs from the rest has no pull (u^2 = L); the median over rows passes over such rows.
+    # The pull of value k against the other L follows from u_k alone, because leaving it out changes mean and sum of squares by known
+    # amounts. The only value that differs from the rest has no pull (u^2 = L); the median over rows is not affected by such rows.
     square = np.minimum(u**2 / n_draws, 1 - 1e-9)
     pull_square = u**2 * (n_draws**2 - 1) / (n_draws**2 * (1 - square))
     return float(np.sqrt(np.median(pull_square.mean(axis=1))))
@@ -209,7 +220,7 @@ def _test(truth: Array, samples: Array, rng: np.random.Generator) -> tuple[float
     null = (u[np.arange(n), rng.integers(0, u.shape[1], (rows, n))] for rows in chunks(N_NULL, n))  # any value may be the truth
     simulated = np.concatenate([_deviations(picked.mean(axis=1), picked.var(axis=1), n) for picked in null])
     observed = _deviations(u[:, :1].T.mean(axis=1), u[:, :1].T.var(axis=1), n)[0]
-    # standard deviations under the null, for p-values below what the simulations resolve
+    # standard deviations under the null, for p-values too small for the simulations
     errors = np.array([1 / np.sqrt(n), np.sqrt(np.sum((u**4).mean(axis=1) - 1)) / n])
     tails = 2 * ndtr(-observed / errors)
     mean, width = (smallest_pvalue(observed[[i]], simulated[:, [i]], float(tails[i])) for i in range(2))

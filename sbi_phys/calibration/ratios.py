@@ -38,7 +38,7 @@ import numpy as np
 from scipy.special import expit, logsumexp, ndtr
 from scipy.stats import binom, skew
 
-from sbi_phys.calibration.inputs import ALPHA, combine
+from sbi_phys.calibration.pvalues import ALPHA, combine
 from sbi_phys.core.checks import as_array, as_real, require_finite, require_int
 from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.core.figures import figures

@@ -36,7 +36,8 @@ from scipy.special import betaincinv, expit, ndtr, ndtri
 from scipy.stats import beta
 
 from sbi_phys.calibration.bands import band_counts
-from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs
+from sbi_phys.calibration.inputs import check_names, check_pairs
+from sbi_phys.calibration.pvalues import ALPHA
 from sbi_phys.core.checks import as_array, as_real, require_choice, require_int
 from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError, SupportError
 from sbi_phys.core.figures import figures

@@ -23,18 +23,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import chdtrc, ndtri
 
-from sbi_phys.calibration.bands import band_counts, curve_pvalue, pointwise_level, rank_grid
-from sbi_phys.calibration.inputs import (
-    ALPHA,
-    check_names,
-    check_pairs,
-    check_quantities,
-    combine,
-    count_below,
-    holm,
-    require_varying,
-    verdict_words,
-)
+from sbi_phys.calibration._results import ShapeTests
+from sbi_phys.calibration.bands import band_counts, count_curves, curve_pvalue, pointwise_level, rank_grid
+from sbi_phys.calibration.inputs import check_names, check_pairs, check_quantities, count_below, require_varying
+from sbi_phys.calibration.pvalues import ALPHA, combine
 from sbi_phys.core.checks import require_choice, require_int
 from sbi_phys.core.errors import SettingError
 from sbi_phys.core.figures import figures
@@ -50,18 +42,23 @@ __all__ = ["SBC", "sbc"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SBC:
-    r"""Ranks of n truths among l draws for d parameters (and quantities), with their tests. All without unit.
+class SBC(ShapeTests):
+    r"""Result of `sbc`: ranks of n true values among l draws for d parameters (and quantities), with their tests; dimensionless.
 
-    ranks (n, d), whole numbers 0..l. level (k,), multiples of 1/(l+1). ecdf (k, d), share of ranks below each level.
-    band (k, 2), simultaneous 95 % band of one parameter's ecdf. histogram (b, d), counts; expected (b,), exact.
-    histogram_band (b, 2), simultaneous by Bonferroni. shift (d,) and width (d,): posterior - truth in posterior sd, and
-    posterior sd over what it should be, from normal scores of the ranks (exact where posteriors are Gaussian), with errors.
+    ranks (n, d), integers 0..l. level (k,), multiples of 1/(l+1). ecdf (k, d), fraction of ranks below each level.
+    band (k, 2), simultaneous 95 % band of the ecdf of one parameter. histogram (b, d), counts; expected (b,), exact.
+    histogram_band (b, 2), simultaneous by Bonferroni. shift (d,) and width (d,), with errors: posterior - true value in posterior sd, and
+    posterior sd over the right one, from normal scores of the ranks (exact where posteriors are Gaussian).
     pvalues, ECDF test; pvalues_chi2, chi-square on the bins. pvalue, smallest of pvalues times d (Bonferroni).
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> result = sp.calibration.sbc(rng.normal(size=(200, 1)), rng.normal(size=(200, 99, 1)), ["energy"])
+    >>> result.ranks.shape, result.verdicts
+    ((200, 1), {'energy': 'calibrated'})
     """
 
-    names: tuple[str, ...]
-    labels: tuple[str, ...]
     ranks: Integers
     n_draws: int
     level: Array
@@ -72,42 +69,22 @@ class SBC:
     histogram: Integers
     expected: Array
     histogram_band: Integers
-    pvalues: dict[str, float]
     pvalues_chi2: dict[str, float]
-    pvalue: float
-    shift: Array
-    shift_err: Array
-    width: Array
-    width_err: Array
 
     @property
     def n(self) -> int:
         """Number of simulations."""
         return int(self.ranks.shape[0])
 
-    @property
-    def verdicts(self) -> dict[str, str]:
-        """'calibrated', or what is wrong, per parameter; Holm's correction keeps the family-wise error at 5 %."""
-        adjusted = holm(self.pvalues)
-        sizes = zip(self.shift, self.shift_err, self.width, self.width_err, strict=True)
-        return {n: verdict_words(*s) if adjusted[n] <= ALPHA else "calibrated" for n, s in zip(self.names, sizes, strict=True)}
-
     def summary(self) -> str:
-        """Return the result in words: one line for all, one line per parameter."""
-        verdicts = self.verdicts
-        bad = sum(v != "calibrated" for v in verdicts.values())
-        head = "no deviation from uniform ranks found" if not bad else f"{bad} of {len(verdicts)} not calibrated"
-        lines = [f"SBC, {self.n} simulations x {self.n_draws} draws: {head} (p = {self.pvalue:.3g}, corrected for {len(verdicts)} tests)"]
-        pad = max(map(len, self.names))
-        for j, name in enumerate(self.names):
-            shape = f"shift {self.shift[j]:+.2f} +- {self.shift_err[j]:.2f} sd  width x{self.width[j]:.2f} +- {self.width_err[j]:.2f}"
-            lines.append(f"  {name:<{pad}}  {verdicts[name]:<14}  p = {self.pvalues[name]:<8.3g}  {shape}")
-        return "\n".join(lines)
+        """Return the result in words: one line for all, one line for each parameter."""
+        subject, note = f"SBC, {self.n} simulations x {self.n_draws} draws", f", corrected for {len(self.names)} tests"
+        return "\n".join(self._summary(subject, "no deviation from uniform ranks found", "not calibrated", self._shapes(), note))
 
     def plot(self, ax: "Axes | None" = None, *, kind: str = "ecdf") -> "Axes":
-        """Draw all parameters into one set of axes: kind 'ecdf' (difference to uniform) or 'histogram', with the 95 % band.
+        """Draw all parameters into one set of axes: kind 'ecdf' (difference from uniform) or 'histogram', with the 95 % band.
 
-        Raises: SettingError.   Read: inside the shaded band = calibrated; an S falling then rising = overconfident.
+        Raises: SettingError.   Read: inside the shaded band = calibrated; a curve that falls, then rises = overconfident.
         """
         draw = {"ecdf": figures.calibration.sbc_ecdf, "histogram": figures.calibration.sbc_histogram}[
             require_choice("kind", kind, ("ecdf", "histogram"))
@@ -131,17 +108,24 @@ def sbc(
     r"""Rank test of calibration, r = #{l: theta_l < theta*} ~ U{0..L}.
 
     Args:
-        theta: (n, d), the values the simulations were made with, prior units; n >= 10.
+        theta: (n, d), true parameters of the simulations, prior units; n >= 10.
         draws: (n, l, d), independent posterior draws for each simulation, same units; l >= 2.
-        names: d names, or Parameters (their LaTeX goes on the axes).
-        quantities: further things to rank, {name: (values (n,), draw values (n, l))}, e.g. the log likelihood.
+        names: d names, or Parameters (their LaTeX labels the axes).
+        quantities: further quantities to rank, {name: (values (n,), draw values (n, l))}, e.g. the log likelihood.
         n_bins: bins of the histogram and of chi-square; default about n/25, from 2 to 20.
-        seed: of the random places given to ties; without ties the result does not depend on it.
+        seed: for breaking ties at random; without ties the result does not depend on it.
 
     Returns: SBC.
     Raises: ShapeError, NonFiniteError, DataError (few rows, one draw, constant parameter), SettingError (n < 5 n_bins).
     Source: Talts et al. 2018, arXiv:1804.06788; band and test: Sailynoja et al. 2022, arXiv:2103.10522.
-    Read: p < 0.05 = not calibrated; a truth outside all draws has rank 0 or l, which is a legal, telling rank.
+    Read: p < 0.05 = not calibrated. A true value outside all draws has rank 0 or l, which is valid.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> theta, draws = rng.normal(size=(200, 1)), 0.6 * rng.normal(size=(200, 99, 1))  # draws that are too narrow
+    >>> sp.calibration.sbc(theta, draws, ["energy"]).verdicts
+    {'energy': 'overconfident'}
     """
     truth, samples = check_pairs(theta, draws)
     n, n_draws, dim = samples.shape
@@ -170,7 +154,7 @@ def _from_ranks(ranks: Integers, n_draws: int, names: tuple[str, ...], labels: t
     n = ranks.shape[0]
     k = rank_grid(n_draws)
     level = k / (n_draws + 1)
-    counts = np.stack([np.searchsorted(np.sort(r), k, side="left") for r in ranks.T], axis=-1)
+    counts = count_curves(ranks, k)
     histogram = np.stack([np.histogram(r, bins=edges - 0.5)[0] for r in ranks.T], axis=-1)
     probability = np.diff(edges) / (n_draws + 1)
     expected = n * probability
@@ -203,7 +187,7 @@ def _from_ranks(ranks: Integers, n_draws: int, names: tuple[str, ...], labels: t
 
 def _shape(ranks: Integers, n_draws: int) -> tuple[Array, Array, Array, Array]:
     # Normal scores: for Gaussian posteriors Phi^-1(PIT) = (theta* - m)/s, so its mean is the bias in posterior sd and
-    # 1/sd is the width over the right one. Division by the sd that uniform ranks have removes the effect of finite l.
+    # 1/sd is the width over the right one. Dividing by the sd of uniform ranks removes the effect of finite l.
     n = ranks.shape[0]
     reference = ndtri((np.arange(n_draws + 1) + 0.5) / (n_draws + 1))
     scores = ndtri((ranks + 0.5) / (n_draws + 1)) / reference.std()

@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sbi_phys.calibration._covariates import check_x, random_features, standardised
-from sbi_phys.calibration.bands import band_counts, curve_pvalue, rank_grid
-from sbi_phys.calibration.inputs import ALPHA, check_pairs, count_below, require_varying
+from sbi_phys.calibration.bands import band_counts, count_curves, curve_pvalue, rank_grid
+from sbi_phys.calibration.inputs import check_pairs, count_below, require_varying
+from sbi_phys.calibration.pvalues import ALPHA
 from sbi_phys.core.checks import as_array, require_choice
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
@@ -43,20 +44,27 @@ if TYPE_CHECKING:
 __all__ = ["TARP", "tarp"]
 
 
-OFFSET = 1.0  # c, in units of the regression's error: far enough to see a bias, near enough to see a width
+OFFSET = 1.0  # c, in units of the regression's error: large enough to detect a bias, small enough to detect a wrong width
 WOBBLE = 0.5  # size of g in the same units: it makes r depend on x where the mean of theta does not
-FIRST_BLOCK = 50  # rows whose references do without a regression
+FIRST_BLOCK = 50  # rows whose references use no regression
 RIDGE = np.logspace(-3, 5, 17)
 FROM_X, GIVEN, INDEPENDENT = "functions of x", "given", "independent of x"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TARP:
-    r"""Coverage of balls around reference points, n simulations with l draws of d parameters. All without unit but references.
+    r"""Result of `tarp`: coverage of balls around reference points, n simulations with l draws of d parameters.
 
-    ranks (n,), f, whole numbers 0..l. level (k,), multiples of 1/(l+1). observed (k,), share of truths in balls of that content (the
-    ECDF of f). band (k, 2), simultaneous 95 %. references (n, d), parameters' units; reference_kind, where they are from.
+    ranks (n,), f, integers 0..l. level (k,), multiples of 1/(l+1). observed (k,), fraction of true values in balls of that content (the
+    ECDF of f). band (k, 2), simultaneous 95 %. references (n, d), parameters' units; reference_kind, their origin.
     mean, of (f + 1/2)/(l + 1), 0.5 is right, with its standard error mean_err under calibration. pvalue, exact ECDF test.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> result = sp.calibration.tarp(rng.normal(size=(200, 2)), rng.normal(size=(200, 50, 2)))
+    >>> result.reference_kind, result.references.shape
+    ('independent of x', (200, 2))
     """
 
     ranks: Integers
@@ -78,7 +86,7 @@ class TARP:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The one curve's label."""
+        """Label of the one curve."""
         return (f"TARP, {self.dim} parameter{'s' * (self.dim > 1)}",)
 
     @property
@@ -93,20 +101,20 @@ class TARP:
             return "calibrated"
         if abs(self.mean - 0.5) > 2 * self.mean_err:
             if self.mean > 0.5:
-                return "truths farther from the references than the draws are: overconfident or biased"
-            return "truths nearer to the references than the draws are: underconfident (equal to the prior, if by much) or biased"
+                return "true values farther from the references than the draws are: overconfident or biased"
+            return "true values nearer to the references than the draws are: underconfident (equal to the prior, if by much) or biased"
         f = (self.ranks + 0.5) / (self.n_draws + 1)
         excess = float(np.mean((f - 0.5) ** 2)) - 1 / 12
         if abs(excess) > 2 / np.sqrt(180 * self.n):  # the variance of (U - 1/2)^2 is 1/180
             return (
-                "truths too often among the nearest and farthest: overconfident or biased"
+                "true values too often among the nearest and farthest: overconfident or biased"
                 if excess > 0
-                else "truths too often between: underconfident"
+                else "true values too often in between: underconfident"
             )
         return "wrong shape"
 
     def summary(self) -> str:
-        """Return the result in words, with the level at which coverage is furthest off."""
+        """Return the result in words, with the level at which the coverage deviates most."""
         head = (
             f"TARP, {self.n} simulations x {self.n_draws} draws, references {self.reference_kind}: {self.verdict} (p = {self.pvalue:.3g})"
         )
@@ -115,16 +123,16 @@ class TARP:
         error = np.sqrt(level * (1 - level) / self.n)
         lines = [
             head,
-            f"  furthest off: regions of {100 * level:.0f} % hold {100 * got:.1f} % of truths (+- {100 * error:.1f} if calibrated)",
+            f"  largest deviation: regions of {100 * level:.0f} % contain {100 * got:.1f} % (+- {100 * error:.1f} if calibrated)",
         ]
         if self.reference_kind == INDEPENDENT:
-            lines.append("  these references cannot see a posterior that equals the prior: give x, or references that depend on x")
+            lines.append("  these references cannot detect a posterior that equals the prior: pass x, or references that depend on x")
         return "\n".join(lines)
 
     def plot(self, ax: "Axes | None" = None, *, kind: str = "coverage") -> "Axes":
         """Draw kind 'coverage' (observed against level) or 'ecdf' (their difference), with the 95 % band.
 
-        Raises: SettingError.   Read: below the diagonal, or below 0 = truths farther from the references than the draws are.
+        Raises: SettingError.   Read: below the diagonal, or below 0 = true values farther from the references than the draws are.
         """
         draw = {"coverage": figures.calibration_local.tarp_coverage, "ecdf": figures.calibration_local.ecdf_difference}
         return draw[require_choice("kind", kind, tuple(draw))](self, ax)
@@ -134,18 +142,27 @@ def tarp(theta: ArrayLike, draws: ArrayLike, x: ArrayLike | None = None, referen
     r"""Coverage test with random points, f = #{l: |theta_l - r(x)| < |theta* - r(x)|} ~ U{0..L}.
 
     Args:
-        theta: (n, d), the values the simulations were made with, prior units; n >= 10.
+        theta: (n, d), true parameters of the simulations, prior units; n >= 10.
         draws: (n, l, d), independent posterior draws for each simulation, same units; l >= 2.
-        x: (n, ...), the observations (or any summary of them): references are made from them, see the module's text.
+        x: (n, ...), the observations (or any summary of them), from which references are made, see the module's docstring.
         references: (n, d), your own, in theta's units: functions of x and of independent noise, never of theta* of the same row.
             Without x and references they are random and independent of x: a posterior that equals the prior then passes.
-        seed: of the references and of the random places given to ties.
+        seed: of the references and for breaking ties at random.
 
     Returns: TARP.
     Raises: ShapeError, NonFiniteError, DataError (few rows, one draw, constant parameter, constant x), SettingError (x and references).
     Source: Lemos et al. 2023, arXiv:2302.03026.
-    Read: p < 0.05 = not calibrated; all parameters are seen together, so correlations that SBC misses show. A bias at right angles to
-        the seed's direction e shows less: SBC is the sharper test for a shift of one parameter.
+    Read: p < 0.05 = not calibrated. All parameters are tested together, including correlations that SBC does not see. The power is low
+        for a bias perpendicular to the random direction e: SBC is the better test for a shift of one parameter.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> theta = rng.normal(size=(300, 1))
+    >>> x = theta + 0.3 * rng.normal(size=(300, 1))
+    >>> prior_draws = rng.normal(size=(300, 50, 1))  # a posterior that equals the prior
+    >>> bool(sp.calibration.tarp(theta, prior_draws, x).pvalue < 1e-6), bool(sp.calibration.tarp(theta, prior_draws).pvalue > 1e-6)
+    (True, True)
     """
     truth, samples = check_pairs(theta, draws)
     n, n_draws, dim = samples.shape
@@ -169,24 +186,24 @@ def tarp(theta: ArrayLike, draws: ArrayLike, x: ArrayLike | None = None, referen
 
 
 def _scale(truth: Array, samples: Array) -> tuple[Array, Array]:
-    """Median and interquartile range (as a normal's sd) of truths and draws together: robust, and the same if the two change places."""
+    """Median and interquartile range (scaled to a normal sd) of true values and draws together; the same if the two are exchanged."""
     centre, scale = np.empty(truth.shape[1]), np.empty(truth.shape[1])
     for j in range(truth.shape[1]):
         pooled = np.concatenate([truth[:, j], samples[:, :, j].ravel()])
         low, centre[j], high = np.quantile(pooled, [0.25, 0.5, 0.75])
-        scale[j] = (high - low) / 1.349 if high > low else pooled.std()  # a discrete parameter may have no interquartile range
+        scale[j] = (high - low) / 1.349 if high > low else pooled.std()  # the interquartile range of a discrete parameter may be 0
     return centre, scale
 
 
 def _given(references: ArrayLike, truth: Array) -> Array:
     points = as_array("references", references, truth.shape, note="one row per row of theta")
     if np.mean(np.all(points == truth, axis=1)) > 0.5:
-        raise DataError("references equal theta; expected functions of x that do not know the truth of their row")
+        raise DataError("references equal theta; expected functions of x that do not use the true value of their row")
     return points
 
 
 def _from_x(x: Array, truth: Array, rng: np.random.Generator) -> Array:
-    """References (n, d) in standardised units, each from its x and from rows before it in a random order."""
+    """References (n, d) in standardised units, each from its x and from the rows before it in a random order."""
     n, dim = truth.shape
     plain = standardised(x)
     features = np.hstack([plain, standardised(np.abs(plain))])
@@ -204,7 +221,7 @@ def _from_x(x: Array, truth: Array, rng: np.random.Generator) -> Array:
             mean, error = _ridge(features[before], truth[before])
             residual = np.abs(truth[before] - mean(features[before]))
             spread, _ = _ridge(features[before], residual)
-            # |residual| of a normal is 0.8 sd on average; far from the data a linear spread may leave any sensible range
+            # |residual| of a normal is 0.8 sd on average; far from the data the linear prediction of the spread is limited
             width = np.clip(spread(features[block]) / 0.8, 0.2 * error, 5 * error)
             points[block] = mean(features[block]) + width * step + error * wobble[block]
         first *= 2
@@ -212,7 +229,7 @@ def _from_x(x: Array, truth: Array, rng: np.random.Generator) -> Array:
 
 
 def _ridge(features: Array, values: Array) -> tuple[Callable[[Array], Array], Array]:
-    """Ridge regression of values (m, d) on features: the prediction, and its leave-one-out error (d,)."""
+    """Ridge regression of values (m, d) on features: the prediction and its leave-one-out error (d,)."""
     from sklearn.linear_model import RidgeCV
 
     dim = values.shape[1]
@@ -224,7 +241,7 @@ def _from_ranks(ranks: Integers, n_draws: int, points: Array, kind: str) -> TARP
     n, dim = points.shape
     k = rank_grid(n_draws)
     level = k / (n_draws + 1)
-    counts = np.searchsorted(np.sort(ranks), k, side="left")
+    counts = count_curves(ranks[:, None], k)[:, 0]
     return TARP(
         ranks=ranks,
         n_draws=n_draws,
@@ -235,7 +252,7 @@ def _from_ranks(ranks: Integers, n_draws: int, points: Array, kind: str) -> TARP
         references=points,
         reference_kind=kind,
         mean=float((ranks + 0.5).mean() / (n_draws + 1)),
-        # of a uniform on 0..l
+        # for a uniform distribution on 0..l
         mean_err=float(np.sqrt(((n_draws + 1) ** 2 - 1) / (12 * n)) / (n_draws + 1)),
         pvalue=curve_pvalue(counts, n, level),
     )

@@ -23,13 +23,15 @@ Source: Lopez-Paz & Oquab 2017, arXiv:1610.06545; Lueckmann et al. 2021, arXiv:2
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from sbi_phys.calibration.inputs import ALPHA, check_names, combine, holm
+from sbi_phys.calibration._results import NamedTests
+from sbi_phys.calibration.inputs import check_names
+from sbi_phys.calibration.pvalues import ALPHA, combine
 from sbi_phys.core.checks import as_array, as_real, require_int, require_number
 from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.figures import figures
@@ -40,20 +42,28 @@ from sbi_phys.priors import Parameter
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["C2ST", "MMD", "MarginalKS", "SlicedWasserstein", "c2st", "marginal_ks", "mmd", "sliced_wasserstein"]
+__all__ = ["C2ST", "MMD", "MarginalKS", "c2st", "marginal_ks", "mmd"]
 
 N_FOLDS = 5
-
-ENOUGH = 2000
+ENOUGH = 2000  # draws of each sample from which C2ST is comparable with published numbers
+MIN_DRAWS = 5
+CHUNK = 4_000_000  # numbers in one block of the permutations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class C2ST:
-    r"""Accuracy of telling n draws of a from n draws of the reference b; `float(result)` is the accuracy.
+    r"""Result of `c2st`: accuracy of separating n draws of a from n draws of the reference b; `float(result)` is the accuracy.
 
     accuracy, 0.5 = same distribution, 1 = disjoint. standard_error, sd of the fold accuracies / sqrt(5), not below the binomial one.
     fold_accuracies (5,). pvalue, one-sided, of accuracy <= 0.5, for independent draws. n, draws used from each.
-    unique_fraction, the smaller share of distinct rows among the draws used. reliable, n >= 2000.
+    unique_fraction, the smaller fraction of distinct rows among the draws used. reliable, n >= 2000.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> result = sp.calibration.c2st(rng.normal(0, 1, (100, 1)), rng.normal(9, 1, (100, 1)), seed=1)
+    >>> round(float(result), 1), result.n, result.reliable
+    (1.0, 100, False)
     """
 
     accuracy: float
@@ -70,44 +80,41 @@ class C2ST:
 
     def summary(self) -> str:
         """Return the result in words."""
-        same = self.pvalue >= 0.05
-        words = "no difference found" if same else "nearly the same" if self.accuracy < 0.55 else "different"
-        few = "" if self.reliable else f"; only {self.n} draws each, {ENOUGH} are needed for a number to compare with"
-        copies = (
-            "" if self.unique_fraction > 0.9 else f"; {100 * (1 - self.unique_fraction):.0f} % of one sample are copies, p is too small"
-        )
-        return f"C2ST {self.accuracy:.3f} +- {self.standard_error:.3f} (p = {self.pvalue:.2g}, {self.n} draws each): {words}{few}{copies}"
+        different = "nearly the same" if self.accuracy < 0.55 else "different"
+        few = "" if self.reliable else f"; only {self.n} draws each, {ENOUGH} are needed for a comparable number"
+        size = f"C2ST {self.accuracy:.3f} +- {self.standard_error:.3f} (p = {self.pvalue:.2g}, {self.n} draws each)"
+        return f"{size}: {_words(self.pvalue, self.unique_fraction, different)}{few}"
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the fold accuracies with their mean against 0.5."""
         return figures.calibration.c2st_folds(self, ax)
 
 
-def c2st(a: ArrayLike, b: ArrayLike, seed: int = 0, *, max_draws: int = 5000, workers: int = 1) -> C2ST:
+def c2st(a: ArrayLike, b: ArrayLike, *, max_draws: int = 5000, seed: int = 0, workers: int = 1) -> C2ST:
     r"""Classifier two-sample test of a against the reference b, mean accuracy in 5-fold cross-validation.
 
     Args:
-        a: (n, d), the draws to be judged.
-        b: (m, d), the reference; its mean and sd scale both. Columns constant in a and b alike carry nothing and are left out;
-            a column constant in b alone is scaled by a's sd.
+        a: (n, d), the draws to be tested.
+        b: (m, d), the reference; its mean and sd scale both. Columns that are constant and equal in a and b are left out;
+            a column constant in b alone is scaled by the sd of a.
+        max_draws: maximum number of draws from each; min(n, m, max_draws) are taken without repetition.
         seed: of the subsample, the folds and the network.
-        max_draws: most draws taken from each; min(n, m, max_draws) are drawn without repetition from each.
-        workers: threads that train folds at the same time; the result does not depend on it.
+        workers: processes that train folds at the same time; the result does not depend on their number.
 
     Returns: C2ST.   Raises: ShapeError, NonFiniteError, DataError (fewer than 10 draws, every column constant), SettingError.
     Source: Lopez-Paz & Oquab 2017, arXiv:1610.06545; settings: module docstring.
-    Read: 0.5 perfect, above 0.6 visibly different; the p-value takes draws as independent, thin a chain by its tau first.
+    Read: 0.5 perfect, above 0.6 visibly different; the p-value assumes independent draws: thin a chain by its autocorrelation time.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> a, b = np.random.default_rng(0).normal(size=(2, 100, 1))
+    >>> bool(sp.calibration.c2st(a, b).pvalue > 1e-4), bool(sp.calibration.c2st(a + 9, b).pvalue > 1e-4)
+    (True, False)
     """
-    first, second = as_array("a", a, (None, None)), as_array("b", b, (None, None))
-    if first.shape[1] != second.shape[1] or first.shape[1] == 0:
-        raise ShapeError(f"a has shape {first.shape}, b has shape {second.shape}; expected the same number of columns, at least one")
+    first, second = _pair(a, b, low=2 * N_FOLDS)
     max_draws = require_int("max_draws", max_draws, low=2 * N_FOLDS)
     n = min(first.shape[0], second.shape[0], max_draws)
-    if n < 2 * N_FOLDS:
-        raise DataError(
-            f"a has {first.shape[0]} and b {second.shape[0]} draws; expected at least {2 * N_FOLDS}, two in each of {N_FOLDS} folds"
-        )
-    rng = rng_for(seed, "c2st")
+    rng, dim = rng_for(seed, "c2st"), first.shape[1]
     first, second = _scaled(first, second)
     first, second = _subsample(first, n, rng), _subsample(second, n, rng)
     folds = np.concatenate([_folds(first, rng), _folds(second, rng)])
@@ -115,22 +122,22 @@ def c2st(a: ArrayLike, b: ArrayLike, seed: int = 0, *, max_draws: int = 5000, wo
     accuracies = _fold_accuracies(x, y, folds, seed, require_int("workers", workers, low=1))
     accuracy = float(accuracies.mean())
     binomial = float(np.sqrt(max(accuracy * (1 - accuracy), 1 / (2 * n)) / (2 * n)))
-    unique = min(np.unique(s, axis=0).shape[0] for s in (first, second)) / n
+
     return C2ST(
         accuracy=accuracy,
         standard_error=max(float(accuracies.std(ddof=1)) / np.sqrt(N_FOLDS), binomial),
         pvalue=float(ndtr(-(accuracy - 0.5) / np.sqrt(0.25 / (2 * n)))),
         fold_accuracies=accuracies,
         n=n,
-        dim=int(np.shape(a)[1]),
-        unique_fraction=unique,
+        dim=dim,
+        unique_fraction=_unique(first, second),
         reliable=n >= ENOUGH,
     )
 
 
 def _scaled(a: Array, b: Array) -> tuple[Array, Array]:
     sd = b.std(axis=0)
-    # a constant column has an sd of rounding errors; dividing by it would turn them into a signal
+    # the sd of a constant column consists of rounding errors, which a division by it would amplify
     tiny = 1e-12 * np.maximum(np.abs(b).max(axis=0), np.abs(a).max(axis=0))
     still = sd <= tiny
     both = still & (np.abs(a - b.mean(axis=0)).max(axis=0) <= tiny)
@@ -150,11 +157,11 @@ def _folds(x: Array, rng: np.random.Generator) -> Integers:
     _, group = np.unique(x, axis=0, return_inverse=True)
     group = rng.permutation(int(group.max()) + 1)[group.reshape(-1)]
     order = np.argsort(group, kind="stable")
-    starts = np.searchsorted(group[order], group)  # place of each row's first copy in the shuffled sequence
+    starts = np.searchsorted(group[order], group)  # position of each row's first copy in the shuffled sequence
     folds = (starts * N_FOLDS) // x.shape[0]
     if np.unique(folds).size < N_FOLDS:
         raise DataError(
-            f"copies of few rows make up a sample of {x.shape[0]} draws; expected draws that fill {N_FOLDS} folds without copies"
+            f"a sample of {x.shape[0]} draws consists of copies of few rows; expected enough distinct rows to fill {N_FOLDS} folds"
         )
     return folds
 
@@ -162,7 +169,7 @@ def _folds(x: Array, rng: np.random.Generator) -> Integers:
 def _fold_accuracies(x: NDArray[np.float32], y: Integers, folds: Integers, seed: int, workers: int) -> Array:
     from joblib import Parallel, delayed
 
-    # processes, not threads: the steps are so small that threads would wait for the interpreter
+    # processes, not threads: the steps are so short that threads would wait for the interpreter lock
     jobs = (delayed(_accuracy)(x, y, folds == k, seed_for(seed, "c2st network", k) % 2**32) for k in range(N_FOLDS))
     return np.array(Parallel(n_jobs=workers)(jobs))
 
@@ -174,26 +181,28 @@ def _accuracy(x: NDArray[np.float32], y: Integers, test: Mask, seed: int) -> flo
 
     units = 10 * x.shape[1]
     network = MLPClassifier(hidden_layer_sizes=(units, units), activation="relu", solver="adam", max_iter=1000, random_state=seed)
-    # 1000 iterations are part of the definition, so stopping there is no fault to report
+    # 1000 iterations are part of the definition, so the convergence warning is expected
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)
         network.fit(x[~test], y[~test])
     right = network.predict(x[test]) == y[test]
-    # the mean over the two classes: 0.5 stays the null value where copies make a fold's classes unequal
+    # mean over the two classes, so that the null value is 0.5 even if copies make the classes of a fold unequal
     return float(np.mean([right[y[test] == label].mean() for label in (0, 1)]))
-
-
-MIN_DRAWS = 5
-
-CHUNK = 4_000_000  # numbers in one block of the permutations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MMD:
-    r"""Squared maximum mean discrepancy, Gaussian kernel exp(-|a - b|^2 / (2 h^2)), unbiased; `float(result)` is it.
+    r"""Result of `mmd`: unbiased squared maximum mean discrepancy, kernel exp(-|a - b|^2 / (2 h^2)); `float(result)` is its value.
 
-    mmd2, may be below 0; 0 = same distribution. bandwidth h, in pooled sd. null (p,), its values with rows shared out anew.
-    pvalue, permutation. n_a, n_b, draws used. unique_fraction, the smaller share of distinct rows among them.
+    mmd2, may be below 0; 0 = same distribution. bandwidth h, in pooled sd. null (p,), the values after permutation of the rows.
+    pvalue, permutation. n_a, n_b, draws used. unique_fraction, the smaller fraction of distinct rows among them.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> a, b = np.random.default_rng(0).normal(size=(2, 100, 2))
+    >>> result = sp.calibration.mmd(a, b, n_permutations=99)
+    >>> result.null.shape, (result.n_a, result.n_b)
+    ((99,), (100, 100))
     """
 
     mmd2: float
@@ -218,73 +227,42 @@ class MMD:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SlicedWasserstein:
-    r"""Mean Wasserstein-1 distance of projections, in pooled sd; `float(result)` is it.
-
-    distance, and noise, its median under equal distributions: with n draws it is never 0. per_projection (k,), null (p,).
-    pvalue, permutation. n_a, n_b, draws used. unique_fraction, the smaller share of distinct rows among them.
-    """
-
-    distance: float
-    noise: float
-    per_projection: Array
-    null: Array
-    pvalue: float
-    n_a: int
-    n_b: int
-    unique_fraction: float
-
-    def __float__(self) -> float:
-        return self.distance
-
-    def summary(self) -> str:
-        """Return the result in words."""
-        size = f"Sliced Wasserstein {self.distance:.3g} sd, equal samples give {self.noise:.2g} (p = {self.pvalue:.2g}"
-        return f"{size}, {self.n_a} and {self.n_b} draws): {_words(self.pvalue, self.unique_fraction)}"
-
-    def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the value against its null distribution."""
-        return figures.calibration_compare.null_histogram(self.null, self.distance, self.pvalue, "sliced Wasserstein distance / sd", ax)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MarginalKS:
-    r"""Two-sample Kolmogorov-Smirnov test and Wasserstein-1 distance, per parameter.
+class MarginalKS(NamedTests):
+    r"""Result of `marginal_ks`: Kolmogorov-Smirnov test and Wasserstein-1 distance of each parameter.
 
     ks (d,), largest difference of the ECDFs. wasserstein (d,), in sd of the reference b. shift (d,), mean of a - mean of b in sd of b;
-    width (d,), sd of a over that of b. pvalues, KS, not corrected; pvalue, smallest times d. curves: sorted columns of a and b, to plot.
+    width (d,), sd of a over that of b. pvalues, KS, not corrected; pvalue, smallest times d. a, b, sorted columns, for the plot.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> a, b = np.random.default_rng(3).normal(size=(2, 500, 2))
+    >>> sp.calibration.marginal_ks(a + [0, 1], b, ["mass", "energy"]).verdicts
+    {'mass': 'same', 'energy': 'different'}
     """
 
-    names: tuple[str, ...]
-    labels: tuple[str, ...]
+    PASSED: ClassVar[str] = "same"
+
     ks: Array
     wasserstein: Array
     shift: Array
     width: Array
-    pvalues: dict[str, float]
-    pvalue: float
     a: Array
     b: Array
     unique_fraction: float
 
-    @property
-    def different(self) -> tuple[str, ...]:
-        """Parameters whose marginals differ, by Holm's correction at 5 %."""
-        return tuple(name for name, p in holm(self.pvalues).items() if p <= ALPHA)
+    def _fault(self, j: int) -> str:
+        return "different"
 
     def summary(self) -> str:
         """Return the result in words: one line for all, one line per parameter."""
-        head = f"Marginals, {len(self.a)} and {len(self.b)} draws (p = {self.pvalue:.3g}, corrected for {len(self.names)} tests)"
-        lines = [f"{head}: {_words(self.pvalue, self.unique_fraction)}"]
-        pad = max(map(len, self.names))
-        for j, name in enumerate(self.names):
-            size = f"W1 {self.wasserstein[j]:.3f} sd  shift {self.shift[j]:+.2f} sd  width x{self.width[j]:.2f}"
-            word = "different" if name in self.different else "same"
-            lines.append(f"  {name:<{pad}}  {word:<9}  KS {self.ks[j]:.3f}  p = {self.pvalues[name]:<8.3g}  {size}")
-        return "\n".join(lines)
+        sizes = zip(self.ks, self.wasserstein, self.shift, self.width, strict=True)
+        details = [f"KS {ks:.3f}  W1 {w1:.3f} sd  shift {shift:+.2f} sd  width x{width:.2f}" for ks, w1, shift, width in sizes]
+        subject, note = f"Marginals, {len(self.a)} and {len(self.b)} draws", f", corrected for {len(self.names)} tests"
+        copies = _copies(self.unique_fraction)
+        return "\n".join(self._summary(subject, f"no difference found{copies}", f"different{copies}", details, note))
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the difference of the two ECDFs per parameter, against the reference's quantiles."""
+        """Draw the difference of the two ECDFs of each parameter against the quantiles of the reference."""
         return figures.calibration_compare.marginal_ks(self, ax)
 
 
@@ -295,15 +273,21 @@ def mmd(
 
     Args:
         a: (n, d), independent draws. Columns constant in both samples are left out.
-        b: (m, d), independent draws of the other.
+        b: (m, d), independent draws of the other distribution.
         n_permutations: the smallest p is 1 / (n_permutations + 1).
         bandwidth: of the Gaussian kernel, in pooled sd; default the median distance of pooled rows.
-        max_draws: most draws taken from each; time and memory grow with its square (1000: 2000 x 2000 kernel).
+        max_draws: maximum number of draws from each; time and memory grow with its square (1000: 2000 x 2000 kernel).
         seed: of the subsample and the permutations.
 
     Returns: MMD.   Raises: ShapeError, NonFiniteError, DataError (fewer than 5 draws, every column constant), SettingError.
     Source: Gretton et al. 2012, JMLR 13, 723, equation 3.
-    Read: small p = different; the value itself depends on the bandwidth and compares only at equal bandwidth.
+    Read: small p = different; the value itself depends on the bandwidth and can be compared only at equal bandwidth.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> a, b = np.random.default_rng(0).normal(size=(2, 100, 2))
+    >>> round(sp.calibration.mmd(a, b + 1, n_permutations=99).pvalue, 2)
+    0.01
     """
     first, second = _pair(a, b)
     rng = rng_for(seed, "mmd")
@@ -315,10 +299,10 @@ def mmd(
     distance2 = np.maximum(square[:, None] + square - 2 * pooled @ pooled.T, 0)
     if bandwidth is None:
         median = float(np.sqrt(np.median(distance2[np.triu_indices(n + m, 1)])))
-        bandwidth = median if median > 0 else 1.0  # most rows are copies of one
+        bandwidth = median if median > 0 else 1.0  # the median is 0 if most rows are copies of one
     bandwidth = require_number("bandwidth", bandwidth, low=0, open_low=True)
     kernel = np.exp(-distance2 / (2 * bandwidth**2))
-    np.fill_diagonal(kernel, 0)  # the unbiased estimate leaves a row's kernel with itself out
+    np.fill_diagonal(kernel, 0)  # the unbiased estimate omits the kernel of a row with itself
     rows, total = kernel.sum(axis=1), float(kernel.sum())
     values = []
     for labels in _shares(n, m, n_permutations, rng):
@@ -339,56 +323,6 @@ def mmd(
     )
 
 
-def sliced_wasserstein(
-    a: ArrayLike, b: ArrayLike, n_projections: int = 50, seed: int = 0, *, n_permutations: int = 200, max_draws: int = 2000
-) -> SlicedWasserstein:
-    r"""Sliced Wasserstein distance, E_v W1(v.a, v.b) over directions v on the unit sphere, and its permutation test.
-
-    Args:
-        a: (n, d), independent draws. Columns constant in both samples are left out.
-        b: (m, d), independent draws of the other.
-        n_projections: random directions k; with d = 1 there is one.
-        seed: of the directions, the subsample and the permutations.
-        n_permutations: the smallest p is 1 / (n_permutations + 1).
-        max_draws: most draws taken from each.
-
-    Returns: SlicedWasserstein.   Raises: ShapeError, NonFiniteError, DataError, SettingError.
-    Source: Bonneel et al. 2015, J. Math. Imaging Vis. 51, 22.
-    Read: compare the distance with `noise`; 0.1 above it = marginals about 0.1 sd apart on average over directions.
-    """
-    first, second = _pair(a, b)
-    rng = rng_for(seed, "sliced wasserstein")
-    first, second = _taken(first, second, require_int("max_draws", max_draws, low=MIN_DRAWS), rng)
-    n_projections = require_int("n_projections", n_projections, low=1)
-    n_permutations = require_int("n_permutations", n_permutations, low=19)
-    n, m = len(first), len(second)
-    pooled = _pooled(first, second)
-    directions = rng.standard_normal((pooled.shape[1], n_projections if pooled.shape[1] > 1 else 1))
-    projected = pooled @ (directions / np.linalg.norm(directions, axis=0))
-    shared = list(_shares(n, m, n_permutations, rng))
-    distances = np.empty((n_permutations + 1, projected.shape[1]))
-    for k, column in enumerate(projected.T):
-        order = np.argsort(column, kind="stable")
-        gaps = np.diff(column[order])
-        start = 0
-        for labels in shared:
-            # W1 = integral |F_a - F_b|; F_a steps by 1/n at a's rows, F_b by 1/m at b's
-            steps = np.where(labels[:, order], 1 / n, -1 / m)
-            distances[start : start + len(labels), k] = np.abs(np.cumsum(steps, axis=1)[:, :-1]) @ gaps
-            start += len(labels)
-    null = distances.mean(axis=1)
-    return SlicedWasserstein(
-        distance=float(null[0]),
-        noise=float(np.median(null[1:])),
-        per_projection=distances[0],
-        null=null[1:],
-        pvalue=_pvalue(null),
-        n_a=n,
-        n_b=m,
-        unique_fraction=_unique(first, second),
-    )
-
-
 def marginal_ks(a: ArrayLike, b: ArrayLike, names: Sequence[str | Parameter] | None = None) -> MarginalKS:
     r"""Two-sample Kolmogorov-Smirnov test of every parameter, sup |F_a - F_b|, with the distance W1 in sd of the reference b.
 
@@ -396,8 +330,14 @@ def marginal_ks(a: ArrayLike, b: ArrayLike, names: Sequence[str | Parameter] | N
     Returns: MarginalKS.
     Raises: ShapeError, NonFiniteError, DataError (fewer than 5 draws, a column constant in b but not in a).
     Source: Hodges 1958, Ark. Mat. 3, 469 (the exact two-sample distribution, scipy.stats.ks_2samp); Holm 1979.
-    Read: W1 says whether a difference matters, p whether it is there; with ties p errs towards 1. A column constant and equal in both
-    has distance 0 and p = 1.
+    Read: W1 measures the size of a difference, p its significance; with ties p is too large. A column that is constant and equal in
+    both has distance 0 and p = 1.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> a, b = np.random.default_rng(3).normal(size=(2, 500, 1))
+    >>> bool(0.8 < sp.calibration.marginal_ks(a + 1, b).wasserstein[0] < 1.2)
+    True
     """
     from scipy.stats import ks_2samp, wasserstein_distance
 
@@ -412,7 +352,7 @@ def marginal_ks(a: ArrayLike, b: ArrayLike, names: Sequence[str | Parameter] | N
     scale = np.where(same, 1.0, sd)
     ks, distance, p = np.zeros(len(plain)), np.zeros(len(plain)), np.ones(len(plain))
     for j in np.flatnonzero(~same):
-        with warnings.catch_warnings():  # scipy falls back to the asymptotic p by itself and says so
+        with warnings.catch_warnings():  # scipy warns when it uses the asymptotic p-value
             warnings.simplefilter("ignore", RuntimeWarning)
             ks[j], p[j] = ks_2samp(first[:, j], second[:, j])
         distance[j] = wasserstein_distance(first[:, j], second[:, j]) / scale[j]
@@ -432,20 +372,23 @@ def marginal_ks(a: ArrayLike, b: ArrayLike, names: Sequence[str | Parameter] | N
     )
 
 
-def _words(p: float, unique: float) -> str:
-    words = "no difference found" if p > ALPHA else "different"
-    return words + ("" if unique > 0.9 else f"; {100 * (1 - unique):.0f} % of one sample are copies, p is too small")
+def _words(p: float, unique: float, different: str = "different") -> str:
+    return ("no difference found" if p > ALPHA else different) + _copies(unique)
 
 
-def _pair(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
+def _copies(unique: float) -> str:
+    return "" if unique > 0.9 else f"; {100 * (1 - unique):.0f} % of one sample are copies, p is too small"
+
+
+def _pair(a: ArrayLike, b: ArrayLike, low: int = MIN_DRAWS) -> tuple[Array, Array]:
     first, second = as_real("a", a), as_real("b", b)
     if first.ndim == second.ndim == 1:
         first, second = first[:, None], second[:, None]
     first, second = as_array("a", first, (None, None)), as_array("b", second, (None, None))
     if first.shape[1] != second.shape[1] or first.shape[1] == 0:
         raise ShapeError(f"a has shape {first.shape}, b has shape {second.shape}; expected the same number of columns, at least one")
-    if min(len(first), len(second)) < MIN_DRAWS:
-        raise DataError(f"a has {len(first)} and b {len(second)} draws; expected at least {MIN_DRAWS} each")
+    if min(len(first), len(second)) < low:
+        raise DataError(f"a has {len(first)} and b {len(second)} draws; expected at least {low} each")
     return first, second
 
 
@@ -464,7 +407,7 @@ def _pooled(first: Array, second: Array) -> Array:
 
 
 def _shares(n: int, m: int, n_permutations: int, rng: np.random.Generator) -> list[Mask]:
-    """Blocks of rows (.., n + m), True where a pooled row is given to a: the observed sharing first, then random ones."""
+    """Blocks of rows (.., n + m), True where a pooled row is assigned to a: the observed assignment first, then random ones."""
     observed = np.arange(n + m) < n
     labels = np.concatenate([observed[None], rng.permuted(np.tile(observed, (n_permutations, 1)), axis=1)])
     size = max(CHUNK // (n + m), 1)
@@ -472,7 +415,7 @@ def _shares(n: int, m: int, n_permutations: int, rng: np.random.Generator) -> li
 
 
 def _pvalue(values: Array) -> float:
-    # rounding may tell equal sharings apart; the margin is far below any real difference
+    # equal assignments may differ by rounding; the margin is far below any real difference
     return float((1 + (values[1:] >= values[0] - 1e-12 * np.abs(values[0])).sum()) / values.size)
 
 

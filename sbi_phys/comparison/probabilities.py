@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from sbi_phys.calibration.inputs import ALPHA, combine
+from sbi_phys.calibration.pvalues import ALPHA, combine
 from sbi_phys.core.checks import as_array, require_choice, require_int, require_known, require_number
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures

@@ -25,7 +25,8 @@ import numpy as np
 from scipy.special import chdtrc, expit, logit
 from scipy.stats import binom
 
-from sbi_phys.calibration.inputs import ALPHA, check_names
+from sbi_phys.calibration.inputs import check_names
+from sbi_phys.calibration.pvalues import ALPHA
 from sbi_phys.confidence.inputs import as_points, check_level, frozen, require_within
 from sbi_phys.core.checks import as_real, require_int, require_same_rows
 from sbi_phys.core.errors import DataError, SettingError, ShapeError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sbi_phys.calibration.bands import band_counts
-from sbi_phys.calibration.inputs import ALPHA
+from sbi_phys.calibration.pvalues import ALPHA
 from sbi_phys.core.files import open_aside
 from sbi_phys.core.types import Array
 from sbi_phys.plotting.calibration import BAND, COLOURS

@@ -45,7 +45,7 @@ from typing import Any
 import numpy as np
 from scipy.special import bdtr, chdtrc, ndtr, ndtri, stdtr
 
-from sbi_phys.calibration.montecarlo import smallest_pvalue
+from sbi_phys.calibration.pvalues import smallest_pvalue
 from sbi_phys.core.checks import as_array, require_number
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.progress import Task

@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sbi_phys.calibration.inputs import ALPHA, check_names, check_pairs, combine, holm
+from sbi_phys.calibration.inputs import check_names, check_pairs
 from sbi_phys.calibration.pit import PITRegression, pit_regression
+from sbi_phys.calibration.pvalues import ALPHA, combine, holm
 from sbi_phys.calibration.sbc import SBC, sbc
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import DataError, SettingError

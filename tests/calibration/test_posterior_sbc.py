@@ -3,8 +3,8 @@ import pytest
 from matplotlib.axes import Axes
 from scipy.stats import kstest
 
-from sbi_phys.calibration.posterior_sbc import augmented_draws, posterior_sbc
-from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.calibration.posterior_sbc import posterior_sbc
+from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 
 NOISE, X_OBS = 0.5, 0.8
 GAIN = 1 / (1 + NOISE**2)
@@ -63,7 +63,7 @@ def test_fresh_truths_are_marked_as_approximate():
     rng = np.random.default_rng(5)
     few = posterior_sbc(*replicated(rng, n=100, m=500, picked=False))
     many = posterior_sbc(*replicated(rng, n=20, m=4000, picked=False))
-    assert not few.exact and "pick the truths from the draws" in few.warning
+    assert not few.exact and "choose the true values from the draws" in few.warning
     assert not many.exact and many.warning == ""
     assert posterior_sbc(*replicated(rng)).exact
 
@@ -80,28 +80,12 @@ def test_rank_and_effective_sample_size_by_hand():
     assert np.unique(tied[:, 0]).size == 10
 
 
-def test_augmented_draws_have_the_moments_of_the_product():
-    rng = np.random.default_rng(6)
-    _, draws, logs = replicated(rng, n=5, m=20_000)
-    out, ess = augmented_draws(draws, logs, 4000, seed=1)
-    assert out.shape == (5, 4000, 1)
-    weights = np.exp(logs - logs.max(axis=1, keepdims=True))
-    np.testing.assert_allclose(ess, weights.sum(axis=1) ** 2 / (weights**2).sum(axis=1))
-    expected = (weights @ draws[:, 0]) / weights.sum(axis=1)
-    variance = 1 / (1 + 2 / NOISE**2)  # two observations of the same theta
-    np.testing.assert_allclose(out.mean(axis=1)[:, 0], expected, atol=5 * np.sqrt(variance / 4000))
-    np.testing.assert_allclose(out.var(axis=1)[:, 0], variance, rtol=0.15)
-    np.testing.assert_array_equal(out, augmented_draws(draws, logs, 4000, seed=1)[0])
-    assert np.any(out != augmented_draws(draws, logs, 4000, seed=2)[0])
-
-
 def test_weights_of_zero_are_legal():
     theta, draws, logs = replicated(np.random.default_rng(7), n=20, m=50)
     logs[:, 10:] = -np.inf
-    out, ess = augmented_draws(draws, logs, 100)
-    assert ess.max() <= 10
-    assert np.isin(out, draws[:10]).all()
-    assert 0 < posterior_sbc(theta, draws, logs).pvalue <= 1
+    result = posterior_sbc(theta, draws, logs)
+    assert result.ess.max() <= 10
+    assert 0 < result.pvalue <= 1
 
 
 def test_plot():
@@ -138,5 +122,3 @@ def test_bad_input():
         posterior_sbc(theta, draws * 0, logs)
     with pytest.raises(DataError, match="complex"):
         posterior_sbc(theta, draws * 1j, logs)
-    with pytest.raises(SettingError, match="n_draws"):
-        augmented_draws(draws, logs, 0)

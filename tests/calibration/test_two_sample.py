@@ -3,7 +3,7 @@ import pytest
 from scipy.special import ndtr
 from scipy.stats import ks_2samp, wasserstein_distance
 
-from sbi_phys.calibration.two_sample import N_FOLDS, _folds, _scaled, c2st, marginal_ks, mmd, sliced_wasserstein
+from sbi_phys.calibration.two_sample import N_FOLDS, _folds, _scaled, c2st, marginal_ks, mmd
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 
 
@@ -116,7 +116,6 @@ def test_bad_input():
 
 TESTS = {
     "mmd": lambda a, b, seed: mmd(a, b, seed=seed, n_permutations=39),
-    "sliced": lambda a, b, seed: sliced_wasserstein(a, b, 10, seed, n_permutations=39),
     "marginal": lambda a, b, seed: marginal_ks(a, b),
 }
 
@@ -130,7 +129,7 @@ def brute_mmd(a, b, bandwidth):
     return within - 2 * kernel(a, b).mean()
 
 
-def test_mmd_is_the_definition_and_its_null_that_of_rows_shared_out():
+def test_mmd_is_the_definition_and_its_null_that_of_permuted_rows():
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((30, 2)), 1 + rng.standard_normal((20, 2))
     result = mmd(a, b, bandwidth=0.7, n_permutations=200)
@@ -163,24 +162,6 @@ def test_median_heuristic():
     assert mmd(a, b, n_permutations=19).bandwidth == pytest.approx(np.median(pairs))
 
 
-def test_sliced_distance_in_one_dimension_is_wasserstein_of_scipy():
-    rng = np.random.default_rng(3)
-    a, b = rng.standard_normal(70), 0.3 + 1.5 * rng.standard_normal(40)
-    result = sliced_wasserstein(a, b, n_permutations=19)
-    sd = np.concatenate([a, b]).std()
-    assert float(result) == pytest.approx(wasserstein_distance(a, b) / sd, rel=1e-10)
-    assert result.per_projection.shape == (1,)
-
-
-def test_sliced_distance_of_a_shift_is_its_mean_projection():
-    a = np.random.default_rng(4).standard_normal((500, 2))
-    a = (a - a.mean(axis=0)) / a.std(axis=0)
-    b = a + np.array([1.0, 0.0])
-    sd = np.concatenate([a, b]).std(axis=0)[0]
-    # E |cos phi| = 2 / pi over directions
-    assert float(sliced_wasserstein(a, b, 400, n_permutations=19)) == pytest.approx(2 / np.pi / sd, rel=0.1)
-
-
 def test_marginals_are_those_of_scipy():
     rng = np.random.default_rng(5)
     a, b = rng.standard_normal((100, 2)), rng.standard_normal((80, 2)) * [1, 2]
@@ -189,7 +170,7 @@ def test_marginals_are_those_of_scipy():
         expected = ks_2samp(a[:, j], b[:, j])
         assert (result.ks[j], result.pvalues[name]) == pytest.approx((expected.statistic, expected.pvalue))
         assert result.wasserstein[j] == pytest.approx(wasserstein_distance(a[:, j], b[:, j]) / b[:, j].std())
-    assert result.different == ("v",)
+    assert result.verdicts == {"u": "same", "v": "different"}
     assert result.width[1] == pytest.approx(a[:, 1].std() / b[:, 1].std())
     assert result.pvalue == pytest.approx(2 * result.pvalues["v"])
     assert "different" in result.summary()
@@ -218,7 +199,6 @@ def test_wrong_correlation_is_seen_jointly_and_not_in_marginals():
     a, b = rng.standard_normal((2, 1000, 2))
     a[:, 1] = 0.6 * a[:, 0] + 0.8 * a[:, 1]
     assert mmd(a, b).pvalue < 0.01
-    assert sliced_wasserstein(a, b).pvalue < 0.01
     assert marginal_ks(a, b).pvalue > 0.05
 
 
@@ -228,14 +208,13 @@ def test_unequal_sizes_subsamples_and_seeds():
     result = mmd(a, b, max_draws=50, n_permutations=19)
     assert (result.n_a, result.n_b) == (50, 50)
     assert mmd(a, b, max_draws=50, n_permutations=19).mmd2 == result.mmd2 != mmd(a, b, max_draws=50, n_permutations=19, seed=1).mmd2
-    assert sliced_wasserstein(a, b, n_permutations=19).n_b == 200
 
 
 def test_copies_are_said():
     rng = np.random.default_rng(10)
     b = rng.standard_normal((400, 1))
     a = b[rng.integers(0, 100, 400)]
-    for result in (mmd(a, b, n_permutations=19), sliced_wasserstein(a, b, n_permutations=19), marginal_ks(a, b)):
+    for result in (mmd(a, b, n_permutations=19), marginal_ks(a, b)):
         assert result.unique_fraction < 0.3
         assert "copies" in result.summary()
 
@@ -247,8 +226,6 @@ def test_constant_columns_and_integers():
     assert mmd(np.insert(a * 1.0, 1, 1 / 3, axis=1), np.insert(b * 1.0, 1, 1 / 3, axis=1), n_permutations=19).mmd2 == pytest.approx(plain)
     marginals = marginal_ks(np.insert(a, 1, 7, axis=1), np.insert(b, 1, 7, axis=1))
     assert (marginals.ks[1], marginals.pvalues["theta_1"], marginals.width[1]) == (0, 1, 1)
-    assert sliced_wasserstein(a, a, n_permutations=19).distance == pytest.approx(0, abs=1e-12)
-    assert sliced_wasserstein(a, a, n_permutations=19).pvalue == 1
     assert mmd(np.zeros((20, 1)), np.ones((20, 1)), n_permutations=19).pvalue == 1 / 20
 
 
@@ -287,7 +264,5 @@ def test_bad_settings():
         mmd(x, x, bandwidth=0.0)
     with pytest.raises(SettingError, match="n_permutations"):
         mmd(x, x, n_permutations=3)
-    with pytest.raises(SettingError, match="n_projections"):
-        sliced_wasserstein(x, x, 0)
     with pytest.raises(ShapeError, match="names"):
         marginal_ks(x, x, ["only one"])
