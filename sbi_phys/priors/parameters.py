@@ -1,4 +1,4 @@
-"""What theta and x consist of: named parameters and blocks of observables, with units and labels."""
+"""Descriptions of the columns of theta and x: named parameters and blocks of observables, with units and labels."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -16,6 +16,10 @@ class Parameter:
 
     Args: name, a plain identifier; low < high, in `unit`, infinite where unbounded; unit, '' if dimensionless;
     latex, without dollar signs, the name if empty.   Raises: SettingError.
+
+    >>> import sbi_phys as sp
+    >>> sp.Parameter("lg_rcut", 17.8, 20.0, unit="lg V", latex="R_{cut}").label
+    '$R_{cut}$ [lg V]'
     """
 
     name: str
@@ -42,10 +46,14 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Observable:
-    """A named block of columns of x: `size` columns, unit, LaTeX label, kind and, for histograms, the bin edges.
+    """A named block of `size` columns of x: unit, LaTeX label, kind and, for histograms, the bin edges.
 
-    Args: kind, 'counts' (whole numbers, variance-stabilised before they enter a network) or 'real';
-    edges (size + 1,), in `edges_unit`, or () where the columns are no bins.   Raises: SettingError, ShapeError.
+    Args: kind, 'counts' (whole numbers, whose variance is stabilised before they enter a network) or 'real';
+    edges (size + 1,), in `edges_unit`, or () where the columns are not bins.   Raises: SettingError, ShapeError.
+
+    >>> import sbi_phys as sp
+    >>> sp.Observable("spectrum", 2, kind="counts", edges=(18.0, 19.0, 20.0), edges_unit="lg eV").edges
+    (18.0, 19.0, 20.0)
     """
 
     name: str
