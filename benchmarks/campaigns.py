@@ -40,7 +40,8 @@ from sbi_phys.core.errors import StoreError
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.simulation.clusters import cluster_executor
 from sbi_phys.simulation.dispatch import Campaign
-from sbi_phys.store.store import Store, list_shards
+from sbi_phys.store.manifest import list_shards
+from sbi_phys.store.store import Store
 from simulators import SourceSpectrum
 
 SHARDS, ROWS, SECONDS = 200, 50, 0.15  # of the campaigns that are killed

@@ -34,7 +34,8 @@ from benchmarks.suite.table import Numbers, arguments, fill, run_parts
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.simulation.clusters import cluster_executor
 from sbi_phys.store.info import store_info
-from sbi_phys.store.store import Store, list_shards
+from sbi_phys.store.manifest import list_shards
+from sbi_phys.store.store import Store
 from simulators import SourceSpectrum
 
 MB = 1e-6

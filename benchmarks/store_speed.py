@@ -31,8 +31,9 @@ from sbi_phys.simulation.campaign import simulate
 from sbi_phys.store.check import check_store
 from sbi_phys.store.info import store_info
 from sbi_phys.store.layout import Layout
+from sbi_phys.store.manifest import Manifest, write_manifest
 from sbi_phys.store.shards import Header, ShardData, shard_name, write_shard
-from sbi_phys.store.store import Manifest, Store, write_manifest
+from sbi_phys.store.store import Store
 
 PRIOR = BoxPrior([Parameter("a", -3, 3), Parameter("b", -3, 3)])
 COLUMNS = 20

@@ -35,8 +35,8 @@ from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import PosteriorNet, npe_loss
 from sbi_phys.priors import NormalPrior, Observable, Parameter
 from sbi_phys.priors.parameters import observables_to_dicts
+from sbi_phys.store.manifest import Manifest, write_manifest
 from sbi_phys.store.shards import Header, ShardData, shard_name, write_shard
-from sbi_phys.store.store import Manifest, write_manifest
 from sbi_phys.training.batches import MemoryBatches
 from sbi_phys.training.loop import TrainConfig, fit
 from sbi_phys.training.stream import Stream

@@ -38,11 +38,24 @@ class AsideFile(io.FileIO):
                 while sent < len(view):
                     sent += self._send(view[sent:])
             except OSError as err:
-                self.failure = err
+                self._keep(err)
         return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the size of the file, or keep the error in `failure`."""
+        if self.failure is None:
+            try:
+                return super().truncate(size)
+            except OSError as err:
+                self._keep(err)
+        return self.tell() if size is None else size
 
     def _send(self, view: memoryview) -> int:
         return super().write(view) or 0
+
+    def _keep(self, err: OSError) -> None:
+        # without its frames, which would keep memory of HDF5 alive until after HDF5 has ended
+        self.failure = err.with_traceback(None)
 
 
 @contextmanager

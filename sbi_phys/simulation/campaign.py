@@ -31,8 +31,7 @@ from sbi_phys.simulation.workers import close_sandboxes
 from sbi_phys.store.identity import simulator_identity
 from sbi_phys.store.layout import Layout
 from sbi_phys.store.locks import ArrayLock, StoreLock
-from sbi_phys.store.manifest import remove_litter
-from sbi_phys.store.plan import Plan, existing_header, plan_store
+from sbi_phys.store.manifest import Plan, existing_header, plan_store, remove_litter
 from sbi_phys.store.shards import Header
 from sbi_phys.store.store import Store
 

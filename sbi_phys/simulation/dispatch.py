@@ -27,8 +27,8 @@ from sbi_phys.core.types import Array
 from sbi_phys.simulation.processes import limit_threads, pickle_simulator, start_pool_worker
 from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.simulation.workers import ShardResult, ShardTask, name_disk, run_shard
+from sbi_phys.store.manifest import MANIFEST, Manifest, list_shards
 from sbi_phys.store.shards import shard_name, write_file
-from sbi_phys.store.store import MANIFEST, Manifest, list_shards
 
 __all__ = ["Campaign", "complete"]
 

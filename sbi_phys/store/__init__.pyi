@@ -10,9 +10,9 @@ from .info import watch_store as watch_store
 from .layout import Layout as Layout
 from .layout import Ragged as Ragged
 from .merge import merge_stores as merge_stores
+from .merge import repack_store as repack_store
 from .reweighting import Reweighted as Reweighted
 from .reweighting import ReweightWarning as ReweightWarning
 from .reweighting import reweight as reweight
 from .store import Failure as Failure
 from .store import Store as Store
-from .upgrade import repack_store as repack_store

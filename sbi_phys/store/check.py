@@ -13,9 +13,9 @@ from pathlib import Path
 
 from sbi_phys.core.errors import StoreError
 from sbi_phys.core.progress import Progress, or_none
-from sbi_phys.store.encoding import MARK, read_ahead
-from sbi_phys.store.locks import is_lock_file
-from sbi_phys.store.manifest import MANIFEST, Manifest, StoreLock, list_shards, read_manifest, remove_litter, write_manifest
+from sbi_phys.store._encoding import MARK, read_ahead
+from sbi_phys.store.locks import StoreLock, is_lock_file
+from sbi_phys.store.manifest import MANIFEST, Manifest, list_shards, read_manifest, remove_litter, write_manifest
 from sbi_phys.store.shards import open_shard, read_facts, shard_name, verify_shard
 
 __all__ = ["Check", "Finding", "Repair", "check_store", "ranges_text", "repair_store"]
@@ -115,7 +115,7 @@ def _check_shard(path: Path, manifest: Manifest, index: int, seen: dict[str, int
         content = verify_shard(path, manifest.header, index, manifest.rows(index))
     except StoreError as err:
         return Finding(_kind(path, str(err)), path.name, index, str(err))
-    first = seen.setdefault(content, index) if content else index
+    first = seen.setdefault(content, index)
     if first != index:
         what = f"{path} holds the same rows as {shard_name(first)}; expected every row once"
         return Finding("duplicate", path.name, index, what)

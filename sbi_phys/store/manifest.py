@@ -1,22 +1,42 @@
-"""What is in a store's folder beside the rows: the manifest, the names of the shards, what killed runs left behind.
+"""The folder of a store: the manifest `store.json`, the names of the shards, and what a simulate call has to make.
 
-`store.json` is written aside and renamed, as shards are. The locks are in sbi_phys.store.locks.
+An array job is given some of the shards. It joins the store in the folder or starts it; several jobs may plan at once, one after
+the other (`ArrayLock.planning`), and the first writes the manifest. The bytes of a shard follow from the header and its
+number, so the shards of all jobs together are those of one call.
 """
 
+import hashlib
 import json
 import os
 import re
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from sbi_phys.core.errors import StoreError
-from sbi_phys.core.provenance import git_state, package_version
-from sbi_phys.store.locks import LOCK_FILE, StoreLock, is_lock_file
-from sbi_phys.store.shards import FORMAT, READABLE, SCHEMA, Header, shard_name, write_file
+import numpy as np
 
-__all__ = ["MANIFEST", "Manifest", "StoreLock", "list_shards", "read_manifest", "remove_litter", "write_manifest"]
+from sbi_phys.core.errors import SettingError, StoreError
+from sbi_phys.core.provenance import git_state, package_version
+from sbi_phys.core.types import Array
+from sbi_phys.store._encoding import read_label
+from sbi_phys.store.locks import LOCK_FILE, array_jobs, is_lock_file
+from sbi_phys.store.shards import FORMAT, SCHEMA, Header, open_shard, read_facts, shard_name, write_file
+
+__all__ = [
+    "MANIFEST",
+    "Manifest",
+    "Plan",
+    "existing_header",
+    "list_shards",
+    "plan_store",
+    "read_manifest",
+    "remove_litter",
+    "shard_range",
+    "write_manifest",
+]
 
 MANIFEST = "store.json"
+_RANGE = re.compile(r"^(\d+)(?:([:/])(\d+))?$")
 _SHARD = re.compile(r"^shard-(\d{5,})\.h5$")
 _LITTER = re.compile(r"^\.(shard-(\d{5,})\.h5|store\.json|\.index\.json)\.\d+\.tmp$")
 
@@ -87,9 +107,124 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreError(f"{path} can not be read: {err}; delete it and run the same simulate call again, which makes it anew") from err
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise StoreError(f"{path} is not the manifest of a store; expected format {FORMAT!r}")
-    if values.get("schema") not in READABLE:
-        made, newest = values.get("package_version"), f"{READABLE[0]} to {SCHEMA}"
-        raise StoreError(f"{path} has schema {values.get('schema')}, written by sbi_phys {made}; expected {newest}: update sbi_phys")
+    if values.get("schema") != SCHEMA:
+        made = values.get("package_version")
+        raise StoreError(f"{path} has schema {values.get('schema')}, written by sbi_phys {made}; expected {SCHEMA}: update sbi_phys")
     if not isinstance(values.get("n"), int) or values["n"] < 1:
         raise StoreError(f"{path} has n = {values.get('n')!r}; expected the number of rows asked for")
     return Manifest(Header.from_plain(values, str(path)), values["n"], str(values.get("theta_sha256", "")))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The manifest, now on disk, the shards of this call, and those of them that are to be made."""
+
+    manifest: Manifest
+    shards: range
+    todo: deque[int]
+
+
+def shard_range(shards: range | str | int, n_shards: int) -> range:
+    """Shards as they are given: a range, '0:64' (the last not included), '7', or '3/100' (the fourth of a hundred equal parts).
+
+    Raises: SettingError for another form, for none, and for shards past the end.
+    """
+    match = _RANGE.match(shards.strip()) if isinstance(shards, str) else None
+    if isinstance(shards, range) and shards.step == 1:
+        start, stop = shards.start, shards.stop
+    elif isinstance(shards, int) and not isinstance(shards, bool):
+        start, stop = shards, shards + 1
+    elif match is None:
+        raise SettingError(
+            f"shards is {shards!r}; expected a range, 'START:STOP' such as '0:64', one number, or 'PART/PARTS' such as '3/100'"
+        )
+    elif match[2] == "/":
+        part, parts = int(match[1]), int(match[3])
+        if part >= parts:
+            raise SettingError(f"shards is {shards!r}; expected parts that count from 0, below {parts}")
+        start, stop = part * n_shards // parts, (part + 1) * n_shards // parts
+    else:
+        start = int(match[1])
+        stop = start + 1 if match[3] is None else int(match[3])
+    if start >= stop:
+        raise SettingError(f"shards {shards!r} names none of the {n_shards} shards; expected START below STOP, or fewer parts")
+    if start < 0 or stop > n_shards:
+        raise SettingError(f"shards {shards!r} runs past the end; expected within 0:{n_shards}, as the store has {n_shards} shards")
+    return range(start, stop)
+
+
+def existing_header(folder: Path) -> Header | None:
+    """Header of the store in a folder; None if there is none.   Raises: StoreError."""
+    if (folder / MANIFEST).exists():
+        return read_manifest(folder).header
+    shards = list_shards(folder)
+    if not shards:
+        return None
+    path = folder / shard_name(shards[0])
+    with open_shard(path) as file:
+        return read_facts(file, path)[0]
+
+
+def plan_store(folder: Path, header: Header, n: int, given: Array | None, shards: range | str | int | None = None) -> Plan:
+    """Compare what is in the folder with what is asked for, and write the manifest.
+
+    Raises: StoreError for a shard of other settings, or one that can not be read; SettingError for a wrong range.
+    """
+    before = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    if before is not None:
+        header.require_equal(before.header, str(folder / MANIFEST))
+    sha256 = "" if given is None else hashlib.sha256(np.ascontiguousarray(given, dtype="<f8").tobytes()).hexdigest()
+    if shards is not None and before is not None:
+        _require_joinable(folder, before, n, sha256)
+        # what others write is theirs to look at; the last shard may have to grow
+        mine = {*shard_range(shards, Manifest(header, max(n, before.n)).n_shards), before.n_shards - 1}
+    else:
+        mine = None
+    there = [i for i in list_shards(folder) if mine is None or i in mine]
+    digest = header.digest()
+    rows = {index: _rows_there(folder / shard_name(index), header, digest, index, given) for index in there}
+    last = max(rows, default=-1)
+    n_there = last * header.shard_size + rows[last] if rows else 0
+    if given is not None and n_there > n:
+        raise StoreError(f"{folder} holds {n_there} rows; expected at most the {n} rows of theta")
+    manifest = Manifest(header, max(n, n_there, 0 if mine is None or before is None else before.n), sha256)
+    chosen = range(manifest.n_shards) if shards is None else shard_range(shards, manifest.n_shards)
+    for index, got in rows.items():
+        if got != manifest.rows(index):
+            (folder / shard_name(index)).unlink()  # was the last and shorter than shard_size; first of all, so that no reader meets it
+    if manifest != before:
+        write_manifest(folder, manifest)
+    return Plan(manifest, chosen, deque(i for i in chosen if rows.get(i) != manifest.rows(i)))
+
+
+def _require_joinable(folder: Path, before: Manifest, n: int, sha256: str) -> None:
+    """Raise StoreError unless an array job may join the store: same theta, and no more rows while others are at work."""
+    if before.theta_sha256 != sha256:
+        raise StoreError(f"{folder} is made at other theta; expected the same theta in every array job of a store")
+    if n > before.n and (jobs := array_jobs(folder)):
+        shards, holder = jobs[0]
+        raise StoreError(
+            f"{folder} is to have {before.n} rows and array jobs are at work ({holder}, shards {shards.start}:{shards.stop}); "
+            f"expected the same n in all of them, got {n}"
+        )
+
+
+def _rows_there(path: Path, header: Header, digest: str, index: int, given: Array | None) -> int:
+    """Return the rows of a shard in the folder, once it is sure that it belongs there.   Raises: StoreError."""
+    label = read_label(path)
+    if given is None and label is not None and (label.header, label.shard) == (digest, index) and label.rows <= header.shard_size:
+        return label.rows
+    with open_shard(path) as file:
+        got, facts = read_facts(file, path)
+        header.require_equal(got, str(path))
+        rows = int(facts["rows"])
+        if facts["shard"] != index or not 1 <= rows <= header.shard_size:
+            raise StoreError(
+                f"{path} holds shard {facts['shard']} with {rows} rows; expected shard {index}, at most {header.shard_size} rows"
+            )
+        if given is not None:
+            first = index * header.shard_size
+            mine = given[first : first + rows]
+            if not np.array_equal(file["theta"][: mine.shape[0]], mine):
+                raise StoreError(f"{path} was made at other theta; expected rows {first} to {first + rows} of the theta that is given")
+        return rows

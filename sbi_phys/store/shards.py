@@ -8,7 +8,7 @@ r"""One shard of a simulation store: an HDF5 file of rows (theta, x, status), an
     reason      (m,) bytes       why, UTF-8
 
 Everything else is an attribute, text in fixed-length UTF-8 so that no byte lies outside HDF5's own metadata checksums.
-Every dataset has a checksum among them, and `checksum` covers them all; a label before the HDF5 content (sbi_phys.store.encoding)
+Every dataset has a checksum among them, and `checksum` covers them all; a label before the HDF5 content (sbi_phys.store._encoding)
 covers every byte of the file. Nothing in a file depends on the machine, the time or the worker that made it: equal settings
 and equal code give equal bytes. A file is written aside, synced and renamed: under its final name it is complete or it is not
 there. Files of schema 1, with one checksum over everything, and files without a label are read too.
@@ -32,7 +32,7 @@ from sbi_phys.core.errors import StoreError
 from sbi_phys.core.files import AsideFile, open_aside
 from sbi_phys.core.provenance import git_commit, package_version
 from sbi_phys.core.types import AnyArray, Array
-from sbi_phys.store.encoding import (
+from sbi_phys.store._encoding import (
     MOST_RANGES,
     SYNCED,
     Label,
@@ -43,7 +43,6 @@ from sbi_phys.store.encoding import (
     check_label,
     difference,
     header_checksum,
-    legacy_checksum,
     plain,
     read_attributes,
     reason_kind,
@@ -59,7 +58,6 @@ __all__ = [
     "NON_FINITE",
     "OK",
     "RAISED",
-    "READABLE",
     "SCHEMA",
     "Header",
     "ShardData",
@@ -76,7 +74,6 @@ __all__ = [
 
 FORMAT = "sbi_phys simulation store"
 SCHEMA = 2
-READABLE = (1, 2)
 OK, NON_FINITE, RAISED = 0, 1, 2
 _OPTIONAL = ("layout", "origin")  # fields of the header that are left out where they say nothing
 _REASON_BYTES = 240
@@ -262,7 +259,7 @@ def _arrays(file: h5py.File, path: Path, header: Header, facts: dict[str, Any]) 
 
 
 def verify_shard(path: Path, header: Header, index: int, rows: int) -> str:
-    """Read a shard whole, compare header, place and checksums with what is expected; return the checksum of theta and x ('': schema 1).
+    """Read a shard whole, compare header, place and checksums with what is expected; return the checksum of theta and x.
 
     A label that fits every byte is proof enough; where it does not, the HDF5 content is read to name what is wrong.
     Raises: StoreError.
@@ -290,26 +287,21 @@ def _verify_content(path: Path, header: Header, index: int, rows: int) -> tuple[
         require_place(facts, index, rows, path)
         data = _arrays(file, path, got, facts)
         # what was just read is not read again; the rest is small, or stands beside x in a layout of its own
-        sums: dict[str, str] = {}
         ready = {"theta": data.theta, "x": data.x, "status": data.status}
-        if "checksums" not in attributes:
-            checksum = legacy_checksum(attributes, ready | {name: file[name][:] for name in ("failed_row", "reason")})
-        else:
-            sums = dict(zip(plain(attributes["datasets"]), plain(attributes["checksums"]), strict=True))
-            for name, expected in sums.items():
-                found = f"crc32:{array_checksum(ready[name] if name in ready else file[name][:]):08x}"
-                if found != expected:
-                    raise StoreError(f"{path} is damaged: dataset {name} has checksum {found}, its header says {expected}. {_REMAKE}")
-            checksum = header_checksum(attributes)
+        sums: dict[str, str] = dict(zip(plain(attributes["datasets"]), plain(attributes["checksums"]), strict=True))
+        for name, expected in sums.items():
+            found = f"crc32:{array_checksum(ready[name] if name in ready else file[name][:]):08x}"
+            if found != expected:
+                raise StoreError(f"{path} is damaged: dataset {name} has checksum {found}, its header says {expected}. {_REMAKE}")
+        checksum = header_checksum(attributes)
         if checksum != facts["checksum"]:
             raise StoreError(f"{path} is damaged: its content has checksum {checksum}, its header says {facts['checksum']}. {_REMAKE}")
         return _content(sums), int(file.userblock_size)
 
 
 def _content(sums: dict[str, str]) -> str:
-    """One checksum over those of theta and x; '' if there are none."""
-    rows = [value for name, value in sums.items() if name == "theta" or name.startswith("x")]
-    return text_checksum(" ".join(rows)) if rows else ""
+    """Checksum over the checksums of theta and x."""
+    return text_checksum(" ".join(value for name, value in sums.items() if name == "theta" or name.startswith("x")))
 
 
 def require_place(facts: dict[str, Any], index: int, rows: int, path: Path) -> None:
@@ -385,10 +377,10 @@ def _require_ours(attributes: Any, path: Path) -> None:
     if kind != FORMAT:
         raise StoreError(f"{path} is not a shard: attribute format is {kind!r}; expected {FORMAT!r}")
     schema = plain(attributes.get("schema"))
-    if schema not in READABLE:
+    if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
         made = plain(attributes.get("package_version"))
         advice = f"it was written by sbi_phys {made}, update this one ({package_version()})" if newer else "it can not be read"
-        raise StoreError(f"{path} has schema {schema}; expected {READABLE[0]} to {SCHEMA}: {advice}")
+        raise StoreError(f"{path} has schema {schema}; expected {SCHEMA}: {advice}")
     if not attributes.get("complete", 0):
         raise StoreError(f"{path} is not marked complete; delete it and run the same simulate call again")

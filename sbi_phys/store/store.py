@@ -23,29 +23,19 @@ from numpy.typing import NDArray
 
 from sbi_phys.core.checks import require_known
 from sbi_phys.core.errors import DataError, SimulatorMismatchError, StoreError
-from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.progress import Progress
 from sbi_phys.core.types import AnyArray, Array, ArrayLike
 from sbi_phys.priors import Observable, Parameter, Prior, prior_from_dict
 from sbi_phys.priors.parameters import observables_from_dicts, observables_to_dicts
+from sbi_phys.store.check import check_store
 from sbi_phys.store.identity import simulator_identity
-from sbi_phys.store.index import Index
+from sbi_phys.store.info import Index
 from sbi_phys.store.layout import Layout, Ragged
-from sbi_phys.store.manifest import MANIFEST, Manifest, StoreLock, list_shards, read_manifest, remove_litter, write_manifest
-from sbi_phys.store.shards import ShardData, open_shard, read_arrays, read_facts, require_place, shard_name, verify_shard
-from sbi_phys.store.subset import split_store, subset_store
+from sbi_phys.store.manifest import list_shards, read_manifest
+from sbi_phys.store.merge import split_store, subset_store
+from sbi_phys.store.shards import ShardData, open_shard, read_arrays, read_facts, require_place, shard_name
 
-__all__ = [
-    "MANIFEST",
-    "Failure",
-    "Manifest",
-    "Problem",
-    "Store",
-    "StoreLock",
-    "list_shards",
-    "read_manifest",
-    "remove_litter",
-    "write_manifest",
-]
+__all__ = ["Failure", "Store"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +45,6 @@ class Failure:
     row: int
     status: int
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What `Store.problems` found: the shard's number, its file and what is wrong with it."""
-
-    shard: int
-    file: str
-    what: str
 
 
 class Store:
@@ -267,29 +248,12 @@ class Store:
             out += [Failure(first + row, int(data.status[row]), reason) for row, reason in data.reasons.items()]
         return out
 
-    def problems(self, *, progress: Progress | None = None) -> list[Problem]:
-        """Read everything and return what is wrong: missing, truncated, damaged, foreign and surplus shards."""
-        found = []
-        present = list_shards(self.path)
-        with or_none(progress).task("verify", self.n_shards) as task:
-            for index in range(max([self.n_shards, *(i + 1 for i in present)])):
-                path = self.path / shard_name(index)
-                try:
-                    if index >= self.n_shards and index in present:
-                        raise StoreError(f"{path} lies past the end of the store ({self.n_requested} rows, {self.n_shards} shards)")
-                    if index < self.n_shards:
-                        verify_shard(path, self._manifest.header, index, self._manifest.rows(index))
-                except StoreError as err:
-                    found.append(Problem(index, path.name, str(err)))
-                task.advance(1, f"{len(found)} problems" if found else "")
-        return found
-
     def verify(self, *, progress: Progress | None = None) -> None:
-        """Read everything and compare it with the checksums.   Raises: StoreError that lists what `problems` found."""
-        found = self.problems(progress=progress)
+        """Read every file and compare it with the checksums.   Raises: StoreError that lists what `check_store` found."""
+        found = check_store(self.path, progress=progress).findings
         if found:
             more = f" (and {len(found) - 10} more)" if len(found) > 10 else ""
-            raise StoreError(f"{self.path} has {len(found)} bad shards{more}: " + "; ".join(p.what for p in found[:10]))
+            raise StoreError(f"{self.path} has {len(found)} bad shards{more}: " + "; ".join(f.what for f in found[:10]))
 
     def matches(self, simulator: object) -> bool:
         """Whether the store was made with this simulator: same class, settings and observables."""

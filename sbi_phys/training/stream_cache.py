@@ -25,7 +25,8 @@ from sbi_phys.core.checks import require_int, require_number
 from sbi_phys.core.errors import StoreError
 from sbi_phys.core.files import open_aside, write_aside
 from sbi_phys.core.progress import Progress, or_none
-from sbi_phys.store.store import Manifest, StoreLock
+from sbi_phys.store.locks import StoreLock
+from sbi_phys.store.manifest import Manifest
 from sbi_phys.training.scaling import XScaler
 from sbi_phys.training.stream_rows import Moments, RowTransform, Shard, Split, inspect_shard, typical_row
 

@@ -1,10 +1,9 @@
-"""The commands `sbi-phys store ...`: what is in a store, whether it is whole, how it is mended, merged and brought up to date.
+"""The commands `sbi-phys store ...`: what is in a store, whether it is complete, and how it is repaired and merged.
 
 sbi-phys store info runs/spectra --watch        how far a campaign is, from another terminal
 sbi-phys store verify runs/spectra              reads everything; status 1 if anything is wrong
 sbi-phys store repair runs/spectra              moves broken files aside, for simulate to make them again
 sbi-phys store merge runs/a runs/b --out runs/ab
-sbi-phys store upgrade runs/old
 
 Here too: `sbi-phys simulate --shards 0:64`, one of many array jobs that write the same folder at once.
 """
@@ -50,7 +49,7 @@ def array_job(config: "Config", out: Path, shards: str, until: str) -> None:
     from sbi_phys.core.progress import RichProgress
     from sbi_phys.simulation.campaign import simulate
     from sbi_phys.store.check import ranges_text
-    from sbi_phys.store.plan import shard_range
+    from sbi_phys.store.manifest import shard_range
     from sbi_phys.store.store import Store
 
     where = config.run
@@ -154,15 +153,6 @@ def _register_changes(store: typer.Typer, guard: Guard) -> None:
             from sbi_phys.store.merge import merge_stores
 
             _show(store_info(merge_stores(folders, out, shard_size=shard_size, progress=RichProgress())), False)
-
-    @store.command()
-    def upgrade(folder: Folder, debug: Debug = False) -> None:
-        """Bring shards of an older schema to the present one, in place."""
-        with guard(debug):
-            from sbi_phys.core.progress import RichProgress
-            from sbi_phys.store.upgrade import upgrade_store
-
-            typer.echo(f"{upgrade_store(folder, progress=RichProgress())} shards upgraded")
 
 
 def _show(state: "Info", as_json: bool) -> None:

@@ -1,6 +1,8 @@
 import errno
 import io
 import os
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -80,3 +82,18 @@ def test_missing_folders_are_made_only_when_asked(tmp_path):
     with pytest.raises(WriteError, match="No such file or directory"):
         write_aside(tmp_path / "b" / "a", "text")
     assert write_aside(tmp_path / "b" / "a", "text", make_folder=True).read_text() == "text"
+
+
+def test_a_process_ends_well_after_a_full_disk(tmp_path):
+    code = """
+import resource, sys, h5py, numpy as np
+from sbi_phys.core.files import open_aside
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+try:
+    with open_aside(sys.argv[1]) as file, h5py.File(file, "w") as h5:
+        h5["values"] = np.zeros(10_000)
+except OSError as err:
+    print(err)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.h5")], capture_output=True, text=True)
+    assert done.returncode == 0 and "a.h5 could not be written: File too large" in done.stdout and not done.stderr

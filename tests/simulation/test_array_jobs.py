@@ -14,11 +14,11 @@ from sbi_phys.core.rng import rng_for
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.store.check import check_store
 from sbi_phys.store.info import store_info
-from sbi_phys.store.locks import ArrayLock
-from sbi_phys.store.plan import shard_range
+from sbi_phys.store.locks import ArrayLock, StoreLock
+from sbi_phys.store.manifest import Manifest, list_shards, shard_range, write_manifest
 from sbi_phys.store.shards import shard_name, write_shard
-from sbi_phys.store.store import Manifest, Store, StoreLock, list_shards, write_manifest
-from tests.shard_helpers import HEADER, digests, rows
+from sbi_phys.store.store import Store
+from tests.store.helpers import HEADER, digests, rows
 from tests.toys import Flaky, LinearGaussian
 
 ROOT = Path(__file__).parent.parent.parent

@@ -19,9 +19,10 @@ from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import BoxPrior, NormalPrior, Parameter
 from sbi_phys.simulation import dispatch
 from sbi_phys.simulation.campaign import simulate
+from sbi_phys.store.manifest import list_shards
 from sbi_phys.store.shards import shard_name
-from sbi_phys.store.store import Store, list_shards
-from tests.shard_helpers import digests
+from sbi_phys.store.store import Store
+from tests.store.helpers import digests
 from tests.toys import Flaky, LinearGaussian, Slow
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,10 @@ import pytest
 from sbi_phys.core.errors import StoreError
 from sbi_phys.core.files import AsideFile
 from sbi_phys.simulation.campaign import simulate
+from sbi_phys.store.manifest import list_shards
 from sbi_phys.store.shards import shard_name
-from sbi_phys.store.store import Store, list_shards
-from tests.shard_helpers import digests
+from sbi_phys.store.store import Store
+from tests.store.helpers import digests
 from tests.toys import Flaky, LinearGaussian, Misbehaving, Slow
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from sbi_phys.core.errors import SettingError
 from sbi_phys.simulation import clusters, dispatch
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.simulation.clusters import ClusterFile, cluster_executor
-from tests.shard_helpers import digests
+from tests.store.helpers import digests
 from tests.toys import Flaky, Poison
 
 ROOT = Path(__file__).parents[2]

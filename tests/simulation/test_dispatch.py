@@ -19,7 +19,7 @@ from sbi_phys.simulation.dispatch import Campaign, complete
 from sbi_phys.simulation.external import FunctionSimulator
 from sbi_phys.simulation.workers import name_disk
 from sbi_phys.store.shards import shard_name
-from tests.shard_helpers import digests
+from tests.store.helpers import digests
 from tests.toys import Flaky, LinearGaussian, Poison
 
 ROOT = Path(__file__).parents[2]

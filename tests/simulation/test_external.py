@@ -11,7 +11,7 @@ from sbi_phys.priors import NormalPrior, Observable, Parameter
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.simulation.external import CommandSimulator, FunctionSimulator
 from sbi_phys.simulation.protocol import RowsFailedError, check_simulator, load_simulator
-from tests.shard_helpers import digests
+from tests.store.helpers import digests
 
 PRIOR = NormalPrior([Parameter("t0"), Parameter("t1")])
 THREE = [Observable("signal", 3)]

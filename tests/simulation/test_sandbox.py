@@ -19,7 +19,7 @@ from sbi_phys.simulation.external import FunctionSimulator
 from sbi_phys.simulation.processes import pickle_simulator
 from sbi_phys.simulation.protocol import RowsFailedError
 from sbi_phys.simulation.sandbox import RowTimeoutError, Sandbox, SandboxDiedError
-from tests.shard_helpers import digests
+from tests.store.helpers import digests
 from tests.toys import Events, LinearGaussian, Misbehaving, Poison, SlowStart
 
 GOOD, BAD = np.zeros((4, 2)), np.array([[0.0, 0.0], [2.0, 0.0]])

@@ -12,7 +12,7 @@ from sbi_phys.core.errors import DataError, SettingError, SimulatorMismatchError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.simulation import processes
 from sbi_phys.simulation.campaign import simulate
-from sbi_phys.store.store import list_shards
+from sbi_phys.store.manifest import list_shards
 from tests.toys import Counts, Flaky, LinearGaussian, Misbehaving
 
 ROOT = Path(__file__).parents[2]

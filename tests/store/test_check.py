@@ -7,10 +7,10 @@ import pytest
 
 from sbi_phys.core.errors import StoreError
 from sbi_phys.store.check import check_store, ranges_text, repair_store
+from sbi_phys.store.locks import StoreLock
 from sbi_phys.store.shards import shard_name
-from sbi_phys.store.store import Store, StoreLock
-from tests.shard_helpers import digests
-from tests.store.helpers import flaky
+from sbi_phys.store.store import Store
+from tests.store.helpers import digests, flaky
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def test_every_kind_of_trouble_is_found_by_name(copy, tmp_path):
 
 def test_rows_that_come_twice_are_found(copy):
     header = Store(copy)._manifest.header
+    from sbi_phys.store._writer import read_shard
     from sbi_phys.store.shards import write_shard
-    from sbi_phys.store.writer import read_shard
 
     write_shard(copy / shard_name(3), header, 3, read_shard(copy, Store(copy)._manifest, 0))
     (finding,) = check_store(copy).findings

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from sbi_phys.core.errors import StoreError
-from sbi_phys.store import encoding
-from sbi_phys.store.encoding import (
+from sbi_phys.store import _encoding as encoding
+from sbi_phys.store._encoding import (
     MARK,
     Label,
     array_checksum,
@@ -21,9 +21,10 @@ from sbi_phys.store.encoding import (
     set_attributes,
 )
 from sbi_phys.store.layout import Layout
+from sbi_phys.store.manifest import Manifest, write_manifest
 from sbi_phys.store.shards import open_shard, shard_name, verify_shard, write_shard
-from sbi_phys.store.store import Manifest, Store, write_manifest
-from tests.shard_helpers import HEADER, rows
+from sbi_phys.store.store import Store
+from tests.store.helpers import HEADER, rows
 
 WIDE = replace(HEADER, shard_size=3000)
 
@@ -109,7 +110,7 @@ def test_counts_come_from_labels_without_opening_a_file(tmp_path, monkeypatch):
     write_manifest(tmp_path, Manifest(HEADER, 120))
     for i, failed in enumerate([(), (1,), (2, 3)]):
         write_shard(tmp_path / shard_name(i), HEADER, i, rows(failed=failed, seed=i))
-    monkeypatch.setattr("sbi_phys.store.index.open_shard", None)
+    monkeypatch.setattr("sbi_phys.store.info.open_shard", None)
     assert (Store(tmp_path).n_failed, Store(tmp_path).n_ok) == (3, 117)
 
 

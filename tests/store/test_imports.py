@@ -6,10 +6,9 @@ import pytest
 
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError, StoreError, SupportError
 from sbi_phys.priors import BoxPrior, Observable, Parameter
-from sbi_phys.store.imports import import_store
+from sbi_phys.store.imports import import_store, read_chunks
 from sbi_phys.store.layout import Layout
 from sbi_phys.store.reweighting import reweight
-from sbi_phys.store.sources import read_chunks
 from sbi_phys.store.store import Store
 
 PRIOR = BoxPrior([Parameter("lg_e", 17, 20, unit="lg eV"), Parameter("zenith", 0, 60, unit="deg")])

@@ -10,14 +10,13 @@ import pytest
 from sbi_phys.core.errors import DataError, SettingError, ShapeError, StoreError
 from sbi_phys.core.provenance import git_commit, git_state, package_version
 from sbi_phys.simulation.campaign import simulate
+from sbi_phys.store._writer import StoreWriter, take_rows
 from sbi_phys.store.check import check_store
 from sbi_phys.store.layout import Layout, Ragged, split_x
-from sbi_phys.store.shards import SCHEMA, ShardData, open_shard, read_arrays, shard_name, verify_shard, write_shard
+from sbi_phys.store.merge import repack_store
+from sbi_phys.store.shards import ShardData, open_shard, read_arrays, shard_name, verify_shard, write_shard
 from sbi_phys.store.store import Store
-from sbi_phys.store.upgrade import repack_store, upgrade_store
-from sbi_phys.store.writer import StoreWriter, take_rows
-from tests.shard_helpers import HEADER, digests, rows
-from tests.store.helpers import OLD, flaky
+from tests.store.helpers import HEADER, digests, flaky, rows
 from tests.toys import LinearGaussian
 
 OBSERVABLES = [
@@ -175,48 +174,6 @@ def test_offsets_that_do_not_fit(offsets, error):
 def test_sets_that_are_missing_are_named(tmp_path):
     with pytest.raises(StoreError, match=r"ragged sets \[\]; expected those of the layout, \['hits'\]"):
         write_shard(tmp_path / shard_name(0), WIDE, 0, replace(data(500), sets={}))
-
-
-# ---- schemas
-
-
-def test_a_store_of_schema_1_opens_verifies_and_is_upgraded(tmp_path):
-    path = shutil.copytree(OLD, tmp_path / "old")
-    store = Store(path)
-    want = [*store.read(valid_only=False), store.status()]
-    expected = rows(8, failed=(2,), seed=0)
-    np.testing.assert_array_equal(want[1][:8], expected.x)
-    assert store.failures()[0].reason == "row 2 ✗"
-    store.verify()
-    assert check_store(path).ok
-    assert upgrade_store(path) == 2 and upgrade_store(path) == 0
-    with h5py.File(path / shard_name(1)) as file:
-        assert file.attrs["schema"] == SCHEMA == 2
-    for got, old in zip([*Store(path).read(valid_only=False), Store(path).status()], want, strict=True):
-        np.testing.assert_array_equal(got, old)
-    assert Store(path).failures() == store.failures()
-    assert check_store(path).ok
-
-
-def test_an_upgrade_that_stopped_half_way_goes_on(tmp_path):
-    path = shutil.copytree(OLD, tmp_path / "old")
-    whole = shutil.copytree(OLD, tmp_path / "whole")
-    upgrade_store(whole)
-    shutil.copy(whole / shard_name(0), path / shard_name(0))
-    Store(path).verify()
-    assert upgrade_store(path) == 1
-    assert digests(path) == digests(whole)
-
-
-@pytest.mark.parametrize("name", ["theta", "x", "status"])
-def test_damage_in_a_file_of_schema_1_is_found_and_not_upgraded_away(tmp_path, name):
-    path = shutil.copytree(OLD, tmp_path / "old")
-    with h5py.File(path / shard_name(0), "r+") as file:
-        index = (3, *[0] * (file[name].ndim - 1))
-        file[name][index] = file[name][index] + 1
-    assert [f.kind for f in check_store(path).findings] == ["damaged"]
-    with pytest.raises(StoreError, match="is damaged"):
-        upgrade_store(path)
 
 
 def test_files_say_which_code_made_them(tmp_path):

@@ -15,9 +15,12 @@ from sbi_phys.core.errors import DataError, SettingError, SimulatorMismatchError
 from sbi_phys.core.progress import LineProgress
 from sbi_phys.priors import NormalPrior, Parameter
 from sbi_phys.simulation.campaign import simulate
+from sbi_phys.store.check import check_store
+from sbi_phys.store.locks import StoreLock
+from sbi_phys.store.manifest import Manifest, list_shards, write_manifest
 from sbi_phys.store.shards import shard_name, write_shard
-from sbi_phys.store.store import Manifest, Store, StoreLock, list_shards, write_manifest
-from tests.shard_helpers import HEADER, rows
+from sbi_phys.store.store import Store
+from tests.store.helpers import HEADER, rows
 from tests.toys import Counts, Flaky, LinearGaussian
 
 
@@ -43,7 +46,7 @@ def test_a_store_describes_itself(made):
     assert len(store) == store.n_rows == store.n_requested == 350
     assert repr(store) == f"Store({str(made)!r}: 350 rows, 2 parameters, 2 columns of float32, tests.toys:Flaky, seed 5, complete)"
     store.verify()
-    assert store.problems() == []
+    assert check_store(store.path).ok
 
 
 def test_infinite_edges_and_labels_survive(tmp_path):
@@ -130,19 +133,19 @@ def test_a_missing_shard_is_named(copy, gone):
         store.verify()
 
 
-def test_problems_lists_all_of_them(copy):
+def test_check_lists_all_problems(copy):
     whole = (copy / shard_name(0)).read_bytes()
     (copy / shard_name(0)).write_bytes(whole[:-1000])
     (copy / shard_name(1)).write_bytes(b"not hdf5" * 100)
     (copy / shard_name(2)).write_bytes(whole)
     shutil.copy(copy / shard_name(3), copy / shard_name(9))
     stream = io.StringIO()
-    problems = Store(copy).problems(progress=LineProgress(stream))
+    problems = check_store(copy, progress=LineProgress(stream)).findings
     assert [p.shard for p in problems] == [0, 1, 2, 9]
     assert [p.file for p in problems] == [shard_name(i) for i in (0, 1, 2, 9)]
     for p, what in zip(problems, ["truncated", "no HDF5 file", "holds shard 0", "past the end"], strict=True):
         assert what in p.what
-    assert "4 problems, done" in stream.getvalue()
+    assert "4 found, done" in stream.getvalue()
 
 
 def test_a_shard_in_the_wrong_place_is_refused(copy):
@@ -173,10 +176,10 @@ def test_a_shard_of_another_store_is_refused(copy, tmp_path):
         ('{"format": "other"}', "is not the manifest of a store"),
         (
             '{"format": "sbi_phys simulation store", "schema": 3, "package_version": "9"}',
-            "schema 3, written by sbi_phys 9; expected 1 to 2: update",
+            "schema 3, written by sbi_phys 9; expected 2: update",
         ),
-        ('{"format": "sbi_phys simulation store", "schema": 1, "n": "7"}', "n = '7'"),
-        ('{"format": "sbi_phys simulation store", "schema": 1, "n": 7}', "has no field 'simulator'"),
+        ('{"format": "sbi_phys simulation store", "schema": 2, "n": "7"}', "n = '7'"),
+        ('{"format": "sbi_phys simulation store", "schema": 2, "n": 7}', "has no field 'simulator'"),
     ],
 )
 def test_a_bad_manifest_is_named(copy, text, message):
@@ -222,7 +225,7 @@ def test_the_lock_is_exclusive_and_names_its_holder(tmp_path):
 def test_a_dead_process_holds_no_lock(tmp_path):
     code = f"""
 from pathlib import Path; import sys, time
-from sbi_phys.store.store import StoreLock
+from sbi_phys.store.locks import StoreLock
 with StoreLock(Path({str(tmp_path)!r})):
     print("locked", flush=True); time.sleep(60)
 """

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from sbi_phys.priors import NormalPrior, Observable, Parameter, Prior
 from sbi_phys.priors.parameters import observables_to_dicts
+from sbi_phys.store.manifest import Manifest, write_manifest
 from sbi_phys.store.shards import Header, ShardData, shard_name, write_shard
-from sbi_phys.store.store import Manifest, Store, write_manifest
+from sbi_phys.store.store import Store
 from sbi_phys.training.stream import Stream
 
 PRIOR = NormalPrior([Parameter("a"), Parameter("b")], mean=[1.0, -2.0], sd=[0.5, 3.0])

@@ -12,8 +12,10 @@ import pytest
 
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, SimulatorMismatchError, StoreError, SupportError
 from sbi_phys.priors import BoxPrior, NormalPrior, Observable, Parameter
+from sbi_phys.store.locks import StoreLock
+from sbi_phys.store.manifest import Manifest, read_manifest, write_manifest
 from sbi_phys.store.shards import shard_name
-from sbi_phys.store.store import Manifest, Store, StoreLock, read_manifest, write_manifest
+from sbi_phys.store.store import Store
 from sbi_phys.training.stream import Stream
 from tests.training.stream_helpers import PRIOR, epoch_numbers, flat, make_store
 

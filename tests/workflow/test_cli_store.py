@@ -10,7 +10,7 @@ from sbi_phys.store.store import Store
 from sbi_phys.workflow import cli_store
 from sbi_phys.workflow.cli import app
 from sbi_phys.workflow.settings import Config
-from tests.shard_helpers import digests
+from tests.store.helpers import digests
 
 TOY = ["--simulator", "tests.toys:LinearGaussian", "--n", "700", "--set", "simulate.shard_size=100", "--workers", "1"]
 

@@ -48,7 +48,6 @@ __all__ = [
     "check_label",
     "difference",
     "header_checksum",
-    "legacy_checksum",
     "plain",
     "read_ahead",
     "read_attributes",
@@ -142,15 +141,6 @@ def text_checksum(text: str | bytes) -> str:
 def header_checksum(attributes: Mapping[str, Any]) -> str:
     """CRC-32 over all attributes but the checksum itself; those of the datasets are among them."""
     return text_checksum(to_json({name: plain(value) for name, value in attributes.items() if name != "checksum"}))
-
-
-def legacy_checksum(attributes: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -> str:
-    """Checksum of schema 1: one CRC-32 over all attributes and then all arrays."""
-    text = to_json({name: plain(value) for name, value in attributes.items() if name != "checksum"})
-    crc = crc32(text.encode())
-    for name in ("theta", "x", "status", "failed_row", "reason"):
-        crc = array_checksum(arrays[name], name, crc)
-    return f"crc32:{crc:08x}"
 
 
 def reason_kind(reason: str) -> str:

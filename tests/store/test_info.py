@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from sbi_phys.core.errors import StoreError
-from sbi_phys.store import index as index_module
-from sbi_phys.store.index import Index, reason_kind
-from sbi_phys.store.info import store_info, watch_store
+from sbi_phys.store import info as info_module
+from sbi_phys.store.info import Index, reason_kind, store_info, watch_store
+from sbi_phys.store.locks import StoreLock
+from sbi_phys.store.manifest import Manifest, write_manifest
 from sbi_phys.store.shards import shard_name, write_shard
-from sbi_phys.store.store import Manifest, Store, StoreLock, write_manifest
-from tests.shard_helpers import HEADER, rows
-from tests.store.helpers import flaky
+from sbi_phys.store.store import Store
+from tests.store.helpers import HEADER, flaky, rows
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -25,13 +25,13 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture
 def opened(monkeypatch):
     """Names of the shards that the index opens."""
-    seen, read = [], index_module._read
-    monkeypatch.setattr(index_module, "_read", lambda path, stat: (seen.append(path.name), read(path, stat))[1])
+    seen, read = [], info_module._read
+    monkeypatch.setattr(info_module, "_read", lambda path, stat: (seen.append(path.name), read(path, stat))[1])
     return seen
 
 
 def test_the_index_spares_opening_files_and_sees_every_change(tmp_path, monkeypatch, opened):
-    monkeypatch.setattr(index_module, "_MANY", 3)
+    monkeypatch.setattr(info_module, "_MANY", 3)
     store = flaky(tmp_path, 350)
     n = int(np.count_nonzero(store.status()))
     opened.clear()
@@ -75,7 +75,7 @@ def test_a_folder_that_may_not_be_written_does_without(tmp_path, monkeypatch):
     def refuse(path, fill):
         raise StoreError("no")
 
-    monkeypatch.setattr(index_module, "write_file", refuse)
+    monkeypatch.setattr(info_module, "write_file", refuse)
     index = Index(tmp_path)
     assert index.n_failed([0]) == Store(tmp_path).n_failed
     index.save()
@@ -179,4 +179,3 @@ def test_the_commands(tmp_path):
     assert json.loads(run(app, ["store", "info", str(tmp_path / "a"), "--json"]).output)["rows"] == 250
     got = run(app, ["store", "info", str(tmp_path / "a"), "--watch", "--interval", "0.1"])
     assert got.exit_code == 0 and "complete" in got.output
-    assert "0 shards upgraded" in run(app, ["store", "upgrade", str(tmp_path / "a")]).output

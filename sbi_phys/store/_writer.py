@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from sbi_phys.core.errors import DataError, StoreError
 from sbi_phys.core.files import sync_folder
 from sbi_phys.store.layout import Layout, Ragged
-from sbi_phys.store.manifest import MANIFEST, Manifest, StoreLock, list_shards, write_manifest
+from sbi_phys.store.locks import StoreLock
+from sbi_phys.store.manifest import MANIFEST, Manifest, list_shards, write_manifest
 from sbi_phys.store.shards import (
     Header,
     ShardData,

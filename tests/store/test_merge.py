@@ -6,12 +6,12 @@ import pytest
 
 from sbi_phys.core.errors import DataError, SettingError, StoreError
 from sbi_phys.simulation.campaign import simulate
+from sbi_phys.store._writer import StoreWriter
+from sbi_phys.store.manifest import Manifest, write_manifest
 from sbi_phys.store.merge import merge_stores
 from sbi_phys.store.shards import shard_name, write_shard
-from sbi_phys.store.store import Manifest, Store, write_manifest
-from sbi_phys.store.writer import StoreWriter
-from tests.shard_helpers import HEADER, digests, rows
-from tests.store.helpers import flaky
+from sbi_phys.store.store import Store
+from tests.store.helpers import HEADER, digests, flaky, rows
 from tests.toys import Flaky, LinearGaussian
 
 
