@@ -1,27 +1,36 @@
-r"""Networks whose log odds are log density ratios of pairs (x, theta).
+r"""Classifiers of pairs (x, theta), whose log odds are log density ratios, and the exact solution for their last layer.
 
     f(x, theta) = w . [ silu(trunk(A h + B t)),  (L h + l) * (R t + r) ] + b,     h = embedding(x),  t = perceptron(u)
 
-The second half of the features is a sum of products, one factor of x alone and one of theta alone: the log density of an exponential
-family, Poisson counts or a Gaussian say, has just that form, and the trunk is left with what does not factorise. Everything of x
-alone or theta alone is computed once per row (`x_parts`, `theta_parts`); a pair costs the trunk and a product. That is what makes
-several contrasts per row, millions of events against thousands of theta, or one x against all theta cheap. Without a trunk (hidden = 0)
-the log odds of all pairs of m theta and e events are one product of matrices.
+The second half of the features holds products of one factor of x and one of theta. Their sum has the form of the log density of an
+exponential family (Poisson counts, a Gaussian), so the trunk has to learn only what does not factorise. All that depends on x alone or on
+theta alone is computed once per row (`x_parts`, `theta_parts`); a pair costs the trunk and a product. This makes several contrasts per
+row, or tables of millions of events against thousands of theta, cheap. Without a trunk (hidden = 0), the log odds of all pairs of m theta
+and e events are one matrix product. With dim = 0 there is no theta: f(x) is the log ratio of two fixed hypotheses. At the start w = 0, so
+that every ratio is one.
 
-Where u ~ N(0, I) over the prior, f may have one more term, the log ratio of Gaussians (`reference`). It is learned by its own maximum
-likelihood and held fixed for the classifier's loss, which has only what is not Gaussian left to find. Then there also is a Gaussian
-posterior N(mu(x), S(x)) at hand, and contrasts u' for x are drawn from
+With u ~ N(0, I) over the prior, f may contain a reference, the log ratio of Gaussians learned by maximum likelihood:
+
+    posterior     log N(u; mu(x), S(x)) - log N(u; 0, I)           full covariance, as in `flow.GaussianLayer`
+    likelihood    log N(L t; L m(theta), diag(a(theta))^-2) - log N(t; 0, I)        t = clip(x), L = I + N
+
+If a posterior is much narrower than the prior, hardly any contrast drawn from the prior is near it, and the classifier learns little
+about its place and width; maximum likelihood learns them from the row's own pair. The likelihood reference is for columns of numbers: m
+and a are smooth functions of a few parameters, which a small network learns from few simulations better than the inverse map; N,
+strictly lower triangular and the same for all theta, describes noise that columns share. It lacks a function of x alone, the log ratio of
+N(t; 0, I) and p(x), which changes no posterior and which the classifier adds. Any statistic t of x is allowed: x is clipped smoothly,
+x / sqrt(1 + (x / 10)^2), so that the effect of an outlier is bounded. Both references are zero at the start.
+
+The reference is held fixed in the classifier's loss. Contrasts u' for x are then drawn from
 
     q(u' | x) = N(u'; 0, I) / 2 + N(u'; mu, S) / 4 + N(u'; mu, 4 S) / 4          (those from the prior: the u of other rows)
 
-so that they lie where log odds are not trivial. The classifier of own u against such u' has the optimum log p(u | x) / q(u | x);
-f - log q(u | x) / N(u; 0, I) are the log odds that its loss sees, hence f is the log ratio to the prior whatever q was.
+so that they lie where log odds are not trivial. A classifier of u against such u' has the optimum log p(u | x) / q(u | x); its loss sees
+f - log q(u | x) / N(u; 0, I), hence f is the log ratio to the prior whatever q is.
 
-With dim = 0 there is no theta: f(x) is the log ratio of two fixed hypotheses. At the start w = 0, so that every ratio is one.
-
-`solve_last_layer` finds the optimum of the weighted cross entropy in (w, b) exactly, by Newton's method on all rows: the loss is convex
-in them, and what stochastic steps leave undone there is gone. At that optimum the mean of the classifier's output over both samples
-equals the share of the numerator, which is the balance E_num[d] + E_ref[d] = 1 that a calibrated ratio must have.
+`solve_last_layer` finds the optimum of the weighted cross entropy in (w, b) by Newton's method on all rows: the loss is convex in them, so
+this removes the error that stochastic gradient steps leave. At the optimum the mean output of the classifier over both samples equals the
+share of the numerator, the balance E_num[d] + E_ref[d] = 1 that a calibrated ratio must have.
 
 Source: Cranmer, Pavez & Louppe 2015, arXiv:1506.02169; Hermans, Begy & Louppe 2019, arXiv:1903.04057.
 """
@@ -39,15 +48,28 @@ from sbi_phys.core.checks import require_int
 from sbi_phys.core.rng import seed_for
 from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP, build_embedding
 
-__all__ = ["NEAR", "ClassifierConfig", "Contrasts", "LabelledFeatures", "PairClassifier", "Parts", "solve_last_layer"]
+__all__ = [
+    "NEAR",
+    "REFERENCES",
+    "ClassifierConfig",
+    "Contrasts",
+    "LabelledFeatures",
+    "LikelihoodReference",
+    "PairClassifier",
+    "Parts",
+    "PosteriorReference",
+    "newton",
+    "newton_step",
+    "solve_last_layer",
+]
 
-Parts = tuple[Tensor, ...]  # what the trunk, the products and the reference take from one side of a pair
+Parts = tuple[Tensor, ...]  # inputs of the trunk, the products and the reference from one side of a pair
 LabelledFeatures = tuple[Tensor, Tensor, Tensor]  # features (n, k), weights of numerator and reference (n,)
 
 REFERENCES = ("posterior", "likelihood")
 _SCALE_LIMIT = 12.0  # of the logs of inverse widths
 _CLIP = 10.0  # of the standardised columns, in sd
-_RIDGE = 1e-5  # holds the last layer where the rows say nothing
+_RIDGE = 1e-5  # keeps weights of the last layer that the rows do not determine
 _NEWTON_STEPS = 12
 NEAR, _WIDTHS = 0.5, (1.0, 2.0)  # share of the contrasts that come from the proposal, and how much it is widened
 
@@ -55,7 +77,7 @@ NEAR, _WIDTHS = 0.5, (1.0, 2.0)  # share of the contrasts that come from the pro
 class Contrasts(NamedTuple):
     """Log odds of own pairs (n,) and of contrasts (n, K), and the log likelihood (n,) that the Gaussians are learned by.
 
-    The log odds have no gradient with respect to the Gaussians, and `learned` has one with respect to nothing but them and what they see.
+    The log odds have no gradient with respect to the Gaussians; `learned` has one with respect to the Gaussians and their inputs alone.
     """
 
     joint: Tensor
@@ -69,6 +91,10 @@ class ClassifierConfig:
 
     Args: hidden: width of the trunk, 0 for none. n_blocks: its residual blocks. rank: number of products.
     theta_hidden, n_features: width of the perceptron of theta, and length of its summary.
+
+    >>> import sbi_phys as sp
+    >>> sp.ClassifierConfig(hidden=0, rank=16).n_features
+    32
     """
 
     hidden: int = 64
@@ -102,7 +128,7 @@ class PosteriorReference(nn.Module):
         return out
 
     def theta_part(self, u: Tensor) -> Tensor:
-        """U itself (m, dim)."""
+        """Parameters u (m, dim), unchanged."""
         return u
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +157,7 @@ class PosteriorReference(nn.Module):
         centred = u - mean
         out = log_scale.sum(dim=-1) + 0.5 * (u**2).sum(dim=-1)
         first = 0
-        for i in range(d):  # row by row of the triangular matrix: tables of pairs are too large for one small product a pair
+        for i in range(d):  # row by row of the triangular matrix, because a small matrix product for each pair of a table is slow
             turned = centred[..., i]
             for j in range(i):
                 turned = turned + lower[..., first + j] * centred[..., j]
@@ -195,7 +221,7 @@ class PairClassifier(nn.Module):
 
     Args: dim: of theta as the network sees it, 0 for none. x_shape: of one observation. network: of the pairs.
     embedding: shape of the perceptron, or a module (n, *x_shape) -> (n, k). seed: of the initial weights; the global torch
-    generator is left as it was. reference: 'posterior', 'likelihood' or None, see `reference`.   Raises: ShapeError.
+    generator is left as it was. reference: 'posterior', 'likelihood' or None, see the module.   Raises: ShapeError.
     """
 
     def __init__(
@@ -237,7 +263,7 @@ class PairClassifier(nn.Module):
         return self.proposal if self.likelihood is None else self.likelihood
 
     def x_parts(self, x: Tensor) -> Parts:
-        """What pairs need of x (n, *x_shape): (n, hidden), (n, rank), and the reference's part (n, c)."""
+        """Inputs of pairs from x (n, *x_shape): (n, hidden), (n, rank), and the reference's part (n, c)."""
         return self._x_parts(self.embedding(x), x)
 
     def _x_parts(self, h: Tensor, x: Tensor) -> Parts:
@@ -245,13 +271,13 @@ class PairClassifier(nn.Module):
         return trunk, self.left(h), h[:, :0] if self.reference is None else self.reference.x_part(h, x)
 
     def theta_parts(self, u: Tensor) -> Parts:
-        """What pairs need of u (m, dim): (m, hidden), (m, rank), and the reference's part (m, c)."""
+        """Inputs of pairs from u (m, dim): (m, hidden), (m, rank), and the reference's part (m, c)."""
         t = self.theta(u)
         part = t[:, :0] if self.reference is None else self.reference.theta_part(u)
         return t[:, :0] if self.trunk_theta is None else self.trunk_theta(t), self.right(t), part
 
     def features(self, x: Parts, theta: Parts | None = None) -> Tensor:
-        """Parts of x and theta, whose leading axes are broadcast against each other -> what the last layer sees, (..., hidden + rank)."""
+        """Parts of x and theta, whose leading axes are broadcast against each other -> features (..., hidden + rank) of the last layer."""
         hidden, products = (x[0], x[1]) if theta is None else (x[0] + theta[0], x[1] * theta[1])
         for up, down in zip(self.up, self.down, strict=True):
             hidden = hidden + down(F.silu(up(F.silu(hidden))))
@@ -263,11 +289,11 @@ class PairClassifier(nn.Module):
         return out if theta is None or self.reference is None else out + self.reference(x[2], theta[2])
 
     def forward(self, x: Tensor, u: Tensor) -> Tensor:
-        """X (n, *x_shape) and u (n, dim), row by row -> f(x, theta) (n,)."""
+        """Observations x (n, *x_shape) and u (n, dim), row by row -> f(x, theta) (n,)."""
         return self.log_odds(self.x_parts(x), self.theta_parts(u) if self.dim else None)
 
     def table(self, x: Parts, theta: Parts) -> Tensor:
-        """Log odds (m, e) of every one of m theta with every one of e events; without a trunk this is a product of two matrices."""
+        """Log odds (m, e) of all pairs of m theta and e events; without a trunk this is a product of two matrices."""
         if self.trunk_x is None:
             out: Tensor = (theta[1] * self.head.weight[0]) @ x[1].T + self.head.bias
         else:
@@ -277,7 +303,7 @@ class PairClassifier(nn.Module):
     def with_contrasts(
         self, x: Tensor, u: Tensor, n_contrasts: int, generator: torch.Generator | None = None, *, near: float = NEAR
     ) -> Contrasts:
-        """Log odds of each row's own pair and of its x with n_contrasts other theta, drawn as the module says.
+        """Log odds of each row's own pair, and of its x with n_contrasts other theta, drawn as described in the module.
 
         x (n, *x_shape), u (n, dim), rows in random order. generator: None takes torch's global one. near: share of contrasts that are
         drawn near the posterior, for a network with a reference.

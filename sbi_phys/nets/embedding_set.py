@@ -1,17 +1,16 @@
-r"""Permutation-invariant summaries of sets of events: deep set and attention, for sets of any size.
+r"""Embeddings of sets of events, of any size and in any order: deep set and set attention.
 
     deep set      h(X) = rho( mean_e phi(e), log(1 + m) )                                          arXiv:1703.06114
     attention     h(X) = rho( pool(block(phi(X))), log(1 + m) ), softmax-weighted means over events  arXiv:1810.00825
 
-A set of m events is a row of slots: x (n_max, k + 1) or the same flat, the last column of a slot 1 where it holds an event and 0
-where it is empty. Empty slots are left out, not multiplied by zero: all events of a batch stand in one list with the number of the set
-that each belongs to, so a batch costs what its events cost, the result does not depend on the padding or the order, and a
-set may be empty. Means, not sums: the spread of a mean falls as 1/sqrt(m), which log(1 + m) tells the network; where the
-number itself says something of theta, it is there too.
+A set of m events is a row of slots, x (n_max, k + 1) or flattened; the last column of a slot is 1 if it holds an event and 0 if it is
+empty. The events of all sets of a batch are collected in one list, with the number of the set that each belongs to. So the cost of a
+batch is that of its events, the result depends neither on the padding nor on the order, and a set may be empty. Events are averaged, not
+summed: the network learns the spread of a mean, 1/sqrt(m), from log(1 + m), which also carries what the number of events says about theta.
 
-Padded sets (n, n_max, k + 1) are standardised by one mean and width for all slots (`dataset.XScaler`). Flat rows, as a store keeps
-them, are standardised column by column, which scales the slots differently and hides the mask: `take_scaling` tells the embedding what
-was done, and it is undone.
+Padded sets (n, n_max, k + 1) are standardised by one mean and width for all slots (`training.scaling.XScaler`). Flat rows, as a store keeps
+them, are standardised column by column, which scales the slots differently and changes the mask: `take_scaling` tells the embedding
+that scaling, so that it can be undone.
 """
 
 from collections.abc import Sequence
@@ -40,6 +39,10 @@ def pad_sets(sets: Sequence[ArrayLike], n_max: int | None = None) -> Array:
 
     Args: n_max: slots; default those of the largest set, at least one.
     Raises: DataError (no sets, a set larger than n_max), ShapeError (sets of unequal width), NonFiniteError.
+
+    >>> import sbi_phys as sp
+    >>> sp.pad_sets([[0.3, 0.8], [0.5]])[:, :, -1].tolist()
+    [[1.0, 1.0], [1.0, 0.0]]
     """
     arrays = [as_real(f"set {i}", s) for i, s in enumerate(sets)]
     if not arrays:
@@ -79,6 +82,13 @@ class SetEmbedding(nn.Module):
 
     Args: n_columns k, of an event, without the mask. n_pooled: length of what `pooled` returns. config: of the perceptron
     behind it, whose n_features is the length of the summary.   Raises: SettingError.
+
+    >>> import sbi_phys as sp, torch
+    >>> class CountsOnly(sp.nets.SetEmbedding):
+    ...     def pooled(self, events, owner, n):
+    ...         return torch.zeros(n, 1)
+    >>> CountsOnly(1, 1, None)(torch.ones(4, 3, 2)).shape
+    torch.Size([4, 64])
     """
 
     shift: Tensor
@@ -175,10 +185,12 @@ class SetEmbedding(nn.Module):
 class DeepSet(SetEmbedding):
     """Deep set: rho(mean_e phi(e), log(1 + m)).
 
-    Use it as `sp.NPE(prior, embedding=DeepSet(n_columns=1))`.
-
     Args: n_columns: of an event, without the mask. hidden: width of phi, two layers. n_pooled: length of the mean.
     config: of rho. seed: of the initial weights.   Raises: SettingError.   Source: Zaheer et al. 2017, arXiv:1703.06114.
+
+    >>> import sbi_phys as sp
+    >>> prior = sp.BoxPrior([sp.Parameter("mu", -1, 1)])
+    >>> npe = sp.NPE(prior, embedding=sp.DeepSet(n_columns=1))
     """
 
     def __init__(
@@ -200,12 +212,16 @@ class DeepSet(SetEmbedding):
 class SetAttention(SetEmbedding):
     """Small set transformer: induced attention blocks, then pooling by learned queries, then rho with log(1 + m).
 
-    An induced block lets n_induced learned queries look at the set, and each event look at what they found: the cost grows with the
+    In an induced block, n_induced learned queries attend to the events, and each event attends to their results: the cost grows with the
     number of events, not with its square.
 
     Args: n_columns: of an event, without the mask. hidden: width. n_heads: divides it. n_blocks: induced blocks. n_induced: their
     queries. n_seeds: of the pooling. config: of rho. seed: of the initial weights.
     Raises: SettingError.   Source: Lee et al. 2019, arXiv:1810.00825.
+
+    >>> import sbi_phys as sp, torch
+    >>> sp.SetAttention(n_columns=1, n_heads=2, hidden=16)(torch.ones(4, 3, 2)).shape
+    torch.Size([4, 64])
     """
 
     def __init__(
@@ -236,7 +252,7 @@ class SetAttention(SetEmbedding):
             self.pool = _Queries(hidden, n_heads, n_seeds)
 
     def pooled(self, events: Tensor, owner: Tensor, n: int) -> Tensor:
-        """What the pooling queries find in each set -> (n, n_seeds hidden)."""
+        """Results of the pooling queries in each set -> (n, n_seeds hidden)."""
         h = F.silu(self.second(F.silu(self.first(events))))
         for block in self.blocks:
             h = block(h, owner, n)
@@ -244,7 +260,7 @@ class SetAttention(SetEmbedding):
 
 
 class _Queries(nn.Module):
-    """m learned queries that look at each set: softmax-weighted means of values -> (n, m, hidden)."""
+    """m learned queries attend to the events of each set: softmax-weighted means of values -> (n, m, hidden)."""
 
     def __init__(self, hidden: int, n_heads: int, n_queries: int) -> None:
         super().__init__()
@@ -265,7 +281,7 @@ class _Queries(nn.Module):
 
 
 class _InducedBlock(nn.Module):
-    """h_e + attention of e to what the queries found in its set, then h + perceptron."""
+    """h_e + attention of e to the results of the queries in its set, then h + perceptron."""
 
     def __init__(self, hidden: int, n_heads: int, n_induced: int) -> None:
         super().__init__()
@@ -288,7 +304,7 @@ class _InducedBlock(nn.Module):
 def segment_sum(values: Tensor, owner: Tensor, n: int) -> Tensor:
     """Sum of values (N, ...) over the rows of each set (n, ...); in double precision where no gradient is needed.
 
-    In single precision the sum over a thousand events would depend on their order at the level of 1e-5.
+    In single precision, the sum over a thousand events would depend on their order at the level of 1e-5.
     """
     values = values if torch.is_grad_enabled() else values.double()
     return values.new_zeros(n, *values.shape[1:]).index_add(0, owner, values)

@@ -1,23 +1,22 @@
-r"""Summaries of a set of events through a learned likelihood of single events.
+r"""Embedding of sets of events through a learned likelihood of single events, and the flow that uses its summary.
 
     f(e, u) = phi(e) . psi(u) + c(u)   ->   sum_e f(e, u) = (sum_e phi(e)) . psi(u) + m c(u)
 
-Up to what does not depend on u, f is learned to be log p(e | theta(u)): the sum over a set is its log likelihood, for any number of events,
-and sum_e phi(e) with m is a sufficient statistic as far as f is right. A network that has to find the same by itself from averages must
-locate, from them, a maximum that becomes narrower as 1/sqrt(m); here that is arithmetic. At K points u_k, a sequence that fills N(0, I),
-the prior in its whitened space, with L_k = sum_e f(e, u_k):
+Up to terms that do not depend on u, f is learned to be log p(e | theta(u)). Its sum over a set is then the log likelihood for any number m
+of events, and sum_e phi(e) with m is a sufficient statistic as far as f is exact. A network that only sees averages of the events must
+find a maximum whose width falls as 1/sqrt(m); here it is computed. With L_k = sum_e f(e, u_k) at K quasi-random points u_k of N(0, I), the
+prior in its whitened space, the summary has three parts:
 
-    quadratic   b.u - u^T H u / 2 fitted to L_k with weights softmax(t L_k), t = 1, m^-1/4, m^-1/2: with the prior, a Gaussian posterior
-                of precision P = H + I and mean P^-1 b. The tempered weights reach over many points where the posterior lies between few
+    quadratic   b.u - u^T H u / 2 fitted to L_k with weights softmax(t L_k), t = 1, m^-1/4, m^-1/2: with the prior, a Gaussian posterior of
+                precision P = H + I and mean P^-1 b. The tempered weights cover many points if the posterior lies between few
     moments     mean and covariance of the points with weights softmax(L)
-    marginals   sum of softmax(L)_k over the points in each of equally likely bins of each u_i: several modes, shapes that are no Gaussian
+    marginals   sum of softmax(L)_k over the points in each of equally likely bins of each u_i: several modes, non-Gaussian shapes
 
-One of these Gaussians is the anchor: the moments where the posterior has many points, which hold all of several modes, else the fit of the
-least tempering that has enough, refined: points of its own around it, and their moments by importance sampling, four times. The last
-columns of the summary are the anchor's mean and A with A^T A = P; everything else goes to a perceptron in the anchor's units. Once the
-scores are learned the summary of a set is fixed: it is computed once, however often the flow sees the set while it learns.
-`AnchoredFlow` is a density of v = A (u - mean): what it has left to learn is of order one, however many events there are, and an error
-of the network is one in units of the posterior's width.
+One of these Gaussians is the anchor: the moments if the posterior covers many points, since they include all modes; else the fit with the
+least tempering that covers enough points. The latter is refined four times by importance sampling with new points around it. The last
+columns of the summary are the mean of the anchor and A with A^T A = P; the rest goes to a perceptron in units of the anchor. Once the
+scores are learned, the summary of a set is fixed, so it is computed once for all epochs of the flow. `AnchoredFlow` is a density of
+v = A (u - mean): its task is of order one for any number of events, and its errors are in units of the width of the posterior.
 
 Source: van den Oord et al. 2018, arXiv:1807.03748, and Durkan et al. 2020, arXiv:2002.03712 (the contrastive loss); Brehmer et al. 2018,
 arXiv:1805.12244 (summaries from a learned likelihood of events).
@@ -42,15 +41,15 @@ __all__ = ["AnchoredFlow", "EventScores", "LikelihoodSet", "contrastive_loss"]
 _POWERS = (0.0, 0.25, 0.5)  # t = m^-power
 _LARGEST = 1e8  # precision
 _NEAR = 48  # points of a refinement
-_REACH = 5.0  # sd of the prior, within which a mean is believed
-_MANY, _SOME = 40.0, 20.0  # points that moments, and a fit, have to be spread over
+_REACH = 5.0  # limit of a mean, in sd of the prior
+_MANY, _SOME = 40.0, 20.0  # effective points that moments, and a fit, need
 _ROUNDS, _WIDER = 4, 1.4  # refinements of a narrow anchor, and how much wider than it their points lie
 _TEMPERS, _HELD = (1.0, 0.5, 0.25, 0.12, 0.06, 0.03, 0.01), 10.0  # of their weights; the first that is spread over so many is taken
 _LIMIT = 12.0  # of the Gaussian layer's log scales
 
 
 def _spread_layer(n_in: int, n_out: int) -> nn.Linear:
-    """First layer for standardised inputs whose details are anywhere and of any width from about 1 to 1/10."""
+    """First layer for standardised inputs with structure at any place and of any width from about 1 to 1/10."""
     layer = nn.Linear(n_in, n_out)
     slope = torch.randn(n_out, n_in) * torch.exp(math.log(20) * torch.rand(n_out, 1)) / 2
     with torch.no_grad():
@@ -93,7 +92,7 @@ class EventScores(nn.Module):
                 nn.SiLU(),
                 nn.Linear(2 * hidden, rank + 1),
             )
-            with torch.no_grad():  # begin near "says nothing", whatever the number of events
+            with torch.no_grad():  # start near a flat likelihood, for any number of events
                 for weight in self.psi[-1].parameters():
                     weight.mul_(0.1)
         self.register_buffer("centre", torch.zeros(n_columns, dtype=torch.float64))
@@ -110,7 +109,7 @@ class LikelihoodSet(SetEmbedding):
 
     Args: n_columns k, of an event, without the mask. dim: free parameters of the prior. hidden, rank: of the scores. n_points K.
     n_bins: of each marginal. config: of the perceptron. seed: of the weights.
-    The scores are those of `estimators.set_posterior.learn_scores`, or of a model file.   Raises: SettingError.
+    The scores are learned by `likelihood_embedding` of the estimators, or come from a model file.   Raises: SettingError.
     """
 
     points: Tensor
@@ -140,13 +139,13 @@ class LikelihoodSet(SetEmbedding):
         flat = torch.quasirandom.SobolEngine(dim, scramble=True, seed=1).draw(n_points, dtype=torch.float64)
         self.register_buffer("points", torch.special.ndtri(flat.clamp(1e-9, 1 - 1e-9)))
         bins = nn.functional.one_hot((flat * n_bins).long().clamp(max=n_bins - 1), n_bins).double()
-        # weighted: shares times sqrt(n_bins), of order one wherever the mass is spread or not
+        # times sqrt(n_bins), so that shares are of order one for wide and narrow posteriors
         self.register_buffer("bins", bins.flatten(start_dim=1) * math.sqrt(n_bins), persistent=False)
         flat = torch.quasirandom.SobolEngine(dim, scramble=True, seed=2).draw(_NEAR, dtype=torch.float64)
         self.register_buffer("near", torch.special.ndtri(flat.clamp(1e-9, 1 - 1e-9)), persistent=False)
 
     def learn_scores(self, on: bool) -> None:
-        """Whether the scores are what is trained, or everything else is."""
+        """Choose what is trained: the scores alone (on), or everything but the scores."""
         for name, weight in self.named_parameters():
             weight.requires_grad_(name.startswith("scores.") == on)
 
@@ -158,7 +157,7 @@ class LikelihoodSet(SetEmbedding):
         return self.scores.table(segment_sum(self.scores.phi(events), owner, len(flat)).to(flat.dtype), counts, u)
 
     def standardise_events(self, scaler: XScaler) -> None:
-        """Take the mean and the width of the real events for those that the scores see.   Raises: as `take_scaling`."""
+        """Standardise the inputs of the scores by mean and width of the real events.   Raises: as `take_scaling`."""
         super().take_scaling(scaler)
         centre, spread = self.centre, self.spread
         if not self.shift.numel():  # one scale for all slots
@@ -169,11 +168,11 @@ class LikelihoodSet(SetEmbedding):
         self.take_scaling(scaler)
 
     def forget_scaling(self) -> None:
-        """Take rows as they are, of any length, until `take_scaling` says otherwise; the scores keep their own scaling."""
+        """Take rows of any length without scaling until `take_scaling` is called; the scores keep their own scaling."""
         self.shift, self.factor = self.shift.new_zeros(0), self.factor.new_zeros(0)
 
     def take_scaling(self, scaler: XScaler) -> None:
-        """Undo z = (x - mean) / scale from now on: the scores have a scaling of their own.   Raises: as `SetEmbedding.take_scaling`."""
+        """Undo z = (x - mean) / scale from now on, as the scores have their own scaling.   Raises: as `SetEmbedding.take_scaling`."""
         super().take_scaling(scaler)
         self.shift = torch.from_numpy(scaler.mean.reshape(-1).copy()).to(self.centre.device)
         self.factor = torch.from_numpy(scaler.scale.reshape(-1).copy()).to(self.centre.device)
@@ -189,11 +188,11 @@ class LikelihoodSet(SetEmbedding):
 
     @torch.no_grad()
     def summarise(self, x: Tensor) -> Tensor:
-        """What follows from the scores alone: sets as in `forward` -> (n, n_pooled + 1 + d (d + 3) / 2).   Raises: ShapeError."""
+        """Summaries that depend on the scores alone: sets as in `forward` -> (n, n_pooled + 1 + d (d + 3) / 2).   Raises: ShapeError."""
         return super().forward(x)
 
     def read(self, summary: Tensor) -> Tensor:
-        """Features, as of `forward`, from what `summarise` returned."""
+        """Features, as returned by `forward`, from summaries as returned by `summarise`."""
         seen, anchor = summary.split([self.rho.first.in_features, summary.shape[1] - self.rho.first.in_features], dim=1)
         return torch.cat([self.rho(seen), anchor], dim=1)
 
@@ -204,7 +203,7 @@ class LikelihoodSet(SetEmbedding):
         return torch.cat([pooled, size[:, None].to(flat.dtype), anchor], dim=1)
 
     def summaries(self, events: Tensor, owner: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """What the perceptron sees of n sets (n, n_pooled), and the anchor (n, d (d + 3) / 2)."""
+        """Inputs of the perceptron for n sets (n, n_pooled), and the anchor (n, d (d + 3) / 2)."""
         with torch.no_grad():
             counts = torch.bincount(owner, minlength=n).double()
             total = segment_sum(self.scores.phi(events), owner, n).double()
@@ -226,9 +225,9 @@ class LikelihoodSet(SetEmbedding):
         return summary.to(events.dtype), anchor.to(events.dtype)
 
     def _refined(self, anchor: Tensor, total: Tensor, counts: Tensor) -> Tensor:
-        """Moments of points of their own, around the anchor (n, c) of each set, with importance weights (n, c): for narrow posteriors.
+        """Moments of new points around the anchor (n, c) of each set, with importance weights (n, c): for narrow posteriors.
 
-        Where few of the points carry the weight it is tempered, until the points have come near enough.
+        If few of the points carry the weight, the weights are tempered.
         """
         d, n = self.dim, len(anchor)
         i, j = torch.tril_indices(d, d, offset=-1)
@@ -256,7 +255,7 @@ class LikelihoodSet(SetEmbedding):
         i, j = torch.triu_indices(d, d)
         hessian = found.new_zeros(len(found), d, d)
         hessian[:, i, j] = -found[:, d + 1 :]
-        hessian = hessian + hessian.transpose(1, 2)  # the diagonal doubles: it is the second derivative of u_i^2
+        hessian = hessian + hessian.transpose(1, 2)  # doubles the diagonal, the second derivative of u_i^2
         values, vectors = torch.linalg.eigh(hessian)
         values = values.clamp(lowest, _LARGEST) + prior
         precision = vectors @ (values[:, :, None] * vectors.transpose(1, 2))
@@ -281,7 +280,7 @@ class LikelihoodSet(SetEmbedding):
         return self._gaussian(mean.clamp(-_REACH, _REACH), precision)
 
     def _moments(self, w: Tensor) -> Tensor:
-        """The same of the weighted points themselves."""
+        """Mean and precision of the weighted points, as `_gaussian`."""
         mean = w @ self.points
         centred = self.points - mean[:, None]
         covariance = torch.einsum("nk,nki,nkj->nij", w, centred, centred)
@@ -311,7 +310,7 @@ class AnchoredFlow(ConditionalFlow):
     def contexts(self, features: Tensor) -> list[Tensor]:
         """The anchor's context, and those of the other layers."""
         mean, scale, lower = features[:, -self._size :].split([self.dim, self.dim, self._size - 2 * self.dim], dim=1)
-        raw = _LIMIT * torch.atanh(scale.clamp(-0.99 * _LIMIT, 0.99 * _LIMIT) / _LIMIT)  # the layer bends it back
+        raw = _LIMIT * torch.atanh(scale.clamp(-0.99 * _LIMIT, 0.99 * _LIMIT) / _LIMIT)  # the inverse of the layer's tanh
         return [torch.cat([mean, raw, lower], dim=1), *super().contexts(features[:, : -self._size])]
 
     def encode(self, u: Tensor, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -328,6 +327,6 @@ class AnchoredFlow(ConditionalFlow):
 
 
 def contrastive_loss(net: nn.Module, u: Tensor, x: Tensor) -> Tensor:
-    """-log softmax over the parameters of the batch, of each set at its own (n,): least where L is log p(set | u) + a(set)."""
+    """-log softmax over the parameters of the batch, of each set at its own (n,); least if L is log p(set | u) + a(set)."""
     assert isinstance(net, LikelihoodSet)
     return F.cross_entropy(net.table(x, u), torch.arange(len(u), device=u.device), reduction="none")

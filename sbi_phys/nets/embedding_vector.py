@@ -18,9 +18,13 @@ __all__ = ["EmbeddingConfig", "ResidualMLP", "build_embedding"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddingConfig:
-    """Shape of the default summary network.   Raises: SettingError.
+    """Settings of the default embedding, a `ResidualMLP`.   Raises: SettingError.
 
     Args: hidden: width. n_blocks: residual blocks. n_features: length of the summary.
+
+    >>> import sbi_phys as sp
+    >>> sp.EmbeddingConfig(hidden=32, n_features=16).n_blocks
+    2
     """
 
     hidden: int = 128
@@ -37,7 +41,11 @@ class EmbeddingConfig:
 class ResidualMLP(nn.Module):
     """Perceptron with skip connections: h_0 = W x, h_{i+1} = h_i + V_i silu(U_i h_i), out = W' silu(h) + W'' x.
 
-    The last term passes the input straight through, so that what is linear in x costs the network nothing.
+    The last term passes the input on unchanged, so that features linear in x need no hidden units.
+
+    >>> import sbi_phys as sp, torch
+    >>> sp.nets.ResidualMLP(10, sp.EmbeddingConfig(n_features=16))(torch.zeros(5, 10)).shape
+    torch.Size([5, 16])
     """
 
     def __init__(self, n_inputs: int, config: EmbeddingConfig) -> None:
@@ -49,12 +57,12 @@ class ResidualMLP(nn.Module):
         self.last = nn.Linear(config.hidden, config.n_features)
         self.straight = nn.Linear(n_inputs, config.n_features, bias=False)
         for layer in down:
-            # a block begins as the identity: depth is no obstacle at the start
+            # a block starts as the identity, so that depth does not slow down the start of the training
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (n, ...) -> features (n, k); axes after the first are flattened."""
+        """Observations x (n, ...) -> features (n, k); axes after the first are flattened."""
         x = torch.flatten(x, start_dim=1)
         hidden: Tensor = self.first(x)
         for up, down in zip(self.up, self.down, strict=True):

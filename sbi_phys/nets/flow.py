@@ -1,10 +1,14 @@
-r"""Conditional normalizing flow q(u | h) over nflows transforms.
+r"""Conditional normalizing flow q(u | h) and its layers, each an nflows `Transform`.
 
     z_0 = u,   z_l = T_l(z_{l-1}; c_l(h)),   log q(u | h) = log N(z_L; 0, I) + sum_l log|dz_l/dz_{l-1}|
 
-h (n, k) are the features of an observation (`embed`). One linear map makes the contexts c_l of all layers in one
-matrix product. The first layer is a full conditional Gaussian (`layers.GaussianLayer`): it takes up location, width
-and correlation, the couplings behind it learn what is not Gaussian.
+h (n, k) are the features of an observation, computed by an embedding. One linear map of h, a single matrix product, gives the contexts
+c_l of all layers. A coupling adds its context to its first hidden layer; an affine layer takes it as its parameters. The first layer is
+a full conditional Gaussian (`GaussianLayer`): it learns location, width and correlation, and the couplings behind it learn what is not
+Gaussian. A layer whose parameters are zero is the identity, and the last `context_zero` entries of each context start at zero, so a new
+flow equals its base density.
+
+Source: Papamakarios et al. 2021, arXiv:1912.02762 (review); Durkan et al. 2019, arXiv:1906.04032 (spline couplings).
 """
 
 from collections.abc import Sequence
@@ -25,17 +29,21 @@ __all__ = ["FLOWS", "ConditionalFlow", "FlowConfig"]
 FLOWS = ("spline", "affine", "maf")
 _LOG_2PI = 1.8378770664093453
 _LOG_SCALE_LIMIT = 12.0
-_COUPLING_SCALE = 3.0  # largest log scale of one layer, so that none can blow up alone
+_COUPLING_SCALE = 3.0  # largest log scale of one layer, which bounds what a single layer can do
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlowConfig:
-    """Shape of the flow.
+    """Settings of a conditional flow.
 
     Args: kind: 'spline' (rational-quadratic couplings), 'affine' (affine couplings, the cINN) or 'maf' (masked affine
     autoregressive). n_layers: couplings or autoregressive layers. hidden: width of each conditioner.
     n_bins, bound: bins and half-width of the splines' domain, in units of the whitened posterior.
     gaussian_layer: put the full conditional Gaussian next to the data.   Raises: SettingError.
+
+    >>> import sbi_phys as sp
+    >>> sp.FlowConfig(kind="maf", n_layers=3).hidden
+    64
     """
 
     kind: str = "spline"
@@ -57,8 +65,14 @@ class FlowConfig:
 class ConditionalFlow(nn.Module):
     """Density over u (n, d) given features h (n, k): `log_prob`, and `decode` from base draws to u.
 
-    Args: dim d. n_features k. config. rng: numbers that choose the couplings' splits (initial weights come from torch's
-    generator, which the caller seeds).
+    Args: dim d. n_features k. config. rng: torch generator that chooses the splits of the couplings (initial weights come from torch's
+    global generator, which the caller seeds).
+
+    >>> import sbi_phys as sp, torch
+    >>> flow = sp.nets.ConditionalFlow(2, 3, sp.FlowConfig(n_layers=1), rng=torch.Generator())
+    >>> u, h = torch.zeros(5, 2), torch.ones(5, 3)
+    >>> flow.log_prob(u, h).shape
+    torch.Size([5])
     """
 
     def __init__(self, dim: int, n_features: int, config: FlowConfig, *, rng: torch.Generator) -> None:
@@ -137,10 +151,10 @@ def _autoregressive(config: FlowConfig, dim: int, rng: torch.Generator) -> list[
 
 
 class GaussianLayer(Transform):
-    r"""Full conditional affine map z = A(x) (u - mu(x)), A = diag(e^s) (I + N), N strictly lower triangular.
+    r"""Full conditional affine map z = A(x) (u - mu(x)), A = diag(e^s) (I + N), N strictly lower triangular; log|dz/du| = sum_k s_k.
 
-    With a normal base this alone is a Gaussian posterior with full covariance. It stands next to the data, so that the
-    layers behind it see a posterior of unit width however narrow it is within the prior: log|dz/du| = sum_k s_k.
+    With a normal base, this layer alone is a Gaussian posterior with full covariance. It stands next to the data, so that the layers
+    behind it see a posterior of unit width, however narrow the posterior is within the prior.
 
     Context (n, d + d + d(d-1)/2): mu, s, the entries of N.
     """
@@ -178,9 +192,11 @@ class GaussianLayer(Transform):
 class MaskedAutoregressive(Transform):
     r"""Affine autoregressive map z_k = u_k e^{s_k} + t_k, (s_k, t_k) a function of the features before k and of the context.
 
-    Forward in one pass of a masked network: hidden unit m has a degree and sees features of rank <= it, outputs of rank k see
-    degrees < k. The first feature's numbers come from the context alone, so each output also has a share of it.
-    Inverse feature by feature, d passes. Context (n, hidden + 2 d). Source: Papamakarios+ 2017, arXiv:1705.07057 (over MADE, 1502.03509).
+    Forward takes one pass of a masked network: a hidden unit of degree m sees features of rank <= m, and outputs of rank k see degrees
+    < k. The parameters of the first feature depend on the context alone, so each output also has a direct part of the context.
+    The inverse takes d passes, feature by feature. Context (n, hidden + 2 d).
+
+    Source: Papamakarios+ 2017, arXiv:1705.07057 (over MADE, 1502.03509).
 
     Args: order: features from first to last. hidden: width of the conditioner.
     """

@@ -1,17 +1,19 @@
-r"""What a learned likelihood p(x | theta) needs beside the flow: the map from x to the flow's space, with its exact Jacobian.
+r"""Learned likelihood p(x | theta): the map from x to the space of the flow with its exact Jacobian, the loss, and the density of rows.
 
     z = (g(t) - mean) / scale,   log p(x | theta) = log q(z | theta) + sum_k log|dz_k / dt_k|
 
-t is x itself, or x + v with v uniform on [0, 1) where x are counts (dequantisation). g is 2 sqrt(t) on counts (Anscombe's root, so
-that Poisson noise has unit width over all decades), log t on positive columns that span decades, t elsewhere.
+t is x itself, or x + v with v uniform on [0, 1) if x are counts (dequantisation). g is 2 sqrt(t) on counts (Anscombe's root, which gives
+Poisson noise unit width over all decades), log t on positive columns that span decades, and t elsewhere.
 
 A density over t gives probabilities of whole numbers, P(x | theta) = E_v[p(x + v | theta)]. Training maximises E_v[log p(x + v | theta)],
-a lower bound of log P (Theis+ 2016, arXiv:1511.01844). Evaluation takes the mean of p over a fixed Latin hypercube of J points v, the
-same for every x and theta: the result is a smooth function of theta; its log is too low by about Var_v[p / P] / 2J, which is zero for a
-flow that has learned the steps of t's density.
+a lower bound of log P. Evaluation takes the mean of p over a fixed Latin hypercube of J points v, the same for all x and theta, so the
+result is a smooth function of theta. Its log is too low by about Var_v[p / P] / 2J, which is zero for a flow that has learned the steps
+of the density of t.
 
-Columns that say nothing are taken out before: constant ones, and one column of each block of counts whose total never changes (the
-total is conditioned on: p(x_1 .. x_k) = p(x_1 .. x_{k-1})). Data in which such a column differs have probability zero: an error.
+Columns without information are removed: constant columns, and one column of each block of counts whose total never changes (the density
+is conditional on the total, p(x_1 .. x_k) = p(x_1 .. x_{k-1})). Data in which such a column differs have probability zero, an error.
+
+Source: Theis et al. 2016, arXiv:1511.01844 (dequantisation).
 """
 
 import itertools
@@ -79,7 +81,6 @@ class XColumns:
         constant = tuple((int(c), float(low[c])) for c in np.flatnonzero(~varies))
         blank = cls(x.shape[1], kept, kind, noisy, np.zeros(len(kept)), np.ones(len(kept)), constant, ties)
         y, _ = blank.stretch(train[:, kept], np.full(len(kept), 0.5))
-        # uniform noise of width 1 has its own variance, beside that of the cells' centres
         sd = y.std(axis=0)
         return cls(x.shape[1], kept, kind, noisy, y.mean(axis=0), np.where(sd > 0, sd, 1.0), constant, ties)
 
@@ -143,7 +144,7 @@ class XColumns:
             )
 
     def stretch(self, data: Array, noise: Array) -> tuple[Array, Array]:
-        """Y = g(t) (..., d) and sum_k log|dy/dt| (...) of the kept columns (..., d) with noise v that broadcasts against them."""
+        """Return y = g(t) (..., d) and sum_k log|dy/dt| (...) of the kept columns (..., d) with noise v, broadcast."""
         t = data + np.where(self.noisy, noise, np.where(self.kind == _COUNTS, 0.375, 0.0))
         root, log = self.kind == _COUNTS, self.kind == _LOG
         y = np.where(root, 2 * np.sqrt(np.where(root, t, 1.0)), np.where(log, np.log(np.where(log, t, 1.0)), t))
@@ -151,12 +152,12 @@ class XColumns:
         return y, slope.sum(axis=-1)
 
     def to_z(self, data: Array, noise: Array) -> tuple[Array, Array]:
-        """Z (..., d) and sum_k log|dz/dt| (...)."""
+        """Return z (..., d) and sum_k log|dz/dt| (...) of the kept columns."""
         y, slope = self.stretch(data, noise)
         return (y - self.mean) / self.scale, slope - float(np.log(self.scale).sum())
 
     def from_z(self, z: Array) -> Array:
-        """Inverse: z (n, d) -> x (n, k), whole numbers where dequantised, constant columns and totals put back."""
+        """Inverse: z (n, d) -> x (n, k) with whole numbers where dequantised, constant columns and totals included."""
         y = z * self.scale + self.mean
         root, log = self.kind == _COUNTS, self.kind == _LOG
         t = np.where(root, (np.maximum(y, 0.0) / 2) ** 2, np.where(log, np.exp(np.where(log, y, 0.0)), y))
@@ -170,7 +171,7 @@ class XColumns:
         return x
 
     def stored(self, x: Array) -> Tensor:
-        """What the training loop holds of x (n, k): z, but the counts themselves where noise is to come; float32."""
+        """Rows x (n, k) for the training loop, float32: z, but the counts themselves in columns that get noise."""
         data = x[:, self.kept]
         z, _ = self.to_z(data, np.full(self.dim, 0.5))
         return torch.from_numpy(np.where(self.noisy, data, z).astype(np.float32))
@@ -227,7 +228,7 @@ class DequantisedLoss:
     """-log q(z | u), one value per row, with fresh noise on counts in training and the same noise in every validation."""
 
     def __init__(self, columns: XColumns, device: torch.device) -> None:
-        """Take the map's numbers to the device."""
+        """Copy the parameters of the map to the device."""
         self.noisy = torch.from_numpy(columns.noisy).to(device)
         self.root = torch.from_numpy(columns.noisy & (columns.kind == _COUNTS)).to(device)
         self.mean, self.scale = (torch.from_numpy(a).float().to(device) for a in (columns.mean, columns.scale))
@@ -242,7 +243,7 @@ class DequantisedLoss:
         return -net.log_prob(x, u)
 
     def with_noise(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Z (n, d) of stored rows with noise v (n, d) where they are counts."""
+        """Return z (n, d) of stored rows, with noise v (n, d) in the columns of counts."""
         t = x + noise
         y = torch.where(self.root, 2 * torch.where(self.root, t, torch.ones_like(t)).sqrt(), t)
         return torch.where(self.noisy, (y - self.mean) / self.scale, x)

@@ -1,4 +1,4 @@
-r"""The network of neural posterior estimation: q(u | x) = flow(u | h = embedding(x)), and mixtures of such networks."""
+r"""The network of neural posterior estimation, q(u | x) = flow(u | h = embedding(x)): loss, draws, and equal mixtures of networks."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ from sbi_phys.priors import standard_normal_log_prob
 
 __all__ = ["FlowProposal", "PosteriorNet", "npe_loss"]
 
-# rows per chunk of sampling and density: bounds the memory whatever is asked for, and on a CPU what is at work stays in the cache
+# rows per chunk of sampling and density: bounds the memory, and on a CPU a chunk stays in the cache
 _ROWS, _CPU_ROWS = 65536, 4096
 
 
 class PosteriorNet(nn.Module):
-    """Embedding and flow together.
+    """Density q(u | x) of an embedding followed by a flow; n_features is the length of the summary between them.
 
     Args: dim: of u. x_shape: of one observation. flow, embedding: shapes, or a module (n, *x_shape) -> (n, k).
     seed: of the initial weights; the global torch generator is left as it was.   Raises: ShapeError.
@@ -37,9 +37,9 @@ class PosteriorNet(nn.Module):
             self.flow = ConditionalFlow(dim, self.n_features, flow, rng=torch_rng_for(seed, "splits"))
 
     def start_at(self, u: Tensor) -> None:
-        """Let the Gaussian layer begin at the mean and covariance of the training parameters u (n, d).
+        """Set the Gaussian layer to the mean and covariance of the training parameters u (n, d).
 
-        For draws of the prior that is the identity; for a truncated round it is the region's own whitening.
+        For draws of the prior this is the identity; for a truncated round it is the whitening of the truncated region.
         """
         if not self.flow.config.gaussian_layer or len(u) <= u.shape[1] + 1:
             return
@@ -60,22 +60,22 @@ class PosteriorNet(nn.Module):
 
 
 def npe_loss(net: nn.Module, u: Tensor, x: Tensor) -> Tensor:
-    """-log q(u | x), one value per row: its mean over the joint p(u, x) is least where q is the posterior."""
+    """-log q(u | x), one value per row; its mean over the joint density p(u, x) is least if q is the posterior."""
     assert isinstance(net, PosteriorNet)
     return -net.log_prob(u, x)
 
 
 def _in_chunks(n: int, device: torch.device, work: Callable[[slice], None]) -> None:
-    """Do work(rows) for chunks of n rows; on a CPU in as many threads as torch has, each with one of its own.
+    """Do work(rows) for chunks of n rows; on a CPU in as many threads as torch has, each with a single thread within torch.
 
-    Operations on a chunk are too small to be shared out well one by one; chunks are independent.
+    The operations on one chunk are too small to be parallel within torch, but chunks are independent.
     """
     size = _CPU_ROWS if device.type == "cpu" else _ROWS
     chunks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
     threads = torch.get_num_threads()
 
     def guarded(rows: slice) -> None:
-        with torch.inference_mode():  # a mode belongs to a thread
+        with torch.inference_mode():  # the mode holds for one thread only
             work(rows)
 
     if device.type != "cpu" or threads == 1 or len(chunks) < 2 * threads:
@@ -86,7 +86,7 @@ def _in_chunks(n: int, device: torch.device, work: Callable[[slice], None]) -> N
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(guarded, chunks))
     finally:
-        torch.set_num_threads(threads)  # the number that threads to come start with
+        torch.set_num_threads(threads)  # new threads start with this number
 
 
 @torch.inference_mode()
@@ -146,8 +146,8 @@ class FlowProposal:
 
         q(u) = (1 - a) mean_k sum_j w_j N(z_k(u); 0, s_j^2 I) |dz_k/du| + a N(u; 0, I)
 
-    over the members k of an ensemble and scales s_j of their base. The prior's share a keeps the weights bounded where
-    the network has overlooked a mode: such a mode then shows as a few large weights instead of not at all.
+    over the members k of an ensemble and the scales s_j of their base. The prior's share a bounds the weights where the network has missed
+    a mode: such a mode then appears as a few large weights instead of not at all.
 
     Args: scales, weights: of the base densities. prior_share: a.   Raises: SettingError.
     """

@@ -5,14 +5,14 @@ In bin k with knots (x_k, y_k), (x_{k+1}, y_{k+1}), slope s = h/w and knot deriv
     f(x)  = y_k + h N / D,   N = s xi^2 + d_k xi (1-xi),   D = s + c xi (1-xi),   c = d_k + d_{k+1} - 2s
     f'(x) = s^2 E / D^2,     E = d_{k+1} xi^2 + 2 s xi (1-xi) + d_k (1-xi)^2
 
-Every row takes the same path: inputs are clamped to the domain, the bin is found by comparing with the inner knots,
-and the tails are chosen by `where`. There is no boolean indexing, hence no host synchronisation and no change of
-shape, on any device. Source: Durkan+ 2019, arXiv:1906.04032; Gregory & Delbourgo 1982.
+All rows go through the same operations: inputs are clamped to the domain, the bin is found by comparison with the inner knots, and the
+tails are selected by `where`. Without boolean indexing there is no synchronisation with the host and no change of shape on any device.
 
-A training step of a small flow is bound by the number of operations, not by their size. So the forward map has its
-gradient written out by hand (`_Spline`), and float32 on a CPU goes through a kernel in C where a compiler is at hand
-(`native`). Where a derivative is to be differentiated again (`create_graph=True`), the gradient is that of `spline_map`,
-the same map for autograd to record.
+The time of a training step of a small flow is set by the number of operations, not by their size. Therefore the gradient of the forward
+map is written by hand (`_Spline`), and float32 on a CPU is computed by a kernel in C if a compiler is available (`_kernels`). For
+second derivatives (`create_graph=True`), the gradient is that of `spline_map`, the same map in operations that autograd records.
+
+Source: Durkan et al. 2019, arXiv:1906.04032; Gregory & Delbourgo 1982, IMA J. Numer. Anal. 2, 123.
 """
 
 import math
@@ -39,7 +39,7 @@ def n_spline_parameters(n_bins: int) -> int:
 
 
 def rational_quadratic_spline(x: Tensor, parameters: Tensor, *, bound: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """Apply the spline elementwise, with the fast gradient where it is the forward map.
+    """Apply the spline elementwise; the forward map has the fast gradient.
 
     Args: x (..., d). parameters (..., d, 3K - 1), unconstrained; zeros give the identity. bound B > 0.
     Returns: y (..., d) and log|dy/dx| (..., d) (of the inverse map when `inverse`).
@@ -66,7 +66,7 @@ def _constants(bound: float) -> tuple[float, ...]:
 
 
 def spline_map(x: Tensor, parameters: Tensor, *, bound: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """Same map, written in operations that autograd can differentiate any number of times; arguments and result as above."""
+    """The same map in operations that autograd can differentiate any number of times; arguments and result as above."""
     clamped = x.clamp(-bound, bound)
     b = _bin(clamped, parameters, bound, inverse=inverse)
     if inverse:
@@ -100,8 +100,8 @@ class _Bin(NamedTuple):
 
 def _bin(clamped: Tensor, parameters: Tensor, bound: float, *, inverse: bool) -> _Bin:
     n_bins = (parameters.shape[-1] + 1) // 3
-    # widths and heights together; their softmax by hand, since torch's is slow along so short an axis. Beyond e^+-30 a bin
-    # is all or nothing anyway
+    # widths and heights together; the softmax is written out because torch's is slow along so short an axis. The clamp changes nothing:
+    # at e^+-30 a bin already has all of the domain or none
     weight = parameters[..., : 2 * n_bins].clamp(-_RAW_LIMIT, _RAW_LIMIT).exp().unflatten(-1, (2, n_bins))
     running = _running_sum(weight)
     scale = 2 * bound * (1 - MIN_WIDTH * n_bins) / running[..., -1:]
@@ -111,7 +111,7 @@ def _bin(clamped: Tensor, parameters: Tensor, bound: float, *, inverse: bool) ->
     both = place.unsqueeze(-1).expand(*place.shape[:-1], 2, 1)
     size = (weight.gather(-1, both) * scale).squeeze(-1) + 2 * bound * MIN_WIDTH
     left = right.gather(-1, both).squeeze(-1) - size
-    # derivatives: only those at the two knots of the bin are made; at the ends of the domain the parameter is 0, the slope 1
+    # derivatives, at the two knots of the bin alone; at the ends of the domain the parameter is 0, hence the slope 1
     knots = F.pad(parameters[..., 2 * n_bins :], (1, 1))
     raw = knots.gather(-1, torch.cat([place, place + 1], dim=-1)) + _DERIVATIVE_OFFSET
     w, h = size.unbind(-1)
@@ -148,11 +148,11 @@ def _solve(dy: Tensor, b: _Bin) -> Tensor:
 
 
 class _Spline(torch.autograd.Function):
-    """`spline_map`, forward, with its gradient by hand."""
+    """The forward map of `spline_map` with a gradient written by hand."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameters: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-        """Map x; keep the bin, not the graph."""
+        """Map x; keep the bin for the gradient."""
         clamped = x.clamp(-bound, bound)
         b = _bin(clamped, parameters, bound, inverse=False)
         xi = (clamped - b.x0) / b.w
@@ -189,7 +189,7 @@ class _Spline(torch.autograd.Function):
 
 
 class _NativeSpline(torch.autograd.Function):
-    """`spline_map`, forward, and its gradient, both by the kernel: it keeps nothing but its input."""
+    """The forward map of `spline_map` and its gradient, both by the kernel, which keeps only the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameters: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -200,7 +200,7 @@ class _NativeSpline(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Locate the bin again, which costs less than to have kept it."""
+        """Gradient; the kernel finds the bin again, which costs less than keeping it."""
         x, parameters = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _recorded_gradient(x, parameters, grad_y, grad_log, ctx.bound)
@@ -237,9 +237,8 @@ def _to_parameters(
     return torch.cat([g_raw.flatten(-2), knots[..., 1:-1]], dim=-1)
 
 
-# The kernel as an operator that torch.compile takes into its graph unchanged. The code that the compiler generates for the torch operations
-# is slower, because it keeps dozens of intermediate arrays for the gradient. The operator has shapes (`register_fake`) and a gradient,
-# which is another operator.
+# The kernel as an operator, which torch.compile takes into its graph unchanged. The code that it generates for the torch operations is
+# slower, because that keeps dozens of intermediate arrays for the gradient. `register_fake` gives the shapes of the operator's results.
 
 
 @torch.library.custom_op("sbi_phys::spline", mutates_args=())
@@ -276,6 +275,6 @@ _operator.register_autograd(_operator_backward, setup_context=_operator_setup)
 
 
 def spline_operator(x: Tensor, parameters: Tensor, constants: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Y and log|dy/dx| as `_kernels.spline_map` has them, differentiable once."""
+    """Return y and log|dy/dx| as `_kernels.spline_map` does, differentiable once."""
     y, log_slope = _operator(x, parameters, list(constants))
     return y, log_slope

@@ -11,4 +11,10 @@ from .importance import importance_sample as importance_sample
 from .importance import pareto_smooth as pareto_smooth
 from .importance import resample_indices as resample_indices
 from .mcmc import MCMCResult as MCMCResult
+from .mcmc import default_moves as default_moves
 from .mcmc import run_emcee as run_emcee
+from .mixture import Mixture as Mixture
+from .mixture import fit_mixture as fit_mixture
+from .tempering import Tempered as Tempered
+from .tempering import spread_start as spread_start
+from .tempering import temper as temper

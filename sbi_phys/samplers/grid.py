@@ -1,9 +1,9 @@
-r"""Exact posterior on a grid, for one or two parameters: the reference for everything learned there.
+"""Exact posterior on a grid, for one or two parameters: the reference for everything that is learned there.
 
-The midpoint rule on cells that are split where the mass is: lay a coarse grid over the box, drop the cells whose density
-is far below the highest, split the others, and so on until those that are left are many. Modes far apart are each
-resolved, and a posterior that fills a millionth of the box costs no more than a wide one. Draws are uniform within a
-cell, so a cell must hold little mass: the largest share is reported, and refused above a bound.
+The method is the midpoint rule on cells that are split where the mass is. It starts with a coarse grid over the box, drops the cells whose
+density is far below the highest, splits the others, and repeats this until enough cells are left. Modes far apart are each
+resolved, and a posterior that fills a millionth of the box costs no more than a wide one. Draws are uniform within a cell, so a
+cell must hold little mass: the largest share is reported, and a share above a limit is an error.
 """
 
 import math
@@ -19,16 +19,24 @@ from sbi_phys.core.types import Array, ArrayLike, Integers
 __all__ = ["GridPosterior", "grid_posterior"]
 
 _CHUNK = 20_000
-# Cells this many nats below the highest are dropped: generously at first, where a centre may miss a narrow mode by many
-# of its widths; what lies below e^-25 in the end holds less than 1e-8 of the mass.
+# Cells so many nats below the highest are dropped. The first limits are wide, because the centre of a coarse cell may miss a narrow
+# mode by many of its widths; cells below e^-25 at the end hold less than 1e-8 of the mass.
 _KEEP = (1e4, 1e3, 100.0, 25.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GridPosterior:
-    """Normalised density on cells: centres (m, d), width (d,), log_density (m,), log_evidence in nats.
+    """Normalised density on cells, returned by `grid_posterior`: centres (m, d), width (d,), log_density (m,), log_evidence in nats.
 
     max_cell_mass is the largest share of the mass within one cell, a measure of the grid's fineness.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> grid = sp.samplers.grid_posterior(lambda u: -0.5 * u[:, 0] ** 2, [-8], [8])
+    >>> grid.sample(100, np.random.default_rng(0)).shape
+    (100, 1)
+    >>> grid.summary().split(":")[0]
+    'Grid posterior, 1 parameter, log evidence 0.9189'
     """
 
     centres: Array
@@ -48,6 +56,14 @@ class GridPosterior:
         cell = rng.choice(len(self.centres), size=require_int("n", n, low=1), p=self.masses)
         return self.centres[cell] + (rng.random((n, len(self.width))) - 0.5) * self.width
 
+    def summary(self) -> str:
+        """Return the result in words."""
+        n = self.centres.shape[1]
+        return (
+            f"Grid posterior, {n} parameter{'s'[: n - 1]}, log evidence {self.log_evidence:.4f}: {len(self.centres)} cells,"
+            f" the heaviest with {self.max_cell_mass:.2g} of the mass"
+        )
+
     def mean(self) -> Array:
         """Posterior mean (d,)."""
         return self.masses @ self.centres
@@ -61,6 +77,11 @@ def grid_posterior(
     Args: log_prob: (n, d) -> (n,), unnormalised log density; -inf allowed. low, high (d,), d = 1 or 2.
     n_cells: evaluations at each level, about. max_cell_mass: refuse a coarser grid.
     Raises: ShapeError, NonFiniteError (NaN, or -inf everywhere), ConvergenceError (a mode is narrower than the cells).
+
+    >>> import sbi_phys as sp
+    >>> grid = sp.samplers.grid_posterior(lambda u: -0.5 * ((u - 1) ** 2).sum(axis=1), [-8, -8], [8, 8], n_cells=4000)
+    >>> grid.mean().round(3).tolist(), round(grid.log_evidence, 3)
+    ([1.0, 1.0], 1.838)
     """
     low, high = as_array("low", low, (None,)), as_array("high", high, (None,))
     if low.shape != high.shape or len(low) not in (1, 2) or not (low < high).all():
@@ -82,7 +103,7 @@ def grid_posterior(
         index, shape = (kept[:, None] * factor + offsets).reshape(-1, dim), shape * factor
     peak = values.max()
     mass = np.exp(values - peak)
-    log_evidence = peak + math.log(mass.sum()) + float(np.log(width).sum())
+    log_evidence = float(peak + math.log(mass.sum()) + np.log(width).sum())
     largest = float(mass.max() / mass.sum())
     if largest > max_cell_mass:
         raise ConvergenceError(
@@ -92,7 +113,7 @@ def grid_posterior(
 
 
 def _with_neighbours(index: Integers, shape: Integers) -> Integers:
-    """Cells (m, d) and those that touch them, each once: the edge of the mass may lie in a neighbour."""
+    """Cells (m, d) and the cells that touch them, each once, because a neighbour may hold the edge of the mass."""
     dim = index.shape[1]
     steps = np.stack(np.meshgrid(*[[-1, 0, 1]] * dim, indexing="ij"), axis=-1).reshape(1, -1, dim)
     cells = (index[:, None] + steps).reshape(-1, dim)

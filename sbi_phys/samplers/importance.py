@@ -1,12 +1,12 @@
-r"""Importance sampling: an exact posterior, to sampling error, from an approximate one.
+r"""Importance sampling: draws of an approximate density, weighted so that they represent the exact one.
 
 With draws u_i ~ q and an unnormalised target p~ = Z p,
 
     w_i = p~(u_i) / q(u_i),   Z = E_q[w] ~ mean(w),   E_p[f] ~ sum w_i f(u_i) / sum w_i,   ESS = (sum w)^2 / sum w^2.
 
-The relative error of Z is sqrt((1/ESS - 1/n) n/(n-1)). All of it rests on the weights' tail: the largest weights are fitted by
-a generalised Pareto distribution whose shape k says how many moments they have. k < 0.5: finite variance; k < 0.7: still reliable
-with Pareto smoothing; above, neither ESS nor errors can be trusted, whatever they say.
+The relative error of Z is sqrt((1/ESS - 1/n) n/(n-1)). ESS and errors are valid only if the tail of the weights is light enough: a
+generalised Pareto distribution is fitted to the largest weights, and its shape k says how many moments they have. For k < 0.5 their
+variance is finite; for k < 0.7 the result is still reliable with Pareto smoothing; above, neither ESS nor errors are valid.
 
 Source: Vehtari, Simpson, Gelman, Yao & Gabry, arXiv:1507.02646 (k and smoothing); Zhang & Stephens 2009, Technometrics 51, 316 (the fit).
 """
@@ -29,7 +29,18 @@ __all__ = ["ImportanceResult", "Proposal", "effective_size", "importance_sample"
 
 
 class Proposal(Protocol):
-    """A density to draw from: `sample(n, rng) -> u (n, d)` and its normalised `log_prob(u (n, d)) -> (n,)`."""
+    """A density to draw from: `sample(n, rng) -> u (n, d)` and its normalised `log_prob(u (n, d)) -> (n,)`.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> class Normal:
+    ...     def sample(self, n, rng):
+    ...         return rng.standard_normal((n, 1))
+    ...     def log_prob(self, u):
+    ...         return -0.5 * u[:, 0] ** 2 - 0.5 * np.log(2 * np.pi)
+    >>> sp.samplers.importance_sample(lambda u: -0.5 * (u[:, 0] - 0.5) ** 2, Normal(), 2000).reliable
+    True
+    """
 
     def sample(self, n: int, rng: np.random.Generator) -> Array:
         """Draw u (n, d)."""
@@ -42,12 +53,19 @@ class Proposal(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportanceResult:
-    r"""Weighted draws.
+    r"""Weighted draws, returned by `importance_sample`.
 
     samples (n, d), in the proposal's space. log_weights (n,), raw log(p~/q); -inf where the target is zero.
     weights (n,), normalised to 1 (after smoothing, if asked for). ess; ess_fraction = ess / n, 1 for a perfect proposal.
     log_evidence, log Z in nats, with log_evidence_err. pareto_k, tail shape: below 0.7 reliable. smoothed, whether weights are.
-    n_requested, draws allowed; fewer were made where target_ess was reached earlier.
+    n_requested, draws allowed; fewer were made if target_ess was reached earlier.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> q = sp.samplers.Mixture(weights=np.ones(1), means=np.zeros((1, 1)), factors=np.ones((1, 1, 1)))
+    >>> result = sp.samplers.importance_sample(lambda u: -0.5 * (u[:, 0] - 0.5) ** 2, q, 2000)
+    >>> result.summary().split(":")[0], result.resample(10, np.random.default_rng(0)).shape
+    ('Importance sampling, 2000 draws', (10, 1))
     """
 
     samples: Array
@@ -63,7 +81,7 @@ class ImportanceResult:
 
     @property
     def reliable(self) -> bool:
-        """Whether the weights' tail allows to trust ESS and errors, pareto_k < 0.7."""
+        """Whether ESS and errors are valid, pareto_k < 0.7."""
         return self.pareto_k < 0.7
 
     def resample(self, n: int, rng: np.random.Generator, *, method: str = "systematic") -> Array:
@@ -113,6 +131,13 @@ def importance_sample(
     Raises: SettingError, ShapeError, NonFiniteError (NaN or +inf, naming the point), DataError (no draw has a positive weight).
     Source: Vehtari et al., arXiv:1507.02646.
     Read: ess_fraction near 1 = the proposal is the posterior; pareto_k > 0.7 = do not use the result.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> q = sp.samplers.Mixture(weights=np.ones(1), means=np.zeros((1, 1)), factors=np.ones((1, 1, 1)))
+    >>> result = sp.samplers.importance_sample(lambda u: -0.5 * (u[:, 0] - 0.5) ** 2, q, 4000, seed=1)
+    >>> bool(abs(result.weights @ result.samples[:, 0] - 0.5) < 0.1), bool(abs(result.log_evidence - 0.919) < 0.1)
+    (True, True)
     """
     n, chunk = require_int("n", n, low=2), require_int("chunk", chunk, low=1)
     enough = math.inf if target_ess is None else require_number("target_ess", target_ess, low=0, open_low=True)
@@ -162,7 +187,13 @@ def _result(samples: Array, log_weights: Array, smooth: bool, n_requested: int) 
 
 
 def effective_size(log_weights: Array) -> float:
-    """Kish's effective sample size (sum w)^2 / sum w^2 of unnormalised log weights (n,); 0 if all are -inf."""
+    """Kish's effective sample size (sum w)^2 / sum w^2 of unnormalised log weights (n,); 0 if all are -inf.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> round(sp.samplers.effective_size(np.log([1.0, 1.0, 2.0])), 3)
+    2.667
+    """
     top = log_weights.max()
     if not np.isfinite(top):
         return 0.0
@@ -178,6 +209,12 @@ def pareto_smooth(log_weights: Array) -> tuple[Array, float]:
     all weights are equal.
 
     Raises: ShapeError, NonFiniteError.   Source: Vehtari et al., arXiv:1507.02646; as in the R package loo.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> smoothed, k = sp.samplers.pareto_smooth(np.random.default_rng(0).exponential(0.3, 10_000))
+    >>> smoothed.shape, 0.15 < k < 0.45
+    ((10000,), True)
     """
     raw = as_array("log_weights", log_weights, (None,), finite=False)
     if np.isnan(raw).any() or np.isposinf(raw).any():
@@ -226,6 +263,11 @@ def resample_indices(weights: Array, n: int, rng: np.random.Generator, *, method
 
     Args: method, 'systematic' (least variance: row i comes floor or ceil of n w_i times) or 'multinomial' (independent draws).
     Raises: SettingError, ShapeError, DataError (weights negative, NaN or all zero).
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> np.bincount(sp.samplers.resample_indices(np.array([1.0, 0.0, 3.0]), 8, np.random.default_rng(0))).tolist()
+    [2, 0, 6]
     """
     n = require_int("n", n, low=1)
     require_choice("method", method, ("systematic", "multinomial"))
@@ -239,5 +281,5 @@ def resample_indices(weights: Array, n: int, rng: np.random.Generator, *, method
     cumulative = np.cumsum(w)
     places = (np.arange(n) + rng.random()) / n if method == "systematic" else rng.random(n)
     found = np.searchsorted(cumulative, places * cumulative[-1], side="right")
-    # neighbours are copies of one row: shuffled, so that any part of the result is a fair sample
+    # shuffled, because copies of one row are neighbours: so any part of the result is a fair sample
     return rng.permutation(np.minimum(found, np.flatnonzero(w)[-1]))

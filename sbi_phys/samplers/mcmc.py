@@ -80,8 +80,8 @@ class MCMCResult:
     >>> import sbi_phys as sp
     >>> start = np.random.default_rng(0).standard_normal((16, 1))
     >>> result = sp.samplers.run_emcee(lambda u: -0.5 * u[:, 0] ** 2, start, n_draws=500, independence=False)
-    >>> result.summary().split(":")[0]
-    'MCMC, 16 walkers in 2 groups x 1000 steps after 225 of burn-in (0 walkers put back)'
+    >>> result.summary().startswith("MCMC, 16 walkers in 2 groups"), result.chains.shape
+    (True, (16, 1000, 1))
     """
 
     samples: Array
