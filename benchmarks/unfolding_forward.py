@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))  # the toys are the tests' own
 from benchmarks.suite.table import Numbers, Part, arguments, run
 from sbi_phys.core.rng import rng_for
 from sbi_phys.unfold import Response, ibu, tikhonov
-from sbi_phys.unfold.bayes import BayesianUnfold, Mixture, bayesian_unfold
+from sbi_phys.unfold.bayes import BayesianUnfold, LaplaceGrid, bayesian_unfold
+from sbi_phys.unfold.checks import ONE_SIGMA
 from sbi_phys.unfold.forward import ForwardUnfolder
 from sbi_phys.unfold.spectrum import LogPosterior, SpectrumPrior
 from tests.unfold import steep_toy
@@ -67,7 +68,8 @@ def exact() -> Numbers:
 def pulls_of(found: list[BayesianUnfold], truth: Array) -> Numbers:
     """Coverage of the central 68 % intervals, pulls of mean over sd, and the sampler's state."""
     pulls = np.array([(r.counts - truth) / r.errors for r in found])
-    inside = np.array([(r.intervals()[:, 0] <= truth) & (truth <= r.intervals()[:, 1]) for r in found])
+    intervals = [r.intervals(ONE_SIGMA) for r in found]
+    inside = np.array([(i[:, 0] <= truth) & (truth <= i[:, 1]) for i in intervals])
     return {
         "worst-bin coverage of 68 % intervals": (float(inside.mean(axis=0).min()), ">=", 0.60),
         "mean coverage of 68 % intervals": (float(inside.mean()), "", None),
@@ -187,7 +189,7 @@ def methods() -> Numbers:
     found = bayesian_unfold(counts, response, seed=1)
     print(found.summary())
     posterior = LogPosterior(counts.astype(np.float64), response, SpectrumPrior.build(found.reference, steep_toy.EDGES))
-    mixture = Mixture(posterior, np.log(found.map))
+    mixture = LaplaceGrid(posterior, np.log(found.map))
     z, log_sigma = mixture.sample(60_000, rng_for(5, "importance"))
     log_weight = posterior.joint(z, log_sigma) - mixture.log_prob(z, log_sigma)
     weight = np.exp(log_weight - log_weight.max())

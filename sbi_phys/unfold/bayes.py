@@ -334,7 +334,7 @@ class BayesianUnfold:
         """Number of measured bins; `effective` of them are used up."""
         return int(self.measured.size)
 
-    def intervals(self, level: float = 0.6826894921370859) -> Array:
+    def intervals(self, level: float = 0.9) -> Array:
         """Central credible intervals (t, 2) of each bin: (1 - level) / 2 of the draws lie below, as many above.   Raises: SettingError."""
         share = require_number("level", level, low=0, high=1, open_low=True, open_high=True)
         return np.asarray(np.quantile(self.samples, [(1 - share) / 2, (1 + share) / 2], axis=0).T)
@@ -360,7 +360,7 @@ class BayesianUnfold:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw median, 68 % and 95 % intervals, the measured and the refolded counts."""
-        return figures.unfold_bayes.spectra(self, ax)
+        return figures.unfolding.spectra(self, ax)
 
 
 class _Draws(NamedTuple):

@@ -129,7 +129,7 @@ class ForwardFold:
 
     def plot(self, ax: "Axes | None" = None, *, power: float = 3.0) -> "Axes":
         """Draw E^power J(E), corrected data and fit."""
-        return figures.unfold_classical.flux(self, ax, power)
+        return figures.unfolding.flux(self, ax, power)
 
 
 class _Best(NamedTuple):

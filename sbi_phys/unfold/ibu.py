@@ -294,7 +294,7 @@ class Stopping:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw worst-bin coverage and |mean pull| against iterations.   Read: the dashed line is where it stopped."""
-        return figures.unfold_classical.stopping(self, ax)
+        return figures.unfolding.stopping(self, ax)
 
 
 def choose(
@@ -515,7 +515,7 @@ class IBU:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw unfolded counts with the errors of the data and of all, the measured counts and the prior."""
-        return figures.unfold_classical.spectrum(self, ax, prior=self.history[0])
+        return figures.unfolding.spectrum(self, ax, prior=self.history[0])
 
 
 def ibu(

@@ -259,7 +259,7 @@ class OmniFold:
     def plot(self, ax: "Axes | None" = None, *, column: int = 0, bins: int | Sequence[float] = 40) -> "Axes":
         """Draw one column of the truth under the nominal and the unfolded weights.   Raises: SettingError."""
         column = require_int("column", column, low=0, high=self.truth.shape[1] - 1)
-        return figures.unfold_bayes.omnifold_column(self, column, bins, ax)
+        return figures.unfolding.omnifold_column(self, column, bins, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

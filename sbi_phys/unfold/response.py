@@ -258,7 +258,7 @@ class Response:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the matrix, truth to the right and reco upwards, and the efficiency as a line.   Read: off the diagonal = migration."""
-        return figures.unfold_classical.response(self, ax)
+        return figures.unfolding.response(self, ax)
 
 
 def as_response(response: "Response | ArrayLike") -> Response:

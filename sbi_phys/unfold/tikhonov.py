@@ -59,7 +59,7 @@ class TikhonovScan:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the L-curve with the chosen point.   Read: left of the corner noise, right of it bias."""
-        return figures.unfold_classical.scan(self, ax)
+        return figures.unfolding.scan(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +105,7 @@ class Tikhonov:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw unfolded counts with errors, the measured counts and the prior."""
-        return figures.unfold_classical.spectrum(self, ax, prior=self.prior)
+        return figures.unfolding.spectrum(self, ax, prior=self.prior)
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,9 +258,9 @@ class Validation:
     def figures(self) -> "dict[str, Figure]":
         """Figures by name: closure, stress, pulls, coverage, correlation; regularisation and events where they were asked for.
 
-        Read: `plots_validate` says for each what a right method looks like.
+        Read: the docstrings in `sbi_phys.plotting.unfolding` say what to expect of a correct method.
         """
-        return figures.unfold_validate.figures(self)
+        return figures.unfolding.validation(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and words."""
@@ -282,7 +282,7 @@ class Validation:
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_aside(target / "validation.json", text, sync=True)
         for name, figure in self.figures().items():
-            figures.unfold_validate.save(figure, target, name)
+            figures.style.save_figure(figure, target, name, dpi=160)
         return target
 
 

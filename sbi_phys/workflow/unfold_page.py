@@ -8,7 +8,7 @@ from scipy.special import chdtrc
 from sbi_phys.core.numbers import MINUS
 from sbi_phys.core.types import Array
 from sbi_phys.plotting.figures import save_figure
-from sbi_phys.plotting.unfold_figures import corrections_figure, correlations_figure, flux_figure, refolded_figure
+from sbi_phys.plotting.unfolding import corrections_figure, correlations_figure, flux_figure, refolded_figure
 from sbi_phys.report.html import Block, Code, Details, FigureBlock, KeyValues, Section, Table, Text, Verdict, render_report
 from sbi_phys.workflow.unfold import UnfoldRun, deviations
 from sbi_phys.workflow.unfold_tasks import TITLES

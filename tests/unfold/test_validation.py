@@ -9,7 +9,7 @@ import pytest
 
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.rng import rng_for
-from sbi_phys.plotting import unfold_validate as plots_validate
+from sbi_phys.plotting import style
 from sbi_phys.unfold.checks import Criteria
 from sbi_phys.unfold.tikhonov import tikhonov
 from sbi_phys.unfold.validation import Validation, event_pit, validate
@@ -208,15 +208,15 @@ def test_priors_and_scan(right: Validation) -> None:
 
 
 def test_table_summary_and_files(right: Validation, tmp_path, monkeypatch) -> None:
-    real = plots_validate.save
+    real = style.save_figure
 
-    def save(figure, folder, name):  # one figure for real: each takes half a second
+    def save(figure, folder, name, **settings):  # one figure for real: each takes half a second
         if name == "pulls":
-            real(figure, folder, name)
+            real(figure, folder, name, **settings)
         else:
             [(folder / f"{name}.{suffix}").write_bytes(b"") for suffix in ("png", "pdf")]
 
-    monkeypatch.setattr(plots_validate, "save", save)
+    monkeypatch.setattr(style, "save_figure", save)
     rows = right.table()
     assert len(rows) == len({r.name for r in rows}) and all(r.name.startswith(("inversion: ", "IBU: ")) for r in rows)
     assert right.summary().startswith("inversion: passes all")

@@ -1,13 +1,20 @@
+"""Figures of unfolding: of several methods, and of the report of `validate`; each has the panels and the content of its result."""
+
 import numpy as np
 import pytest
 
 from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
-from sbi_phys.plotting import unfold_figures as figures
+from sbi_phys.plotting import unfolding as figures
 from sbi_phys.plotting.figures import save_figure
+from sbi_phys.unfold.validation import Validation, validate
+from tests.unfold import validation_oracle as oracle
 
 EDGES = np.linspace(18.4, 19.4, 11)
+
 CENTRE = (EDGES[1:] + EDGES[:-1]) / 2
+
 J = 1e-18 * 10 ** (-3 * (CENTRE - 18.5))
+
 ERRORS = np.stack([0.02 * J, 0.03 * J])
 
 
@@ -79,3 +86,40 @@ def test_correlations_on_one_scale():
 def test_what_does_not_fit_is_refused(call, error):
     with pytest.raises(error):
         call()
+
+
+TRUTH = oracle.falling()
+
+
+@pytest.fixture(scope="module")
+def two() -> Validation:
+    methods = {"inversion": oracle.inversion, "narrow": oracle.scaled(covariance=0.25)}
+    scan = {"inversion": {0.0: oracle.inversion, 1.0: oracle.scaled(0.9)}}
+    return validate(methods, oracle.response(), TRUTH, n_toys=30, scan=scan)
+
+
+def test_every_figure_is_made(two: Validation) -> None:
+    made = figures.validation(two)
+    assert list(made) == ["closure", "stress", "pulls", "coverage", "correlation", "regularisation"]
+    assert len(made["stress"].axes) == 3 and len(made["closure"].axes) == 2
+    assert len(made["correlation"].axes) == 2 * 2 + 1  # and the colour bar
+
+
+def test_the_legend_names_the_methods(two: Validation) -> None:
+    words = [t.get_text() for t in figures.pulls(two).axes[0].get_legend().get_texts()]
+    assert words[1:] == ["inversion", "narrow"]
+
+
+def test_points_stand_side_by_side_within_their_bins(two: Validation) -> None:
+    ax = figures.closure(two).axes[1]
+    first, second = (c.lines[0].get_xdata() for c in ax.containers[:2])
+    assert (first < second).all() and (np.floor(first) == np.arange(8)).all() and (np.floor(second) == np.arange(8)).all()
+    np.testing.assert_allclose(ax.containers[0].lines[0].get_ydata(), 1)
+
+
+def test_plain_matrices_one_method_and_no_alternatives() -> None:
+    found = validate(oracle.inversion, oracle.response().matrix, TRUTH, n_toys=20, alternatives={})
+    made = found.figures()
+    assert list(made) == ["closure", "pulls", "coverage", "correlation"]
+    assert made["closure"].axes[1].get_xlabel() == "truth bin"
+    assert {r.name for r in found.table() if r.name.startswith("bottom line")} == {f"bottom line: wave of {k} bins" for k in (2, 3, 4, 6)}
