@@ -123,7 +123,7 @@ class ConformalRegions:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the distribution of held-out scores with the threshold.   Read: the curve passes the threshold at `level`."""
-        return figures.calibration_repair.conformal_scores(self, ax)
+        return figures.calibration.conformal_scores(self, ax)
 
 
 def conformal_regions(

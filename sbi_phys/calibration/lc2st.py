@@ -145,11 +145,11 @@ class LC2ST:
         Raises: SettingError.
         """
         if require_choice("kind", kind, ("null", "map")) == "null":
-            return figures.calibration_compare.lc2st_null(self, ax)
+            return figures.calibration.lc2st_null(self, ax)
         dim = len(self.names)
         if dim > 1 and (len(pair) != 2 or pair[0] == pair[1] or any(not 0 <= j < dim for j in pair)):
             raise SettingError(f"pair is {pair}; expected two different columns of {self.names}")
-        return figures.calibration_compare.lc2st_map(self, ax, pair)
+        return figures.calibration.lc2st_map(self, ax, pair)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

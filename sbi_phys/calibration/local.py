@@ -154,7 +154,7 @@ class LocalCoverage:
             raise SettingError(f"name is {name!r}; expected one of {', '.join(self.names)}")
         r = r if name is None else self.names.index(name)
         m = m if level is None else int(np.argmin(np.abs(self.level - level)))
-        draw = figures.calibration_local.coverage_map if len(self.by) == 2 else figures.calibration_local.coverage_line
+        draw = figures.calibration.coverage_map if len(self.by) == 2 else figures.calibration.coverage_line
         return draw(self, m, r, ax)
 
 

@@ -103,7 +103,7 @@ class Misspecification:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the scores of held-out simulations as normal quantiles, and the observations among them."""
-        return figures.calibration_compare.misspecification(self, ax)
+        return figures.calibration.misspecification(self, ax)
 
 
 def misspecification(

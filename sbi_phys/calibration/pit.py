@@ -125,7 +125,7 @@ class PITRegression(NamedTests):
         """
         worst = min(self.pvalues, key=lambda key: self.pvalues[key])
         chosen = require_choice("name", worst if name is None else name, self.names)
-        return figures.calibration_local.pit_line(self, self.names.index(chosen), ax)
+        return figures.calibration.pit_line(self, self.names.index(chosen), ax)
 
 
 def pit_regression(

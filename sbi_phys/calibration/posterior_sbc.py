@@ -108,7 +108,7 @@ class PosteriorSBC(ShapeTests):
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the ECDF minus the uniform one for all parameters, with the 95 % band.   Read: inside the band = calibrated."""
-        return figures.calibration_local.ecdf_difference(self, ax)
+        return figures.calibration.rank_ecdf(self, ax)
 
 
 def posterior_sbc(

@@ -119,7 +119,7 @@ class PredictiveChecks:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the place of the data among the replicas, one row per statistic."""
-        return figures.calibration_compare.predictive_checks(self, ax)
+        return figures.calibration.predictive_checks(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +156,7 @@ class PriorPredictive:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the replicas' 68 and 95 % bands per column, in sd about their median, with the data."""
-        return figures.calibration_compare.prior_predictive(self, ax)
+        return figures.calibration.prior_predictive(self, ax)
 
 
 def predictive_checks(

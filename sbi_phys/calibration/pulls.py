@@ -110,7 +110,7 @@ class Pulls(NamedTests):
 
         Read: mean left of 0 = posterior too high; width right of 1 = overconfident.
         """
-        return figures.calibration_local.pull_rows(self, ax)
+        return figures.calibration.pull_rows(self, ax)
 
 
 def pulls(theta: ArrayLike, draws: ArrayLike, names: Sequence[str | Parameter] | None = None, *, seed: int = 0) -> Pulls:

@@ -103,7 +103,7 @@ class MeanRatio:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the three means with their errors around 1, one place per theta."""
-        return figures.calibration_ratios.mean_ratio(self, ax)
+        return figures.calibration.mean_ratio(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +142,7 @@ class Reliability:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the observed share against the predicted one.   Read: flatter than the diagonal = overconfident."""
-        return figures.calibration_ratios.reliability(self, ax)
+        return figures.calibration.reliability(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,7 +178,7 @@ class ReweightingAUC:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the areas with and without weights, with errors, and 0.5."""
-        return figures.calibration_ratios.reweighting_auc(self, ax)
+        return figures.calibration.reweighting_auc(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +196,7 @@ class RatioCheck:
 
     def plot(self) -> "Figure":
         """Draw the checks side by side."""
-        return figures.calibration_ratios.check(self)
+        return figures.calibration.ratio_check(self)
 
 
 def mean_ratio(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, *, names: Sequence[str] | None = None) -> MeanRatio:
@@ -458,7 +458,7 @@ class RatioCalibration:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw calibrated against learned log r, with the blocks' errors and the diagonal."""
-        return figures.calibration_ratios.calibration(self, ax)
+        return figures.calibration.ratio_calibration(self, ax)
 
 
 def recalibrate_ratio(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, *, min_events: int | None = None) -> RatioCalibration:

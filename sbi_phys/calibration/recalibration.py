@@ -154,7 +154,7 @@ class RankRecalibration:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the held-out PITs' ECDF, the map that is undone, with the band of a calibrated posterior."""
-        return figures.calibration_repair.rank_map(self, ax)
+        return figures.calibration.rank_map(self, ax)
 
 
 def recalibrate_ranks(
@@ -304,7 +304,7 @@ class Tempering:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the mean content at the truth against the factor.   Read: it crosses 1/2 where coverage is right."""
-        return figures.calibration_repair.tempering_curve(self, ax)
+        return figures.calibration.tempering_curve(self, ax)
 
 
 def temper(theta: ArrayLike, draws: ArrayLike, *, by: str = "coverage", bounds: ArrayLike | None = None) -> Tempering:

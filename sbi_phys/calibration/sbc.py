@@ -86,14 +86,14 @@ class SBC(ShapeTests):
 
         Raises: SettingError.   Read: inside the shaded band = calibrated; a curve that falls, then rises = overconfident.
         """
-        draw = {"ecdf": figures.calibration.sbc_ecdf, "histogram": figures.calibration.sbc_histogram}[
+        draw = {"ecdf": figures.calibration.rank_ecdf, "histogram": figures.calibration.rank_histogram}[
             require_choice("kind", kind, ("ecdf", "histogram"))
         ]
         return draw(self, ax)
 
     def figure(self, *, kind: str = "histogram") -> "Figure":
         """Draw one panel per parameter; kind as in `plot`.   Raises: SettingError."""
-        return figures.calibration.sbc_figure(self, require_choice("kind", kind, ("ecdf", "histogram")))
+        return figures.calibration.rank_figure(self, require_choice("kind", kind, ("ecdf", "histogram")))
 
 
 def sbc(

@@ -134,7 +134,7 @@ class TARP:
 
         Raises: SettingError.   Read: below the diagonal, or below 0 = true values farther from the references than the draws are.
         """
-        draw = {"coverage": figures.calibration_local.tarp_coverage, "ecdf": figures.calibration_local.ecdf_difference}
+        draw = {"coverage": figures.calibration.tarp_coverage, "ecdf": figures.calibration.rank_ecdf}
         return draw[require_choice("kind", kind, tuple(draw))](self, ax)
 
 

@@ -223,7 +223,7 @@ class MMD:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the value against its null distribution."""
-        return figures.calibration_compare.null_histogram(self.null, self.mmd2, self.pvalue, "squared MMD", ax)
+        return figures.calibration.null_histogram(self.null, self.mmd2, self.pvalue, "squared MMD", ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,7 +263,7 @@ class MarginalKS(NamedTests):
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the difference of the two ECDFs of each parameter against the quantiles of the reference."""
-        return figures.calibration_compare.marginal_ks(self, ax)
+        return figures.calibration.marginal_ks(self, ax)
 
 
 def mmd(

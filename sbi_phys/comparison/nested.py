@@ -64,7 +64,7 @@ class NestedTest:
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the statistic's distribution under the null and the observation."""
-        return figures.comparison.null_distribution(self, ax)
+        return figures.calibration.nested_test(self, ax)
 
 
 def nested_test(

@@ -93,7 +93,7 @@ class ProbabilityCalibration:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw observed shares against predicted probabilities.   Read: on the diagonal, within the bars = calibrated."""
-        return figures.comparison.reliability_curve(self, ax)
+        return figures.calibration.model_reliability(self, ax)
 
 
 def check_probabilities(

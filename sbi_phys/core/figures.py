@@ -1,6 +1,6 @@
 """The one place through which results reach their figures, which live in a folder above them.
 
-`figures.calibration.sbc_ecdf(result, ax)` loads `sbi_phys.plotting.calibration` when it is called: matplotlib stays out of numeric code.
+`figures.calibration.rank_ecdf(result, ax)` loads `sbi_phys.plotting.calibration` when it is called: matplotlib stays out of numeric code.
 """
 
 import importlib

@@ -1,71 +1,119 @@
-"""Figures of the calibration results: one style for all tests; matplotlib's objects only, never pyplot's global state.
+"""Figures of the calibration tests, of ratios and recalibration, and of model comparison.
 
-Every function takes the result and Axes or None (then it makes a Figure) and returns the Axes. Colours are those of Okabe & Ito,
-told apart with any colour vision; from the ninth curve on the line style changes as well. Bands are grey, the ideal is a black line.
+A function takes a result and Axes, or None for a new figure, and returns the Axes. The grey band is the range that the hypothesis
+allows, black the ideal, vermilion the observation.
 """
 
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from scipy.special import ndtr, ndtri
+from scipy.stats import binom
 
 from sbi_phys.core.types import Array
+from sbi_phys.plotting.style import BAND, MUTED, PALETTE, finish, house_style, line_style, new_axes, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from sbi_phys.calibration.conformal import ConformalRegions
     from sbi_phys.calibration.coverage import Coverage
-    from sbi_phys.calibration.predictive import PredictivePValue
+    from sbi_phys.calibration.lc2st import LC2ST
+    from sbi_phys.calibration.local import LocalCoverage
+    from sbi_phys.calibration.misspecification import Misspecification
+    from sbi_phys.calibration.pit import PITRegression
+    from sbi_phys.calibration.predictive import PredictiveChecks, PredictivePValue, PriorPredictive
+    from sbi_phys.calibration.pulls import Pulls
+    from sbi_phys.calibration.ratios import MeanRatio, RatioCalibration, RatioCheck, Reliability, ReweightingAUC
+    from sbi_phys.calibration.recalibration import RankRecalibration, Tempering
     from sbi_phys.calibration.sbc import SBC
-    from sbi_phys.calibration.two_sample import C2ST
+    from sbi_phys.calibration.tarp import TARP
+    from sbi_phys.calibration.two_sample import C2ST, MarginalKS
+    from sbi_phys.comparison.nested import NestedTest
+    from sbi_phys.comparison.probabilities import ProbabilityCalibration
 
-__all__ = ["c2st_folds", "coverage_curve", "new_axes", "predictive", "sbc_ecdf", "sbc_figure", "sbc_histogram"]
+__all__ = [
+    "c2st_folds",
+    "conformal_scores",
+    "coverage_curve",
+    "coverage_line",
+    "coverage_map",
+    "lc2st_map",
+    "lc2st_null",
+    "marginal_ks",
+    "mean_ratio",
+    "misspecification",
+    "model_reliability",
+    "nested_test",
+    "null_histogram",
+    "pit_line",
+    "predictive",
+    "predictive_checks",
+    "prior_predictive",
+    "pull_rows",
+    "rank_ecdf",
+    "rank_figure",
+    "rank_histogram",
+    "rank_map",
+    "ratio_calibration",
+    "ratio_check",
+    "reliability",
+    "reweighting_auc",
+    "tarp_coverage",
+    "tempering_curve",
+]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6000", "#555555")
-STYLES = ("-", "--", ":", "-.")
-BAND = "#D9D9D9"
+
+_MANY = 40  # columns from which on names no longer fit under an axis
+_WIDE, _NARROW = "#E8E8E8", "#C4C4C4"  # 95 and 68 % of replicas
 
 
-def new_axes(ax: "Axes | None", *, width: float = 5.2, height: float = 4.0) -> "Axes":
-    """Return `ax`, or the Axes of a new Figure (inches) that belongs to no window and no global state."""
-    if ax is not None:
-        return ax
-    from matplotlib.figure import Figure
+class RankCurves(Protocol):
+    """What `rank_ecdf` draws: level (k,), ecdf (k, d), band (k, 2), labels (d)."""
 
-    return Figure(figsize=(width, height), layout="constrained").add_subplot()
-
-
-def _style(j: int) -> dict[str, Any]:
-    return {"color": COLOURS[j % len(COLOURS)], "linestyle": STYLES[(j // len(COLOURS)) % len(STYLES)]}
-
-
-def _finish(ax: "Axes", n_curves: int) -> "Axes":
-    ax.spines[["top", "right"]].set_visible(False)
-    if n_curves > 0:
-        if n_curves > 5:  # beside the axes: no curve is hidden
-            ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False)
-        else:
-            ax.legend(loc="best", fontsize="small", framealpha=0.85, edgecolor="none")
-    return ax
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def level(self) -> Array: ...
+    @property
+    def ecdf(self) -> Array: ...
+    @property
+    def band(self) -> Array: ...
 
 
-def sbc_ecdf(result: "SBC", ax: "Axes | None" = None, only: int | None = None) -> "Axes":
+def _with_ends(level: Array, band: Array) -> tuple[Array, Array]:
+    """Levels and band with the points (0, 0) and (1, 1) added."""
+    return np.concatenate([[0], level, [1]]), np.concatenate([[[0, 0]], band, [[1, 1]]])
+
+
+def _diagonal(ax: "Axes", level: Array, band: Array, label: str = "95 % simultaneous") -> Array:
+    """Draw the diagonal with its band and return the levels from 0 to 1."""
+    level, band = _with_ends(level, band)
+    ax.fill_between(level, band[:, 0], band[:, 1], color=BAND, linewidth=0, label=label)
+    ax.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+    return level
+
+
+def rank_ecdf(result: RankCurves, ax: "Axes | None" = None, only: int | None = None) -> "Axes":
     """Difference between the ranks' ECDF and the uniform one, with the simultaneous 95 % band; `only`: one parameter's column."""
-    ax = new_axes(ax, width=5.2 if len(result.names) <= 5 else 6.6)
-    level = np.concatenate([[0], result.level, [1]])
-    band = np.concatenate([[[0, 0]], result.band, [[1, 1]]]) - level[:, None]
+    ax = new_axes(ax, width=5.2 if len(result.labels) <= 5 else 6.6)
+    level, band = _with_ends(result.level, result.band)
+    band = band - level[:, None]
     ax.fill_between(level, band[:, 0], band[:, 1], color=BAND, linewidth=0, label="95 % simultaneous")
     ax.axhline(0, color="black", linewidth=0.8)
-    shown = range(len(result.names)) if only is None else [only]
+    shown = range(len(result.labels)) if only is None else [only]
     for j in shown:
         curve = np.concatenate([[0], result.ecdf[:, j], [1]]) - level
-        ax.plot(level, curve, linewidth=1.4, label=result.labels[j], **_style(j if only is None else 0))
+        ax.plot(level, curve, linewidth=1.4, label=result.labels[j], **line_style(j if only is None else 0))
     limit = 1.15 * max(np.abs(band).max(), np.abs(result.ecdf[:, list(shown)] - result.level[:, None]).max())
-    ax.set(xlim=(0, 1), ylim=(-limit, limit), xlabel="rank / number of draws", ylabel="ECDF - uniform")
-    return _finish(ax, len(result.names) if only is None else 0)
+    ax.set(xlim=(0, 1), ylim=(-limit, limit), xlabel="rank of the truth / number of draws", ylabel="ECDF - uniform")
+    return finish(ax, legend="auto" if only is None else "none")
 
 
-def sbc_histogram(result: "SBC", ax: "Axes | None" = None, only: int | None = None) -> "Axes":
+def rank_histogram(result: "SBC", ax: "Axes | None" = None, only: int | None = None) -> "Axes":
     """Histogram of ranks over what is expected, with the 95 % band of all bins together."""
     ax = new_axes(ax, width=5.2 if len(result.names) <= 5 else 6.6)
     edges = result.bin_edges / (result.n_draws + 1)
@@ -74,25 +122,27 @@ def sbc_histogram(result: "SBC", ax: "Axes | None" = None, only: int | None = No
     ax.stairs(high, edges, baseline=low, fill=True, color=BAND, label="95 % of all bins")
     ax.axhline(1, color="black", linewidth=0.8)
     for j in range(len(result.names)) if only is None else [only]:
-        style = _style(j if only is None else 0)
+        style = line_style(j if only is None else 0)
         ax.stairs(result.histogram[:, j] / scale, edges, baseline=None, linewidth=1.4, label=result.labels[j], **style)
     top = max(float(high.max()), float((result.histogram / scale[:, None]).max()))
-    ax.set(xlim=(0, 1), ylim=(0, 1.1 * top), xlabel="rank / number of draws", ylabel="simulations / expected")
-    return _finish(ax, len(result.names) if only is None else 0)
+    ax.set(xlim=(0, 1), ylim=(0, 1.1 * top), xlabel="rank of the truth / number of draws", ylabel="simulations / expected")
+    return finish(ax, legend="auto" if only is None else "none")
 
 
-def sbc_figure(result: "SBC", kind: str) -> "Figure":
+def rank_figure(result: "SBC", kind: str) -> "Figure":
     """One panel per parameter, kind 'ecdf' or 'histogram', with its p-value and verdict."""
-    from matplotlib.figure import Figure
-
     d = len(result.names)
     columns = min(d, 3)
     rows = -(-d // columns)
-    figure = Figure(figsize=(2.9 * columns + 0.4, 2.35 * rows + 0.3), layout="constrained")
-    draw = sbc_ecdf if kind == "ecdf" else sbc_histogram
+    with house_style():
+        figure = new_figure(2.9 * columns + 0.4, 2.35 * rows + 0.3)
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in panels[d:]:
+        ax.remove()
+    draw = rank_ecdf if kind == "ecdf" else rank_histogram
     verdicts = result.verdicts
     for j, name in enumerate(result.names):
-        ax = draw(result, figure.add_subplot(rows, columns, j + 1), only=j)
+        ax = draw(result, panels[j], only=j)
         ax.set_title(f"{result.labels[j]}: {verdicts[name]}\np = {result.pvalues[name]:.2g}", fontsize="small")
         ax.set(xlabel="rank / draws" if j + columns >= d else "", ylabel=ax.get_ylabel() if j % columns == 0 else "")
     return figure
@@ -102,18 +152,15 @@ def coverage_curve(result: "Coverage", ax: "Axes | None" = None) -> "Axes":
     """Observed coverage against credible level, with the simultaneous 95 % band around the diagonal."""
     several = len(result.names) > 5
     ax = new_axes(ax, width=6.2 if several else 4.6, height=4.4)
-    level = np.concatenate([[0], result.level, [1]])
-    band = np.concatenate([[[0, 0]], result.band, [[1, 1]]])
-    ax.fill_between(level, band[:, 0], band[:, 1], color=BAND, linewidth=0, label="95 % simultaneous")
-    ax.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+    level = _diagonal(ax, result.level, result.band)
     curves: Array = np.atleast_2d(result.observed.T)
     for j, curve in enumerate(curves):
-        ax.plot(level, np.concatenate([[0], curve, [1]]), linewidth=1.4, label=result.labels[j], **_style(j))
-    ax.text(0.97, 0.05, "overconfident", transform=ax.transAxes, ha="right", fontsize="small", color="#555555")
+        ax.plot(level, np.concatenate([[0], curve, [1]]), linewidth=1.4, label=result.labels[j], **line_style(j))
+    ax.text(0.97, 0.05, "overconfident", transform=ax.transAxes, ha="right", fontsize="small", color=PALETTE[7])
     if len(curves) > 5:
-        ax.text(0.03, 0.93, "underconfident", transform=ax.transAxes, fontsize="small", color="#555555")
+        ax.text(0.03, 0.93, "underconfident", transform=ax.transAxes, fontsize="small", color=PALETTE[7])
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="credible level", ylabel="observed coverage", aspect="equal")
-    return _finish(ax, len(curves))
+    return finish(ax)
 
 
 def c2st_folds(result: "C2ST", ax: "Axes | None" = None) -> "Axes":
@@ -123,10 +170,10 @@ def c2st_folds(result: "C2ST", ax: "Axes | None" = None) -> "Axes":
     low, high = result.accuracy - result.standard_error, result.accuracy + result.standard_error
     ax.axhspan(low, high, color=BAND, linewidth=0, label=f"mean {result.accuracy:.3f} $\\pm$ {result.standard_error:.3f}")
     ax.axhline(0.5, color="black", linewidth=0.8, label="same distribution")
-    ax.plot(folds, result.fold_accuracies, "o", color=COLOURS[0], label="fold")
+    ax.plot(folds, result.fold_accuracies, "o", color=PALETTE[0], label="fold")
     spread = max(0.06, 1.3 * float(np.abs(result.fold_accuracies - 0.5).max()))
     ax.set(xticks=folds, xlabel="fold", ylabel="classifier accuracy", ylim=(max(0.5 - spread, 0), min(0.5 + spread, 1.02)))
-    return _finish(ax, 3)
+    return finish(ax)
 
 
 def predictive(result: "PredictivePValue", ax: "Axes | None" = None) -> "Axes":
@@ -140,18 +187,445 @@ def predictive(result: "PredictivePValue", ax: "Axes | None" = None) -> "Axes":
         above = edges[1:] > observed
         if above.any():
             ax.stairs(
-                counts[above], np.append(np.maximum(edges[:-1][above], observed), edges[-1]), fill=True, color=COLOURS[5], label=words
+                counts[above], np.append(np.maximum(edges[:-1][above], observed), edges[-1]), fill=True, color=PALETTE[5], label=words
             )
-        ax.axvline(observed, color=COLOURS[1], linewidth=1.6, label="observed" if above.any() else f"observed, {words}")
+        ax.axvline(observed, color=PALETTE[1], linewidth=1.6, label="observed" if above.any() else f"observed, {words}")
         ax.set(xlabel="statistic of replicated data", ylabel="replicas")
-        return _finish(ax, 1)
+        return finish(ax)
     above = result.t_rep >= result.t_obs
-    for chosen, colour, label in ((above, COLOURS[0], f"replica beyond data, {words}"), (~above, "#999999", "data beyond replica")):
+    for chosen, colour, label in ((above, PALETTE[0], f"replica beyond data, {words}"), (~above, MUTED, "data beyond replica")):
         ax.plot(result.t_obs[chosen], result.t_rep[chosen], ".", markersize=3, color=colour, label=label, rasterized=True)
     both = np.concatenate([result.t_obs, result.t_rep])
     ends = (float(both.min()), float(both.max()))
     ax.plot(ends, ends, color="black", linewidth=0.8)
     ax.set(xlabel="statistic of the data", ylabel="statistic of replicated data")
     ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize="small", frameon=False, markerscale=3)
-    ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def tarp_coverage(result: "TARP", ax: "Axes | None" = None) -> "Axes":
+    """Share of truths in balls around the references against the balls' content, with the simultaneous 95 % band."""
+    ax = new_axes(ax, width=4.6, height=4.4)
+    level = _diagonal(ax, result.level, result.band)
+    ax.plot(level, np.concatenate([[0], result.observed, [1]]), linewidth=1.4, label=result.labels[0], **line_style(0))
+    ax.text(0.97, 0.05, "truths farther out", transform=ax.transAxes, ha="right", fontsize="small", color=PALETTE[7])
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="credible level", ylabel="expected coverage", aspect="equal")
+    finish(ax, legend="upper left").get_legend().set_title(f"references {result.reference_kind}", {"size": "small"})
+    return ax
+
+
+def _quantity_label(result: "LocalCoverage", q: int) -> str:
+    return {"posterior": "posterior mean of ", "truth": "true ", "given": ""}[result.at] + result.by_labels[q]
+
+
+def coverage_line(result: "LocalCoverage", m: int, r: int, ax: "Axes | None" = None) -> "Axes":
+    """Coverage in each cell of one quantity with its error, against what is expected and the band of all cells together."""
+    ax = new_axes(ax)
+    low, high = result.cell_low[:, 0], result.cell_high[:, 0]
+    expected, rows = result.expected[:, m, r], np.maximum(result.count, 1)
+    alpha = 0.05 / result.count.size
+    edges = np.append(low, high[-1])
+    bottom, top = binom.ppf(alpha / 2, rows, expected) / rows, binom.ppf(1 - alpha / 2, rows, expected) / rows
+    ax.stairs(top, edges, baseline=bottom, fill=True, color=BAND, label="95 % of all cells")
+    ax.stairs(expected, edges, color="black", linewidth=0.8, baseline=None)
+    centre, observed = (low + high) / 2, result.observed[:, m, r]
+    errors = np.abs(np.stack([observed - result.low[:, m, r], result.high[:, m, r] - observed]))
+    label = f"{100 * result.level[m]:.0f} % {'regions' if len(result.labels) == 1 else f'intervals of {result.labels[r]}'}"
+    ax.errorbar(centre, observed, yerr=errors, xerr=(high - low) / 2, fmt="o", markersize=4, linewidth=1.2, color=PALETTE[0], label=label)
+    smallest = min(float(bottom.min()), float(result.low[:, m, r].min()))
+    ax.set(xlabel=_quantity_label(result, 0), ylabel="coverage", ylim=(max(-0.02, smallest - 0.08), 1.02))
+    return finish(ax)
+
+
+def coverage_map(result: "LocalCoverage", m: int, r: int, ax: "Axes | None" = None) -> "Axes":
+    """Heat map of the coverage over two quantities: colour, its distance from what is expected; number, the coverage in per cent."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    ax = new_axes(ax, width=5.6, height=4.2)
+    observed, difference = result.observed[:, m, r], result.observed[:, m, r] - result.expected[:, m, r]
+    limit = max(0.1, float(np.abs(difference).max()))
+    colours = ScalarMappable(Normalize(-100 * limit, 100 * limit), "RdBu")
+    worst = int(np.argmin(result.cell_pvalues[:, m, r]))
+    for c in [*(i for i in range(result.count.size) if i != worst), worst]:  # the worst last: its frame lies on top
+        corner, size = result.cell_low[c], result.cell_high[c] - result.cell_low[c]
+        frame, width = ("black", 2.0) if c == worst else ("white", 0.8)
+        colour = colours.to_rgba(100 * difference[c])
+        ax.add_patch(Rectangle((corner[0], corner[1]), size[0], size[1], facecolor=colour, edgecolor=frame, linewidth=width))
+        middle = corner + size / 2
+        ink = "white" if abs(difference[c]) > 0.65 * limit else "black"  # the ends of the colour scale are dark
+        ax.text(middle[0], middle[1], f"{100 * observed[c]:.0f}", ha="center", va="center", fontsize="x-small", color=ink)
+    low, high = result.cell_low.min(axis=0), result.cell_high.max(axis=0)
+    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel=_quantity_label(result, 0), ylabel=_quantity_label(result, 1))
+    ax.figure.colorbar(colours, ax=ax, label="observed - expected [%]")
+    what = "regions" if len(result.labels) == 1 else f"intervals of {result.labels[r]}"
+    ax.set_title(f"per cent held by {100 * result.level[m]:.0f} % {what}; framed: worst", fontsize="small")
+    return ax
+
+
+def pit_line(result: "PITRegression", j: int, ax: "Axes | None" = None) -> "Axes":
+    """Width and shift of parameter j's posterior in bins of the column of x with the largest correlation, with one-sigma errors."""
+    ax = new_axes(ax)
+    column, scores = result.x[:, result.column[j]], result.scores[:, j]
+    n_bins = int(np.clip(result.n // 50, 2, 10))
+    edges = np.unique(np.quantile(column, np.linspace(0, 1, n_bins + 1)))
+    index = np.searchsorted(edges[1:-1], column, side="right")
+    used = [c for c in range(max(edges.size - 1, 1)) if (index == c).sum() > 2]
+    centre = np.array([np.median(column[index == c]) for c in used])
+    count = np.array([(index == c).sum() for c in used])
+    spread = np.maximum([scores[index == c].std(ddof=1) for c in used], 1e-12)
+    shift = -np.array([scores[index == c].mean() for c in used])
+    for offset, value, error, label, k in (
+        (1.0, 1 / spread, 1 / spread / np.sqrt(2 * count), "width / right width", 0),
+        (0.0, shift, spread / np.sqrt(count), "posterior - truth [sd]", 1),
+    ):
+        ax.axhline(offset, color="black", linewidth=0.8)
+        ax.errorbar(centre, value, yerr=error, fmt="os"[k], markersize=4, linewidth=1.2, color=PALETTE[k], label=label)
+    name = result.x_names[result.column[j]]
+    ax.set(xlabel=name, ylabel=f"posterior of {result.labels[j]}")
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(min(bottom, -0.5), max(top, 1.6))
+    return finish(ax)
+
+
+def pull_rows(result: "Pulls", ax: "Axes | None" = None) -> "Axes":
+    """Mean and width of every parameter's pulls with errors, one row each."""
+    d = len(result.names)
+    ax = new_axes(ax, height=1.4 + 0.35 * d)
+    y = np.arange(d)
+    for at in (0, 1):
+        ax.axvline(at, color="black", linewidth=0.8)
+    ax.errorbar(result.mean, y, xerr=2 * result.mean_err, fmt="o", markersize=5, color=PALETTE[0], label="mean (right: 0)")
+    width, error = result.width / result.width_expected, result.width_err / result.width_expected
+    ax.errorbar(width, y, xerr=2 * error, fmt="s", markersize=5, color=PALETTE[1], label="width (right: 1)")
+    ends = np.concatenate([result.mean - 2 * result.mean_err, width + 2 * error, [-0.3, 1.4]])
+    ax.set(yticks=y, yticklabels=result.labels, ylim=(d - 0.5, -0.5), xlim=(ends.min() - 0.1, ends.max() + 0.1))
+    ax.set_xlabel("pull (truth - posterior mean) / sd, two standard errors")
+    return finish(ax, legend="above", columns=2)
+
+
+def null_histogram(null: Array, observed: float, pvalue: float, label: str, ax: "Axes | None" = None) -> "Axes":
+    """Null distribution as a histogram with the observed value; `label` goes under the axis."""
+    ax = new_axes(ax, height=3.2)
+    edges = np.histogram_bin_edges(null, bins=int(np.clip(np.sqrt(null.size), 8, 40)))
+    ax.hist(null, bins=list(edges), color=BAND, label=f"null ({null.size})")
+    ax.axvline(float(np.quantile(null, 0.95)), color="black", linewidth=0.8, linestyle="--", label="95 % of the null")
+    ax.axvline(observed, color=PALETTE[1], linewidth=1.8, label=f"observed, p = {pvalue:.2g}")
+    ax.set(xlabel=label, ylabel="number")
+    ax.locator_params(axis="x", nbins=6)
+    ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4), useMathText=True)
+    return finish(ax, legend="above", columns=3)
+
+
+def lc2st_null(result: "LC2ST", ax: "Axes | None" = None) -> "Axes":
+    """Statistic of L-C2ST against its null."""
+    return null_histogram(result.null, result.statistic, result.pvalue, "L-C2ST statistic T(x_obs)", ax)
+
+
+def lc2st_map(result: "LC2ST", ax: "Axes | None", pair: tuple[int, int]) -> "Axes":
+    """d at the draws: over the one parameter with the null's band, or as colour over a pair of parameters."""
+    if len(result.names) > 1:
+        return _lc2st_pair(result, ax, pair)
+    ax = new_axes(ax, height=3.4)
+    order = np.argsort(result.points[:, 0])
+    place = result.points[order, 0]
+    ax.fill_between(place, result.band[order, 0], result.band[order, 1], color=BAND, linewidth=0, label="95 % of the null")
+    ax.axhline(0.5, color="black", linewidth=0.8)
+    ax.plot(place, result.probability[order], color=PALETTE[1], linewidth=1.6, label="classifier at x_obs")
+    limit = 1.1 * max(float(np.abs(result.probability - 0.5).max()), float(np.abs(result.band - 0.5).max()), 0.02)
+    low, high = np.quantile(place, [0.001, 0.999])
+    ax.set(xlim=(low, high), ylim=(0.5 - limit, 0.5 + limit), xlabel=result.labels[0], ylabel="d,  > 1/2: too little mass")
+    return finish(ax, legend="above", columns=2)
+
+
+def _lc2st_pair(result: "LC2ST", ax: "Axes | None", pair: tuple[int, int]) -> "Axes":
+    from matplotlib.colors import LinearSegmentedColormap
+
+    ax = new_axes(ax, width=5.4, height=4.2)
+    colours = LinearSegmentedColormap.from_list("mass", [PALETTE[0], "#EEEEEE", PALETTE[1]])
+    limit = max(float(np.quantile(np.abs(result.probability - 0.5), 0.99)), 0.02)
+    i, j = pair
+    shown = ax.scatter(
+        result.points[:, i],
+        result.points[:, j],
+        c=result.probability,
+        cmap=colours,
+        vmin=0.5 - limit,
+        vmax=0.5 + limit,
+        s=9,
+        linewidths=0.2,
+        edgecolors="#888888",
+        rasterized=True,
+    )
+    bar = ax.figure.colorbar(shown, ax=ax)
+    bar.set_label("d: too much mass < 1/2 < too little")
+    ax.set(xlabel=result.labels[i], ylabel=result.labels[j], title=f"p = {result.pvalue:.2g}")
+    return ax
+
+
+def marginal_ks(result: "MarginalKS", ax: "Axes | None" = None) -> "Axes":
+    """F_a - F_b at the quantiles of the pooled rows, one curve per parameter, with the pointwise 95 % range of one largest difference."""
+    several = len(result.names) > 5
+    ax = new_axes(ax, width=6.6 if several else 5.2)
+    n, m = len(result.a), len(result.b)
+    allowed = 1.358 * np.sqrt((n + m) / (n * m))  # asymptotic 95 % of the two-sample KS distance
+    ax.axhspan(-allowed, allowed, color=BAND, linewidth=0, label="95 %, one parameter")
+    ax.axhline(0, color="black", linewidth=0.8)
+    for k, label in enumerate(result.labels):
+        both = np.sort(np.concatenate([result.a[:, k], result.b[:, k]]))
+        first = np.searchsorted(result.a[:, k], both, side="right") / n
+        second = np.searchsorted(result.b[:, k], both, side="right") / m
+        ax.plot(second, first - second, linewidth=1.4, label=label, **line_style(k))
+    limit = 1.15 * max(allowed, float(result.ks.max()))
+    ax.set(xlim=(0, 1), ylim=(-limit, limit), xlabel="ECDF of the reference b", ylabel="ECDF of a - ECDF of b")
+    return finish(ax, legend="beside" if several else "above")
+
+
+def misspecification(result: "Misspecification", ax: "Axes | None" = None) -> "Axes":
+    """Each score on the scale of held-out simulations (their normal quantiles): grey is where they lie, points are observations."""
+    names = list(result.scores)
+    ax = new_axes(ax, height=0.9 + 0.55 * len(names))
+    rows = np.arange(len(names))[::-1]
+    for row, name in zip(rows, names, strict=True):
+        held, own = np.sort(result.held_out[name]), result.scores[name]
+        places = ndtri((np.searchsorted(held, own, side="left") + 0.5) / (held.size + 1))
+        edge = float(ndtri(1 - 0.5 / (held.size + 1)))
+        ax.barh(row, 2 * edge, left=-edge, height=0.5, color="#EFEFEF")
+        ax.barh(row, float(ndtri(0.95)) + edge, left=-edge, height=0.5, color=BAND)
+        beyond = own > held[-1]
+        shift = np.linspace(-0.14, 0.14, own.size) if own.size > 1 else np.zeros(1)
+        ax.plot(places[~beyond], row + shift[~beyond], "o", color=PALETTE[0], markersize=4, linestyle="none")
+        ax.plot(places[beyond], row + shift[beyond], ">", color=PALETTE[1], markersize=7, linestyle="none")
+        ax.text(edge + 0.25, row, f"p = {result.pvalues[name]:.2g}", va="center", fontsize="small")
+    edge = float(ndtri(1 - 0.5 / (result.n_held + 1)))
+    ax.set(yticks=rows, yticklabels=names, xlim=(-edge - 0.1, edge + 1.9), ylim=(-0.6, len(names) - 0.4))
+    ax.set(xlabel="strangeness among held-out simulations / sd", xticks=range(-int(edge), int(edge) + 1))
+    ax.set_title("dark: 95 % of simulations; arrow: beyond all of them", fontsize="small")
+    return ax
+
+
+def predictive_checks(result: "PredictiveChecks", ax: "Axes | None" = None) -> "Axes":
+    """One row per statistic: 68 and 95 % of replicas about their median, in their sd, and the data."""
+    names = list(result.checks)
+    ax = new_axes(ax, width=5.6, height=0.9 + 0.5 * len(names))
+    rows = np.arange(len(names))[::-1]
+    verdicts = result.verdicts
+    for row, name in zip(rows, names, strict=True):
+        check = result.checks[name]
+        # where the statistic depends on theta the data have a range too; their difference is what is tested
+        replicas = check.t_rep - (check.t_obs if check.t_obs.size > 1 else 0.0)
+        data = 0.0 if check.t_obs.size > 1 else float(check.t_obs[0])
+        middle, sd = float(np.median(replicas)), float(replicas.std()) or 1.0
+        low, lower, upper, high = (np.quantile(replicas, [0.025, 0.16, 0.84, 0.975]) - middle) / sd
+        ax.barh(row, high - low, left=low, height=0.5, color=_WIDE)
+        ax.barh(row, upper - lower, left=lower, height=0.5, color=_NARROW)
+        place = (data - middle) / sd
+        inside = float(np.clip(place, -5, 5))
+        marker = "D" if place == inside else ">" if place > 0 else "<"
+        ax.plot(inside, row, marker, color=PALETTE[0] if verdicts[name] == "like the replicas" else PALETTE[1], markersize=6)
+        ax.text(5.6, row, f"p = {result.pvalues[name]:.2g}", va="center", fontsize="small")
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set(yticks=rows, yticklabels=names, xlim=(-5.4, 8.2), xticks=range(-5, 6), ylim=(-0.6, len(names) - 0.4))
+    ax.set(xlabel="statistic - replicas' median, in sd of replicas")
+    return ax
+
+
+def prior_predictive(result: "PriorPredictive", ax: "Axes | None" = None) -> "Axes":
+    """Bands of the replicas per column, about the median in units of half the 68 % range, and the data."""
+    k = len(result.names)
+    ax = new_axes(ax, width=6.4 if k > 12 else 5.2, height=3.6)
+    low, lower, middle, upper, high = result.quantiles.T
+    scale = np.where(upper > lower, (upper - lower) / 2, np.where(high > low, (high - low) / 4, 1.0))
+    place = np.arange(k)
+    for bottom, top, colour, words in ((low, high, _WIDE, "95 % of replicas"), (lower, upper, _NARROW, "68 %")):
+        edges = np.arange(k + 1) - 0.5
+        ax.stairs((top - middle) / scale, edges, baseline=(bottom - middle) / scale, fill=True, color=colour, label=words)
+    ax.axhline(0, color="black", linewidth=0.8)
+    data = (result.observed - middle) / scale
+    limit = max(4.0, float(np.quantile(np.abs([low - middle, high - middle]) / scale, 0.98)) * 1.5)
+    shown = np.clip(data, -limit, limit)
+    inside = shown == data
+    size = 4 if k < _MANY else 2.5
+    outside = np.isin(result.names, result.outside)
+    ax.plot(place[inside & ~outside], shown[inside & ~outside], "o", color=PALETTE[0], markersize=size, label="data")
+    if (inside & outside).any():
+        ax.plot(place[inside & outside], shown[inside & outside], "o", color=PALETTE[1], markersize=size + 1, label="beyond all replicas")
+    for side, marker in ((1, "^"), (-1, "v")):
+        off = ~inside & (np.sign(data) == side)
+        ax.plot(place[off], shown[off], marker, color=PALETTE[1], markersize=6, label="off the axis" if off.any() else None)
+    ax.set(xlim=(-0.6, k - 0.4), ylim=(-1.08 * limit, 1.08 * limit), ylabel="(x - median) / half 68 % range")
+    if k <= 12:
+        ax.set_xticks(place, result.names, rotation=45 if max(map(len, result.names)) > 4 else 0, ha="right" if k > 3 else "center")
+    else:
+        ax.set_xlabel("column")
+    return finish(ax, legend="above")
+
+
+def mean_ratio(result: "MeanRatio", ax: "Axes | None" = None) -> "Axes":
+    """The three means with standard errors, side by side for every theta."""
+    ax = new_axes(ax, width=max(4.2, 2.4 + 0.45 * len(result.names)), height=3.6)
+    place = np.arange(len(result.names), dtype=np.float64)
+    ax.axhline(1, color="black", linewidth=0.8)
+    for j, name in enumerate(result.mean):
+        label = name.replace("_ref", r"$_\mathrm{ref}$").replace("_num", r"$_\mathrm{num}$")
+        shift = 0.18 * (j - 1)
+        ax.errorbar(place + shift, result.mean[name], yerr=result.error[name], fmt="osD"[j], markersize=4, color=PALETTE[j], label=label)
+    ax.set(xticks=place, xlim=(-0.6, place[-1] + 0.6), ylabel="mean, 1 if the ratio is exact")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.35 * (high - low))  # room for the legend
+    ax.set_xticklabels(result.names)
+    if _crowded(ax, result.names):
+        ax.tick_params(axis="x", labelrotation=45)
+        for text in ax.get_xticklabels():
+            text.set(ha="right", rotation_mode="anchor")
+    return finish(ax)
+
+
+def _crowded(ax: "Axes", names: Sequence[str]) -> bool:
+    """Whether the names, side by side below the axis, would leave less than a character and a half between them."""
+    drawn = max(len(re.sub("[${}_^]", "", re.sub(r"\\[a-zA-Z]+", "o", name))) for name in names)
+    place = ax.bbox.width / ax.figure.dpi / (len(names) + 0.2)  # inches
+    return (drawn + 1.5) * 0.6 * float(ax.get_xticklabels()[0].get_fontsize()) / 72 > place
+
+
+def reliability(result: "Reliability", ax: "Axes | None" = None) -> "Axes":
+    """Observed against predicted share of numerator events, with the band of all bins together around the diagonal."""
+    ax = new_axes(ax, width=4.6, height=4.4)
+    ax.fill_between(result.predicted, result.band[:, 0], result.band[:, 1], color=BAND, linewidth=0, label="95 % of all bins")
+    ax.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+    ax.plot(result.predicted, result.observed, "o-", markersize=4, linewidth=1.0, color=PALETTE[0], label=f"p = {result.pvalue:.2g}")
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="classifier output", ylabel="share of numerator events", aspect="equal")
+    return finish(ax)
+
+
+def reweighting_auc(result: "ReweightingAUC", ax: "Axes | None" = None) -> "Axes":
+    """Areas with and without weights."""
+    ax = new_axes(ax, width=4.6, height=2.4)
+    rows = (("reweighted", result.auc, result.error, PALETTE[0]), ("not weighted", result.before, result.before_error, MUTED))
+    ax.axvline(0.5, color="black", linewidth=0.8)
+    for y, (_, area, error, colour) in enumerate(rows):
+        ax.errorbar(area, y, xerr=error, fmt="o", markersize=5, capsize=3, color=colour)
+        ax.annotate(f"{area:.3f} $\\pm$ {error:.3f}", (area, y), (0, 8), textcoords="offset points", ha="center", fontsize="small")
+    values = [0.5, *(area + s * error for _, area, error, _ in rows for s in (-1, 1))]
+    margin = max(0.02, 0.2 * (max(values) - min(values)))
+    ax.set(xlim=(min(values) - margin, max(values) + margin), ylim=(-0.6, 1.8), yticks=[0, 1], xlabel="area under the ROC curve")
+    ax.set_yticklabels([name for name, *_ in rows])
+    return ax
+
+
+def ratio_calibration(result: "RatioCalibration", ax: "Axes | None" = None) -> "Axes":
+    """Calibrated against learned log ratio."""
+    ax = new_axes(ax, width=4.6, height=4.4)
+    reach = result.score[[0, -1]] + 0.15 * np.ptp(result.score) * np.array([-1, 1]) + np.array([-0.1, 0.1])
+    line = np.linspace(float(reach[0]), float(reach[1]), 400)
+    ax.plot(line, line, color="black", linewidth=0.8, label="no correction")
+    ax.plot(line, result.apply(line), linewidth=1.4, color=PALETTE[0], label="calibrated")
+    ax.errorbar(result.score, result.value, yerr=result.error, fmt="o", markersize=3, linewidth=0.8, color=PALETTE[1], label="blocks")
+    ax.set(xlim=reach, xlabel=r"learned $\ln r$", ylabel=r"calibrated $\ln r$")
+    return finish(ax)
+
+
+def ratio_check(result: "RatioCheck") -> "Figure":
+    """Means, reliability curve and areas side by side."""
+    with house_style():
+        figure = new_figure(12.0, 3.8)
+        axes = figure.subplots(1, 3)
+    mean_ratio(result.mean, axes[0])
+    reliability(result.reliability, axes[1])
+    reweighting_auc(result.auc, axes[2])
+    for ax, p in zip(axes, (result.mean.pvalue, result.reliability.pvalue, result.auc.pvalue), strict=True):
+        ax.set_title(f"p = {p:.2g}", fontsize="small")
+    return figure
+
+
+def conformal_scores(result: "ConformalRegions", ax: "Axes | None" = None) -> "Axes":
+    """Distribution of held-out scores, the threshold at the content asked for, and where q's own region ends."""
+    ax = new_axes(ax)
+    values = np.sort(result.scores)
+    shown = values[np.isfinite(values)]
+    share = np.arange(1, values.size + 1) / values.size
+    ax.axhspan(*result.interval, color=BAND, linewidth=0, label="true content, 95 % range")
+    ax.plot(shown, share[: shown.size], drawstyle="steps-post", color=PALETTE[0], linewidth=1.4, label="held-out truths inside")
+    label = f"threshold {result.threshold:.3g}"
+    ax.plot([result.threshold] * 2, [0, result.level], color=PALETTE[1], linewidth=1.4, label=label)
+    ax.axhline(result.level, color="black", linewidth=0.8)
+    if result.score == "hpd" and not result.n_features:
+        ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle=":", label="calibrated posterior")
+        name = "highest-density content of q at the truth"
+    else:
+        unit = "content" if result.score == "hpd" else r"$-\log q$ [nats]"
+        name = f"{unit} less its learned quantile" if result.n_features else unit
+    # a few truths far outside would squeeze the rest into a corner
+    first = float(shown[0])
+    last = max(float(np.quantile(shown, 0.97)), result.threshold + 0.15 * (result.threshold - first))
+    ax.set(xlim=(first - 0.03 * (last - first), last + 0.05 * (last - first)), ylim=(0, 1.02), xlabel=name, ylabel="share of truths")
+    return finish(ax, legend="lower right")
+
+
+def rank_map(result: "RankRecalibration", ax: "Axes | None" = None) -> "Axes":
+    """ECDF of q's held-out PITs, the map that is undone; a calibrated posterior stays in the band."""
+    several = len(result.names) > 5
+    ax = new_axes(ax, width=6.2 if several else 4.6, height=4.4)
+    _diagonal(ax, result.level, result.band, "calibrated, 95 % band")
+    fine = np.linspace(0, 1, 401)[1:-1]
+    moved = ndtr(result.moved(ndtri(fine)))
+    for j, label in enumerate(result.labels):
+        ax.plot(np.append(0, moved[:, j]), np.append(0, fine), linewidth=1.4, label=label, **line_style(j))
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="level in the raw posterior", ylabel="recalibrated level", aspect="equal")
+    return finish(ax, legend="beside" if several else "upper left")
+
+
+def tempering_curve(result: "Tempering", ax: "Axes | None" = None) -> "Axes":
+    """Mean share of draws nearer than the truth against the widening, with the chosen factor and its error."""
+    ax = new_axes(ax)
+    low, high = result.content - result.content_error, result.content + result.content_error
+    ax.fill_between(result.grid, low, high, color=BAND, linewidth=0, label="standard error")
+    ax.plot(result.grid, result.content, color=PALETTE[0], linewidth=1.4, label="mean over simulations")
+    ax.axhline(0.5, color="black", linewidth=0.8, label="right coverage")
+    ax.axvspan(result.factor - result.error, result.factor + result.error, color=PALETTE[1], alpha=0.25, linewidth=0)
+    ax.axvline(result.factor, color=PALETTE[1], linewidth=1.4, label=f"chosen x{result.factor:.3f} $\\pm$ {result.error:.3f}")
+    ax.plot([1], [result.raw], "o", color="black", markersize=4, label="raw posterior")
+    ax.set(
+        xscale="log",
+        xlim=(result.grid[0], result.grid[-1]),
+        ylim=(0, 1),
+        xlabel="widening factor",
+        ylabel="share of draws nearer than the truth",
+    )
+    ticks = [t for t in (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10) if result.grid[0] <= t <= result.grid[-1]]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    return finish(ax, legend="lower left")
+
+
+def model_reliability(result: "ProbabilityCalibration", ax: "Axes | None" = None) -> "Axes":
+    """Observed share against predicted probability, one curve a model, with where 95 % of the shares lie if it is right."""
+    ax = new_axes(ax)
+    ax.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+    # of two models the second curve is the first one turned round
+    for j, name in enumerate(result.names[: 1 if len(result.names) == 2 else None]):
+        ok = result.counts[j] > 0
+        x, colour = result.predicted[j][ok], PALETTE[j % len(PALETTE)]
+        bars = "95 % of shares, if right" if j == 0 else ""
+        ax.vlines(x, result.band[j, ok, 0], result.band[j, ok, 1], color=colour, alpha=0.35, linewidth=4, label=bars)
+        ax.plot(x, result.observed[j][ok], "o-", color=colour, markersize=4, linewidth=1, label=name)
+    ax.set(xlabel="predicted probability", ylabel="share of data sets that are from the model", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    ax.set_title(f"{result.verdict}, p = {result.pvalue:.2g}", fontsize="medium")
+    return finish(ax, legend="upper left")
+
+
+def nested_test(result: "NestedTest", ax: "Axes | None" = None) -> "Axes":
+    """Histogram of the statistic under the null, and the observation."""
+    ax = new_axes(ax)
+    high = max(float(result.toys.max()), result.statistic)
+    low = min(float(result.toys.min()), result.statistic)
+    ax.hist(
+        result.toys,
+        bins=np.linspace(low, high + 1e-9 * max(1.0, abs(high)), 41).tolist(),
+        color=BAND,
+        label=f"{result.toys.size} toys",
+    )
+    ax.axvline(result.statistic, color=PALETTE[1], label=f"observed, p = {result.pvalue:.2g} ({result.significance:.2f} sigma)")
+    ax.set(xlabel="test statistic", ylabel="toys", yscale="log")
+    return finish(ax)

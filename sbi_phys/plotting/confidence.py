@@ -6,7 +6,8 @@ import numpy as np
 from scipy.special import chdtri
 
 from sbi_phys.confidence.inputs import find_name
-from sbi_phys.plotting.calibration import BAND, COLOURS, new_axes
+from sbi_phys.plotting.style import BAND, new_axes
+from sbi_phys.plotting.style import PALETTE as COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
