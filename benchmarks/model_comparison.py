@@ -77,7 +77,7 @@ def calibration(name: str, result: ModelComparison) -> Numbers:
 
 def gaussian(n: int) -> Numbers:
     models = {f"prior sd {sd}": sim for sd, sim in GAUSSIAN.items()}
-    result = model_comparison(models, n=n, n_ensemble=2, n_check=5000, device="cpu")
+    result = model_comparison(models, n_simulations=n, n_ensemble=2, n_check=5000, device="cpu")
     rng = rng_for(31)
     x = np.concatenate([s.simulate(s.prior.sample(50, rng), rng) for s in GAUSSIAN.values()])
     want = gaussian_log_evidence(GAUSSIAN[1.0], x) - gaussian_log_evidence(GAUSSIAN[0.5], x)
@@ -103,7 +103,7 @@ def evidence() -> Numbers:
     for i in range(20):
         source = GAUSSIAN[(0.5, 1.0)[i % 2]]
         x = source.simulate(source.prior.sample(1, rng), rng)[0]
-        value, error = compare_evidence(posteriors, x, n=5000, seed=i).log_bayes_factor("prior sd 1.0", "prior sd 0.5")
+        value, error = compare_evidence(posteriors, x, n_draws=5000, seed=i).log_bayes_factor("prior sd 1.0", "prior sd 0.5")
         want = float(gaussian_log_evidence(GAUSSIAN[1.0], x) - gaussian_log_evidence(GAUSSIAN[0.5], x))
         pulls.append((value - want) / error)
         errors.append(abs(value - want))

@@ -1,7 +1,7 @@
-"""Comparison of models: Bayes factors by an amortised classifier and by importance sampling, and tests of nested hypotheses by toys.
+"""Model comparison: Bayes factors by a trained classifier or by importance sampling, and tests of nested hypotheses.
 
-amortised       model_comparison: one training, then Bayes factors and probabilities of any data set; their calibration
-one data set    compare_evidence: importance-sampled evidence, where each model has an exact likelihood and a posterior
+amortised       model_comparison: one training, then Bayes factors and probabilities of any data set, with their calibration
+one data set    compare_evidence: evidence by importance sampling, for models with an exact likelihood and a posterior
 nested          nested_test: p-value and significance of a test statistic by toys
 """
 

@@ -1,13 +1,14 @@
-r"""Bayes factors of any data set from one training: a classifier that tells simulations of the models apart.
+r"""Amortised Bayes factors: one classifier, trained on simulations of the models, gives the Bayes factors of any data set.
 
-Draw theta ~ p(theta | M_k) and x ~ p(x | theta, M_k), equally often from each model. The classifier's optimum is
+Draw theta ~ p(theta | M_k) and x ~ p(x | theta, M_k), equally often from each model. The optimal classifier has
 
     f_k(x) - f_j(x) = log p(x | M_k) / p(x | M_j),     p(x | M) = int p(x | theta, M) p(theta | M) dtheta,
 
-the log of the Bayes factor: the parameters are integrated over by the simulation itself, and no likelihood is needed. With probabilities
-P(M_k) before the data, P(M_k | x) is proportional to p(x | M_k) P(M_k); they are not part of the training and may be changed after it.
+the log of the Bayes factor. The simulation itself integrates over the parameters, and no likelihood is needed. With prior probabilities
+P(M_k), P(M_k | x) is proportional to p(x | M_k) P(M_k); they do not enter the training and can be changed after it.
 
-What was learned is tested on fresh simulations: among those of which it says p, is the share p from that model (`probabilities`)?
+The trained classifier is tested on new simulations: among those to which it assigns probability p for a model, is the fraction from that
+model equal to p (`probabilities`)?
 
 Source: Radev et al. 2021, arXiv:2004.10629; Cranmer, Pavez & Louppe 2015, arXiv:1506.02169. Network: `network`.
 """
@@ -52,21 +53,29 @@ _FILE = ("model comparison", 1)
 
 
 class ModelComparison:
-    """Trained comparison of K models: Bayes factors and probabilities of any data set. Made by `model_comparison`.
+    """Trained comparison of K models: Bayes factors and probabilities of any data set. Returned by `model_comparison`.
 
-    names (K,). prior (K,), probabilities before the data. calibration: of the probabilities on fresh simulations, in the shares that
-    were simulated, or None. observation and probability (K,): of the data set that was handed in, or None.
+    names (K,). prior (K,), prior probabilities of the models. calibration: of the probabilities on new simulations, with equal prior
+    probabilities, or None. x_obs and probability (K,): the data set passed to `model_comparison` and its probabilities, or None.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> x = np.random.default_rng(0).normal(size=(2, 300, 1)) * [[[1.0]], [[3.0]]]
+    >>> settings = dict(n_check=100, n_ensemble=1, config=sp.TrainConfig(max_epochs=1), embedding=sp.EmbeddingConfig(hidden=8))
+    >>> trained = sp.model_comparison({"narrow": x[0], "wide": x[1]}, [9.0], **settings)
+    >>> trained.log_bayes_factor([[0.0], [9.0]], "wide", "narrow").shape, bool(trained.probability[1] > 0.5)
+    ((2,), True)
     """
 
     def __init__(self, names: tuple[str, ...], prior: Array, trained: "_Trained", n_train: int) -> None:
         self.names, self.prior, self.n_train = names, prior, n_train
         self.calibration: ProbabilityCalibration | None = None
-        self.observation: Array | None = None
+        self.x_obs: Array | None = None
         self.probability: Array | None = None
         self._embedding, self._nets, self._scaler, self._device = trained.embedding, trained.nets, trained.scaler, trained.device
 
     def log_evidence_ratios(self, x: ArrayLike) -> Array:
-        """log p(x | M_k) up to one constant for each x: (K,) for one data set, (b, K) for a batch; nats, their mean over k is zero.
+        """log p(x | M_k) up to a constant for each x: (K,) for one data set, (b, K) for a batch; nats, with mean zero over k.
 
         Raises: ShapeError, NonFiniteError, DataError.
         """
@@ -84,7 +93,8 @@ class ModelComparison:
     def probabilities(self, x: ArrayLike, prior: Mapping[str, float] | None = None) -> Array:
         """P(M_k | x): (K,) for one data set, (b, K) for a batch.
 
-        Args: prior: other probabilities before the data than those of the training call.   Raises: as `log_evidence_ratios`.
+        Args: prior: prior probabilities of the models, in place of those passed to `model_comparison`.
+        Raises: as `log_evidence_ratios`.
         """
         before = self.prior if prior is None else prior_probabilities(self.names, prior)
         return np.asarray(np.exp(log_softmax(self.log_evidence_ratios(x) + np.log(before), axis=-1)))
@@ -105,14 +115,14 @@ class ModelComparison:
             raise SettingError("n_check was 0: there is no calibration; expected model_comparison(..., n_check=2000)")
         return self.calibration.plot(ax)
 
-    def _look_at(self, observation: ArrayLike) -> None:
-        array, single = self._scaler.check("observation", observation)
+    def _look_at(self, x_obs: ArrayLike) -> None:
+        array, single = self._scaler.check("x_obs", x_obs)
         if not single and len(array) != 1:
-            raise ShapeError(f"observation has {len(array)} data sets; expected one; use .probabilities(x) for many")
-        self.observation, self.probability = array[0], self.probabilities(array)[0]
+            raise ShapeError(f"x_obs has {len(array)} data sets; expected one; use .probabilities(x) for many")
+        self.x_obs, self.probability = array[0], self.probabilities(array)[0]
 
     def save(self, path: str | Path) -> None:
-        """Write networks, scaling, names, probabilities and the calibration; no code is stored.   Raises: ModelFileError."""
+        """Write networks, scaling, names, prior and calibration to a file; no code is stored.   Raises: ModelFileError."""
         own = self._embedding
         calibration = self.calibration
         content = {
@@ -125,10 +135,10 @@ class ModelComparison:
 
     @classmethod
     def load(cls, path: str | Path, *, embedding: nn.Module | None = None, device: str | torch.device = "auto") -> "ModelComparison":
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
-        Args: embedding: the module, where it was trained with one of the user's own (its weights come from the file).
-        Raises: ModelFileError (missing, truncated, not ours, another network).
+        Args: embedding: the module, if it was trained with one of your own (its weights come from the file).
+        Raises: ModelFileError (missing, truncated, not a model comparison, another network).
         """
         content = read_file(path, *_FILE)
         stored = content["embedding"]
@@ -163,10 +173,9 @@ class ModelComparison:
 
 def model_comparison(
     models: Mapping[str, Simulator | ArrayLike],
-    observation: ArrayLike | None = None,
+    x_obs: ArrayLike | None = None,
     *,
-    n: int = 20_000,
-    seed: int = 0,
+    n_simulations: int = 20_000,
     prior: Mapping[str, float] | None = None,
     n_ensemble: int = 2,
     embedding: EmbeddingConfig | nn.Module | None = None,
@@ -174,26 +183,43 @@ def model_comparison(
     n_check: int = 2000,
     config: TrainConfig | None = None,
     device: str | torch.device = "auto",
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> ModelComparison:
     r"""Learn the Bayes factors between models from simulations.
 
-    Args: models: {name: simulator}, or {name: x (n, k)} where the simulations are there, drawn with theta from each model's prior;
-    all with the same observables. observation: one data set whose probabilities to give at once. n: simulations a model.
-    prior: probabilities of the models before the data, any positive numbers; default equal. n_ensemble: networks, whose scores are
-    averaged. embedding: as of an NPE; `nets.embedding_set` has those of event sets. x_transform: as of an NPE.
-    n_check: simulations a model to test the calibration on, 0 for none; of arrays, that many of their last rows are kept for it.
-    seed: of simulations, weights and order.
+    Args:
+        models: {name: simulator}, or {name: x (n, k)} with existing simulations, theta drawn from each model's prior; all with the same
+            observables.
+        x_obs: one data set, whose probabilities are reported in the result.
+        n_simulations: for each model, if simulators are given.
+        prior: prior probabilities of the models, any positive numbers; default equal.
+        n_ensemble: number of networks, whose scores are averaged.
+        embedding: as for an NPE; `sbi_phys.nets` has embeddings of event sets.
+        x_transform: as for an NPE.
+        n_check: simulations of each model for the test of calibration, 0 for none; of arrays, that many of the last rows are kept.
+        config: training settings; default about 3000 steps.
+        device: where to train.
+        seed: of simulations, weights and order.
+        progress: default none.
 
     Returns: ModelComparison: `log_bayes_factor(x, model, against)`, `probabilities(x)`, `calibration`, `summary()`, `plot()`.
     Raises: SettingError, SimulatorMismatchError (other observables), ShapeError, NonFiniteError, DataError, TrainingError.
     Source: Radev et al. 2021, arXiv:2004.10629.
-    Read: log Bayes factor 1 is hardly worth a mention, 5 decisive, as far as the priors of the parameters are; calibration.pvalue < 0.05:
-    do not trust the probabilities.
+    Read: a log Bayes factor of 1 is weak evidence, 5 decisive, given the priors of the parameters. Do not trust the probabilities if
+        calibration.pvalue < 0.05.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> x = np.random.default_rng(0).normal(size=(2, 300, 1)) * [[[1.0]], [[3.0]]]
+    >>> settings = dict(n_check=100, n_ensemble=1, config=sp.TrainConfig(max_epochs=1), embedding=sp.EmbeddingConfig(hidden=8))
+    >>> trained = sp.model_comparison({"narrow": x[0], "wide": x[1]}, **settings)
+    >>> trained.names, trained.probabilities([[0.0], [9.0]]).shape
+    (('narrow', 'wide'), (2, 2))
     """
     names = _checked_names(models)
     before = prior_probabilities(names, prior)
-    n, n_check = require_int("n", n, low=MIN_SIMULATIONS), require_int("n_check", n_check, low=0)
+    n, n_check = require_int("n_simulations", n_simulations, low=MIN_SIMULATIONS), require_int("n_check", n_check, low=0)
     settings = _Settings(embedding, x_transform, require_int("n_ensemble", n_ensemble, low=1), config, device, seed)
     observables = _observables(names, models)
     samples = [_draw(name, models[name], n + n_check, seed, progress) for name in names]
@@ -202,8 +228,8 @@ def model_comparison(
     out = ModelComparison(names, before, settings.train(train, observables, progress), sum(map(len, train)))
     if n_check:
         out.calibration = _calibration(out, [s[len(s) - n_check :] for s in samples], seed_for(seed, "check"))
-    if observation is not None:
-        out._look_at(observation)
+    if x_obs is not None:
+        out._look_at(x_obs)
     return out
 
 
@@ -255,14 +281,14 @@ def _observables(names: tuple[str, ...], models: Mapping[str, Any]) -> tuple[Obs
 
 
 def _calibration(trained: ModelComparison, fresh: list[NDArray[np.floating]], seed: int) -> ProbabilityCalibration:
-    """Test of the probabilities on simulations that were not trained on, equally many of each model."""
+    """Test of the probabilities on equally many simulations of each model that were not used in training."""
     p = trained.probabilities(np.concatenate(fresh), dict.fromkeys(trained.names, 1.0))
     return check_probabilities(p, np.repeat(np.arange(len(fresh)), [len(x) for x in fresh]), trained.names, seed=seed)
 
 
 @dataclass(frozen=True, slots=True)
 class _Trained:
-    """Networks with what they need to be used: the shape of the embedding, or the module; the scaling; where they are."""
+    """Trained networks with the embedding (its settings or the module), the scaling and the device."""
 
     embedding: EmbeddingConfig | nn.Module
     nets: list[ModelNet]
@@ -272,7 +298,7 @@ class _Trained:
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    """How to train: what `model_comparison` was given."""
+    """Training settings passed to `model_comparison`."""
 
     embedding: EmbeddingConfig | nn.Module | None
     x_transform: str
@@ -313,7 +339,7 @@ def _fit_member(net: ModelNet, rows: tuple[Tensor, ...], config: TrainConfig, se
 
 
 def _config(n: int) -> TrainConfig:
-    """About 3000 steps in batches that grow with the number of rows."""
+    """Settings for about 3000 steps with a batch size that grows with the number of rows."""
     batch = int(np.clip(2 ** round(math.log2(n / 60)), 64, 1024))
     epochs = int(np.clip(round(3000 * batch / n), 8, 60))
     return TrainConfig(batch_size=batch, max_epochs=epochs, patience=epochs, learning_rate=4e-3)

@@ -2,9 +2,9 @@ r"""Evidence of a model for one data set, by importance sampling from its learne
 
     Z = p(x | M) = int L(x | theta) p(theta) dtheta = E_q[ L(x | theta(u)) N(u; 0, I) / q(u | x) ]
 
-in the prior's whitened space u: the mean weight of `samplers.importance`, exact for any q that covers the posterior. log of the
-Bayes factor = difference of the log Z, P(M | x) = Z_M P(M) / sum Z P. The weights' tail tells whether to believe it: where the Pareto shape
-k is 0.7 or more the comparison is refused.
+in the whitened space u of the prior: the mean importance weight (`samplers.importance`), exact for any q that covers the posterior. The
+log Bayes factor is the difference of the log Z, and P(M | x) = Z_M P(M) / sum Z P. The tail of the weights shows whether the estimate is
+reliable: if its Pareto shape k is 0.7 or more, the comparison is refused.
 
 Source: Vehtari et al., arXiv:1507.02646.
 """
@@ -32,10 +32,17 @@ __all__ = ["EvidenceComparison", "compare_evidence", "importance_evidence"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvidenceComparison:
-    """Evidence of K models for one data set.
+    """Result of `compare_evidence`: evidence of K models for one data set.
 
-    names (K,). prior (K,), their probabilities before the data. log_evidence (K,), nats, with log_evidence_err (K,).
-    probability (K,), after the data. pareto_k (K,), tail shape of the weights. results: the importance samples of each.
+    names (K,). prior (K,), prior probabilities. log_evidence (K,), nats, with log_evidence_err (K,). probability (K,), posterior
+    probabilities. pareto_k (K,), tail shape of the weights. results: the importance samples of each model.
+
+    >>> import numpy as np
+    >>> from sbi_phys.comparison import EvidenceComparison
+    >>> numbers = dict(log_evidence=np.array([-3.0, -1.0]), log_evidence_err=np.array([0.03, 0.04]), pareto_k=np.zeros(2), results=())
+    >>> found = EvidenceComparison(names=("a", "b"), prior=np.full(2, 0.5), probability=np.array([0.12, 0.88]), **numbers)
+    >>> found.log_bayes_factor("b", "a")
+    (2.0, 0.05)
     """
 
     names: tuple[str, ...]
@@ -63,22 +70,38 @@ class EvidenceComparison:
 def importance_evidence(
     simulator: Any,
     posterior: Any,
-    observation: ArrayLike,
+    x_obs: ArrayLike,
     *,
-    n: int = 20_000,
+    n_draws: int = 20_000,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ImportanceResult:
     """Importance samples of one model; the evidence is their log_evidence, nats.
 
-    Args: simulator: with prior and exact log_likelihood(x, theta). posterior: an NPE of the same prior (or anything with
-    `.proposal(x)`), or a proposal density in u itself. observation: one x. n: draws.
+    Args:
+        simulator: with a prior and an exact log_likelihood(x, theta).
+        posterior: an NPE with the same prior (or any object with `.proposal(x)`), or a proposal density in u itself.
+        x_obs: one observation.
+        n_draws: importance draws.
+        seed: of the draws.
+        progress: default none.
+
     Raises: SettingError (no likelihood, no proposal), ShapeError, NonFiniteError, DataError.
+
+    >>> from types import SimpleNamespace
+    >>> from scipy.stats import norm
+    >>> import sbi_phys as sp
+    >>> prior = sp.NormalPrior([sp.Parameter("theta")], [0.0], [1.0])
+    >>> model = SimpleNamespace(prior=prior, log_likelihood=lambda x, theta: norm.logpdf(x[0], theta[:, 0]))
+    >>> posterior = SimpleNamespace(sample=lambda n, rng: rng.normal(size=(n, 1)), log_prob=lambda u: norm.logpdf(u[:, 0]))
+    >>> result = sp.comparison.importance_evidence(model, posterior, [0.0])
+    >>> bool(abs(result.log_evidence - norm.logpdf(0, scale=2**0.5)) < 0.05)  # x ~ N(0, 2)
+    True
     """
     if not callable(getattr(simulator, "log_likelihood", None)):
         raise SettingError(f"{class_path(simulator)} has no log_likelihood(x, theta); expected a simulator with an exact likelihood")
-    x = as_real("observation", observation)
-    require_finite("observation", x)
+    x = as_real("x_obs", x_obs)
+    require_finite("x_obs", x)
     proposal: Proposal = posterior.proposal(x) if callable(getattr(posterior, "proposal", None)) else posterior
     if not callable(getattr(proposal, "log_prob", None)) or not callable(getattr(proposal, "sample", None)):
         raise SettingError(f"posterior is a {type(posterior).__name__}; expected an NPE, or a density with sample(n, rng) and log_prob(u)")
@@ -90,36 +113,54 @@ def importance_evidence(
             raise ShapeError(f"{class_path(simulator)}.log_likelihood gave shape {values.shape}; expected ({len(u)},) for one observation")
         return values + standard_normal_log_prob(u)
 
-    return importance_sample(log_target, proposal, n, seed=seed, progress=progress)
+    return importance_sample(log_target, proposal, n_draws, seed=seed, progress=progress)
 
 
 def compare_evidence(
     models: Mapping[str, tuple[Any, Any]],
-    observation: ArrayLike,
+    x_obs: ArrayLike,
     *,
     prior: Mapping[str, float] | None = None,
-    n: int = 20_000,
+    n_draws: int = 20_000,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> EvidenceComparison:
     """Evidence and probability of models {name: (simulator, posterior)} for one data set.
 
-    Args: observation: one x. prior: probabilities of the models, any positive numbers; default equal. n: draws a model.
+    Args:
+        models: simulators and posteriors as in `importance_evidence`.
+        x_obs: one observation.
+        prior: prior probabilities of the models, any positive numbers; default equal.
+        n_draws: importance draws of each model.
+        seed: of the draws.
+        progress: default none.
+
     Raises: ConvergenceError (a Pareto shape of 0.7 or more), and as `importance_evidence`.
-    Read: a log Bayes factor of 1 is hardly worth a mention, above 5 decisive, if the priors of the parameters are.
+    Read: a log Bayes factor of 1 is weak evidence, above 5 decisive, given the priors of the parameters.
+
+    >>> from types import SimpleNamespace
+    >>> from scipy.stats import norm
+    >>> import sbi_phys as sp
+    >>> posterior = SimpleNamespace(sample=lambda n, rng: rng.normal(size=(n, 1)), log_prob=lambda u: norm.logpdf(u[:, 0]))
+    >>> def model(sd):
+    ...     prior = sp.NormalPrior([sp.Parameter("theta")], [0.0], [sd])
+    ...     return SimpleNamespace(prior=prior, log_likelihood=lambda x, theta: norm.logpdf(x[0], theta[:, 0])), posterior
+    >>> sp.compare_evidence({"narrow": model(0.5), "wide": model(1.0)}, [0.0]).names
+    ('narrow', 'wide')
     """
     if len(models) < 2:
         raise SettingError(f"models has {len(models)} entries; expected at least two to compare")
     names = tuple(models)
     before = prior_probabilities(names, prior)
     results = tuple(
-        importance_evidence(*models[name], observation, n=n, seed=seed_for(seed, "evidence", name), progress=progress) for name in names
+        importance_evidence(*models[name], x_obs, n_draws=n_draws, seed=seed_for(seed, "evidence", name), progress=progress)
+        for name in names
     )
     for name, result in zip(names, results, strict=True):
         if not result.reliable:
             raise ConvergenceError(
                 f"evidence of {name}: the weights have Pareto shape {result.pareto_k:.2f}; expected below 0.7: "
-                "its posterior misses part of the exact one; train it longer, or on more simulations"
+                "the learned posterior does not cover the exact one; train it longer, or on more simulations"
             )
     log_z = np.array([r.log_evidence for r in results])
     joint = log_z + np.log(before)

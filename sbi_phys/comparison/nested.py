@@ -1,13 +1,13 @@
-r"""Nested hypotheses: the p-value of a test statistic under the null, by toys.
+r"""Nested hypotheses: the p-value of a test statistic under the null hypothesis, by simulated data sets (toys).
 
     p = (1 + #{toys with t >= t_obs}) / (n_toys + 1),      Z = Phi^-1(1 - p)
 
-counting the observation among the toys, which makes the test valid for any number of them: P(p <= a | H0) <= a. With nuisances
-the null is composite; the p-value is the largest over the null's points that are handed in (the profiled ones, or a grid over a region):
-exact where the true point is among them.
+The observation counts as one of the toys, which makes the test valid for any number of them: P(p <= a | H0) <= a. With nuisance parameters
+the null is composite, and the p-value is the largest over the given points of the null (the profiled ones, or a grid over a region). It is
+exact if the true point is among them.
 
-The error of p from the number of toys is that of the binomial (Clopper & Pearson). Where Wilks' theorem holds, chi-square with so
-many degrees of freedom gives the same and needs no toys; on a boundary, or with a parameter without meaning under the null, it does not.
+The error of p from the number of toys is binomial (Clopper & Pearson). Where Wilks' theorem holds, chi-square gives the same p-value
+without toys; it does not hold on a boundary, or if a parameter is undefined under the null.
 
 Source: Davison & Hinkley 1997, Bootstrap Methods, ch. 4; Gross & Vitells 2010, arXiv:1005.1891 (when Wilks fails).
 """
@@ -34,11 +34,18 @@ _CHUNK = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NestedTest:
-    """Test of a null hypothesis.
+    """Result of `nested_test`: test of a null hypothesis.
 
-    statistic, observed. pvalue, with interval, the central 68.3 % of its error by the number of toys. significance, Gaussian standard
-    deviations one-sided, with significance_interval. null_theta (d,), the point of the null that gave the largest p-value; pvalues (m,)
-    of all points. toys (n_toys,), the statistic there. wilks, the p-value by chi-square where dof was given, else None.
+    statistic, observed. pvalue, with interval, its central 68.3 % error from the number of toys. significance, one-sided Gaussian standard
+    deviations, with significance_interval. null_theta (d,), the point of the null with the largest p-value; pvalues (m,) of all points.
+    toys (n_toys,), the statistic at that point. wilks, the p-value by chi-square if dof was given, else None.
+
+    >>> import sbi_phys as sp
+    >>> prior = sp.BoxPrior([sp.Parameter("mu", 0, 9)])
+    >>> counts = sp.FunctionSimulator(lambda theta, rng: rng.poisson(4 + theta), prior, [sp.Observable("n", 1, kind="counts")])
+    >>> result = sp.comparison.nested_test(counts, [14], lambda x: x[:, 0], [0.0], n_toys=500)  # 4 events expected
+    >>> result.toys.shape, bool(result.pvalue < 0.01), bool(result.significance > 2.3)
+    ((500,), True, True)
     """
 
     statistic: float
@@ -69,7 +76,7 @@ class NestedTest:
 
 def nested_test(
     simulator: Simulator,
-    observation: ArrayLike,
+    x_obs: ArrayLike,
     statistic: Callable[[Array], ArrayLike],
     null_theta: ArrayLike,
     *,
@@ -78,13 +85,26 @@ def nested_test(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> NestedTest:
-    r"""p-value and significance of H0: theta in null_theta, large values of the statistic speaking against it.
+    r"""p-value and significance of H0: theta in null_theta, rejected for large values of the statistic.
 
-    Args: simulator: draws the toys. observation: one x (k,). statistic: x (n, k) -> t (n,), e.g. 2 [max log L - max log L under H0]; the
-    same function sees observation and toys. null_theta: (d,) or (m, d), the null's points. n_toys: at each point. dof: degrees of
-    freedom of the chi-square beside it. seed: of the toys.
+    Args:
+        simulator: simulates the toys.
+        x_obs: (k,), one observation.
+        statistic: function x (n, k) -> t (n,), e.g. 2 [max log L - max log L under H0], applied to observation and toys.
+        null_theta: (d,) or (m, d), the points of the null hypothesis.
+        n_toys: at each point.
+        dof: degrees of freedom for the p-value by Wilks' theorem.
+        seed: of the toys.
+        progress: default none.
+
     Raises: ShapeError, NonFiniteError (the statistic too), SupportError, DataError, SettingError, SimulatorMismatchError.
-    Source: module docstring.   Read: p < 0.05 is weak; 3 sigma is evidence, 5 sigma a discovery, before any look elsewhere.
+    Source: module docstring.   Read: 3 sigma is evidence, 5 sigma a discovery, not corrected for a look-elsewhere effect.
+
+    >>> import sbi_phys as sp
+    >>> prior = sp.BoxPrior([sp.Parameter("mu", 0, 9)])
+    >>> counts = sp.FunctionSimulator(lambda theta, rng: rng.poisson(4 + theta), prior, [sp.Observable("n", 1, kind="counts")])
+    >>> bool(sp.comparison.nested_test(counts, [4], lambda x: x[:, 0], [0.0], n_toys=500).pvalue > 0.3)
+    True
     """
     check_simulator(simulator)
     points = as_matrix("null_theta", null_theta, simulator.prior.dim, simulator.prior.names)
@@ -92,12 +112,12 @@ def nested_test(
     n_toys = require_int("n_toys", n_toys, low=19)
     if not callable(statistic):
         raise SettingError(f"statistic is {statistic!r}; expected a function x (n, k) -> t (n,)")
-    x = as_real("observation", observation)
+    x = as_real("x_obs", x_obs)
     if x.ndim == 2 and x.shape[0] == 1:
         x = x[0]
     if x.ndim != 1:
-        raise ShapeError(f"observation has shape {x.shape}; expected (k,), one observation")
-    require_finite("observation", x)
+        raise ShapeError(f"x_obs has shape {x.shape}; expected (k,), one observation")
+    require_finite("x_obs", x)
     observed = float(_values(statistic, x[None])[0])
     toys = np.empty((len(points), n_toys))
     with or_none(progress).task("toys", total=toys.size) as task:
@@ -115,7 +135,7 @@ def nested_test(
 def _result(observed: float, above: Integers, worst: int, theta: Array, toys: Array, dof: float | None) -> NestedTest:
     n, k = toys.size, int(above[worst])
     pvalues = (1 + above) / (n + 1)
-    # Clopper-Pearson at 68.3 %: the ends at which k or more, k or fewer toys have a probability of 15.9 %
+    # Clopper-Pearson at 68.3 %: at the ends, k or more (k or fewer) toys have a probability of 15.9 %
     low = float(betaincinv(k, n - k + 1, 0.1587)) if k else 0.0
     high = float(betaincinv(k + 1, n - k, 0.8413)) if k < n else 1.0
     pvalue = float(pvalues[worst])

@@ -1,20 +1,20 @@
-r"""The classifier behind Bayes factors: log p(x | M_k) up to a common constant, for K models at once.
+r"""The classifier for Bayes factors: log p(x | M_k) up to a common constant, for K models at once.
 
     minimise  -sum_i w_i log softmax(f(x_i))_{k_i},   sum of w equal for all models,     f_k*(x) - f_j*(x) = log p(x | M_k) / p(x | M_j)
 
-The last layer sees [t(x), q(x), silu(h)]: features h of the observation, and all its products q = (x_i, x_i x_j) where it has few columns,
-else a few learned linear combinations with their squares. Between two Gaussian models, conjugate ones for instance,
-log p(x | M_1) / p(x | M_0) is a quadratic form in x: that part costs the network nothing, and it is right in the tails, where no
-simulation of the other model has ever been. Where all of x are counts there is their total T besides,
-t = (T / m, log(1 + T), log(m + T), sqrt((3/8 + T) / m)) with m its typical value: between two gamma priors of one Poisson rate,
+The inputs of the last layer are [t(x), q(x), silu(h)]: features h of the observation, and all products q = (x_i, x_i x_j) if there are few
+columns, else a few learned linear combinations and their squares. Between two Gaussian models, for instance conjugate ones,
+log p(x | M_1) / p(x | M_0) is a quadratic form in x. The network need not learn that part, and it is right in the tails, where there are
+no simulations of the other model. If all of x are counts, functions of their total T are added,
+t = (T / m, log(1 + T), log(m + T), sqrt((3/8 + T) / m)), with m its typical value. Between two gamma priors of one Poisson rate,
 
     log p(x | M_1) / p(x | M_0) = log Gamma(a_1 + T) / Gamma(a_0 + T) - T log((b_1 + n) / (b_0 + n)) + constant,
 
-which these hold to some hundredths, for few counts and for many.
+which a combination of these functions approximates to a few hundredths, for few counts and for many.
 
-After the training the last layer is solved for exactly, by Newton's method: a convex problem in few numbers. It is solved with t alone,
-with t and q, and with everything, on the training rows, and the simplest is taken whose held-out loss is within one standard error
-of the best one's (the one-standard-error rule): features that are not needed only add noise to every Bayes factor.
+After the training the last layer is solved exactly by Newton's method, a convex problem with few unknowns. It is solved on the training
+rows with t alone, with t and q, and with all features. The simplest choice whose held-out loss is within one standard error of the best is
+used (the one-standard-error rule), because unnecessary features add noise to every Bayes factor.
 
 Source: Radev et al. 2021, arXiv:2004.10629; Hastie, Tibshirani & Friedman 2009, The Elements of Statistical Learning, sec. 7.10 (the rule).
 """
@@ -38,18 +38,18 @@ N_SQUARES = 8
 N_PRODUCTS = 12  # columns up to which all products are taken
 N_TOTALS = 4
 _ROWS = 16384
-_RIDGE = 1e-6  # holds the last layer where the rows say nothing
-_RIDGE_TOTALS = 1e-10  # these are nearly a combination of each other: what is right may need large weights
+_RIDGE = 1e-6  # keeps weights near the trained ones where the rows do not determine them
+_RIDGE_TOTALS = 1e-10  # smaller, because these features are nearly collinear and may need large weights
 _NEWTON_STEPS = 15
-_MOST_WEIGHTS = 1500  # of the last layer, beyond which its Hessian is too large to be worth it
+_MOST_WEIGHTS = 1500  # of the last layer, above which its Hessian takes too long
 
 
 class ModelNet(nn.Module):
     """Scores f (n, K) of K models, f_0 = 0; all are zero at the start.
 
     Args: n_models K. x_shape: of one observation. embedding: shape of the perceptron, or a module (n, *x_shape) -> (n, k).
-    seed: of the initial weights; the global torch generator is left as it was. scaler: of the observations, which tells counts; None:
-    there are none.   Raises: ShapeError.
+    seed: of the initial weights; the global torch generator is not changed. scaler: of the observations, which marks counts; None:
+    no counts.   Raises: ShapeError.
     """
 
     centre: Tensor
@@ -66,7 +66,7 @@ class ModelNet(nn.Module):
     ) -> None:
         super().__init__()
         self.counts = scaler is not None and bool(scaler.counts.all()) and not isinstance(embedding, nn.Module)
-        if scaler is not None and self.counts:  # Anscombe's roots, standardised: what they were comes back by these
+        if scaler is not None and self.counts:  # to undo the standardisation of the square roots
             self.register_buffer("centre", torch.from_numpy(scaler.mean.ravel()), persistent=False)
             self.register_buffer("scale", torch.from_numpy(scaler.scale.ravel()), persistent=False)
         with torch.random.fork_rng([]):
@@ -79,14 +79,14 @@ class ModelNet(nn.Module):
             n_products = n_inputs * (n_inputs + 3) // 2 if self.combine is None else 2 * self.combine.out_features
             n_totals = N_TOTALS if self.counts else 0
             ends = [n_totals, n_totals + n_products] if self.plain else []
-            # how many of the features each of the ever richer last layers has
+            # number of features of each choice of last layer, in increasing order
             self.stages = tuple(k for k in (*ends, n_totals + n_products + n_features) if k)
             self.head = nn.Linear(self.stages[-1], n_models - 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def features(self, x: Tensor) -> Tensor:
-        """X (n, ...) -> what the last layer sees (n, k)."""
+        """X (n, ...) -> inputs of the last layer (n, k)."""
         h = self.embedding(x)
         z = torch.flatten(x, start_dim=1) if self.plain else h
         if self.combine is None:
@@ -117,7 +117,7 @@ def model_loss(net: nn.Module, x: Tensor, label: Tensor, weight: Tensor) -> Tens
 
 @torch.no_grad()
 def finish(net: ModelNet, train: Sequence[Tensor], valid: Sequence[Tensor]) -> int:
-    """Solve for the last layer with the simplest features that do as well as any -> how many of the features are used.
+    """Solve for the last layer with the simplest sufficient features -> the number of features used.
 
     Args: train, valid: rows x, label, weight. The choice is made on the held-out rows, the solution on all of them.
     """

@@ -35,19 +35,27 @@ Labels = Integers
 
 ECE, LOG_SCORE = "calibration error", "log score"
 
-_FLOOR = 1e-12  # a probability of zero for what happened is very wrong, not infinitely so
+_FLOOR = 1e-12  # smallest probability in the log score, which would be infinite for probability zero
 
 MIN_ROWS = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbabilityCalibration:
-    """Reliability of the probabilities of K models in n data sets. All without unit.
+    """Result of `check_probabilities`: reliability of the probabilities of K models in n data sets; dimensionless.
 
-    names (K,). predicted, observed (K, b): mean probability and share of the model per bin, NaN where a bin is empty.
-    band (K, b, 2): where 95 % of the shares lie if the probabilities are right, per bin. counts (K, b).
-    ece, its mean under the null null_ece and 95 % quantile; log_score and its null mean, nats.
+    names (K,). predicted, observed (K, b): mean probability and fraction from the model in each bin, NaN where a bin is empty.
+    band (K, b, 2): central 95 % of the fractions if the probabilities are right, for each bin. counts (K, b).
+    ece, with its mean null_ece and 95 % quantile under the null; log_score and its mean under the null, nats.
     pvalues by test; pvalue, the smallest times their number.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> p = rng.uniform(size=500)
+    >>> result = sp.comparison.check_probabilities(np.column_stack([1 - p, p]), rng.uniform(size=500) < p, ["a", "b"])
+    >>> result.verdict, result.predicted.shape
+    ('calibrated', (2, 10))
     """
 
     names: tuple[str, ...]
@@ -77,8 +85,8 @@ class ProbabilityCalibration:
         """Return the result in words."""
         return (
             f"Probabilities of {', '.join(self.names)} in {self.n} data sets: {self.verdict} (p = {self.pvalue:.3g}); "
-            f"calibration error {self.ece:.4f}, {self.null_ece:.4f} expected and {self.null_ece_95:.4f} at most if right; "
-            f"log score {self.log_score:.4f}, {self.null_log_score:.4f} expected"
+            f"calibration error {self.ece:.4f}, expected {self.null_ece:.4f} and below {self.null_ece_95:.4f} in 95 % if calibrated; "
+            f"log score {self.log_score:.4f}, expected {self.null_log_score:.4f}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +100,7 @@ class ProbabilityCalibration:
         return cls(**(content | arrays | {"names": tuple(content["names"])}))
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw observed shares against predicted probabilities.   Read: on the diagonal, within the bars = calibrated."""
+        """Draw observed fractions against predicted probabilities.   Read: on the diagonal, within the bars = calibrated."""
         return figures.calibration.model_reliability(self, ax)
 
 
@@ -105,12 +113,26 @@ def check_probabilities(
     n_toys: int = 1000,
     seed: int = 0,
 ) -> ProbabilityCalibration:
-    r"""Test of calibration of probabilities p (n, K) with what was true, k (n,) in 0..K-1.
+    r"""Test of the calibration of probabilities p (n, K) with true labels k (n,) in 0..K-1.
 
-    Args: probabilities: rows sum to 1. labels: whole numbers, of data sets that the classifier has not seen. names: K.
-    n_bins: of equal content. n_toys: draws of the labels under the null; the p-value is at least 1 / (n_toys + 1).
+    Args:
+        probabilities: (n, K), rows sum to 1.
+        labels: (n,), integers, of data sets that were not used in training.
+        names: K names.
+        n_bins: bins of equal content.
+        n_toys: draws of the labels under the null; the p-value is at least 1 / (n_toys + 1).
+        seed: of these draws.
+
     Raises: ShapeError, NonFiniteError, DataError (rows that do not sum to 1, labels out of range, fewer than 50 rows), SettingError.
     Source: Vaicenavicius et al. 2019, arXiv:1902.06977.   Read: p < 0.05 = not calibrated.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> p = rng.uniform(size=2000)
+    >>> sharp = p**3 / (p**3 + (1 - p) ** 3)  # probabilities too close to 0 and 1
+    >>> sp.comparison.check_probabilities(np.column_stack([1 - sharp, sharp]), rng.uniform(size=2000) < p).verdict
+    'overconfident'
     """
     p, k = _checked(probabilities, labels)
     n, n_models = p.shape
@@ -176,17 +198,17 @@ def _bins(p: Array, n_bins: int) -> Labels:
 
 
 def _sums(labels: Labels, bins: Labels, n_bins: int) -> Array:
-    """How many data sets of each model lie in each of its bins (K, n_bins)."""
+    """Number of data sets of each model in each of its bins (K, n_bins)."""
     return np.stack([np.bincount(b[labels == m], minlength=n_bins) for m, b in enumerate(bins)]).astype(np.float64)
 
 
 def _upper(toys: Array, value: float) -> float:
-    # rounding of equal sums must not count as a difference
+    # equal sums may differ by rounding
     return float((1 + (toys >= value - 1e-12).sum()) / (toys.size + 1))
 
 
 def require_names(name: str, names: Sequence[str]) -> int:
-    """Place of a model among the names.   Raises: SettingError with the nearest name."""
+    """Index of a model among the names.   Raises: SettingError with the nearest name."""
     return list(names).index(require_choice("model", name, names))
 
 

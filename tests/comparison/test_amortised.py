@@ -36,7 +36,14 @@ MODELS = {"narrow": gaussian(0.3), "wide": gaussian(1.0)}
 @pytest.fixture(scope="module")
 def trained():
     return model_comparison(
-        MODELS, [0.3, 0.1, -0.2, 1.0], n=10_000, n_ensemble=1, embedding=SMALL, config=QUICK, n_check=1000, prior={"narrow": 1, "wide": 2}
+        MODELS,
+        [0.3, 0.1, -0.2, 1.0],
+        n_simulations=10_000,
+        n_ensemble=1,
+        embedding=SMALL,
+        config=QUICK,
+        n_check=1000,
+        prior={"narrow": 1, "wide": 2},
     )
 
 
@@ -62,7 +69,7 @@ def test_probabilities_follow_the_prior_odds(trained):
     np.testing.assert_allclose(np.log(p[:, 1] / p[:, 0]), trained.log_bayes_factor(x, "wide", "narrow") + np.log(2), atol=1e-9)
     equal = trained.probabilities(x, {"narrow": 1, "wide": 1})
     np.testing.assert_allclose(p[:, 1] / p[:, 0], 2 * equal[:, 1] / equal[:, 0])
-    np.testing.assert_allclose(trained.probability, trained.probabilities(trained.observation))
+    np.testing.assert_allclose(trained.probability, trained.probabilities(trained.x_obs))
 
 
 def test_the_calibration_is_part_of_the_result(trained):
@@ -73,7 +80,13 @@ def test_the_calibration_is_part_of_the_result(trained):
 
 
 def test_the_same_seed_gives_the_same_numbers():
-    settings = {"n": 500, "n_check": 0, "n_ensemble": 2, "embedding": SMALL, "config": TrainConfig(batch_size=128, max_epochs=2)}
+    settings = {
+        "n_simulations": 500,
+        "n_check": 0,
+        "n_ensemble": 2,
+        "embedding": SMALL,
+        "config": TrainConfig(batch_size=128, max_epochs=2),
+    }
     first, again, other = (model_comparison(MODELS, seed=s, **settings) for s in (1, 1, 2))
     x = data(5)
     np.testing.assert_array_equal(first.probabilities(x), again.probabilities(x))
@@ -96,7 +109,7 @@ def test_three_models_handed_in_as_simulations():
 
 def test_models_of_event_sets():
     models = {shape: LineSearch(n_events=[5, 20], background=shape, f_max=0.05) for shape in ("exponential", "power")}
-    settings = {"n": 3000, "n_check": 500, "n_ensemble": 1, "config": TrainConfig(batch_size=128, max_epochs=6)}
+    settings = {"n_simulations": 3000, "n_check": 500, "n_ensemble": 1, "config": TrainConfig(batch_size=128, max_epochs=6)}
     got = model_comparison(models, embedding=DeepSet(1, hidden=16, n_pooled=16, config=SMALL), **settings)
     x = models["power"].simulate(models["power"].prior.sample(4, rng_for(0)), rng_for(1))
     slots = x.reshape(4, 20, 2)
@@ -175,7 +188,7 @@ def test_the_last_layer_is_at_its_optimum():
 )
 def test_bad_models(models, error, words):
     with pytest.raises(error, match=words):
-        model_comparison(models, n=100, n_check=150)
+        model_comparison(models, n_simulations=100, n_check=150)
 
 
 def test_bad_data_and_names(trained):

@@ -35,7 +35,7 @@ class Near:
 
 def test_the_evidence_is_the_closed_form():
     for sim in (NARROW, WIDE):
-        got = importance_evidence(sim, Near(sim), X, n=20_000)
+        got = importance_evidence(sim, Near(sim), X, n_draws=20_000)
         assert got.log_evidence == pytest.approx(log_evidence(sim, X), abs=4 * got.log_evidence_err)
         assert got.log_evidence_err < 0.01
 

@@ -63,7 +63,7 @@ def test_no_toy_reaches_a_discovery():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"observation": [[1.0], [2.0]]}, ShapeError, "observation"),
+        ({"x_obs": [[1.0], [2.0]]}, ShapeError, "x_obs"),
         ({"statistic": "t"}, SettingError, "statistic"),
         ({"statistic": lambda x: np.full(len(x), np.nan)}, DataError, "statistic is nan"),
         ({"statistic": lambda x: x}, ShapeError, "statistic"),
@@ -72,7 +72,7 @@ def test_no_toy_reaches_a_discovery():
     ],
 )
 def test_bad_input(change, error, words):
-    settings = {"observation": [1.0], "statistic": square, "null_theta": [0.0], **change}
+    settings = {"x_obs": [1.0], "statistic": square, "null_theta": [0.0], **change}
     with pytest.raises(error, match=words):
         nested_test(TOY, **settings)
     with pytest.raises(SupportError, match="outside the prior"):
