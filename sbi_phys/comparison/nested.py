@@ -40,9 +40,11 @@ class NestedTest:
     deviations, with significance_interval. null_theta (d,), the point of the null with the largest p-value; pvalues (m,) of all points.
     toys (n_toys,), the statistic at that point. wilks, the p-value by chi-square if dof was given, else None.
 
+    >>> from types import SimpleNamespace
     >>> import sbi_phys as sp
     >>> prior = sp.BoxPrior([sp.Parameter("mu", 0, 9)])
-    >>> counts = sp.FunctionSimulator(lambda theta, rng: rng.poisson(4 + theta), prior, [sp.Observable("n", 1, kind="counts")])
+    >>> facts = dict(prior=prior, parameters=prior.parameters, observables=(sp.Observable("n", 1),), settings={})
+    >>> counts = SimpleNamespace(simulate=lambda theta, rng: rng.poisson(4 + theta), **facts)
     >>> result = sp.comparison.nested_test(counts, [14], lambda x: x[:, 0], [0.0], n_toys=500)  # 4 events expected
     >>> result.toys.shape, bool(result.pvalue < 0.01), bool(result.significance > 2.3)
     ((500,), True, True)
@@ -100,9 +102,11 @@ def nested_test(
     Raises: ShapeError, NonFiniteError (the statistic too), SupportError, DataError, SettingError, SimulatorMismatchError.
     Source: module docstring.   Read: 3 sigma is evidence, 5 sigma a discovery, not corrected for a look-elsewhere effect.
 
+    >>> from types import SimpleNamespace
     >>> import sbi_phys as sp
     >>> prior = sp.BoxPrior([sp.Parameter("mu", 0, 9)])
-    >>> counts = sp.FunctionSimulator(lambda theta, rng: rng.poisson(4 + theta), prior, [sp.Observable("n", 1, kind="counts")])
+    >>> facts = dict(prior=prior, parameters=prior.parameters, observables=(sp.Observable("n", 1),), settings={})
+    >>> counts = SimpleNamespace(simulate=lambda theta, rng: rng.poisson(4 + theta), **facts)
     >>> bool(sp.comparison.nested_test(counts, [4], lambda x: x[:, 0], [0.0], n_toys=500).pvalue > 0.3)
     True
     """
