@@ -37,9 +37,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get
 from benchmarks.campaign_toys import CRASHES, HANGS, NANS, Events, Rows, Work
 from benchmarks.suite.table import Numbers, Part, arguments, fill, run_parts, table
 from sbi_phys.core.errors import StoreError
+from sbi_phys.simulation._dispatch import Campaign
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.simulation.clusters import cluster_executor
-from sbi_phys.simulation.dispatch import Campaign
 from sbi_phys.store.manifest import list_shards
 from sbi_phys.store.store import Store
 from simulators import SourceSpectrum

@@ -1,12 +1,15 @@
-r"""Simulations on disk: theta_i ~ p(theta), x_i ~ p(x | theta_i), in shards, over any `concurrent.futures.Executor`.
+r"""The campaign: draw theta_i ~ p(theta) and x_i ~ p(x | theta_i) into the shards of a store, on one machine or many.
 
     store = simulate(simulator, 100_000, "runs/spectra", seed=0, workers=2)
     theta, x = store.read()
 
-Every shard follows from (seed, shard), so the bytes on disk are those of an undisturbed run with one worker, whatever
-happened: several workers, a kill, a full disk, a power cut. The same call again continues, and a larger n adds rows.
+Each shard depends on (seed, shard) alone, so the files have the same bytes for any number of workers and after any interruption (a killed
+process, a full disk, a power cut). The same call continues an interrupted campaign, and a larger n adds rows.
 
     simulate(simulator, 100_000, "/shared/spectra", seed=0, shards="3/25")      one of 25 array jobs on the same folder
+
+Reading order: `protocol` (what a simulator is), this file, `_dispatch` (shards to workers), `workers` (one shard), `_sandbox` (isolating
+crashes), `processes` (worker processes), `clusters` (batch systems). `external` makes simulators of functions and programs.
 """
 
 import os
@@ -25,8 +28,8 @@ from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Prior, prior_from_dict
 from sbi_phys.priors.parameters import observables_to_dicts
-from sbi_phys.simulation.dispatch import Campaign, complete
-from sbi_phys.simulation.protocol import Simulator, check_simulator, load_simulator
+from sbi_phys.simulation._dispatch import Campaign, complete
+from sbi_phys.simulation.protocol import Simulator, check_simulator
 from sbi_phys.simulation.workers import close_sandboxes
 from sbi_phys.store.identity import simulator_identity
 from sbi_phys.store.layout import Layout
@@ -35,9 +38,9 @@ from sbi_phys.store.manifest import Plan, existing_header, plan_store, remove_li
 from sbi_phys.store.shards import Header
 from sbi_phys.store.store import Store
 
-__all__ = ["Simulator", "check_simulator", "load_simulator", "simulate", "simulator_identity"]
+__all__ = ["simulate"]
 
-# Rows of a shard unless asked otherwise. Not a function of n: asking for more rows later must lead to the same folder.
+# Default rows per shard. Not a function of n, so that a later call with a larger n extends the same store.
 _SHARD_ROWS, _SHARD_BYTES = 4096, 64 * 2**20
 
 
@@ -60,33 +63,39 @@ def simulate(
     isolate: bool = False,
     progress: Progress | None = None,
 ) -> Store:
-    r"""Draw n rows theta ~ p(theta), x ~ p(x | theta) and keep them in the store at `path`, continuing what is there.
+    r"""Draw n rows theta ~ p(theta), x ~ p(x | theta) into the store at `path`, or continue the store that exists there.
 
-    Rows that fail (the simulator raises, or x is not finite) are kept and flagged with the reason, never dropped. A script that
-    uses workers needs the usual guard `if __name__ == "__main__":`, as each worker imports it.
+    Rows that fail (the simulator raises, or x is not finite) are kept and flagged with the reason. A script that uses workers
+    needs the guard `if __name__ == "__main__":`, because each worker imports the script.
 
     Args:
         simulator: a `Simulator`; with workers, of a class at the top of a module that they can import.
-        n: rows of the finished store, those already there included; a store that holds more keeps them. None: those of theta.
-        path: folder of the store, made if it is not there.
+        n: rows of the finished store, including existing ones; a store that has more keeps them. None: the rows of theta.
+        path: folder of the store, created if missing.
         prior: p(theta), default `simulator.prior`; another prior must have the same parameters.
-        theta: (n, d), parameters' units, within the prior: simulate there instead of drawing. The seed then drives x alone:
-            give each round of a sequence another one, else row i of every round has the same noise.
+        theta: (n, d), in the parameters' units and within the prior: simulate at these values instead of drawing them. The seed
+            then determines x alone; use another seed in each round of a sequence, else row i has the same noise in every round.
         seed: integer >= 0. Theta of shard i come from the generator (seed, "theta", i), x from (seed, "x", i).
-        workers: processes; default one a core, or none if the rest takes under 3 s. With an executor: tasks it takes at once.
+        workers: processes; default one per core, or none if the work takes less than 3 s. With an executor: its parallel tasks.
         executor: any `concurrent.futures.Executor`; it is not shut down.
-        send_back: whether its workers send shards back instead of writing them; None: those do that do not see the folder.
-        shard_size: rows of a file, what a worker takes at once and what a kill loses; default 4096, at most 64 MiB.
+        send_back: whether its workers send shards back instead of writing them; None: those without access to the folder do.
+        shard_size: rows per file, the unit of work and of loss after a kill; default 4096, at most 64 MiB.
         dtype: of x on disk, 'float32' or 'float64'. Counts above 2^24 that float32 would change are refused.
-        layout: compression, chunks, dtypes and shapes of single observables; default that of the store at `path`, else none.
-        shards: write these alone, beside other such calls: a range, '0:64', '7' or '3/100' (`storage.plan.shard_range`).
-        timeout: seconds of one row alone; the simulator then runs in a process of its own, which is ended and replaced.
-        isolate: the same without a limit. A row at which it crashes or exits is flagged.
-        progress: default none.
+        layout: compression, chunks, dtypes and shapes of single observables; default that of the existing store, else none.
+        shards: make only these, in parallel with other such calls: a range, '0:64', '7' or '3/100'.
+        timeout: seconds allowed per row; the simulator then runs in a separate process, which is killed and replaced.
+        isolate: run the simulator in a separate process without time limit; a row that crashes it is flagged.
+        progress: display; default none.
 
-    Returns: the store, complete unless `shards` names some.
+    Returns: the store, complete unless `shards` selects some.
     Raises: SettingError, SimulatorMismatchError, ShapeError, NonFiniteError, SupportError (theta), DataError (all rows of a shard fail,
-        x does not fit the dtype), StoreError (folder of other settings, locked or read-only, shards of another job, dying workers).
+        x does not fit the dtype), StoreError (store of other settings, locked or read-only, shards of another job, crashing workers).
+
+    >>> from simulators import OnOff
+    >>> store = simulate(OnOff(), 500, "on_off", seed=1)
+    >>> theta, x = store.read()
+    >>> theta.shape, x.shape
+    ((500, 2), (500, 2))
     """
     check_simulator(simulator)
     prior = _check_prior(simulator, prior)
@@ -109,7 +118,7 @@ def simulate(
 
 
 def _enter(folder: Path, plan: Callable[[], Plan], shards: object, on_exit: ExitStack) -> Plan:
-    """Lock the folder, whole or the shards of an array job, clear away what killed runs left there, and plan."""
+    """Lock the whole folder or the shards of an array job, remove files left by killed runs, and plan the work."""
     if shards is None:
         on_exit.enter_context(StoreLock(folder))
         remove_litter(folder)
@@ -158,7 +167,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise StoreError(f"{folder} can not be made: {err.strerror}; expected a path where a folder may be made") from err
+        raise StoreError(f"{folder} cannot be created: {err.strerror}; expected a path where a folder can be created") from err
 
 
 def _header(
@@ -171,7 +180,7 @@ def _header(
     given: Array | None,
     folder: Path,
 ) -> Header:
-    """Header of the store this call is about; shard size and layout that are not asked for are those of the store that is there."""
+    """Return the header of the store; shard size and layout default to those of an existing store."""
     require_choice("dtype", dtype, ("float32", "float64"))
     description = prior.to_dict()
     try:
@@ -179,12 +188,12 @@ def _header(
     except DataError:
         same = False
     if not same:
-        raise SettingError(f"prior {prior!r} can not be rebuilt from its to_dict(); expected one of the priors of sbi_phys.priors")
+        raise SettingError(f"prior {prior!r} cannot be rebuilt from its to_dict(); expected one of the priors of sbi_phys.priors")
     observables = observables_to_dicts(simulator.observables)
-    there = existing_header(folder) if shard_size is None or layout is None else None
+    existing = existing_header(folder) if shard_size is None or layout is None else None
     if shard_size is None:
         row_bytes = 8 * prior.dim + np.dtype(dtype).itemsize * sum(o.size for o in simulator.observables)
-        shard_size = there.shard_size if there is not None else max(1, min(_SHARD_ROWS, _SHARD_BYTES // row_bytes))
+        shard_size = existing.shard_size if existing is not None else max(1, min(_SHARD_ROWS, _SHARD_BYTES // row_bytes))
     return Header(
         simulator=simulator_identity(simulator),
         prior=description,
@@ -193,7 +202,7 @@ def _header(
         shard_size=require_int("shard_size", shard_size, low=1),
         dtype=dtype,
         theta="prior" if given is None else "given",
-        layout=_check_layout(layout, observables, dtype) if layout is not None or there is None else there.layout,
+        layout=_check_layout(layout, observables, dtype) if layout is not None or existing is None else existing.layout,
     )
 
 

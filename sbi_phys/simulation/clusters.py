@@ -1,12 +1,12 @@
-r"""Clusters as executors: a running Dask scheduler, or workers that dask-jobqueue starts on HTCondor, Slurm and their kind.
+r"""Executors on clusters: a running Dask scheduler, or workers that dask-jobqueue starts on HTCondor, Slurm and other batch systems.
 
     with cluster_executor(scheduler="tcp://head:8786") as (executor, n_workers):
         sp.simulate(simulator, 10**7, "/shared/spectra", executor=executor, workers=n_workers)
 
-The workers import the simulator's module. Those that see the store's folder, under the same path, write the shards themselves; others send
-them back. Workers that come later (jobs of a batch system start one by one) get work as they come.
+The workers import the simulator's module. Workers with access to the store's folder, under the same path, write the shards themselves;
+the others send them back. Workers that start later, as jobs of a batch system do, receive work when they start.
 
-A cluster file is TOML: `kind`, the number of `jobs`, and the settings of dask-jobqueue's class of that kind.
+A cluster file is TOML with `kind`, the number of `jobs`, and the settings of dask-jobqueue's class for that kind.
 
     kind = "slurm"
     jobs = 50
@@ -44,7 +44,7 @@ _PATIENCE_S = 60.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterFile:
-    """A batch system's workers: kind, number of jobs, and settings of dask-jobqueue's class.   Raises: SettingError."""
+    """Workers on a batch system: kind, number of jobs, and settings of dask-jobqueue's class.   Raises: SettingError."""
 
     kind: str
     jobs: int
@@ -61,7 +61,7 @@ class ClusterFile:
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as err:
-            raise SettingError(f"{path} can not be read: {err.strerror}; expected a TOML file of a cluster") from err
+            raise SettingError(f"{path} cannot be read: {err.strerror}; expected a TOML file that describes a cluster") from err
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
             raise SettingError(f"{path} is not TOML: {err}") from err
         require_known(str(path), values, ["kind", "jobs", "settings"])
@@ -71,19 +71,19 @@ class ClusterFile:
         return cls(**values)
 
     def start(self) -> Any:
-        """Return the dask-jobqueue cluster, its scheduler running here, no job submitted yet.   Raises: SettingError, SbiPhysError."""
+        """Start dask-jobqueue's scheduler in this process; no job is submitted yet.   Raises: SettingError, SbiPhysError."""
         try:
             import dask_jobqueue
         except ImportError as err:
             raise SbiPhysError("a cluster file needs dask-jobqueue; expected `pip install sbi_phys[cluster]`") from err
         try:
-            # any free port for the dashboard: a second campaign on the same head node must not fail over the first one's
+            # any free port for the dashboard, so that several campaigns can run on one head node
             return getattr(dask_jobqueue, KINDS[self.kind])(**{"scheduler_options": {"dashboard_address": ":0"}, **self.settings})
         except (TypeError, ValueError) as err:
             raise SettingError(f"dask-jobqueue's {KINDS[self.kind]} does not take settings {self.settings}: {err}") from err
 
     def job_script(self) -> str:
-        """The script that is submitted for each job."""
+        """Return the script that is submitted for each job."""
         with self.start() as cluster:
             return str(cluster.job_script())
 
@@ -92,11 +92,15 @@ class ClusterFile:
 def cluster_executor(
     *, scheduler: str = "", cluster: str | Path | ClusterFile = "", say: Callable[[str], object] | None = None
 ) -> Iterator[tuple[Executor | None, int | None]]:
-    """An executor over Dask's workers and how many there are; (None, None) if neither is named.
+    """Yield an executor over Dask's workers and their number, or (None, None) if no cluster is given.
 
-    Args: scheduler: address such as tcp://host:8786. cluster: a ClusterFile or its path; its jobs are submitted, and cancelled at the end.
-    say: gets the dashboard's address.
-    Raises: SettingError (both are named, an unreachable scheduler, no worker within a minute), SbiPhysError (Dask is not installed).
+    Args: scheduler: address such as tcp://host:8786. cluster: a ClusterFile or its path; its jobs are submitted, and cancelled at the
+    end. say: function that receives the dashboard's address.
+    Raises: SettingError (both are given, an unreachable scheduler, no worker within a minute), SbiPhysError (Dask is not installed).
+
+    >>> with cluster_executor() as (executor, n_workers):  # without a cluster: the defaults of `simulate`
+    ...     print(executor, n_workers)
+    None None
     """
     if scheduler and cluster:
         raise SettingError(f"scheduler {scheduler!r} and cluster {str(cluster)!r} are both given; expected one of them")
@@ -111,7 +115,7 @@ def cluster_executor(
         try:
             client = Client(scheduler, timeout=_PATIENCE_S / 6, set_as_default=False)
         except (OSError, ValueError, TypeError) as err:
-            raise SettingError(f"scheduler {scheduler!r} can not be reached: {str(err).splitlines()[0]}; expected tcp://host:port") from err
+            raise SettingError(f"scheduler {scheduler!r} cannot be reached: {str(err).splitlines()[0]}; expected tcp://host:port") from err
         with client:
             yield _executor(client, say, f"the scheduler {scheduler}")
         return
@@ -129,6 +133,6 @@ def _executor(client: Any, say: Callable[[str], object] | None, where: str, pati
         client.wait_for_workers(1, timeout=patience)
     except TimeoutError as err:
         raise SettingError(f"{where} has no worker after {patience:g} s; expected at least one") from err
-    # shards are pure: what has been given up after three dead workers is the package's own to try again
+    # pure=False, so that a shard can be submitted again after Dask gave it up
     executor: Executor = client.get_executor(pure=False)
     return executor, sum(client.nthreads().values())

@@ -1,11 +1,11 @@
-r"""Simulators that are Python functions or command line programs, one event at a time.
+r"""Simulators made of a Python function or a command line program that produces one event per call.
 
     FunctionSimulator("showers:one_event", prior, [Observable("signal", 64)])
     CommandSimulator(["corsika", "--energy", "{energy}", "--seed", "{seed}"], prior, [Observable("signal", 64)], timeout=600)
 
-Both fit the `Simulator` protocol. Every event has a generator, or a seed, of its own, and an event that fails is flagged with the reason
-while the others stand: nothing is simulated twice. A program that hangs is killed with all that it has started; a function that crashes its
-process, or hangs, costs its event alone in a `sandbox` (simulate(..., isolate=True) or timeout=).
+Both follow the `Simulator` protocol. Every event has its own generator or seed. An event that fails is flagged with the reason; the other
+events are kept and nothing is simulated twice. A program that exceeds its time limit is killed together with the processes it started. A
+function that crashes or hangs loses only its own event if it runs isolated: simulate(..., isolate=True) or timeout=.
 """
 
 import contextlib
@@ -27,8 +27,7 @@ from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.types import Array
 from sbi_phys.priors import Observable, Parameter, Prior, prior_from_dict
 from sbi_phys.priors.parameters import observables_from_dicts, observables_to_dicts
-from sbi_phys.simulation.processes import event_reason
-from sbi_phys.simulation.protocol import RowsFailedError
+from sbi_phys.simulation.protocol import RowsFailedError, event_reason
 
 __all__ = ["CommandSimulator", "FunctionSimulator"]
 
@@ -38,7 +37,7 @@ _FIELD = re.compile(r"\{(\w+)(?::([^{}]*))?\}")
 
 
 class _Described:
-    """Prior and observables, given as objects or, from a file, as their descriptions."""
+    """Prior and observables, given as objects or as the dictionaries that files hold."""
 
     def __init__(self, prior: Prior | Mapping[str, Any], observables: Sequence[Observable | Mapping[str, Any]]) -> None:
         self.prior = prior if isinstance(prior, Prior) else prior_from_dict(dict(prior))
@@ -54,27 +53,41 @@ class _Described:
 
     @property
     def n_columns(self) -> int:
-        """Numbers of an event."""
+        """Values per event."""
         return sum(o.size for o in self.observables)
 
     def described(self) -> dict[str, Any]:
-        """Return both as JSON values."""
+        """Return prior and observables as JSON values."""
         return {"prior": self.prior.to_dict(), "observables": observables_to_dicts(self.observables)}
 
     def event(self, values: Any) -> Array:
         """One event as (k,).   Raises: DataError."""
         x = np.asarray(values, dtype=np.float64).ravel()
         if x.size != self.n_columns:
-            raise DataError(f"{x.size} numbers; expected {self.n_columns}: {', '.join(f'{o.name} ({o.size})' for o in self.observables)}")
+            raise DataError(
+                f"an event has {x.size} values; expected {self.n_columns}: {', '.join(f'{o.name} ({o.size})' for o in self.observables)}"
+            )
         return x
 
 
 class FunctionSimulator(_Described):
-    """A Python function of one event, function(theta, rng) -> numbers.
+    """A simulator made of a Python function of one event, function(theta, rng) -> values.
 
-    Args: function: 'package.module:name', so that workers and stores can find it again. prior, observables: of the simulator.
-    The function gets theta as a dict {name: value} in the parameters' units, and a numpy generator of its own.
+    The function is called with theta as a dict {name: value}, in the parameters' units, and its own numpy generator.
+
+    Args: function: 'package.module:name', so that workers and stores can import it. prior, observables: of the simulator.
     Raises: SettingError.
+
+    >>> import sys, types
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> def one_event(theta, rng):
+    ...     return [rng.exponential(theta["lifetime"])]
+    >>> sys.modules["decay"] = types.SimpleNamespace(one_event=one_event)  # in place of a file decay.py
+    >>> prior = sp.BoxPrior([sp.Parameter("lifetime", 0.5, 5.0, unit="us")])
+    >>> simulator = FunctionSimulator("decay:one_event", prior, [sp.Observable("time", 1, unit="us")])
+    >>> simulator.simulate(np.array([[1.0], [2.0]]), np.random.default_rng(0)).shape
+    (2, 1)
     """
 
     def __init__(self, function: str, prior: Prior | Mapping[str, Any], observables: Sequence[Observable | Mapping[str, Any]]) -> None:
@@ -85,41 +98,48 @@ class FunctionSimulator(_Described):
         try:
             self._function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as err:
-            raise SettingError(f"function {function!r} can not be found: {err}; expected 'package.module:name'") from err
+            raise SettingError(f"function {function!r} cannot be found: {err}; expected 'package.module:name'") from err
         if not callable(self._function):
-            raise SettingError(f"function {function!r} is a {type(self._function).__name__}; expected a function (theta, rng) -> numbers")
+            raise SettingError(f"function {function!r} is a {type(self._function).__name__}; expected a function (theta, rng) -> values")
         self.function = str(function)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments that rebuild it."""
+        """Keyword arguments that rebuild the simulator."""
         return {"function": self.function, **self.described()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Rebuild by name: functions of a script's own module are found there."""
+        """Pickle by name, so that a worker imports the function."""
         return _rebuild, (type(self), self.settings)
 
     def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
-        """Events x (n, k) at theta (n, d), one call each.   Raises: RowsFailedError."""
+        """Draw events x (n, k) at theta (n, d), one call per event.   Raises: RowsFailedError."""
         return _one_by_one(theta, rng, self.n_columns, self.one_event)
 
     def one_event(self, theta: Array, rng: np.random.Generator) -> Array:
-        """One event x (k,) at theta (d,).   Raises: DataError (another number of numbers), and what the function raises."""
+        """Draw one event x (k,) at theta (d,).   Raises: DataError (wrong number of values), and any error of the function."""
         return self.event(self._function({p.name: float(v) for p, v in zip(self.parameters, theta, strict=True)}, rng))
 
 
 class CommandSimulator(_Described):
-    r"""A command line program, run once an event in an empty folder of its own.
+    r"""A simulator made of a command line program that runs once per event, each time in its own empty folder.
 
     Args:
-        command: program and arguments. {name} is the value of a parameter, {name:.3e} with a format, {seed} a number below 2^31 that
-            follows from the event's generator, {folder} the working folder; braces are doubled to stand for themselves.
+        command: program and arguments, with fields: {name} is the value of a parameter, {name:.3e} the same with a format,
+            {seed} a number below 2^31 drawn from the event's generator, {folder} the working folder; {{ and }} are braces.
         prior, observables: of the simulator.
-        output: file, in the working folder, with the event's numbers (text, white space or commas between them, or .npy); 'stdout'.
-        files: {name: text} of files that the program finds in its folder, with the same fields.
-        timeout: seconds that an event may take; None without limit.
-        retries: more runs, with the same seed, of a program that ended with another status than 0 or left no output.
+        output: file in the working folder with the event's values (.npy, or text separated by white space or commas), or 'stdout'.
+        files: {name: text} of input files to write into the working folder, with the same fields.
+        timeout: seconds allowed per event; None for no limit.
+        retries: further runs, with the same seed, if the program ends with a status other than 0 or leaves no output.
     Raises: SettingError.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 1.0, 10.0, unit="TeV")])
+    >>> simulator = CommandSimulator(["echo", "{energy:.1f}", "2.0"], prior, [sp.Observable("signal", 2)])
+    >>> simulator.simulate(np.array([[3.0]]), np.random.default_rng(0))
+    array([[3., 2.]])
     """
 
     def __init__(
@@ -135,7 +155,7 @@ class CommandSimulator(_Described):
     ) -> None:
         super().__init__(prior, observables)
         if isinstance(command, str) or not command or not all(isinstance(part, str) for part in command):
-            raise SettingError(f"command is {command!r}; expected a list of strings, the program first: no shell reads it")
+            raise SettingError(f"command is {command!r}; expected a list of strings beginning with the program; no shell is used")
         self.command, self.output, self.files = list(command), str(output), dict(files or {})
         self.timeout = None if timeout is None else require_number("timeout", timeout, low=0, open_low=True)
         self.retries = require_int("retries", retries, low=0)
@@ -143,20 +163,20 @@ class CommandSimulator(_Described):
         for text in (*self.command, *self.files.values()):
             for field in _FIELD.findall(text.replace("{{", "").replace("}}", "")):
                 if field[0] not in known:
-                    raise SettingError(f"{{{field[0]}}} in {text!r} is no parameter; expected some of {', '.join(sorted(known))}")
+                    raise SettingError(f"{{{field[0]}}} in {text!r} is not a parameter; expected one of {', '.join(sorted(known))}")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments that rebuild it."""
+        """Keyword arguments that rebuild the simulator."""
         own = {"command": self.command, "output": self.output, "files": self.files, "timeout": self.timeout, "retries": self.retries}
         return {**own, **self.described()}
 
     def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
-        """Events x (n, k) at theta (n, d), one run of the program each.   Raises: RowsFailedError."""
+        """Draw events x (n, k) at theta (n, d), one run of the program per event.   Raises: RowsFailedError."""
         return _one_by_one(theta, rng, self.n_columns, self.one_event)
 
     def one_event(self, theta: Array, rng: np.random.Generator) -> Array:
-        """One event x (k,) at theta (d,).   Raises: TimeoutError, DataError, RuntimeError with the program's status and last words."""
+        """Draw one event x (k,) at theta (d,).   Raises: TimeoutError, DataError, RuntimeError with the program's status and output."""
         values: dict[str, Any] = {p.name: float(v) for p, v in zip(self.parameters, theta, strict=True)}
         values["seed"] = int(rng.integers(2**31))
         for attempt in range(self.retries + 1):
@@ -172,7 +192,7 @@ class CommandSimulator(_Described):
         for name, text in self.files.items():
             (folder / name).write_text(text.format(**values), encoding="utf-8")
         command = [part.format(**values) for part in self.command]
-        # a session of its own, so that what the program starts is found and ended with it
+        # in a new session, so that the processes that the program starts can be killed with it
         process = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
@@ -201,11 +221,11 @@ class CommandSimulator(_Described):
         try:
             return [float(word) for word in text.replace(",", " ").split()]
         except ValueError as err:
-            raise _RunError(f"{self.command[0]} wrote to {self.output} what is no number: {err}") from err
+            raise _RunError(f"{self.command[0]} wrote a value to {self.output} that is not a number: {err}") from err
 
 
 class _RunError(RuntimeError):
-    """A run that ended badly, and may be tried again."""
+    """A run failed and can be repeated."""
 
 
 def _rebuild(kind: type[FunctionSimulator], settings: dict[str, Any]) -> FunctionSimulator:
@@ -213,14 +233,14 @@ def _rebuild(kind: type[FunctionSimulator], settings: dict[str, Any]) -> Functio
 
 
 def _one_by_one(theta: Array, rng: np.random.Generator, n_columns: int, event: Any) -> Array:
-    """Events (n, k), each with a generator of its own; those that fail are named at the end."""
+    """Draw events (n, k), each with its own generator; raise RowsFailedError at the end if some failed."""
     x = np.full((len(theta), n_columns), np.nan)
     reasons: dict[int, str] = {}
     for i, (row, own) in enumerate(zip(theta, rng.spawn(len(theta)), strict=True)):
         try:
             x[i] = event(row, own)
         except MemoryError:
-            raise  # says something about the machine, nothing about the event
+            raise  # a property of the machine, not of the event
         except (Exception, SystemExit) as err:
             reasons[i] = event_reason(err)
     if reasons:
@@ -229,7 +249,7 @@ def _one_by_one(theta: Array, rng: np.random.Generator, n_columns: int, event: A
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill what a program has left behind, and the program."""
+    """Kill a program and the processes that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()

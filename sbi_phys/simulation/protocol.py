@@ -1,7 +1,7 @@
-"""The Simulator protocol: what a physicist's class must offer, how it is named in files and rebuilt from its name.
+"""The Simulator protocol: the attributes and methods that a simulator needs, their checks, and loading a simulator by its name.
 
-A simulator is any object with the attributes of `Simulator`; it inherits from nothing. Its identity,
-`{"class": "package.module:Class", "settings": {...}}`, is what stores and models keep: JSON, no pickled code.
+A simulator is any object with the attributes of `Simulator`; it needs no base class. Stores and models keep its identity,
+`{"class": "package.module:Class", "settings": {...}}`, as JSON; they never keep pickled code.
 """
 
 import importlib
@@ -22,14 +22,15 @@ __all__ = [
     "Simulator",
     "check_output",
     "check_simulator",
+    "event_reason",
     "load_simulator",
 ]
 
 
 class RowsFailedError(Exception):
-    """Some rows of a call of `simulate` failed, and the simulator says which and why; the others are good.
+    """Raised by a simulator when some rows of a call failed; it carries the other rows, which are kept.
 
-    x: (n, k), whatever it holds in the failed rows. reasons: {row: text}.
+    Args: x (n, k), with any values in the failed rows. reasons: {row: text}.
     """
 
     def __init__(self, x: AnyArray, reasons: dict[int, str]) -> None:
@@ -37,9 +38,14 @@ class RowsFailedError(Exception):
         self.x, self.reasons = x, reasons
 
     def __str__(self) -> str:
-        """Say the first reason."""
+        """Return the number of failed rows and the first reason."""
         row, text = next(iter(self.reasons.items()), (0, "no reason"))
         return f"{len(self.reasons)} of {len(self.x)} rows failed, first row {row}: {text}"
+
+
+def event_reason(err: BaseException) -> str:
+    """Reason of a failed event, as it is written to the store."""
+    return f"{type(err).__name__.lstrip('_')}: {err}"
 
 
 _ATTRIBUTES = {"prior": Prior, "parameters": tuple, "observables": tuple, "settings": dict}
@@ -49,9 +55,21 @@ _ATTRIBUTES = {"prior": Prior, "parameters": tuple, "observables": tuple, "setti
 class Simulator(Protocol):
     r"""A simulator x ~ p(x | theta), theta in R^d with units, x in R^k laid out in named blocks of columns.
 
-    prior: p(theta). parameters: the columns of theta, those of the prior. observables: blocks of columns of x, in order,
-    whose sizes sum to k. settings: JSON-able keyword arguments, `type(s)(**s.settings)` is the same simulator.
-    Optional methods that other layers use where they are there: log_likelihood, expected, deviance, observed.
+    prior: p(theta). parameters: the columns of theta, equal to those of the prior. observables: blocks of columns of x, in
+    order; their sizes sum to k. settings: keyword arguments that JSON can hold; `type(s)(**s.settings)` is the same simulator.
+    Optional methods, used where a simulator has them: log_likelihood, expected, deviance, observed.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> class Decay:
+    ...     settings = {}
+    ...     prior = sp.BoxPrior([sp.Parameter("lifetime", 0.5, 5.0, unit="us")])
+    ...     parameters = prior.parameters
+    ...     observables = (sp.Observable("time", 3, unit="us"),)
+    ...     def simulate(self, theta, rng):
+    ...         return rng.exponential(theta, size=(len(theta), 3))
+    >>> isinstance(Decay(), sp.Simulator)
+    True
     """
 
     @property
@@ -75,17 +93,24 @@ class Simulator(Protocol):
         ...
 
     def simulate(self, theta: Array, rng: np.random.Generator) -> AnyArray:
-        """Draw x (n, k) for theta (n, d); all randomness from `rng`; a failed row may be NaN."""
+        """Draw x (n, k) for theta (n, d), with all random numbers from `rng`; NaN marks a failed row."""
         ...
 
 
-def check_simulator(simulator: Simulator, *, n_trial: int = 0, seed: int = 0) -> None:
-    """Check that an object is a Simulator; with n_trial > 0 also run it twice on that many prior draws.
+def check_simulator(simulator: Simulator, *, n_simulations: int = 0, seed: int = 0) -> None:
+    """Check that an object is a Simulator; with n_simulations > 0 also run it twice on that many prior draws.
 
-    The trial finds what attributes do not show: a wrong shape, and numbers that do not follow from the generator passed
-    in (numpy's or torch's global one), which would differ from one worker to the next.
+    The runs find what attributes do not show: a wrong shape, and random numbers that do not come from the generator passed
+    in but from a global one, which would differ between workers.
 
-    Args: n_trial >= 0, rows of the trial; seed of its draws.   Raises: SimulatorMismatchError, SettingError.
+    Args: n_simulations >= 0, rows of a run; seed of the draws.   Raises: SimulatorMismatchError, SettingError.
+
+    >>> from simulators import OnOff
+    >>> check_simulator(OnOff(), n_simulations=10)
+    >>> check_simulator(OnOff)
+    Traceback (most recent call last):
+    ...
+    sbi_phys.core.errors.SimulatorMismatchError: simulator is the class OnOff; expected an object: OnOff(...)
     """
     if isinstance(simulator, type):
         raise SimulatorMismatchError(f"simulator is the class {simulator.__name__}; expected an object: {simulator.__name__}(...)")
@@ -107,20 +132,20 @@ def check_simulator(simulator: Simulator, *, n_trial: int = 0, seed: int = 0) ->
     if len({o.name for o in observables}) < len(observables):
         raise SimulatorMismatchError(f"{where}.observables repeat a name: {tuple(o.name for o in observables)}")
     simulator_identity(simulator)
-    if require_int("n_trial", n_trial, low=0):
-        _trial(simulator, n_trial, seed)
+    if require_int("n_simulations", n_simulations, low=0):
+        _trial(simulator, n_simulations, seed)
 
 
 def check_output(simulator: Simulator, x: Any, n: int) -> AnyArray:
-    """Return what `simulate` gave if it is a real (n, k) array, k the sum of the observables' sizes.
+    """Return x, the output of `simulate`, if it is a real (n, k) array, k being the sum of the observables' sizes.
 
-    Raises: SimulatorMismatchError with got and expected.
+    Raises: SimulatorMismatchError.
     """
     where = f"{class_path(simulator)}.simulate"
     sizes = {o.name: o.size for o in simulator.observables}
     expected = (n, sum(sizes.values()))
     if not isinstance(x, np.ndarray):
-        # a tensor would be easy to convert, but a simulator in torch has most likely drawn from torch's global generator
+        # not converted: a simulator written in torch has most likely drawn from torch's global generator
         hint = "; return x.detach().cpu().numpy(), and draw from the generator that is passed in" if hasattr(x, "detach") else ""
         raise SimulatorMismatchError(f"{where} returned a {type(x).__module__}.{type(x).__name__}; expected a numpy array {expected}{hint}")
     if x.dtype.kind not in "fiub":
@@ -131,9 +156,12 @@ def check_output(simulator: Simulator, x: Any, n: int) -> AnyArray:
 
 
 def load_simulator(spec: str, settings: dict[str, Any] | None = None) -> Simulator:
-    """Build the simulator that 'package.module:Class' names, with the given settings, and check it.
+    """Build the simulator named 'package.module:Class' with the given settings, and check it.
 
     Raises: SettingError for an unknown module, class or setting (with the nearest name), SimulatorMismatchError.
+
+    >>> load_simulator("simulators.on_off:OnOff", {"tau": 2.0}).parameters[0].name
+    'mu'
     """
     module_name, colon, class_name = str(spec).partition(":")
     if not colon or not module_name or not class_name:
@@ -151,7 +179,7 @@ def load_simulator(spec: str, settings: dict[str, Any] | None = None) -> Simulat
     try:
         simulator = kind(**settings)
     except TypeError as err:
-        raise SettingError(f"{spec} can not be built with settings {settings}: {err}") from err
+        raise SettingError(f"{spec} cannot be built with settings {settings}: {err}") from err
     check_simulator(simulator)
     return simulator
 
@@ -166,7 +194,7 @@ def _import(module_name: str) -> Any:
             raise SettingError(f"simulator module {module_name!r} was not found: no module named {missing!r}{where}") from err
         raise SettingError(f"simulator module {module_name} needs the module {missing!r}, which is not installed") from err
     except (TypeError, ValueError) as err:  # a relative or empty name
-        raise SettingError(f"simulator module {module_name!r} can not be imported: {err}") from err
+        raise SettingError(f"simulator module {module_name!r} cannot be imported: {err}") from err
 
 
 def _trial(simulator: Simulator, n: int, seed: int) -> None:
@@ -175,6 +203,6 @@ def _trial(simulator: Simulator, n: int, seed: int) -> None:
     if not np.array_equal(first, second, equal_nan=first.dtype.kind == "f"):
         columns = np.flatnonzero((first != second).any(axis=0)).tolist()
         raise SimulatorMismatchError(
-            f"{class_path(simulator)}.simulate gave other numbers in columns {columns[:8]} for the same theta and an equal generator; "
-            "expected all randomness to come from the generator that is passed in"
+            f"{class_path(simulator)}.simulate gave different numbers in columns {columns[:8]} for the same theta and seed; "
+            "expected all random numbers from the generator that is passed in"
         )

@@ -1,12 +1,12 @@
-"""Making one shard: draw theta, simulate, isolate the rows that fail, write. This runs in a worker, or in the caller.
+"""Making one shard, in a worker process or in the caller: draw theta, simulate, find the rows that fail, write the file.
 
-The shard is the unit of work, of retry and of seeding. Its theta come from the generator (seed, "theta", shard), its x from
-(seed, "x", shard); rows a to b that are simulated again after a failure come from (seed, "x", shard, a, b). So the bytes of a
-shard follow from the settings alone, whichever worker makes it, and when.
+The shard is the unit of work, of retry and of seeding. Its theta come from the generator (seed, "theta", shard) and its x from
+(seed, "x", shard); rows a to b that are simulated again after a failure come from (seed, "x", shard, a, b). The bytes of a shard
+therefore depend on the settings alone, not on the worker or the time.
 
-A worker that sees the store's folder writes the shard there. One that does not makes the same file in a temporary place and sends its
-bytes back. It sees the folder if it finds there the file of a random name that the campaign has put there: a path alone may
-be another machine's own.
+A worker that has access to the store's folder writes the shard there. Otherwise it writes the same file to a temporary folder and sends
+the bytes back. The worker has access if it finds a file of a random name that the campaign placed in the folder; the path alone could
+exist on another machine as well.
 """
 
 import errno
@@ -28,18 +28,18 @@ from sbi_phys.core.errors import DataError, StoreError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import AnyArray, Array, Mask
 from sbi_phys.priors import prior_from_dict
+from sbi_phys.simulation._sandbox import Sandbox
 from sbi_phys.simulation.processes import limit_threads_for_good, unpickle_simulator
 from sbi_phys.simulation.protocol import RowsFailedError, Simulator, check_output
-from sbi_phys.simulation.sandbox import Sandbox
 from sbi_phys.store.identity import class_path
 from sbi_phys.store.shards import NON_FINITE, OK, RAISED, Header, ShardData, shard_name, write_shard
 
 __all__ = ["ShardResult", "ShardTask", "close_sandboxes", "make_rows", "name_disk", "run_shard"]
 
-# A shard in which at least this many rows fail, all of them, is a broken simulator and is not written.
+# If all rows of a shard fail and there are at least this many, the simulator is considered broken and the shard is not written.
 BROKEN_ROWS = 16
-# Parts that a batch which failed is divided into. Two would be the fewest calls; with more, fewer rows are simulated twice, and fewer
-# processes die: with one bad row in a hundred, half as much time as with halves.
+# Number of parts into which a failed batch is divided. Two parts need the fewest calls; more parts repeat fewer rows and crash fewer
+# processes: with one failing row in a hundred, sixteen parts take half the time of two.
 _PARTS = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}\b")
@@ -47,12 +47,12 @@ _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}\b")
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """What a worker needs: the folder, the shard's number and rows, the header, and the simulator.
+    """What a worker needs to make a shard.
 
-    Fields: simulator, the object, or its pickle as bytes where a process pool would choke on it; theta (rows, d) if given;
-    only, whether the store has no other shard; isolate, whether the simulator runs in a process of its own, as it always does
-    with a timeout (seconds of a row); parent, the process that asked; token, name of a file in the folder, which a worker that
-    does not find it there does not share; send_back, whether the worker sends the file's bytes back without looking.
+    Args: folder, index, rows: of the shard. header: of the store. simulator: the object or its pickle. theta (rows, d): if given.
+    only: whether the store has a single shard. isolate: run the simulator in a separate process; always so with a timeout
+    (seconds per row). parent: host and process that sent the task. token: name of a file in the folder; a worker that does not
+    find it sends the shard back. send_back: always send the shard back.
     """
 
     folder: str
@@ -71,7 +71,7 @@ class ShardTask:
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """What a worker sends back: the shard's number, its rows, how many of them failed, and the file's bytes if it could not write it."""
+    """What a worker returns: shard number, rows, failed rows, and the file's bytes unless the worker wrote the file."""
 
     index: int
     rows: int
@@ -80,10 +80,10 @@ class ShardResult:
 
 
 def run_shard(task: ShardTask, apart: bytes | None = None) -> ShardResult:
-    """Make one shard and write it, or return it where the folder is not to be seen.   apart: the simulator, if it came by itself.
+    """Make one shard and write it, or return it if the folder is not accessible.   apart: the simulator's pickle, if sent separately.
 
-    Raises: StoreError (cannot write), SimulatorMismatchError (wrong output), DataError (all rows fail, or float32 is too
-    narrow), SettingError (the simulator can not be unpickled here).
+    Raises: StoreError (the file cannot be written), SimulatorMismatchError (wrong output), DataError (all rows fail, or float32 is
+    too narrow), SettingError (the simulator cannot be unpickled).
     """
     if apart is not None:
         task = replace(task, simulator=apart)
@@ -113,7 +113,7 @@ def run_shard(task: ShardTask, apart: bytes | None = None) -> ShardResult:
 
 
 def _as_file(header: Header, index: int, data: ShardData) -> bytes:
-    """The bytes of the file that `write_shard` makes."""
+    """Return the bytes of the file that `write_shard` writes."""
     with tempfile.TemporaryDirectory(prefix="sbi_phys_shard_") as folder:
         path = Path(folder) / shard_name(index)
         try:
@@ -124,7 +124,7 @@ def _as_file(header: Header, index: int, data: ShardData) -> bytes:
 
 
 def name_disk(err: StoreError, path: Path) -> StoreError:
-    """The same error, with the disk's name and its room where that is what was missing."""
+    """Add the name and the free space of the disk to an error about a full disk; return other errors unchanged."""
     cause = err.__cause__
     if not isinstance(cause, OSError) or cause.errno not in _FULL:
         return err
@@ -137,13 +137,12 @@ def name_disk(err: StoreError, path: Path) -> StoreError:
 
 
 def make_rows(simulator: Simulator, theta: Array, header: Header, *key: int | str, call: Callable[..., Any] | None = None) -> ShardData:
-    """Simulate theta (n, d) -> rows with their status; a call that raises is divided until the rows at fault are alone.
+    """Simulate theta (n, d) and return the rows with their status; a batch that raises is divided until the failing rows are alone.
 
-    A simulator that knows which of its rows failed raises RowsFailedError with the others: nothing is simulated twice then.
+    A simulator that knows which of its rows failed raises RowsFailedError with the other rows; then nothing is simulated twice.
 
-    Args: key: what the generator is keyed by, beside the header's seed. call: in place of simulator.simulate.
-
-    Raises: SimulatorMismatchError, DataError, StoreError when memory runs out.
+    Args: key: of the random generator, in addition to the header's seed. call: function used in place of simulator.simulate.
+    Raises: SimulatorMismatchError, DataError, StoreError (out of memory).
     """
     n = theta.shape[0]
     parts: list[tuple[int, NDArray[np.floating]]] = []
@@ -154,15 +153,15 @@ def make_rows(simulator: Simulator, theta: Array, header: Header, *key: int | st
         start, stop = todo.pop()
         rng = rng_for(header.seed, *key) if stop - start == n else rng_for(header.seed, *key, start, stop)
         try:
-            # a copy: a simulator that works in place must not change the theta that is stored
+            # copied, because a simulator that works in place must not change the stored theta
             got, failed = call(theta[start:stop].copy(), rng), {}
         except RowsFailedError as err:
             got, failed = err.x, err.reasons
         except MemoryError as err:
-            # says something about the machine, nothing about a row: flagged, it would change the data from place to place
+            # depends on the machine and not on the row: a flag would make the data depend on where it was simulated
             raise StoreError(f"memory ran out in a batch of {stop - start} rows; expected a smaller shard_size (now {n})") from err
         except StoreError:
-            raise  # of the sandbox: nothing works
+            raise  # from the sandbox: no process can be started
         except (Exception, SystemExit) as err:
             if stop - start == 1:
                 reasons[start] = _reason(err)
@@ -175,10 +174,10 @@ def make_rows(simulator: Simulator, theta: Array, header: Header, *key: int | st
         status[start:stop] = OK
         for row, text in failed.items():
             status[start + row], reasons[start + row] = RAISED, _ADDRESS.sub("0x...", text)
-        # a part waits until the others are there: copied, in case the simulator fills one buffer again and again
+        # copied, because a simulator may reuse its output buffer in the next call
         parts.append((start, good if stop - start == n else good.copy()))
     if len(parts) == 1 and parts[0][1].shape[0] == n:
-        x = parts[0][1]  # the usual case, without another copy
+        x = parts[0][1]  # the usual case needs no further copy
     else:
         x = np.full((n, header.n_columns), np.nan, dtype=header.dtype)
         for start, good in parts:
@@ -195,7 +194,7 @@ _SANDBOXES: dict[int, tuple[bytes, float | None, Sandbox]] = {}
 
 
 def _sandbox(simulator: bytes, timeout: float | None) -> Sandbox:
-    """Return the sandbox of this thread, kept from shard to shard: starting one takes about a second. It answers one call at a time."""
+    """Return the sandbox of this thread, which is kept between shards because starting one takes about a second."""
     thread = threading.get_ident()
     known = _SANDBOXES.get(thread)
     if known is None or known[:2] != (simulator, timeout):
@@ -206,13 +205,13 @@ def _sandbox(simulator: bytes, timeout: float | None) -> Sandbox:
 
 
 def close_sandboxes() -> None:
-    """End the sandboxes of this process, if it has some."""
+    """End the sandboxes of this process."""
     while _SANDBOXES:
         _SANDBOXES.popitem()[1][2].close()
 
 
 def _as_stored(simulator: Simulator, x: AnyArray, dtype: str) -> NDArray[np.floating]:
-    """Cast x to the dtype of the store, refusing what it can not hold.   Raises: DataError."""
+    """Cast x to the dtype of the store.   Raises: DataError for values that the dtype cannot hold."""
     if x.dtype == dtype:
         return x
     with np.errstate(over="ignore"):
@@ -228,14 +227,14 @@ def _as_stored(simulator: Simulator, x: AnyArray, dtype: str) -> NDArray[np.floa
     if lost.any():
         row, column = (int(i) for i in np.argwhere(lost)[0])
         raise DataError(
-            f"x of {class_path(simulator)} has {x[row, column]!r} in {_column_name(simulator, column)}, which {dtype} can not hold; "
+            f"x of {class_path(simulator)} has {x[row, column]!r} in {_column_name(simulator, column)}, which {dtype} cannot hold; "
             'expected dtype="float64" for this store'
         )
     return out
 
 
 def _reason(err: BaseException) -> str:
-    # an address in memory differs from run to run, and with it the bytes of the file would
+    # memory addresses differ between runs and would change the bytes of the file
     return _ADDRESS.sub("0x...", f"{type(err).__name__}: {err}")
 
 

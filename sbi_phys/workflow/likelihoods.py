@@ -16,7 +16,7 @@ from sbi_phys.estimators.npe import load
 from sbi_phys.estimators.nre import NRE
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.samplers.diagnostics import split_r_hat
-from sbi_phys.simulation.campaign import simulator_identity
+from sbi_phys.store.identity import simulator_identity
 from sbi_phys.store.store import Store
 from sbi_phys.workflow.run import Run
 

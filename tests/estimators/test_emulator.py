@@ -40,7 +40,7 @@ def npe(nle: sp.NLE) -> sp.NPE:
 def test_rows_follow_the_likelihood(nle: sp.NLE) -> None:
     """At one theta, mean and covariance of x; the same generator gives the same rows."""
     emulator = nle.as_simulator()
-    check_simulator(emulator, n_trial=50)
+    check_simulator(emulator, n_simulations=50)
     theta = np.array([0.7, -0.4])
     x = emulator.simulate(np.tile(theta, (40_000, 1)), rng_for(3))
     np.testing.assert_allclose(x.mean(axis=0), SIM.expected(theta[None])[0], atol=0.08)

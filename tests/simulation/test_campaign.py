@@ -17,7 +17,7 @@ from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeE
 from sbi_phys.core.progress import LineProgress
 from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import BoxPrior, NormalPrior, Parameter
-from sbi_phys.simulation import dispatch
+from sbi_phys.simulation import _dispatch
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.store.manifest import list_shards
 from sbi_phys.store.shards import shard_name
@@ -74,7 +74,7 @@ def test_executors_of_the_caller_write_the_same_bytes(tmp_path, reference):
 
 
 def test_tiny_work_starts_no_pool(tmp_path, reference, monkeypatch):
-    monkeypatch.setattr(dispatch, "ProcessPoolExecutor", lambda *args, **kwargs: pytest.fail("a pool for milliseconds of work"))
+    monkeypatch.setattr(_dispatch, "ProcessPoolExecutor", lambda *args, **kwargs: pytest.fail("a pool for milliseconds of work"))
     simulate(FLAKY, 650, tmp_path, seed=7, shard_size=100)
     assert digests(tmp_path) == reference
 
@@ -82,7 +82,7 @@ def test_tiny_work_starts_no_pool(tmp_path, reference, monkeypatch):
 def test_long_work_starts_a_pool(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
-    monkeypatch.setattr(dispatch, "_own_pool", lambda run, n: called.append((n, list(run.todo))))
+    monkeypatch.setattr(_dispatch, "_own_pool", lambda run, n: called.append((n, list(run.todo))))
     simulate(Slow(0.05), 200, tmp_path, shard_size=2)
     assert called == [(3, list(range(1, 100)))]  # the first shard was made here, to see how long one takes
 
@@ -159,7 +159,7 @@ def test_what_can_not_be_pickled_is_refused_with_advice(tmp_path):
     class Local(LinearGaussian):
         pass
 
-    with pytest.raises(SettingError, match=r"Local can not be sent to worker processes: .*workers=1"):
+    with pytest.raises(SettingError, match=r"Local cannot be sent to worker processes: .*workers=1"):
         simulate(Local(), 20, tmp_path, shard_size=10, workers=2)
     assert simulate(Local(), 20, tmp_path, workers=1).n_rows == 20
 
@@ -239,7 +239,7 @@ def test_a_prior_of_another_kind_is_refused(tmp_path):
 
     toy = LinearGaussian()
     toy.prior = Odd(toy.parameters)
-    with pytest.raises(SettingError, match="can not be rebuilt from its to_dict"):
+    with pytest.raises(SettingError, match="cannot be rebuilt from its to_dict"):
         simulate(toy, 5, tmp_path, workers=1)
 
 
@@ -266,7 +266,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, simulator, changes, mes
 
 def test_a_folder_that_can_not_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="can not be made"):
+    with pytest.raises(StoreError, match="cannot be created"):
         simulate(LinearGaussian(), 5, tmp_path / "file" / "store", workers=1)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sbi_phys.core.errors import SettingError
-from sbi_phys.simulation import clusters, dispatch
+from sbi_phys.simulation import _dispatch, clusters
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.simulation.clusters import ClusterFile, cluster_executor
 from tests.store.helpers import digests
@@ -51,9 +51,9 @@ def scheduler(tmp_path_factory):
                 process.wait()
 
 
-@pytest.mark.parametrize("large", [dispatch._LARGE, 0])
+@pytest.mark.parametrize("large", [_dispatch._LARGE, 0])
 def test_the_bytes_are_those_of_one_worker(tmp_path, scheduler, monkeypatch, large):
-    monkeypatch.setattr(dispatch, "_LARGE", large)  # 0: the simulator goes apart from the shards
+    monkeypatch.setattr(_dispatch, "_LARGE", large)  # 0: the simulator goes apart from the shards
     with cluster_executor(scheduler=scheduler) as (executor, workers):
         assert executor is not None
         store = simulate(Flaky(1.8, -1.8), 650, tmp_path / "dask", seed=7, shard_size=50, executor=executor, workers=workers)
@@ -63,7 +63,9 @@ def test_the_bytes_are_those_of_one_worker(tmp_path, scheduler, monkeypatch, lar
 
 
 def test_shards_are_sent_back_where_there_is_no_shared_folder(tmp_path, scheduler, monkeypatch):
-    monkeypatch.setattr(dispatch.Campaign, "shard", lambda run, i, shard=dispatch.Campaign.shard: replace(shard(run, i), folder="/nowhere"))
+    monkeypatch.setattr(
+        _dispatch.Campaign, "shard", lambda run, i, shard=_dispatch.Campaign.shard: replace(shard(run, i), folder="/nowhere")
+    )
     with cluster_executor(scheduler=scheduler) as (executor, workers):
         simulate(Flaky(1.8, -1.8), 650, tmp_path / "dask", seed=7, shard_size=50, executor=executor, workers=workers)
     monkeypatch.undo()
@@ -84,7 +86,7 @@ def test_rows_that_hang_are_flagged_on_a_cluster_too(tmp_path, scheduler):
 def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(clusters, "_PATIENCE_S", 6.0)
     with (
-        pytest.raises(SettingError, match=r"scheduler 'tcp://127.0.0.1:9' can not be reached"),
+        pytest.raises(SettingError, match=r"scheduler 'tcp://127.0.0.1:9' cannot be reached"),
         cluster_executor(scheduler="tcp://127.0.0.1:9"),
     ):
         pass
@@ -135,5 +137,5 @@ def test_a_wrong_cluster_file_is_explained(tmp_path, text, words):
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(SettingError, match=words):
         ClusterFile.read(tmp_path / "c.toml")
-    with pytest.raises(SettingError, match="can not be read"):
+    with pytest.raises(SettingError, match="cannot be read"):
         ClusterFile.read(tmp_path / "none.toml")

@@ -33,7 +33,7 @@ def command(text=PROGRAM, **settings):
 
 def test_a_function_of_one_event_fits_the_protocol():
     simulator = FunctionSimulator("tests.toys:one_event", PRIOR, THREE)
-    check_simulator(simulator, n_trial=0)
+    check_simulator(simulator, n_simulations=0)
     theta = np.array([[0.1, 0.2], [0.3, 0.4]])
     x = simulator.simulate(theta, rng_for(1))
     np.testing.assert_array_equal(x[:, :2], theta)
@@ -92,9 +92,9 @@ def test_a_program_that_fails_now_and_then_is_run_again(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("print(1, 2)", "2 numbers; expected 3: signal (3)"),
-        ("print('a b c')", "what is no number"),
-        ("pass", "0 numbers; expected 3"),
+        ("print(1, 2)", "2 values; expected 3: signal (3)"),
+        ("print('a b c')", "is not a number"),
+        ("pass", "0 values; expected 3"),
         ("import os; os.kill(os.getpid(), 11)", "ended with signal 11"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_missing_output_file_is_a_reason():
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(SettingError, match=r"\{energy\} in '\{energy\}' is no parameter; expected some of folder, seed, t0, t1"):
+    with pytest.raises(SettingError, match=r"\{energy\} in '\{energy\}' is not a parameter; expected one of folder, seed, t0, t1"):
         CommandSimulator(["sim", "{energy}"], PRIOR, THREE)
     with pytest.raises(SettingError, match="expected a list of strings"):
         CommandSimulator("sim --energy 1", PRIOR, THREE)
@@ -118,7 +118,7 @@ def test_wrong_settings_are_named():
         command(timeout=0)
     with pytest.raises(SettingError, match="expected 'package.module:name'"):
         FunctionSimulator("one_event", PRIOR, THREE)
-    with pytest.raises(SettingError, match="can not be found"):
+    with pytest.raises(SettingError, match="cannot be found"):
         FunctionSimulator("tests.toys:none", PRIOR, THREE)
     with pytest.raises(SettingError, match="observables is empty"):
         FunctionSimulator("tests.toys:one_event", PRIOR, [])

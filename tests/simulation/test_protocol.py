@@ -39,13 +39,13 @@ def test_what_is_no_simulator_is_named(tmp_path, simulator, message):
 
 
 def test_a_trial_finds_a_simulator_with_its_own_randomness():
-    check_simulator(LinearGaussian(), n_trial=2)
-    check_simulator(Counts(), n_trial=2)
+    check_simulator(LinearGaussian(), n_simulations=2)
+    check_simulator(Counts(), n_simulations=2)
     check_simulator(Misbehaving("global"))  # not seen without a trial
-    with pytest.raises(SimulatorMismatchError, match=r"gave other numbers in columns \[0, 1\] for the same theta and an equal generator"):
-        check_simulator(Misbehaving("global"), n_trial=2)
+    with pytest.raises(SimulatorMismatchError, match=r"gave different numbers in columns \[0, 1\] for the same theta and seed"):
+        check_simulator(Misbehaving("global"), n_simulations=2)
     with pytest.raises(SimulatorMismatchError, match="returned shape"):
-        check_simulator(Misbehaving("columns"), n_trial=2)
+        check_simulator(Misbehaving("columns"), n_simulations=2)
 
 
 def test_toys_are_simulators():
@@ -63,11 +63,11 @@ def test_toys_are_simulators():
         (":LinearGaussian", {}, "expected 'package.module:Class'"),
         ("tests.toyz:LinearGaussian", {}, "module 'tests.toyz' was not found: no module named 'tests.toyz'"),
         ("nowhere.at_all:X", {}, "no module named 'nowhere'"),
-        ("..toys:X", {}, "can not be imported"),
+        ("..toys:X", {}, "cannot be imported"),
         ("tests.toys:LinearGausian", {}, "no class 'LinearGausian'; it has LinearGaussian, .*did you mean 'LinearGaussian'"),
         ("tests.toys:math", {}, "no class 'math'"),
         ("tests.toys:LinearGaussian", {"nois": 1}, "unknown key 'nois'.*did you mean 'noise'"),
-        ("tests.toys:LinearGaussian", {"dim": "two"}, "can not be built with settings {'dim': 'two'}"),
+        ("tests.toys:LinearGaussian", {"dim": "two"}, "cannot be built with settings {'dim': 'two'}"),
     ],
 )
 def test_a_wrong_name_of_a_simulator_is_explained(spec, options, message):

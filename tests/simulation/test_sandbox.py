@@ -13,12 +13,12 @@ import pytest
 from sbi_phys.core.errors import SimulatorMismatchError, StoreError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import Observable
-from sbi_phys.simulation import sandbox_child as child
+from sbi_phys.simulation import _sandbox
+from sbi_phys.simulation._sandbox import RowTimeoutError, Sandbox, SandboxDiedError
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.simulation.external import FunctionSimulator
 from sbi_phys.simulation.processes import pickle_simulator
 from sbi_phys.simulation.protocol import RowsFailedError
-from sbi_phys.simulation.sandbox import RowTimeoutError, Sandbox, SandboxDiedError
 from tests.store.helpers import digests
 from tests.toys import Events, LinearGaussian, Misbehaving, Poison, SlowStart
 
@@ -138,7 +138,7 @@ def test_an_unlucky_kill_of_one_event_leaves_no_trace(tmp_path):
     np.testing.assert_array_equal(got, simulator.simulate(theta, rng_for(3)))
 
 
-# ---- the nursery
+# ---- the server
 
 
 def test_a_death_costs_milliseconds_not_another_start():
@@ -157,7 +157,7 @@ from sbi_phys.priors import NormalPrior, Observable, Parameter
 from sbi_phys.simulation.external import CommandSimulator
 from sbi_phys.simulation.processes import pickle_simulator
 from sbi_phys.core.rng import rng_for
-from sbi_phys.simulation.sandbox import Sandbox
+from sbi_phys.simulation._sandbox import Sandbox
 import numpy as np
 
 if __name__ == "__main__":
@@ -167,7 +167,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks of a nursery")
+@pytest.mark.skipif(sys.platform != "linux", reason="forks of a server")
 def test_it_forks_whatever_the_environment_and_programs_see_that_unchanged(tmp_path):
     (tmp_path / "asks.py").write_text(ASKS)
     env = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")} | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -175,12 +175,12 @@ def test_it_forks_whatever_the_environment_and_programs_see_that_unchanged(tmp_p
     assert found.stdout == "[[0.0, 1.0]] True None\n"
 
 
-def test_a_nursery_that_is_killed_is_replaced():
+def test_a_server_that_is_killed_is_replaced():
     with Sandbox(pickle_simulator(LinearGaussian())) as box:
         for _ in range(3):
             np.testing.assert_array_equal(box.simulate(GOOD, rng_for(1)), LinearGaussian().simulate(GOOD, rng_for(1)))
-            box._child._nursery.kill()
-            box._child._nursery.join()
+            box._child._server.kill()
+            box._child._server.join()
 
 
 def test_the_server_that_starts_nurseries_may_be_killed_too():
@@ -188,12 +188,12 @@ def test_the_server_that_starts_nurseries_may_be_killed_too():
         for _ in range(2):
             np.testing.assert_array_equal(box.simulate(GOOD, rng_for(1)), LinearGaussian().simulate(GOOD, rng_for(1)))
             os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
-            box._child._nursery.kill()
+            box._child._server.kill()
 
 
 def test_without_forks_it_works_as_well(monkeypatch):
-    monkeypatch.setattr(child, "_context", lambda: multiprocessing.get_context("fork"))
-    monkeypatch.setattr(child, "_may_fork", lambda: False)
+    monkeypatch.setattr(_sandbox, "_context", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(_sandbox, "_may_fork", lambda: False)
     with Sandbox(pickle_simulator(Poison("exits"))) as box:
         for _ in range(2):
             with pytest.raises(SandboxDiedError, match="exit status 13"):
@@ -204,8 +204,8 @@ def test_without_forks_it_works_as_well(monkeypatch):
 def test_no_process_is_left_behind():
     box = Sandbox(pickle_simulator(LinearGaussian()))
     box.simulate(GOOD, rng_for(1))
-    nursery = box._child._nursery.pid
-    (simulating,) = Path(f"/proc/{nursery}/task/{nursery}/children").read_text().split()
+    server = box._child._server.pid
+    (simulating,) = Path(f"/proc/{server}/task/{server}/children").read_text().split()
     box.close()
     deadline = time.monotonic() + 5
     while Path(f"/proc/{simulating}").exists():

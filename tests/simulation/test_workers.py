@@ -106,7 +106,7 @@ def test_a_torch_tensor_is_refused(tmp_path):
 
 def test_a_pickle_that_a_worker_can_not_read_is_explained():
     data = pickle.dumps(LinearGaussian()).replace(b"LinearGaussian", b"LinearGauzzian")
-    with pytest.raises(SettingError, match="can not be rebuilt in a worker process: AttributeError: .*LinearGauzzian"):
+    with pytest.raises(SettingError, match="cannot be rebuilt in a worker process: AttributeError: .*LinearGauzzian"):
         processes.unpickle_simulator(data)
 
 
@@ -118,7 +118,7 @@ def test_counts_that_float32_would_change_are_refused(tmp_path, value):
             x[-1, 1] = value
             return x
 
-    with pytest.raises(DataError, match=rf"{float(value)!r}\W+ in spectrum\[1\], which float32 can not hold; expected dtype=\"float64\""):
+    with pytest.raises(DataError, match=rf"{float(value)!r}\W+ in spectrum\[1\], which float32 cannot hold; expected dtype=\"float64\""):
         simulate(Big(), 5, tmp_path, workers=1)
     assert simulate(Big(), 5, tmp_path / "double", workers=1, dtype="float64").read()[1][-1, 1] == value
 
@@ -140,7 +140,7 @@ def test_a_real_number_past_float32_is_refused_not_made_infinite(tmp_path):
         def simulate(self, theta, rng):
             return super().simulate(theta, rng) * 1e39
 
-    with pytest.raises(DataError, match=r"in x\[0\], which float32 can not hold"):
+    with pytest.raises(DataError, match=r"in x\[0\], which float32 cannot hold"):
         simulate(Big(), 5, tmp_path, workers=1)
 
 

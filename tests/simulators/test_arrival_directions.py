@@ -149,7 +149,7 @@ def test_a_damaged_catalogue(tmp_path):
 def test_protocol_and_settings():
     for settings in ({"n_events": 5}, {"n_events": 5, "extended": True, "rigidity_index": 5.0, "catalogue": "random"}):
         sim = ArrivalDirections(**settings)
-        check_simulator(sim, n_trial=3)
+        check_simulator(sim, n_simulations=3)
         assert load_simulator("simulators.arrival_directions:ArrivalDirections", sim.settings).settings == sim.settings
 
 

@@ -74,7 +74,7 @@ def test_an_energy_that_no_cutoff_lets_through_has_no_density():
 def test_protocol_and_settings():
     for settings in ({"n_events": 5}, {"n_events": [2, 9], "propagation": False}, {"extended": True, "threshold": 19.0}):
         sim = EventSpectrum(**settings)
-        check_simulator(sim, n_trial=3)
+        check_simulator(sim, n_simulations=3)
         assert load_simulator("simulators.event_spectrum:EventSpectrum", sim.settings).settings == sim.settings
 
 

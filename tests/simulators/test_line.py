@@ -88,7 +88,7 @@ def test_the_score_is_zero_on_average_at_the_truth():
 def test_protocol_and_settings():
     for settings in ({}, {"n_events": [2, 9]}, {"extended": True, "background": "power"}):
         sim = LineSearch(**settings)
-        check_simulator(sim, n_trial=4)
+        check_simulator(sim, n_simulations=4)
         assert load_simulator("simulators.line:LineSearch", sim.settings).settings == sim.settings
 
 

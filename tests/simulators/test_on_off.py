@@ -69,7 +69,7 @@ def test_draws_have_the_expected_mean_and_spread():
 
 
 def test_protocol_and_settings():
-    check_simulator(OnOff(), n_trial=5)
+    check_simulator(OnOff(), n_simulations=5)
     again = load_simulator("simulators.on_off:OnOff", OnOff(tau=2.0, nu_range=[0.8, 1.2]).settings)
     assert again.prior.parameters[1].low == 0.8
 

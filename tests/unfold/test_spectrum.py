@@ -31,7 +31,7 @@ def test_spectra_have_the_priors_covariance():
 
 def test_it_is_a_simulator():
     model = SpectrumModel(Response(RESPONSE.matrix, background=np.full(5, 3.0)), REFERENCE)
-    check_simulator(model, n_trial=4)
+    check_simulator(model, n_simulations=4)
     identity = simulator_identity(model)
     again = load_simulator(identity["class"], identity["settings"])
     theta = model.prior.sample(50, rng_for(1, "theta"))

@@ -1,11 +1,11 @@
-r"""Dispatching shards: in this process, in a pool of our own, or over any `concurrent.futures.Executor`.
+r"""Distributing the shards of a campaign: in this process, over a pool of worker processes, or over any `concurrent.futures.Executor`.
 
-Never more shards are in flight than twice the workers, whatever the campaign's length, and as many more as a Dask cluster grows. A worker
-that died (killed, out of memory, crashed) is replaced and its shards are made again. After two deaths the simulator is taken to be
-the cause, and gets a process of its own beside every worker (`sandbox`), where the row that kills it is found and flagged.
+At most two shards per worker are in flight; the number follows a growing Dask cluster. A worker that dies (killed, out of memory,
+crashed) is replaced and its shards are made again. After two crashes the simulator is assumed to be the cause, and every worker runs it
+in a separate process (`_sandbox`), where the row that causes the crash is found and flagged.
 
-Workers of an executor that do not see the store's folder send their shards back, and they are written here: the same bytes. So this
-process holds at most as many files as are in flight.
+Workers without access to the store's folder send their shards back, and this process writes them with the same bytes. It then holds at
+most as many files as there are shards in flight.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ from sbi_phys.core.errors import SettingError, StoreError
 from sbi_phys.core.files import sync_folder
 from sbi_phys.core.progress import Progress, Task
 from sbi_phys.core.types import Array
-from sbi_phys.simulation.processes import limit_threads, pickle_simulator, start_pool_worker
+from sbi_phys.simulation.processes import available_cores, limit_threads, pickle_simulator, start_pool_worker
 from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.simulation.workers import ShardResult, ShardTask, name_disk, run_shard
 from sbi_phys.store.manifest import MANIFEST, Manifest, list_shards
@@ -32,23 +32,23 @@ from sbi_phys.store.shards import shard_name, write_file
 
 __all__ = ["Campaign", "complete"]
 
-# Work that would take less than this is done in the calling process: starting a pool takes about a second.
+# Work shorter than this is done in the calling process, because starting a pool takes about a second.
 _TINY_S = 3.0
-# Deaths after which the simulator gets a process of its own for the rest of the call: a worker takes a second or more to replace, such a
-# process milliseconds.
-_DEATHS = 2
-# Deaths in a row, beside one a worker, that may bring no shard home: before the first one (nothing works) and later (somebody kills).
+# Worker crashes after which the simulator runs in a separate process until the call ends: replacing a worker takes a second or more,
+# replacing such a process takes milliseconds.
+_CRASHES = 2
+# Consecutive worker crashes tolerated without a finished shard, in addition to one per worker: before the first shard and afterwards.
 _IN_VAIN, _IN_VAIN_LATER = 2, 10
-_LARGE = 2**16  # bytes of a simulator that is sent to Dask's workers apart from the shards
-_LOOK_S = 2.0  # how often a Dask cluster is asked how many workers it has
+_LARGE = 2**16  # bytes from which a simulator is sent to Dask's workers separately from the shards
+_LOOK_S = 2.0  # interval between queries for the number of workers of a Dask cluster
 
 
 @dataclass
 class Campaign:
-    """One call at work: what is left to do, and what has been done.
+    """State of one call of `simulate`: the shards still to be made, and counts of those that are finished.
 
-    send_back: whether workers send shards back instead of writing them; None: those do that do not see the folder. shards: all that the
-    call is about, made already or not, of an array job; None: all of the store.
+    Args: send_back: whether workers send shards back instead of writing them; None: those without access to the folder do.
+    shards: the shards of an array job, finished or not; None: all shards of the store.
     """
 
     folder: Path
@@ -67,7 +67,7 @@ class Campaign:
     token: str = ""
 
     def shard(self, index: int) -> ShardTask:
-        """What a worker needs to make a shard."""
+        """Return the task that makes a shard."""
         rows = self.manifest.rows(index)
         first = index * self.manifest.header.shard_size
         theta = None if self.given is None else self.given[first : first + rows]
@@ -90,7 +90,7 @@ class Campaign:
         )
 
     def finished(self, result: ShardResult) -> None:
-        """Count a shard that has been made, and write it if it was sent back.   Raises: StoreError."""
+        """Count a finished shard, and write it if it was sent back.   Raises: StoreError."""
         data = result.file
         if data is not None:
             path = self.folder / shard_name(result.index)
@@ -105,7 +105,7 @@ class Campaign:
 
 
 def complete(run: Campaign, workers: int | None, executor: Executor | None, progress: Progress) -> None:
-    """Make the missing shards, with a display of those that this call is about."""
+    """Make the missing shards and display the progress of this call."""
     rows = run.manifest.rows
     total = run.manifest.n if run.shards is None else sum(map(rows, run.shards))
     with progress.task("simulate", total) as task, limit_threads():
@@ -116,10 +116,10 @@ def complete(run: Campaign, workers: int | None, executor: Executor | None, prog
 
 
 def _work(run: Campaign, workers: int | None, executor: Executor | None) -> None:
-    """Do what is left to do, here, in a pool of our own, or in the caller's executor."""
+    """Make the remaining shards in this process, in a pool of worker processes, or in the caller's executor."""
     if not run.todo:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     if executor is not None:
         with _token(run):
             _callers_executor(run, executor, _InFlight(executor, workers or int(getattr(executor, "_max_workers", 0) or 0) or cores))
@@ -133,16 +133,16 @@ def _work(run: Campaign, workers: int | None, executor: Executor | None) -> None
 
 @contextmanager
 def _token(run: Campaign) -> Iterator[None]:
-    """A file of a random name in the folder while the workers work: who finds it sees the folder itself."""
+    """Keep a file of a random name in the folder while workers run; a worker that finds it has access to the folder."""
     if run.send_back is not None:
         yield
         return
-    # a name that is cleared away as unfinished if this process is killed
+    # the name of an unfinished file, so that the next call removes it if this process is killed
     token = run.folder / f".{MANIFEST}.{uuid4().int}.tmp"
     try:
         token.touch()
     except OSError as err:
-        raise StoreError(f"{token} can not be made: {err.strerror}; expected a folder that may be written") from err
+        raise StoreError(f"{token} cannot be created: {err.strerror}; expected a writable folder") from err
     run.token = token.name
     try:
         yield
@@ -151,15 +151,15 @@ def _token(run: Campaign) -> Iterator[None]:
 
 
 class _InFlight:
-    """How many shards may be in flight: twice the workers, of a Dask cluster those that it has by now, since jobs start one by one."""
+    """Number of shards allowed in flight: two per worker, counting the current workers of a Dask cluster, whose jobs start one by one."""
 
     def __init__(self, executor: Executor | None, workers: int) -> None:
-        self._client = getattr(executor, "_client", None)  # of Dask's executor
+        self._client = getattr(executor, "_client", None)  # Dask's executor has it
         self._workers, self._next = workers, 0.0
 
     def __call__(self) -> int:
         if self._client is not None and time.monotonic() >= self._next:
-            # a scheduler that is away for a moment is no reason to stop: the shards in flight will tell
+            # an unreachable scheduler is not an error here; the shards in flight report it
             with suppress(Exception):
                 self._workers = max(self._workers, sum(self._client.nthreads().values()))
             self._next = time.monotonic() + _LOOK_S
@@ -167,15 +167,15 @@ class _InFlight:
 
 
 def _callers_executor(run: Campaign, executor: Executor, in_flight: Callable[[], int]) -> None:
-    """Work over an executor that is not ours: a pool that broke is not ours to replace, but a scheduler's workers come back."""
+    """Make the shards in the caller's executor. A broken pool is an error; lost workers of a scheduler are replaced by it."""
     if not isinstance(executor, ThreadPoolExecutor):
         try:
-            # as bytes it is rebuilt once a worker, not once a shard
+            # as bytes it is rebuilt once per worker and not once per shard
             run.payload = pickle_simulator(run.simulator)
         except SettingError:
             if isinstance(executor, ProcessPoolExecutor):
                 raise
-            # Dask's pickler also sends what is defined in a notebook
+            # Dask can also send a class defined in a notebook
     submit = _submit(run, executor)
     while run.todo:
         before, isolated = run.n_done, run.isolate
@@ -187,74 +187,74 @@ def _callers_executor(run: Campaign, executor: Executor, in_flight: Callable[[],
             run.isolate = True
         except CancelledError as err:
             raise StoreError(
-                f"the scheduler gave up the shards of {run.folder}, or was lost itself; {_counts(run)}. Expected a scheduler that runs "
-                "until the call ends"
+                f"the scheduler cancelled the shards of {run.folder} or stopped; {_counts(run)}. Expected a scheduler that runs until "
+                "the call ends"
             ) from err
 
 
 def _submit(run: Campaign, executor: Executor) -> Callable[..., Future[ShardResult]]:
-    """How a shard is submitted: a simulator with large tables goes once to Dask's workers, who pass it on, not with every shard."""
+    """Return the function that submits a shard. A large simulator is sent to Dask's workers once and not with every shard."""
     client = getattr(executor, "_client", None)
     if client is None or run.payload is None or len(run.payload) < _LARGE:
         return executor.submit
-    # made by a task, not scattered: a copy that is lost with its workers is made again
+    # created by a task and not scattered, so that Dask makes it again if its workers are lost
     shared = client.submit(bytes, run.payload, pure=False)
     return lambda function, task: executor.submit(function, replace(task, simulator=b""), shared)
 
 
 class WorkerLostError(BrokenExecutor):
-    """A scheduler gave a shard up because its workers died again and again."""
+    """A scheduler gave up a shard because several workers died with it."""
 
 
 def _result(future: Future[ShardResult]) -> ShardResult:
     try:
         return future.result()
     except Exception as err:
-        if type(err).__name__ == "KilledWorker":  # Dask's: three workers died with this shard. Named, not imported
+        if type(err).__name__ == "KilledWorker":  # Dask's error after three workers died; not imported
             raise WorkerLostError(str(err).splitlines()[0]) from err
         raise
 
 
 def _is_tiny(run: Campaign, cores: int) -> bool:
-    """Make the first shard here, to see how long the others would take, and whether the simulator works at all."""
+    """Make the first shard here, which measures the duration and shows early whether the simulator works."""
     start = time.perf_counter()
     run.finished(run_shard(run.shard(run.todo.popleft())))
     return cores == 1 or len(run.todo) < 2 or (time.perf_counter() - start) * len(run.todo) < _TINY_S
 
 
 class _Member:
-    """One worker process of ours. A pool of one: a pool of several is broken as a whole when one of them dies."""
+    """One worker process, as a pool of its own: a larger pool breaks as a whole when one process dies."""
 
     def __init__(self) -> None:
         self.given = 0
         self.pool = self._new()
 
     def replace(self) -> None:
-        """Start anew after a death."""
+        """Start a new process after a crash."""
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.given, self.pool = 0, self._new()
 
     def kill(self) -> None:
-        """End the process now."""
+        """Kill the process."""
         for process in list((getattr(self.pool, "_processes", None) or {}).values()):
             process.kill()
 
     def _new(self) -> ProcessPoolExecutor:
-        # spawn: a fork copies the locks of torch's and BLAS's threads without the threads that would release them
+        # spawn, because a fork copies locks held by threads of torch and BLAS without the threads that release them
         spawn = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(1, mp_context=spawn, initializer=start_pool_worker, initargs=(os.getpid(),))
 
 
 def _own_pool(run: Campaign, workers: int) -> None:
-    """Work in processes of our own; one that dies is replaced, and costs the two shards that it had."""
+    """Make the shards in worker processes; one that dies is replaced, and its shards, at most two, are made again."""
     members = [_Member() for _ in range(workers)]
     pending: dict[Future[ShardResult], tuple[int, _Member, ProcessPoolExecutor]] = {}
     done: SimpleQueue[Future[ShardResult]] = SimpleQueue()
-    deaths = in_vain = came_home = 0
+    crashes = in_vain = n_finished = 0
     try:
         while run.todo or pending:
             while run.todo and (member := min(members, key=lambda m: m.given)).given < 2:
-                # a worker that died while it had nothing to do is found now
+                # submitting fails if the worker died while idle
                 with suppress(BrokenExecutor):
                     future = member.pool.submit(run_shard, run.shard(run.todo[0]))
                     pending[future] = run.todo.popleft(), member, member.pool
@@ -268,17 +268,17 @@ def _own_pool(run: Campaign, workers: int) -> None:
                 result = future.result()
             except BrokenExecutor as err:
                 run.todo.append(index)
-                if member.pool is pool:  # the first of its shards to say so
-                    deaths, in_vain = deaths + 1, in_vain + 1
-                    if in_vain > workers + (_IN_VAIN_LATER if came_home else _IN_VAIN):
+                if member.pool is pool:  # count the crash once, not for each of the worker's shards
+                    crashes, in_vain = crashes + 1, in_vain + 1
+                    if in_vain > workers + (_IN_VAIN_LATER if n_finished else _IN_VAIN):
                         raise _died(run, err) from err
-                    run.isolate |= deaths >= _DEATHS
+                    run.isolate |= crashes >= _CRASHES
                     member.replace()
                 continue
-            in_vain, came_home, member.given = 0, came_home + 1, member.given - (member.pool is pool)
+            in_vain, n_finished, member.given = 0, n_finished + 1, member.given - (member.pool is pool)
             run.finished(result)
     except BaseException:
-        # Ctrl-C or an error: what is half done is made again by the next call, so nobody has to wait for it
+        # after Ctrl-C or an error the unfinished shards are abandoned; the next call makes them again
         for member in members:
             member.kill()
         raise
@@ -288,9 +288,9 @@ def _own_pool(run: Campaign, workers: int) -> None:
 
 
 def _drain(run: Campaign, submit: Callable[..., Future[ShardResult]], in_flight: Callable[[], int], *, wait_on_error: bool = False) -> None:
-    """Submit what is to do, never more than `in_flight` at once. A BrokenExecutor puts the shards it took with it last in line."""
+    """Submit the remaining shards, at most `in_flight()` at once. After a BrokenExecutor the lost shards are queued again, last."""
     pending: dict[Future[ShardResult], int] = {}
-    # each future brings itself: to look through all of them for the one that is done would take longer the more workers there are
+    # futures report through a queue, because searching all of them takes longer the more workers there are
     done: SimpleQueue[Future[ShardResult]] = SimpleQueue()
     try:
         while run.todo or pending:
@@ -313,14 +313,14 @@ def _drain(run: Campaign, submit: Callable[..., Future[ShardResult]], in_flight:
         for future in pending:
             future.cancel()
         if wait_on_error:
-            # these workers are not ours to stop, and must not write once the lock is given back
+            # the executor belongs to the caller, and its workers must not write after the lock is released
             wait(pending)
         raise
 
 
 def _counts(run: Campaign) -> str:
-    there = len(list_shards(run.folder))
-    return f"{there} of {run.manifest.n_shards} shards are finished; the same call continues after them"
+    finished = len(list_shards(run.folder))
+    return f"{finished} of {run.manifest.n_shards} shards are finished; the same call continues after them"
 
 
 def _died(run: Campaign, err: BaseException) -> StoreError:
