@@ -1,7 +1,7 @@
-r"""Where training rows come from: one interface, whether they lie in memory, stream from disk or are simulated on the way.
+r"""The interface of training batches, and batches of rows in memory. `stream` reads batches from disk, `online` simulates them.
 
-An epoch is `n_batches` batches whose sizes differ by at most one; what `epoch(e, n_batches)` yields follows from the
-settings and e alone, so a resumed training sees the same rows in the same order and needs no generator state.
+An epoch has `n_batches` batches whose sizes differ by at most one. The result of `epoch(e, n_batches)` depends on the settings and e
+alone, so a resumed training uses the same rows in the same order without any stored generator state.
 """
 
 import zlib
@@ -19,7 +19,7 @@ __all__ = ["Batches", "MemoryBatches"]
 
 
 class Batches(Protocol):
-    """Training rows in batches, and the rows to validate on."""
+    """Training rows in batches, and validation rows."""
 
     @property
     def n(self) -> int:
@@ -27,20 +27,20 @@ class Batches(Protocol):
 
     @property
     def validation(self) -> tuple[Tensor, ...]:
-        """This rank's rows to validate on, on the device."""
+        """This rank's validation rows, on the device."""
 
     def epoch(self, epoch: int, n_batches: int) -> Iterator[tuple[Tensor, ...]]:
         """This rank's rows of an epoch, in exactly n_batches batches on the device."""
 
     def fingerprint(self) -> Any:
-        """A JSON-like value that differs for other rows: checkpoints of one are refused by the other."""
+        """A JSON value that identifies the rows; a checkpoint is refused for other rows."""
 
 
 class MemoryBatches:
-    """Rows that fit into memory, or onto the device: batches are index tensors, a permutation keyed by (seed, epoch).
+    """Batches of rows in memory or on the device, in a random order that depends on (seed, epoch).
 
-    Args: train, valid: tensors with equal rows each, on the device. seed. ranks: each takes every size-th row of a batch.
-    Raises: DataError.
+    Args: train, valid: tensors on the device, each group with equal numbers of rows. seed: of the order. ranks: each takes every
+    size-th row of a batch.   Raises: DataError.
     """
 
     def __init__(self, train: Sequence[Tensor], valid: Sequence[Tensor], *, seed: int, ranks: Ranks | None = None) -> None:
@@ -57,7 +57,7 @@ class MemoryBatches:
         return self.train[0].shape[0]
 
     def epoch(self, epoch: int, n_batches: int) -> Iterator[tuple[Tensor, ...]]:
-        """This rank's share of a fresh permutation of all rows."""
+        """Yield this rank's share of a new permutation of all rows."""
         order = torch.randperm(self.n, generator=torch_rng_for(self.seed, "order", epoch))
         order = order.to(self.train[0].device)
         for rows in order.tensor_split(n_batches):

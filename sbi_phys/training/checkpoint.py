@@ -1,7 +1,7 @@
-"""Files of weights and plain values: written aside and renamed, read without ever running code.
+"""Files of weights and plain values: written atomically, and read without executing code.
 
-The format is torch's zip archive restricted to tensors, numbers, text, lists and dicts (`weights_only=True`): a file
-from a stranger can be wrong, but it can not execute anything.
+The format is torch's zip archive restricted to tensors, numbers, text, lists and dicts (`weights_only=True`), so reading a file from an
+unknown source cannot execute anything.
 """
 
 import pickle
@@ -32,23 +32,23 @@ def write_file(path: str | Path, kind: str, version: int, content: dict[str, Any
 def read_file(path: str | Path, kind: str, version: int) -> dict[str, Any]:
     """Read the content of a file of the given kind, on the CPU.
 
-    Raises: ModelFileError if the file is missing, truncated, not ours, of another kind or a newer version.
+    Raises: ModelFileError if the file is missing, truncated, of another program, of another kind or of a newer version.
     """
     path = Path(path)
     if not path.is_file():
         raise ModelFileError(f"{path} is not a file; expected a {kind} file written by sbi_phys")
     try:
         if not zipfile.is_zipfile(path):
-            raise ModelFileError(f"{path} is truncated or no sbi_phys file (no zip archive); expected a {kind} file")
+            raise ModelFileError(f"{path} is truncated or not a file of sbi_phys (no zip archive); expected a {kind} file")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as err:
-        # the first line only: torch adds advice on how to unpickle the file after all
-        raise ModelFileError(f"{path} can not be read as a {kind} file: {str(err).splitlines()[0]}") from err
+        # the first line only, because torch adds advice on how to unpickle the file
+        raise ModelFileError(f"{path} cannot be read as a {kind} file: {str(err).splitlines()[0]}") from err
     if not isinstance(payload, dict) or payload.get("format") != _MAGIC:
         raise ModelFileError(f"{path} was not written by sbi_phys; expected a {kind} file")
     if payload.get("kind") != kind:
         raise ModelFileError(f"{path} is a {payload.get('kind')!r} file; expected {kind!r}")
     if payload["version"] > version:
-        raise ModelFileError(f"{path} has format version {payload['version']}, newer than {version} known here; update sbi_phys")
+        raise ModelFileError(f"{path} has format version {payload['version']}, expected at most {version}; update sbi_phys")
     content: dict[str, Any] = payload["content"]
     return content

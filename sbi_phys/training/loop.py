@@ -1,22 +1,20 @@
-r"""The training loop: one, for every estimator, readable from top to bottom.
+r"""The training loop of all networks.
 
     minimise  (1/n) sum_i L_i,   L_i = loss(module, *row_i)
 
-`fit` is a generator of epoch records: the caller prints, plots or stops. What happens within:
+`fit` yields one record per epoch; the caller prints, plots or stops. Within an epoch:
 
-- rows come from a `batches.Batches`: tensors in memory, shards streamed from disk, or fresh simulations; its order follows
-  from (seed, epoch), so resuming needs no generator state;
-- AdamW on all weights as one vector (`optimize`), gradients clipped by norm, warm-up and cosine decay over all steps;
-- validation in large batches after each epoch, on averaged weights (EMA) where asked for; the best weights are kept,
-  and training stops `patience` epochs after the best;
-- the loss of each batch stays on the device until the epoch ends: the step has no synchronisation;
-- a checkpoint after an epoch holds everything that follows from the past, so a resumed run ends with the same weights;
-- under torchrun each rank takes its share of every batch and the gradients are averaged (`parallel`);
-- denormal numbers are flushed to zero. The flag belongs to a thread and its pool, and torch sets it for the calling
-  thread alone: with a pool already running, half of the work stays slow. So the epochs run in a thread of their own,
-  which sets the flag before its pool starts; the caller's threads are never changed;
-- on CPU a step of less than 2 GFLOP runs on one thread: waiting for others costs about what it saves, and several times
-  that on a machine that is not quiet.
+- rows come from `batches.Batches`: tensors in memory, shards streamed from disk, or new simulations. Their order depends on
+  (seed, epoch), so a resumed training needs no generator state;
+- the optimiser is AdamW on all weights as one vector (`_optimizer`), with gradients clipped by norm, warm-up and cosine decay;
+- after each epoch the loss of the validation rows is computed with averaged weights (EMA). The best weights are kept, and
+  training stops `patience` epochs after the best;
+- the losses stay on the device until the epoch ends, so that a step needs no synchronisation;
+- a checkpoint holds the complete state, so that a resumed training ends with the same weights;
+- under torchrun each rank takes its share of every batch, and the gradients are averaged (`ranks`);
+- denormal numbers are flushed to zero. torch sets this flag for the calling thread only, not for a running thread pool. The
+  epochs therefore run in a separate thread, which sets the flag before its pool starts; the caller's threads are not changed;
+- on a CPU, steps of less than 2 GFLOP use one thread, because synchronising several costs about as much as it saves.
 """
 
 import json
@@ -37,9 +35,9 @@ from torch import Tensor, nn
 from sbi_phys.core.checks import require_choice, require_int, require_number
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, TrainingError
 from sbi_phys.core.rng import seed_for
+from sbi_phys.training._optimizer import FlatAdamW, cosine_rate
 from sbi_phys.training.batches import Batches, MemoryBatches
 from sbi_phys.training.checkpoint import read_file, write_file
-from sbi_phys.training.optimizer import FlatAdamW, cosine_rate
 from sbi_phys.training.ranks import Ranks, current_ranks
 
 __all__ = ["EpochRecord", "TrainConfig", "fit"]
@@ -47,21 +45,36 @@ __all__ = ["EpochRecord", "TrainConfig", "fit"]
 Loss = Callable[..., Tensor]
 _CHECKPOINT = ("checkpoint", 2)
 _VALID_ROWS = 8192
-# mean |log q in bfloat16 - log q in float32| above which bfloat16 is given up
+# mean |log q in bfloat16 - log q in float32| above which training continues in float32
 _BF16_LIMIT = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Settings of the training loop.   Raises: SettingError.
+    """Settings of the training loop.
 
-    Args: learning_rate: peak. batch_size, max_epochs: 0 chooses from the number of training rows.
-    patience: epochs without a better validation loss before stopping. warmup: share of all steps with rising rate.
-    schedule: 'cosine' or 'constant'. clip_norm: gradient norm limit. weight_decay: of AdamW, on matrices alone.
-    ema_decay: per step, 0 switches weight averaging off. validation_fraction: rows held out.
-    compile: fuse the step with torch.compile (a C++ compiler on CPU; CUDA graphs on CUDA): slow to start, then faster.
-    precision: 'float32', or 'bf16' for the matrix products on CUDA; given up, with a warning, where it moves the log density
-    of the validation rows by more than 0.01 on average.
+    Args:
+        learning_rate: largest learning rate.
+        batch_size, max_epochs: 0 chooses them from the number of training rows.
+        patience: epochs without a smaller validation loss before training stops.
+        validation_fraction: share of the rows held out for validation.
+        warmup: share of all steps in which the learning rate rises.
+        schedule: 'cosine' or 'constant'.
+        clip_norm: largest norm of the gradient.
+        weight_decay: of AdamW, applied to matrices only.
+        ema_decay: decay per step of the averaged weights; 0 switches averaging off.
+        compile: compile the step with torch.compile (needs a C++ compiler on a CPU): slow to start, then faster.
+        precision: 'float32', or 'bf16' for matrix products on CUDA; training continues in float32, with a warning, if bf16 changes
+            the log density of the validation rows by more than 0.01 on average.
+    Raises: SettingError.
+
+    >>> config = TrainConfig(max_epochs=2)
+    >>> config.for_rows(3000)  # batch size and number of epochs
+    (128, 2)
+    >>> TrainConfig(learning_rate=-1)
+    Traceback (most recent call last):
+    ...
+    sbi_phys.core.errors.SettingError: learning_rate is -1; expected a finite number > 0
     """
 
     learning_rate: float = 5e-3
@@ -103,7 +116,12 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
-    """What one epoch did: mean losses per row, learning rate at its end, seconds, milliseconds a step, best so far."""
+    """Result of one epoch: mean losses per row, learning rate at its end, duration, milliseconds per step, and whether it is the best.
+
+    >>> record = EpochRecord(0, 2, train=1.3, valid=1.2, learning_rate=5e-3, seconds=0.4, step_ms=2.0, best=True)
+    >>> f"epoch {record.epoch + 1} of {record.max_epochs}: validation loss {record.valid}"
+    'epoch 1 of 2: validation loss 1.2'
+    """
 
     epoch: int
     max_epochs: int
@@ -117,7 +135,7 @@ class EpochRecord:
 
 @dataclass
 class _State:
-    """Everything that a checkpoint holds beside the weights and the optimiser."""
+    """State of a training, apart from weights and optimiser; part of a checkpoint."""
 
     epoch: int = 0
     step: int = 0
@@ -136,13 +154,22 @@ def fit(
     seed: int,
     checkpoint: str | Path | None = None,
 ) -> Iterator[EpochRecord]:
-    """Train `module` in place and yield a record per epoch; when the generator ends it holds the best weights.
+    """Train `module` in place and yield a record per epoch; at the end the module has the best weights.
 
-    Args: loss: loss(module, *batch) -> (b,), one value per row. train, valid: tensors with equal rows, on the module's
-    device; or train a `Batches`, which has its own validation rows, and valid None.
-    checkpoint: path; written after every epoch, and training goes on from it if it exists.
-    Raises: DataError (a batch larger than the data), TrainingError (a loss that is not finite, memory that runs out;
-    the last good checkpoint stays), ModelFileError (a checkpoint of another run).
+    Args: loss: loss(module, *batch) -> (b,), one value per row. train, valid: tensors with equal rows, on the module's device; or
+    train is a `Batches`, which has its own validation rows, and valid is None. seed: of the order and of random layers.
+    checkpoint: path; written after every epoch, and training continues from it if it exists.
+    Raises: DataError (a batch larger than the data), TrainingError (a loss that is not finite, out of memory; the last
+    checkpoint is kept), ModelFileError (a checkpoint of another training).
+
+    >>> import torch
+    >>> line = torch.nn.Linear(1, 1)
+    >>> x = torch.linspace(0, 1, 200)[:, None]
+    >>> def loss(module, x, y):
+    ...     return ((module(x) - y) ** 2).sum(dim=1)
+    >>> records = list(fit(loss, line, (x[::2], 2 * x[::2]), (x[1::2], 2 * x[1::2]), TrainConfig(max_epochs=2), seed=0))
+    >>> len(records), records[1].valid < records[0].valid
+    (2, True)
     """
     ranks = current_ranks()
     batches = train if valid is None else MemoryBatches(cast(Sequence[Tensor], train), valid, seed=seed, ranks=ranks)
@@ -160,9 +187,9 @@ def fit(
                         trainer.save(Path(checkpoint))
                     yield record
             finally:
-                trainer.stop.set()  # an interrupt of the caller ends the epoch after the batch in work
+                trainer.stop.set()  # if the caller is interrupted, the epoch ends after the current batch
     finally:
-        torch.set_num_threads(threads)  # the number that threads to come start with
+        torch.set_num_threads(threads)  # the default of threads started later
         trainer.restore_best()
 
 
@@ -172,7 +199,7 @@ def _start_thread(threads: int) -> None:
 
 
 class _Trainer:
-    """State and steps of one training; `fit` drives it."""
+    """State and steps of one training, run by `fit`."""
 
     def __init__(self, loss: Loss, module: nn.Module, batches: Batches, config: TrainConfig, seed: int, ranks: Ranks) -> None:
         self.loss, self.module, self.batches, self.config, self.seed, self.ranks = loss, module, batches, config, seed, ranks
@@ -190,7 +217,7 @@ class _Trainer:
         self.bf16 = config.precision == "bf16"
         self.threads = _threads(module, self.batch_size // ranks.size)
         step = _Step(loss, module)
-        # two sizes of batch occur: each gets its own code, without symbolic shapes
+        # two batch sizes occur; each is compiled for its own shape
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         self.mean_loss: Callable[..., Tensor] = torch.compile(step, dynamic=False, mode=mode) if config.compile else step
         self.best = _copy(module)
@@ -204,11 +231,11 @@ class _Trainer:
         return cosine_rate(step, total, peak=self.config.learning_rate, warmup=self.config.warmup, schedule=self.config.schedule)
 
     def run_epoch(self) -> EpochRecord:
-        """One pass over the training rows, validation, bookkeeping of the best."""
+        """Train for one epoch, validate, and keep the best weights."""
         begin, state = time.perf_counter(), self.state
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), _memory_errors(self.batch_size):
-            # for dropout and the like in a user's network: keyed, and restored after
+            # seeds dropout and similar layers of a user's network; the global state is restored afterwards
             torch.manual_seed(seed_for(self.seed, "noise", state.epoch, self.ranks.rank))
             train, step_ms = self._train_epoch()
             with self.optimizer.averaged():
@@ -249,7 +276,7 @@ class _Trainer:
     def _require_finite(self, losses: Tensor) -> None:
         bad = torch.nonzero(~torch.isfinite(losses)).flatten()
         first = int(bad[0]) if len(bad) else -1
-        # a rank whose losses are fine must not wait for one that has stopped
+        # all ranks must stop together, or the others wait forever
         if self.ranks.total(torch.tensor([float(len(bad))], device=self.device)).item() == 0:
             return
         what = f"{losses[first].item()} in epoch {self.state.epoch}, batch {first}" if len(bad) else "not finite on another rank, a batch"
@@ -284,26 +311,26 @@ class _Trainer:
         if not float(error) <= _BF16_LIMIT:
             self.bf16 = False
             warnings.warn(
-                f"bf16 moves the log density by {float(error):.3g} on average in epoch {self.state.epoch}, more than {_BF16_LIMIT}; "
-                "the training goes on in float32",
+                f"bf16 changes the log density by {float(error):.3g} on average in epoch {self.state.epoch}, more than {_BF16_LIMIT}; "
+                "training continues in float32",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
     def restore_best(self) -> None:
-        """Put the best weights into the module, in tensors of its own."""
+        """Copy the best weights into the module, as separate tensors again."""
         self.module.load_state_dict(self.best)
         self.optimizer.release()
         self.module.eval()
 
     def fingerprint(self) -> str:
-        """Text that differs between runs whose checkpoints must not be mixed: settings, seed, data, network, ranks."""
+        """Text that identifies a training by settings, seed, data, network and ranks."""
         shapes = [list(p.shape) for p in self.optimizer.weights]
         parts = {"config": asdict(self.config), "seed": self.seed, "data": self.batches.fingerprint(), "weights": shapes}
         return json.dumps(parts | {"ranks": self.ranks.size})
 
     def save(self, path: Path) -> None:
-        """Write everything that the rest of the run depends on; the first rank does."""
+        """Write the complete state; only the first rank writes."""
         if self.ranks.first:
             content = {
                 "fingerprint": self._fingerprint, "state": asdict(self.state), "history": [asdict(r) for r in self.history],
@@ -313,7 +340,7 @@ class _Trainer:
         self.ranks.wait()
 
     def resume(self, path: Path) -> Iterator[EpochRecord]:
-        """Take up a checkpoint if there is one, yielding the records of the epochs already done."""
+        """Load a checkpoint if it exists, and yield the records of its epochs."""
         self._fingerprint = self.fingerprint()
         if not path.exists():
             return
@@ -346,7 +373,7 @@ class _Step(nn.Module):
 
 
 def _threads(module: nn.Module, batch: int) -> int:
-    """Threads for a step: one where the products are small; as torch has it where they are not, or are convolutions."""
+    """Number of threads for a step: one if the matrix products are small, else torch's number."""
     weights = [p for p in module.parameters() if p.requires_grad]
     flops = 6 * batch * sum(p.numel() for p in weights if p.ndim == 2)
     return 1 if flops < 2e9 and all(p.ndim <= 2 for p in weights) else torch.get_num_threads()

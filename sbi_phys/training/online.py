@@ -1,13 +1,12 @@
-r"""Training on fresh simulations: theta ~ p(theta), x ~ p(x | theta) are drawn while the network trains, each row is used once.
+r"""Online training: theta ~ p(theta), x ~ p(x | theta) are simulated while the network trains, and each row is used once.
 
-With no row used twice there is nothing to overfit: the training loss is an unbiased estimate of the expected loss. Worth it
-where a simulation costs no more than a training step's share of it; otherwise `simulate` to a store and train on that.
+Because no row is used twice, the network cannot overfit, and the training loss is an unbiased estimate of the expected loss. Online
+training pays off if a simulation takes no longer than a row's share of a training step; otherwise simulate to a store first.
 
-Chunk i of epoch e is drawn from the generators (seed, "theta", e, i) and (seed, "x", e, i): the rows follow from the seed,
-whatever the number of workers, and a resumed training goes on with the same rows as an undisturbed one.
+Chunk i of epoch e is drawn from the generators (seed, "online theta", e, i) and (seed, "online x", e, i). The rows therefore do not
+depend on the number of workers, and a resumed training uses the same rows as one without interruption.
 """
 
-import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -22,10 +21,11 @@ from torch import Tensor
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import DataError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, Mask
-from sbi_phys.priors import Prior
+from sbi_phys.priors import Prior, prior_from_dict
 from sbi_phys.priors.parameters import observables_to_dicts
-from sbi_phys.simulation.processes import pickle_simulator, start_worker, unpickle_simulator
+from sbi_phys.simulation.processes import available_cores, pickle_simulator, start_worker, unpickle_simulator
 from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.simulation.workers import make_rows
 from sbi_phys.store.identity import class_path, simulator_identity
@@ -42,12 +42,12 @@ Rows = tuple[Array, NDArray[np.floating]]
 
 
 class OnlineBatches:
-    """Fresh rows for every epoch, simulated in the background (see `batches.Batches`); a context manager.
+    """Batches of new rows in every epoch, simulated in the background (see `batches.Batches`).   A context manager.
 
-    Args: simulator, prior: theta is drawn from the prior. n: training rows of an epoch. n_valid: rows to validate on; as
-    many again set the scaling and are not trained on. x_transform: as of an estimator. seed. workers: processes that
-    simulate, 0 for a thread (a simulator that can not be sent to a process). device. ranks.
-    Attributes: scaler; n_failed, rows that failed and were replaced, first_reason.
+    Args: simulator. prior: of theta. n: training rows per epoch. n_valid: validation rows; the same number of further rows sets the
+    scaling. x_transform: as for an estimator. seed. workers: processes that simulate; 0 for a thread, for a simulator that cannot be
+    sent to a process. device: of the batches. ranks.
+    Attributes: scaler. n_failed: rows that failed and were replaced. first_reason: of the first such row.
     Raises: SettingError, DataError (all rows of a chunk fail), SimulatorMismatchError.
     """
 
@@ -76,7 +76,7 @@ class OnlineBatches:
         self._pool: Executor = (
             ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) if workers else ThreadPoolExecutor(1)
         )
-        # enough in flight for every worker to have the next chunk waiting
+        # two chunks per worker, so that no worker waits for the next one
         self._ahead = 2 * max(1, workers)
         self._begun: dict[tuple[int, int], Future[Any]] = {}
         try:
@@ -92,12 +92,12 @@ class OnlineBatches:
         self.close()
 
     def close(self) -> None:
-        """Stop the workers, and say what failed.   Warns: where rows failed, since p(theta | x) then is given success."""
+        """Stop the workers.   Warns: if rows failed, because p(theta | x) then is conditional on a successful simulation."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self.n_failed:
             failed, self.n_failed = self.n_failed, 0
             warnings.warn(
-                f"{failed} simulations of {class_path(self._simulator)} failed and were replaced by others; what is learned holds for "
+                f"{failed} simulations of {class_path(self._simulator)} failed and were replaced by others; the posterior holds for "
                 f"simulations that succeed. First: {self.first_reason}",
                 RuntimeWarning,
                 stacklevel=2,
@@ -109,12 +109,12 @@ class OnlineBatches:
         return self._n
 
     def fingerprint(self) -> Any:
-        """What the rows follow from."""
+        """Settings that determine the rows."""
         plain = self._header.plain()
         return {"online": plain, "n": self._n, "n_valid": self._n_valid, "x_transform": self._x_transform}
 
     def epoch(self, epoch: int, n_batches: int) -> Iterator[tuple[Tensor, ...]]:
-        """This rank's fresh rows of an epoch, in exactly n_batches batches."""
+        """Yield this rank's new rows of an epoch in exactly n_batches batches."""
         own = len(range(self.ranks.rank, self._n, self.ranks.size))
         sizes = [len(part) for part in np.array_split(np.empty(own, dtype=np.int8), n_batches)]
         chunks, left = self._chunks(epoch), (torch.empty(0), torch.empty(0))
@@ -126,13 +126,13 @@ class OnlineBatches:
             yield tuple(t.to(self.device, non_blocking=True) for t in batch)
 
     def _chunks(self, epoch: int) -> Iterator[Rows]:
-        """Good rows of this rank's chunks of an epoch, without end; the first of the next epoch are begun before this one ends."""
+        """Yield good rows of this rank's chunks of an epoch, without end; chunks of the next epoch are started before this one ends."""
         for key in [k for k in self._begun if k[0] != epoch]:
             self._begun.pop(key).cancel()
         expected = -(-self._n // (_CHUNK * self.ranks.size))
         for index in count():
             for i in range(index, index + self._ahead):
-                # past the end of this epoch: chunks of the next, unless failures have made this one longer
+                # beyond the expected end of this epoch: chunks of the next, unless failed rows made this one longer
                 key = (epoch, i) if i <= max(index, expected - 1) else (epoch + 1, i - max(index + 1, expected))
                 if key not in self._begun:
                     self._begun[key] = self._submit(key[0], key[1] * self.ranks.size + self.ranks.rank)
@@ -152,7 +152,7 @@ class OnlineBatches:
         return theta, x
 
     def _prepare(self) -> tuple[XScaler, tuple[Tensor, Tensor]]:
-        # pilot rows for the scaling alone, then the validation rows: neither is ever trained on
+        # rows for the scaling, then the validation rows; neither are used for training
         parts = [self._good(self._submit(_PILOT, k, self._n_valid).result()) for k in (0, 1)]
         _, pilot = prepare_simulations(self._prior, *parts[0])
         counts = count_columns(pilot, self._x_transform, self._simulator.observables)
@@ -169,10 +169,7 @@ class OnlineBatches:
 def _make_chunk(
     source: Simulator | bytes, header: Header, epoch: int | str, chunk: int, rows: int
 ) -> tuple[Array, NDArray[np.floating], Mask, str]:
-    """Simulate one chunk, in a worker: theta, x, which rows are good, and the reason of the first that is not."""
-    from sbi_phys.core.rng import rng_for
-    from sbi_phys.priors import prior_from_dict
-
+    """Simulate one chunk, in a worker -> theta, x, mask of the good rows, and the reason of the first failure."""
     simulator = unpickle_simulator(source) if isinstance(source, bytes) else source
     theta = prior_from_dict(header.prior).sample(rows, rng_for(header.seed, "online theta", epoch, chunk))
     data = make_rows(simulator, theta, header, "online x", epoch, chunk)
@@ -180,6 +177,5 @@ def _make_chunk(
 
 
 def default_workers() -> int:
-    """Processes that simulate beside the training: all cores but one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores - 1)
+    """Default number of processes that simulate during training: all cores but one."""
+    return max(1, available_cores() - 1)

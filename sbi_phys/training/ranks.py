@@ -1,10 +1,10 @@
-r"""Several processes or GPUs at one training: what `torchrun` started, and the sums between them.
+r"""Training with several processes or GPUs started by `torchrun`, and the sums between them.
 
     torchrun --nproc-per-node 2 -m sbi_phys.workflow.cli train run.toml --out runs/mine
 
-Each rank computes the gradient of its share of a batch; one all-reduce averages them. The weights of a flow are one vector
-here (`optimize.FlatAdamW`), so that is the bucketed all-reduce of DistributedDataParallel with a single bucket, without a
-hook for each parameter. Backend: nccl on CUDA, gloo on CPU.
+Each rank computes the gradient of its share of a batch, and one all-reduce averages the gradients. The weights of a network are one
+vector here (`_optimizer.FlatAdamW`), so this corresponds to DistributedDataParallel with a single bucket. Backend: nccl on CUDA, gloo
+on CPU.
 """
 
 import os
@@ -24,7 +24,7 @@ __all__ = ["Ranks", "current_ranks", "process_group", "started_by_torchrun"]
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Place of this process among those that train together: rank of size; a training alone is 0 of 1."""
+    """Rank of this process and the number of processes in a training; 0 of 1 for a single process."""
 
     rank: int = 0
     size: int = 1
@@ -35,7 +35,7 @@ class Ranks:
         return self.rank == 0
 
     def average(self, values: Tensor) -> Tensor:
-        """Mean of a tensor over all ranks, in place, the same bits on every rank."""
+        """Mean of a tensor over all ranks, in place and identical on every rank."""
         if self.size > 1:
             dist.all_reduce(values)
             values /= self.size
@@ -48,33 +48,33 @@ class Ranks:
         return values
 
     def same_start(self, values: Tensor) -> None:
-        """Give every rank the values of the first, in place."""
+        """Copy the values of the first rank to all ranks, in place."""
         if self.size > 1:
             dist.broadcast(values, src=0)
 
     def wait(self) -> None:
-        """Return when every rank has come here."""
+        """Wait until every rank has reached this call."""
         if self.size > 1:
             dist.barrier()
 
 
 def current_ranks() -> Ranks:
-    """The ranks of the process group that is open, or a single one."""
+    """Ranks of the open process group, or of a single process."""
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
     return Ranks()
 
 
 def started_by_torchrun() -> bool:
-    """Whether the environment says that this process is one of several."""
+    """Whether torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
 def process_group(device: str = "auto", *, timeout_s: float = 86_400.0) -> Iterator[Ranks]:
-    """Open the process group that torchrun's environment describes, and close it; a single process gets `Ranks()`.
+    """Open the process group described by torchrun's environment and close it at the end; `Ranks()` for a single process.
 
-    Args: device: as of an estimator; with CUDA, each process takes the GPU of its local rank.
+    Args: device: as for an estimator; with CUDA, each process takes the GPU of its local rank.
     Raises: SettingError if the environment is incomplete or has more processes than GPUs.
     """
     if not started_by_torchrun() or dist.is_initialized():
@@ -88,7 +88,7 @@ def process_group(device: str = "auto", *, timeout_s: float = 86_400.0) -> Itera
     if cuda:
         if local >= torch.cuda.device_count():
             here = torch.cuda.device_count()
-            raise SettingError(f"local rank {local} has no GPU, {here} are here; expected --nproc-per-node at most {here}")
+            raise SettingError(f"local rank {local} has no GPU, this machine has {here}; expected --nproc-per-node at most {here}")
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
     try:

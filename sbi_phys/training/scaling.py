@@ -1,11 +1,11 @@
-r"""From arrays to what a network is trained on: scaling from the training part only, a seeded split.
+r"""Preparing arrays for training: checks, standardisation with the training rows only, and a seeded split into training and validation.
 
-Counts are variance-stabilised before they are standardised, y = 2 sqrt(x + 3/8) (Anscombe 1948): Poisson noise then
-has unit width in every bin, over all decades of a steep spectrum. A count column is never scaled up by more than that
-unit noise, so that a bin that is almost always empty does not turn one rare event into a 20 sigma input.
+Counts are variance-stabilised by y = 2 sqrt(x + 3/8) (Anscombe 1948) before they are standardised: Poisson noise then has unit
+width in every bin of a steep spectrum. The scale of a count column is at least this unit noise, so that a single event in a bin
+that is almost always empty does not become a 20 sigma input.
 
-Sets of events in padded slots (n, n_max, k + 1), mask in the last column, have one mean and width for all slots, those of
-the real events: events have no order, so a slot has no scale of its own. Their mask stays as it is.
+Sets of events in padded slots (n, n_max, k + 1), with a mask in the last column, have one mean and one width per column for all
+slots, computed from the real events, because events have no order. The mask is not scaled.
 """
 
 from collections.abc import Sequence
@@ -42,24 +42,35 @@ class XScaler:
 
     @classmethod
     def fit(cls, x: NDArray[np.floating], counts: Mask, *, chunk: int = 65536) -> Self:
-        """Mean and scale of x (n, ...) after the root, in one pass over chunks of rows."""
+        """Compute mean and scale of x (n, ...), after the root on counts, in one pass over chunks of rows."""
         n, shape = x.shape[0], x.shape[1:]
-        blank = cls(shape, counts, np.zeros(shape), np.ones(shape))
-        shift = blank.stabilise(x[:1])[0]  # sums are taken about the first row: no cancellation for large offsets
+        blank = cls.identity(counts)
+        shift = blank.stabilise(x[:1])[0]  # sums about the first row avoid cancellation for large offsets
         total, squares = np.zeros(shape), np.zeros(shape)
         for start in range(0, n, chunk):
             y = blank.stabilise(x[start : start + chunk]) - shift
             total += y.sum(axis=0)
             squares += np.einsum("n...,n...->...", y, y)
-        variance = np.maximum(squares / n - (total / n) ** 2, 0.0)
         if not counts.any() and _are_padded_sets(x):
+            variance = np.maximum(squares / n - (total / n) ** 2, 0.0)
             return cls(shape, counts, *_moments_of_events(shift + total / n, variance))
-        sd = np.sqrt(variance)
-        scale = np.where(counts, np.maximum(sd, 1.0), np.where(sd > 1e-12 * np.abs(shift + total / n), sd, 1.0))
-        return cls(shape, counts, shift + total / n, np.where(scale > 0, scale, 1.0))
+        return cls.from_sums(counts, shift, n, total, squares)
+
+    @classmethod
+    def from_sums(cls, counts: Mask, shift: Array, n: int, total: Array, squares: Array) -> Self:
+        """Scaler of n rows y from their sums about `shift`: total = sum (y - shift), squares = sum (y - shift)^2."""
+        offset = total / n
+        mean, sd = shift + offset, np.sqrt(np.maximum(squares / n - offset**2, 0.0))
+        scale = np.where(counts, np.maximum(sd, 1.0), np.where(sd > 1e-12 * np.abs(mean), sd, 1.0))
+        return cls(counts.shape, counts, mean, np.where(scale > 0, scale, 1.0))
+
+    @classmethod
+    def identity(cls, counts: Mask) -> Self:
+        """Scaler that stabilises counts and leaves mean and scale as they are."""
+        return cls(counts.shape, counts, np.zeros(counts.shape), np.ones(counts.shape))
 
     def apply(self, x: NDArray[np.floating]) -> Tensor:
-        """X (n, ...) -> float32 tensor of the same shape."""
+        """Scale x (n, ...) -> float32 tensor of the same shape."""
         return torch.from_numpy(((self.stabilise(x) - self.mean) / self.scale).astype(np.float32))
 
     def check(self, name: str, x: Any) -> tuple[Array, bool]:
@@ -80,20 +91,20 @@ class XScaler:
         return array, single
 
     def stabilise(self, x: NDArray[np.floating]) -> Array:
-        """X (n, ...) with Anscombe's root on the count columns, not yet standardised."""
+        """Apply Anscombe's root to the count columns of x (n, ...), without standardising."""
         y = np.asarray(x, dtype=np.float64)
         if not self.counts.any():
             return y
         return np.where(self.counts, 2.0 * np.sqrt(np.where(self.counts, y, 0.0) + 0.375), y)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers, for a model file."""
+        """Return tensors and numbers for a model file."""
         arrays = {k: torch.from_numpy(np.array(getattr(self, k))) for k in ("counts", "mean", "scale")}
         return {"shape": list(self.shape), **arrays}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
+        """Rebuild from `to_dict`."""
         return cls(tuple(state["shape"]), *(state[k].numpy() for k in ("counts", "mean", "scale")))
 
 
@@ -109,8 +120,8 @@ def _are_padded_sets(x: NDArray[np.floating]) -> bool:
 
 
 def _moments_of_events(mean: Array, variance: Array) -> tuple[Array, Array]:
-    """Mean and scale (n_max, k + 1), the same for each slot, from those of the columns: empty slots add nothing to either sum."""
-    events = mean[:, -1].sum()  # a set, on average
+    """Mean and scale (n_max, k + 1), equal for all slots, from the moments of all slots; empty slots are zero and add nothing."""
+    events = mean[:, -1].sum()  # mean number of events per set
     centre = mean[:, :-1].sum(axis=0) / events
     sd = np.sqrt(np.maximum((variance + mean**2)[:, :-1].sum(axis=0) / events - centre**2, 0.0))
     sd = np.where(sd > 1e-7 * np.abs(centre), sd, 1.0)
@@ -141,9 +152,9 @@ def prepare_simulations(prior: Prior, theta: Any, x: Any) -> tuple[Array, NDArra
 
 
 def count_columns(x: NDArray[np.floating], transform: str, observables: Sequence[Observable] | None) -> Mask:
-    """Mask, of x's row shape, of the columns that hold counts: as the observables say, else as the values look.
+    """Mask, of the shape of a row of x, of the columns that hold counts, from the observables or else from the values.
 
-    With 'auto' and no observables, x is counts if every value is a whole number >= 0 and some exceed 1.
+    With 'auto' and no observables, x holds counts if every value is a whole number >= 0 and some exceed 1.
     """
     require_choice("x_transform", transform, TRANSFORMS)
     shape = x.shape[1:]
@@ -159,7 +170,7 @@ def count_columns(x: NDArray[np.floating], transform: str, observables: Sequence
 
 
 def split_rows(n: int, validation_fraction: float, seed: int) -> tuple[Integers, Integers]:
-    """Row numbers (training, validation) of a seeded split; at least one row each.   Raises: DataError for n < 2."""
+    """Row numbers (training, validation) of a seeded random split, at least one row each.   Raises: DataError for n < 2."""
     require_int("n", n, low=0)
     require_number("validation_fraction", validation_fraction, low=0, high=1, open_low=True, open_high=True)
     if n < 2:

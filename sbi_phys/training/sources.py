@@ -1,4 +1,7 @@
-r"""From what a user hands to `fit` to what the training loop takes: arrays or a store in memory, a store streamed, a simulator."""
+r"""Sources of training rows: converts what a user passes to `fit` (arrays, stores or a simulator) into batches for the training loop.
+
+Arrays and small stores are held in memory, larger stores are streamed from disk, and a simulator produces rows during training.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -33,7 +36,7 @@ _EPOCHS_ONLINE = 40
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What every source needs to know of the estimator."""
+    """Settings of an estimator that every source of rows needs."""
 
     prior: Prior
     seed: int
@@ -44,10 +47,9 @@ class Settings:
 
 
 class Rows:
-    """Training rows of an ensemble: one scaling for all members, and batches for each.   A context manager.
+    """Training rows of an ensemble: one scaling for all members, and batches for each member.   A context manager.
 
-    Args: scaler: from rows that the first member trains on; only means and widths pass to the others.
-    config: of the training, with what the source decides filled in.
+    Args: scaler: from the training rows of the first member. config: of the training, including settings made by the source.
     """
 
     def __init__(self, scaler: XScaler, config: TrainConfig, owner: AbstractContextManager[Any] | None = None) -> None:
@@ -60,7 +62,7 @@ class Rows:
         self._owner.__exit__(*error)
 
     def member(self, k: int) -> tuple[Batches, Tensor]:
-        """Batches of member k, and parameters u (m, d) that its Gaussian layer may begin at."""
+        """Batches of member k, and parameters u (m, d) from which its Gaussian layer is initialised."""
         raise NotImplementedError
 
 
@@ -70,7 +72,7 @@ class _InMemory(Rows):
         self._tensors, self._settings = tensors, settings
 
     def member(self, k: int) -> tuple[Batches, Tensor]:
-        """A split of its own."""
+        """Batches of a separate split for each member."""
         settings = self._settings
         seed = seed_for(settings.seed, "member", k)
         parts = [torch.from_numpy(rows) for rows in split_rows(len(self._tensors[0]), settings.config.validation_fraction, seed)]
@@ -78,24 +80,24 @@ class _InMemory(Rows):
         return MemoryBatches(train, valid, seed=seed, ranks=current_ranks()), train[0]
 
 
-class _Passing(Rows):
-    """Rows that pass by: members share the validation rows and take different epochs of the same source."""
+class _Streamed(Rows):
+    """Rows from a stream or a simulator: members share the validation rows and use different epochs of the same source."""
 
     def __init__(self, source: Any, config: TrainConfig) -> None:
         super().__init__(source.scaler, config, source)
         self._source = source
 
     def member(self, k: int) -> tuple[Batches, Tensor]:
-        """The source, further on."""
+        """Batches of the source, beginning at another epoch for each member."""
         return _Later(self._source, k * _MEMBER_EPOCHS), self._source.validation[0]
 
 
-_MEMBER_EPOCHS = 1_000_000  # further than any training goes
+_MEMBER_EPOCHS = 1_000_000  # more than any training has
 
 
 @dataclass
 class _Later:
-    """Batches whose epochs are counted from another number."""
+    """Batches of a source, beginning at epoch `first`."""
 
     source: Any
     first: int
@@ -110,11 +112,11 @@ class _Later:
         return int(self.source.n)
 
     def epoch(self, epoch: int, n_batches: int) -> Iterator[tuple[Tensor, ...]]:
-        """Rows of a later epoch of the source."""
+        """Batches of epoch first + epoch of the source."""
         yield from self.source.epoch(self.first + epoch, n_batches)
 
     def fingerprint(self) -> Any:
-        """The source's, and where it begins."""
+        """Fingerprint of the source, and the first epoch."""
         return [self.source.fingerprint(), self.first]
 
 
@@ -132,7 +134,7 @@ def from_arrays(theta: Any, x: Any, settings: Settings) -> Rows:
 
 
 def stores_of(value: Any, prior: Prior) -> list[Store] | None:
-    """Stores, where the value is one, a path, or a sequence of these; None where it is data.   Raises: SimulatorMismatchError."""
+    """Stores, if the value is a store, a path, or a sequence of these; None if it is data.   Raises: SimulatorMismatchError."""
     if isinstance(value, str | Path | Store):
         value = [value]
     if not isinstance(value, Sequence) or not value or not all(isinstance(v, str | Path | Store) for v in value):
@@ -149,7 +151,7 @@ def needs_streaming(stores: Sequence[Store], memory: int | None) -> bool:
     if memory is None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     columns = sum(o.size for o in stores[0].observables)
-    # theta and u in double precision, x as stored and in single precision, both once more in the split
+    # theta and u in double precision, x as stored and in single precision, and both again in the split
     row = 24 * len(stores[0].parameters) + columns * (stores[0].dtype.itemsize + 8)
     return sum(store.n_rows for store in stores) * row > require_int("memory", memory, low=1)
 
@@ -172,11 +174,11 @@ def from_stores(stores: Sequence[Store], settings: Settings, memory: int | None,
         n_ranks=ranks.size,
         progress=progress,
     )
-    return _Passing(stream, settings.config)
+    return _Streamed(stream, settings.config)
 
 
 def from_simulator(simulator: Simulator, n: int | None, settings: Settings, workers: int | None) -> Rows:
-    """Fresh rows, n in all, each used once.   Raises: SettingError, SimulatorMismatchError, DataError."""
+    """Rows simulated during training, n in total, each used once.   Raises: SettingError, SimulatorMismatchError, DataError."""
     if n is None:
         raise SettingError("n is None; expected the number of simulations to train on: fit(simulator=..., online=True, n=...)")
     check_simulator(simulator)
@@ -184,7 +186,7 @@ def from_simulator(simulator: Simulator, n: int | None, settings: Settings, work
         raise SimulatorMismatchError(f"the simulator has parameters {simulator.prior.names}; expected {settings.prior.names}")
     config, n = settings.config, require_int("n", n, low=MIN_SIMULATIONS)
     batch, _ = config.for_rows(n)
-    # an epoch is only the stretch between two validations here; the rows never come again, so training runs to its end
+    # an epoch is the interval between two validations; rows are not repeated, so training does not stop early
     epochs = config.max_epochs or max(1, min(_EPOCHS_ONLINE, n // batch))
     per_epoch = max(batch, n // epochs)
     source = OnlineBatches(
@@ -199,9 +201,9 @@ def from_simulator(simulator: Simulator, n: int | None, settings: Settings, work
         ranks=current_ranks(),
     )
     changed = {"batch_size": batch, "max_epochs": epochs, "patience": epochs}
-    return _Passing(source, TrainConfig(**{name: changed.get(name, getattr(config, name)) for name in config.__slots__}))
+    return _Streamed(source, TrainConfig(**{name: changed.get(name, getattr(config, name)) for name in config.__slots__}))
 
 
 def _workers(simulator: Simulator) -> int:
-    """Processes that simulate where none are asked for: none for a simulator that stays in its process, as a network does."""
+    """Default number of processes that simulate; 0 for a simulator with `in_process`, such as a network."""
     return 0 if getattr(simulator, "in_process", False) else default_workers()

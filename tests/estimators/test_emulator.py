@@ -105,7 +105,7 @@ def test_the_model_says_what_it_learned_from(nle: sp.NLE, npe: sp.NPE, tmp_path:
 def test_what_it_refuses(nle: sp.NLE) -> None:
     with pytest.raises(SettingError, match="not trained"):
         sp.NLE(SIM.prior).as_simulator()
-    with pytest.raises(SettingError, match=r"Emulator can not be sent to worker processes.*expected workers=0"):
+    with pytest.raises(SettingError, match=r"Emulator cannot be sent to worker processes.*expected workers=0"):
         sp.NPE(SIM.prior).fit(simulator=nle.as_simulator(), online=True, n=1000, workers=1)
     with pytest.raises(SettingError, match="stays in its process"):
         pickle.dumps(nle.as_simulator())

@@ -2,7 +2,9 @@ import pytest
 
 from sbi_phys.core.errors import SettingError, SimulatorMismatchError
 from sbi_phys.priors import Observable
-from sbi_phys.simulation.campaign import Simulator, check_simulator, load_simulator, simulate, simulator_identity
+from sbi_phys.simulation.campaign import simulate
+from sbi_phys.simulation.protocol import Simulator, check_simulator, load_simulator
+from sbi_phys.store.identity import simulator_identity
 from tests.toys import Counts, Flaky, LinearGaussian, Misbehaving, Slow
 
 FLAKY = Flaky(1.8, -1.8)

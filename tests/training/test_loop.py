@@ -156,7 +156,7 @@ def test_each_row_is_used_once_an_epoch() -> None:
 def test_bf16_is_given_up_where_it_moves_the_loss() -> None:
     train, valid = data()
     config = TrainConfig(max_epochs=3, precision="bf16", learning_rate=0.05)
-    with pytest.warns(RuntimeWarning, match="bf16 moves the log density by"):
+    with pytest.warns(RuntimeWarning, match="bf16 changes the log density by"):
         records = list(fit(lambda m, x, y: 100 * squared(m, x, y), Line(), train, valid, config, seed=0))
     assert records[-1].valid < records[0].valid
     quiet = list(fit(lambda m, x, y: 1e-3 * squared(m, x, y), Line(), train, valid, config, seed=0))

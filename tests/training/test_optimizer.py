@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sbi_phys.core.errors import SettingError
 from sbi_phys.core.rng import torch_rng_for
-from sbi_phys.training.optimizer import FlatAdamW, cosine_rate
+from sbi_phys.training._optimizer import FlatAdamW, cosine_rate
 from sbi_phys.training.ranks import Ranks
 
 

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from sbi_phys.core.errors import SettingError, StoreError
 from sbi_phys.priors import BoxPrior, Observable, Parameter
 from sbi_phys.store.store import Store
-from sbi_phys.training import stream_rows
+from sbi_phys.training import _stream_rows
 from sbi_phys.training.scaling import XScaler
-from sbi_phys.training.stream import Stream
-from sbi_phys.training.stream_buffer import Budget
+from sbi_phys.training.stream import Budget, Stream
 from tests.training.stream_helpers import PRIOR, epoch_numbers, flat, make_store, numbers
 
 N, FAILED = 730, [0, 1, 99, 100, 250, 251, 252, 729]
@@ -142,7 +141,7 @@ def test_a_cache_is_used_again(tmp_path, monkeypatch):
     def refuse(path):
         raise AssertionError(f"{path} was opened")
 
-    monkeypatch.setattr(stream_rows, "open_shard", refuse)
+    monkeypatch.setattr(_stream_rows, "open_shard", refuse)
     with Stream(store, PRIOR, memory=150 * ROW) as stream:
         assert epoch_numbers(stream, 0, 60) == first
     assert not list(rows.parent.glob(".*.tmp"))

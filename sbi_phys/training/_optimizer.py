@@ -1,7 +1,7 @@
-r"""AdamW over all weights of a network as one vector.
+r"""AdamW on all weights of a network as one vector.
 
-A small network has forty tensors of weights, and a step that visits each of them in turn for the norm, the update and the
-average spends its time on the visits. Here the weights are views of one vector: the gradients are joined once, then
+A small network has about forty weight tensors, and a step that treats them one by one spends its time on overhead. Here the weights are
+views of one vector; the gradients are concatenated once, and then
 
     g <- g min(1, c / |g|),   AdamW on the vector (matrices decay, biases do not),   average <- average + (1 - d)(w - average)
 
@@ -25,7 +25,7 @@ __all__ = ["FlatAdamW"]
 class FlatAdamW:
     """The optimiser, the gradient clipping and the running average of the weights of a module.
 
-    The module's parameters become views of one vector until `release`; they may be read, copied and loaded as before.
+    The module's parameters are views of one vector until `release`; they can be read, copied and loaded as usual.
 
     Args: module: with trainable weights of one dtype on one device. weight_decay: of tensors with two or more axes.
     clip_norm: limit of the gradient's norm. ema_decay: of the running average, 0 for none. ranks: gradients are averaged
@@ -40,7 +40,7 @@ class FlatAdamW:
         if len(kinds) != 1:
             shown = sorted(f"{dtype} on {device}" for dtype, device in kinds)
             raise SettingError(f"the network has trainable weights of {shown or 'no kind'}; expected all of one dtype on one device")
-        # matrices first, so that each group is one stretch of the vector
+        # matrices first, so that each group is one section of the vector
         self.weights = [p for p in weights if p.ndim > 1] + [p for p in weights if p.ndim <= 1]
         self.clip_norm, self.ema_decay, self.ranks = clip_norm, ema_decay, ranks
         self.flat = torch.cat([p.detach().reshape(-1) for p in self.weights])
@@ -50,7 +50,7 @@ class FlatAdamW:
         self._groups = [g for g in (self.flat[:n_matrices], self.flat[n_matrices:]) if g.numel()]
         decays = [d for d, n in ((weight_decay, n_matrices), (0.0, len(self.flat) - n_matrices)) if n]
         groups = [{"params": [g], "weight_decay": d} for g, d in zip(self._groups, decays, strict=True)]
-        # the rate is a tensor, which a captured CUDA graph and a compiled step read anew
+        # `step` sets the learning rate
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=self.flat.device.type in ("cpu", "cuda"))
         self.average = self.flat.clone() if ema_decay else None
 
@@ -61,12 +61,12 @@ class FlatAdamW:
             start += p.numel()
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Remove the gradients."""
         for p in self.weights:
             p.grad = None
 
     def step(self, learning_rate: float, step: int) -> None:
-        """One update from the gradients of the weights; `step` counts from 0 and sets how far the average looks back."""
+        """Update the weights from their gradients; `step` counts from 0 and sets the decay of the average."""
         gradient = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in self.weights])
         self.ranks.average(gradient)
         gradient *= (self.clip_norm / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1.0)
@@ -77,12 +77,12 @@ class FlatAdamW:
             start += group.numel()
         self.optimizer.step()
         if self.average is not None:
-            # while few steps are done the average forgets its start: decay (1 + step) / (10 + step), as in common practice
+            # in the first steps the average forgets its start faster: decay (2 + step) / (11 + step)
             self.average.lerp_(self.flat, 1 - min(self.ema_decay, (2 + step) / (11 + step)))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Context in which the module has the averaged weights."""
+        """Use the averaged weights within the block."""
         if self.average is None:
             yield
             return
@@ -94,17 +94,17 @@ class FlatAdamW:
             self.flat.copy_(current)
 
     def release(self) -> None:
-        """Give each parameter a tensor of its own again."""
+        """Make each parameter a separate tensor again."""
         for p in self.weights:
             p.data = p.data.clone()
             p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights themselves."""
+        """State of the optimiser and the average, without the weights."""
         return {"adamw": self.optimizer.state_dict(), "average": self.average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Restore from `state_dict`."""
         self.optimizer.load_state_dict(state["adamw"])
         if self.average is not None:
             self.average.copy_(state["average"])

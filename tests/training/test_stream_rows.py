@@ -1,4 +1,4 @@
-"""What streaming refuses: each bad input by a clear error that names the file, the setting, or both numbers."""
+"""Errors of streaming: damaged or changed shards and caches, bad rows, bad settings, each naming the file, the setting or both numbers."""
 
 import json
 import os
@@ -153,13 +153,13 @@ def test_a_damaged_cache_is_made_again(store, damage):
 
 def test_a_cache_that_can_not_be_written(store, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StoreError, match=r"cache .*file can not be made: .*; expected a folder that may be written: give one as cache="):
+    with pytest.raises(StoreError, match=r"cache .*file cannot be created: .*; expected a writable folder as cache="):
         Stream(store, PRIOR, cache=tmp_path / "file")
     (store.path / ".cache").write_text("in the way")
     with pytest.raises(StoreError, match=r"cache="):
         Stream(store, PRIOR)
     (tmp_path / "locked" / ".lock").mkdir(parents=True)
-    with pytest.raises(StoreError, match=r"locked can not be written: .*give one as cache="):
+    with pytest.raises(StoreError, match=r"locked cannot be written: .*as cache="):
         Stream(store, PRIOR, cache=tmp_path / "locked")
     with Stream(store, PRIOR, cache=tmp_path / "new" / "folder") as stream:
         assert len(list(stream.epoch(0, 3))) == 3
@@ -271,7 +271,7 @@ def test_more_ranks_than_shards_and_ranks_without_rows(store, tmp_path):
     ],
 )
 def test_settings_are_checked_before_any_shard_is_read(store, monkeypatch, setting, error, words):
-    monkeypatch.setattr("sbi_phys.training.stream_rows.open_shard", None)
+    monkeypatch.setattr("sbi_phys.training._stream_rows.open_shard", None)
     with pytest.raises(error, match=words):
         Stream(store, PRIOR, **setting)
 
