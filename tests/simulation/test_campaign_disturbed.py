@@ -186,7 +186,7 @@ def test_a_worker_that_dies_costs_only_its_retry(tmp_path):
 
 
 def test_a_simulator_that_kills_every_worker_ends_the_run(tmp_path):
-    with pytest.raises(StoreError, match=r"exit status 13, \d+ times in a row; expected a simulator that works for some rows"):
+    with pytest.raises(StoreError, match=r"exit status 13, \d+ times in a row; expected a simulator that succeeds for some rows"):
         simulate(Misbehaving("dies"), 20, tmp_path, shard_size=10, workers=1 + 1)
     assert sorted(os.listdir(tmp_path)) == [".lock", "store.json"]
 

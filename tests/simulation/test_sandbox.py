@@ -67,7 +67,7 @@ def test_what_a_simulator_prints_does_not_reach_our_output(capfd):
 
 
 def test_a_simulator_that_always_dies_is_an_error(tmp_path):
-    with pytest.raises(StoreError, match=r"exit status 13, \d+ times in a row; expected a simulator that works for some rows"):
+    with pytest.raises(StoreError, match=r"exit status 13, \d+ times in a row; expected a simulator that succeeds for some rows"):
         simulate(Misbehaving("dies"), 12, tmp_path, workers=1, isolate=True)
 
 
@@ -123,7 +123,7 @@ def test_an_event_of_another_shape_ends_the_call():
     simulator = Events()
     with Sandbox(pickle_simulator(simulator)) as box:
         np.testing.assert_array_equal(box.simulate(GOOD, rng_for(1)), simulator.simulate(GOOD, rng_for(1)))
-        with pytest.raises(SimulatorMismatchError, match=r"one_event gave shape \(1,\); expected \(2,\)"):
+        with pytest.raises(SimulatorMismatchError, match=r"one_event returned shape \(1,\); expected \(2,\)"):
             box.simulate(BAD, rng_for(1))
         with pytest.raises(MemoryError):
             box.simulate(BAD + 1, rng_for(1))

@@ -40,7 +40,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_file(path, "model", 1)
     write_file(path, "model", 2, CONTENT)
     whole = path.read_bytes()
-    with pytest.raises(ModelFileError, match="newer than 1"):
+    with pytest.raises(ModelFileError, match="version 2, expected at most 1"):
         read_file(path, "model", 1)
     with pytest.raises(ModelFileError, match="is a 'model' file; expected 'checkpoint'"):
         read_file(path, "checkpoint", 2)
