@@ -91,8 +91,9 @@ def simulate(
     Raises: SettingError, SimulatorMismatchError, ShapeError, NonFiniteError, SupportError (theta), DataError (all rows of a shard fail,
         x does not fit the dtype), StoreError (store of other settings, locked or read-only, shards of another job, crashing workers).
 
+    >>> import sbi_phys as sp
     >>> from simulators import OnOff
-    >>> store = simulate(OnOff(), 500, "on_off", seed=1)
+    >>> store = sp.simulate(OnOff(), 500, "on_off", seed=1)
     >>> theta, x = store.read()
     >>> theta.shape, x.shape
     ((500, 2), (500, 2))

@@ -98,6 +98,7 @@ def cluster_executor(
     end. say: function that receives the dashboard's address.
     Raises: SettingError (both are given, an unreachable scheduler, no worker within a minute), SbiPhysError (Dask is not installed).
 
+    >>> from sbi_phys.simulation import cluster_executor
     >>> with cluster_executor() as (executor, n_workers):  # without a cluster: the defaults of `simulate`
     ...     print(executor, n_workers)
     None None

@@ -85,7 +85,7 @@ class FunctionSimulator(_Described):
     ...     return [rng.exponential(theta["lifetime"])]
     >>> sys.modules["decay"] = types.SimpleNamespace(one_event=one_event)  # in place of a file decay.py
     >>> prior = sp.BoxPrior([sp.Parameter("lifetime", 0.5, 5.0, unit="us")])
-    >>> simulator = FunctionSimulator("decay:one_event", prior, [sp.Observable("time", 1, unit="us")])
+    >>> simulator = sp.FunctionSimulator("decay:one_event", prior, [sp.Observable("time", 1, unit="us")])
     >>> simulator.simulate(np.array([[1.0], [2.0]]), np.random.default_rng(0)).shape
     (2, 1)
     """
@@ -137,7 +137,7 @@ class CommandSimulator(_Described):
     >>> import numpy as np
     >>> import sbi_phys as sp
     >>> prior = sp.BoxPrior([sp.Parameter("energy", 1.0, 10.0, unit="TeV")])
-    >>> simulator = CommandSimulator(["echo", "{energy:.1f}", "2.0"], prior, [sp.Observable("signal", 2)])
+    >>> simulator = sp.CommandSimulator(["echo", "{energy:.1f}", "2.0"], prior, [sp.Observable("signal", 2)])
     >>> simulator.simulate(np.array([[3.0]]), np.random.default_rng(0))
     array([[3., 2.]])
     """

@@ -105,9 +105,10 @@ def check_simulator(simulator: Simulator, *, n_simulations: int = 0, seed: int =
 
     Args: n_simulations >= 0, rows of a run; seed of the draws.   Raises: SimulatorMismatchError, SettingError.
 
+    >>> import sbi_phys as sp
     >>> from simulators import OnOff
-    >>> check_simulator(OnOff(), n_simulations=10)
-    >>> check_simulator(OnOff)
+    >>> sp.check_simulator(OnOff(), n_simulations=10)
+    >>> sp.check_simulator(OnOff)
     Traceback (most recent call last):
     ...
     sbi_phys.core.errors.SimulatorMismatchError: simulator is the class OnOff; expected an object: OnOff(...)
@@ -160,6 +161,7 @@ def load_simulator(spec: str, settings: dict[str, Any] | None = None) -> Simulat
 
     Raises: SettingError for an unknown module, class or setting (with the nearest name), SimulatorMismatchError.
 
+    >>> from sbi_phys.simulation import load_simulator
     >>> load_simulator("simulators.on_off:OnOff", {"tau": 2.0}).parameters[0].name
     'mu'
     """

@@ -38,9 +38,9 @@ from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, Integers, Mask
 from sbi_phys.priors import Observable, Prior
-from sbi_phys.store.shards import Header, open_shard, read_facts, require_place, shard_name
 from sbi_phys.store.locks import StoreLock
 from sbi_phys.store.manifest import Manifest, list_shards, read_manifest
+from sbi_phys.store.shards import Header, open_shard, read_facts, require_place, shard_name
 from sbi_phys.store.store import Store
 from sbi_phys.training.scaling import XScaler, count_columns
 

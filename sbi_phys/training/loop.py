@@ -68,10 +68,11 @@ class TrainConfig:
             the log density of the validation rows by more than 0.01 on average.
     Raises: SettingError.
 
-    >>> config = TrainConfig(max_epochs=2)
+    >>> import sbi_phys as sp
+    >>> config = sp.TrainConfig(max_epochs=2)
     >>> config.for_rows(3000)  # batch size and number of epochs
     (128, 2)
-    >>> TrainConfig(learning_rate=-1)
+    >>> sp.TrainConfig(learning_rate=-1)
     Traceback (most recent call last):
     ...
     sbi_phys.core.errors.SettingError: learning_rate is -1; expected a finite number > 0
@@ -118,6 +119,7 @@ class TrainConfig:
 class EpochRecord:
     """Result of one epoch: mean losses per row, learning rate at its end, duration, milliseconds per step, and whether it is the best.
 
+    >>> from sbi_phys.training import EpochRecord
     >>> record = EpochRecord(0, 2, train=1.3, valid=1.2, learning_rate=5e-3, seconds=0.4, step_ms=2.0, best=True)
     >>> f"epoch {record.epoch + 1} of {record.max_epochs}: validation loss {record.valid}"
     'epoch 1 of 2: validation loss 1.2'
@@ -163,6 +165,7 @@ def fit(
     checkpoint is kept), ModelFileError (a checkpoint of another training).
 
     >>> import torch
+    >>> from sbi_phys.training.loop import TrainConfig, fit
     >>> line = torch.nn.Linear(1, 1)
     >>> x = torch.linspace(0, 1, 200)[:, None]
     >>> def loss(module, x, y):

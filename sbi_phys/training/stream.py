@@ -406,7 +406,7 @@ class Stream:
     >>> from simulators import OnOff
     >>> simulator = OnOff()
     >>> store = sp.simulate(simulator, 500, "on_off")
-    >>> with Stream(store, simulator.prior, memory=2**20) as stream:
+    >>> with sp.Stream(store, simulator.prior, memory=2**20) as stream:
     ...     batches = [u.shape[0] for u, x in stream.epoch(0, n_batches=5)]
     >>> stream.n, batches
     (450, [90, 90, 90, 90, 90])
