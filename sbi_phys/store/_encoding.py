@@ -1,16 +1,15 @@
-"""Values and checksums as they stand in the files of a store: attributes as fixed-length UTF-8, CRC-32 for every dataset, a label.
+"""Encoding of values and checksums in the files of a store: attributes as fixed-length UTF-8, CRC-32 of every dataset, the label.
 
-CRC-32 finds every burst of up to 32 wrong bits, and any other damage but for one case in 4e9. It guards against disks and
-networks, not against forgery. It is the fastest checksum of the standard library; where the package isal is installed, the
-same numbers come five times as fast.
+CRC-32 detects every burst of up to 32 wrong bits and other damage except one case in 4e9. It protects against faults of disks
+and networks, not against forgery. Where the package isal is installed, the same checksums are computed five times as fast.
 
 The label stands before the HDF5 content of a shard, in HDF5's user block, which other programs skip:
 
     sbi_phys shard label {"header": ..., "shard": 3, "rows": 4096, ...} crc32:1f2e3d4c
 
-It spares opening files: one short read tells the counts, one plain read of the file whether it is whole. Values that lie in
-one run of bytes have a checksum each, that of their dataset; `rest` covers every other byte behind the block. Where a label
-does not fit its file, or there is none, the HDF5 content is what counts.
+It gives the counts with one short read, and verifies the file with one read and without HDF5. Every dataset that is contiguous
+in the file has a checksum of its own there; `rest` covers all other bytes behind the block. Where the label is missing or does
+not match the file, the HDF5 content decides.
 """
 
 import io
@@ -70,12 +69,12 @@ _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?([eE][-+]?\d+)?")
 
 
 def to_json(value: Any) -> str:
-    """JSON text of a value, the same for equal values."""
+    """Return the JSON text of a value, the same for equal values."""
     return json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 
 
 def attribute(value: Any) -> Any:
-    """Return a JSON-like value as what HDF5 stores: integers as int64, a bool as uint8, all else as UTF-8 text."""
+    """Return a JSON-like value in the form that HDF5 stores: integers as int64, a bool as uint8, everything else as UTF-8 text."""
     if isinstance(value, bool):
         return np.uint8(value)
     if isinstance(value, int):
@@ -88,7 +87,7 @@ def attribute(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Inverse of `attribute`, but for JSON, which stays text."""
+    """Inverse of `attribute`, except that JSON stays text."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, np.ndarray):
@@ -97,7 +96,7 @@ def plain(value: Any) -> Any:
 
 
 def set_attributes(file: h5py.h5f.FileID, values: Mapping[str, Any]) -> None:
-    """Write encoded attributes of the root group: through HDF5's own calls, h5py's cost as much as the data of a small shard."""
+    """Write encoded attributes of the root group by HDF5's low-level calls: h5py takes as long as for the data of a small shard."""
     scalar = h5py.h5s.create(h5py.h5s.SCALAR)
     for name, value in values.items():
         array = np.asarray(value)
@@ -107,13 +106,13 @@ def set_attributes(file: h5py.h5f.FileID, values: Mapping[str, Any]) -> None:
 
 
 def read_attributes(file: h5py.File) -> dict[str, Any]:
-    """Attributes of the root group as they stand there, all in one go: h5py takes five times as long."""
+    """Return the encoded attributes of the root group by HDF5's low-level calls: h5py takes five times as long."""
     values: dict[str, Any] = {}
     root = file.id
     for i in range(h5py.h5a.get_num_attrs(root)):
         item = h5py.h5a.open(root, index=i)
         name, dtype = item.name.decode(), item.dtype
-        if dtype.kind not in "iuS":  # none of ours
+        if dtype.kind not in "iuS":  # not written by this package
             values[name] = file.attrs[name]
             continue
         array = np.empty(item.shape, dtype=dtype)
@@ -123,33 +122,33 @@ def read_attributes(file: h5py.File) -> dict[str, Any]:
 
 
 def array_checksum(array: AnyArray, name: str = "", crc: int = 0) -> int:
-    """CRC-32 over name, shape, dtype and bytes of an array."""
+    """Return the CRC-32 of name, shape, dtype and bytes of an array."""
     array = np.ascontiguousarray(array)
     return crc32(array.view(np.uint8).data if array.size else b"", array_seed(array, name, crc))
 
 
 def array_seed(array: AnyArray, name: str = "", crc: int = 0) -> int:
-    """CRC-32 over name, shape and dtype of an array, with which that over its bytes begins."""
+    """Return the CRC-32 of name, shape and dtype of an array, where that of its bytes starts."""
     return crc32(f"{name} {array.shape} {array.dtype.str}".encode(), crc)
 
 
 def text_checksum(text: str | bytes) -> str:
-    """CRC-32 of a text as it stands in a file."""
+    """Return the CRC-32 of a text as it is written in a file."""
     return f"crc32:{crc32(text.encode() if isinstance(text, str) else text):08x}"
 
 
 def header_checksum(attributes: Mapping[str, Any]) -> str:
-    """CRC-32 over all attributes but the checksum itself; those of the datasets are among them."""
+    """Return the CRC-32 of all attributes except the checksum itself; the checksums of the datasets are among them."""
     return text_checksum(to_json({name: plain(value) for name, value in attributes.items() if name != "checksum"}))
 
 
 def reason_kind(reason: str) -> str:
-    """A reason with its numbers taken out, so that equal failures of different rows count as one kind."""
+    """Return a reason with # in place of its numbers, so that equal failures of different rows count as one kind."""
     return _NUMBER.sub("#", reason)[:120]
 
 
 def difference(mine: Any, theirs: Any) -> tuple[str, str]:
-    """Two values as short text: of dicts, only the first entry that differs."""
+    """Return two values as short text; of dicts, only the first entry that differs."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for key in [*mine, *(k for k in theirs if k not in mine)]:
             if mine.get(key) != theirs.get(key):
@@ -165,19 +164,19 @@ def difference(mine: Any, theirs: Any) -> tuple[str, str]:
 
 
 MARK = b"sbi_phys shard label "
-_PIECE = 2**18  # bytes read at once: stays in the processor's cache
+_PIECE = 2**18  # bytes read at once; fits into the processor's cache
 _MOST = 4096  # bytes of the largest block
-MOST_RANGES = 40  # runs of bytes with a checksum of their own; a shard of more datasets has none
+MOST_RANGES = 40  # contiguous ranges with a checksum of their own; a shard with more datasets has none
 
 Range = tuple[int, int, int, int]  # first byte, bytes, the CRC-32 to begin with, the CRC-32 at the end
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a shard says of itself.
+    """Summary and checksums of a shard's file.
 
     Fields: header, digest of the store's header; shard, rows, n_failed; kinds, failed rows by kind of reason (None: too many
-    to stand here); content, checksum of theta and x; block, bytes before the HDF5 content; size of the file; ranges; rest.
+    for the label); content, checksum of theta and x; block, bytes before the HDF5 content; size of the file; ranges; rest.
     """
 
     header: str
@@ -192,14 +191,14 @@ class Label:
     rest: int
 
     def encode(self) -> bytes:
-        """The block: text, its own checksum, zeros."""
+        """Return the block: text, checksum of the text, zeros."""
         values = {name: getattr(self, name) for name in self.__slots__}
         text = MARK + to_json(values).encode() + b" "
         return (text + text_checksum(text).encode()).ljust(self.block, b"\0")
 
     @classmethod
     def decode(cls, data: bytes) -> Self | None:
-        """Inverse of `encode`, from the first bytes of a file; None if they hold no label, or a damaged one."""
+        """Inverse of `encode`, from the first bytes of a file; None if the label is missing or damaged."""
         whole = data.partition(b"\0")[0]
         text, mark, crc = whole.rpartition(b"crc32:")
         if not text.startswith(MARK) or text_checksum(text).encode() != mark + crc:
@@ -212,7 +211,7 @@ class Label:
         return label if whole == data[: label.block].rstrip(b"\0") else None
 
     def with_rest(self, file: io.FileIO) -> "Label":
-        """The label of a file that has just been written: its size, and the checksum of what no range covers."""
+        """Return the label with the size of the written file and the checksum of the bytes outside of the ranges."""
         size, rest, at = os.fstat(file.fileno()).st_size, 0, self.block
         gaps = size - self.block - sum(length for _, length, _, _ in self.ranges)
         piece = memoryview(bytearray(max(1, min(gaps, _PIECE))))
@@ -223,7 +222,7 @@ class Label:
         return replace(self, size=size, rest=rest)
 
     def fits(self, file: BinaryIO) -> bool:
-        """Whether every byte of the open file is what the label says.   Raises: OSError."""
+        """Whether every byte of the open file agrees with the label.   Raises: OSError."""
         if os.fstat(file.fileno()).st_size != self.size:
             return False
         rest, at, piece = 0, self.block, memoryview(bytearray(min(_PIECE, max(self.size, 1))))
@@ -237,7 +236,7 @@ class Label:
 
 
 def block_size(n_ranges: int, kinds: Mapping[str, int]) -> tuple[int, Mapping[str, int] | None]:
-    """Bytes of the block, a power of two as HDF5 asks for, and the kinds if they fit into it."""
+    """Return the bytes of the block, a power of two as HDF5 requires, and the kinds if they fit into it."""
     words = to_json(dict(kinds))
     for shown in (kinds, None):
         need = 400 + 64 * n_ranges + (len(words.encode()) if shown else 4)
@@ -250,7 +249,7 @@ def block_size(n_ranges: int, kinds: Mapping[str, int]) -> tuple[int, Mapping[st
 
 
 def read_label(path: Path) -> Label | None:
-    """The label of a file of the size that it says; None if there is none that is whole, or the file can not be read."""
+    """Return the label of a file, None if it is missing, damaged or of another size, or if the file cannot be read."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -263,14 +262,14 @@ def read_label(path: Path) -> Label | None:
 
 
 def check_label(path: Path) -> tuple[Label | None, bool]:
-    """The label of a file, None if there is none that is whole, and whether every byte fits it.   Raises: OSError."""
+    """Return the label of a file, None if missing or damaged, and whether every byte agrees with it.   Raises: OSError."""
     with open(path, "rb", buffering=0) as file:
         label = Label.decode(file.read(_MOST))
         return label, label is not None and label.fits(file)
 
 
 def read_ahead(path: Path) -> None:
-    """Let the disk begin to read a file that is wanted soon, where the system can do so."""
+    """Ask the system to start reading a file that is needed soon, where it supports that."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -281,7 +280,7 @@ def read_ahead(path: Path) -> None:
 
 
 def _crc(file: Any, length: int, crc: int, piece: memoryview) -> int:
-    """CRC-32 of the next bytes of a file; -1 if it ends before."""
+    """Return the CRC-32 of the next bytes of a file; -1 if it ends before."""
     while length:
         got = file.readinto(piece[: min(length, len(piece))])
         if not got:

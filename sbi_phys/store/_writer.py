@@ -1,11 +1,11 @@
-"""Rows from anywhere to a new store: cut into shards, built aside, renamed when whole.
+"""Writer of a new store from rows of any origin.
 
     with StoreWriter("runs/merged", header) as writer:
         for data in parts:
             writer.add(data)
 
-The folder appears under its name when the last row is written, or not at all. Memory holds the rows of one shard and of
-the part that was added last.
+The folder is built under a temporary name and renamed after the last row. Memory holds the rows of one shard and of the part
+that was added last.
 """
 
 import os
@@ -39,10 +39,10 @@ __all__ = ["Folder", "StoreWriter", "join_rows", "read_shard", "require_complete
 
 
 class Folder:
-    """A folder that is made beside its place and renamed to it when the block ends well, else removed.
+    """A folder that is built under a temporary name and renamed when the block ends without an error, else removed.
 
-    A folder that a killed process left half made is made anew; one that another process is making is refused.
-    Raises: StoreError if something is at `path` already, or nothing can be written there.
+    An unfinished folder of a killed process is built anew; one that another process is building is refused.
+    Raises: StoreError if `path` exists, or the folder cannot be made.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -52,11 +52,11 @@ class Folder:
 
     def __enter__(self) -> Self:
         if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
-            raise StoreError(f"{self.path} is there already; expected the name of a new store")
+            raise StoreError(f"{self.path} exists already; expected the name of a new store")
         try:
             self.aside.mkdir(parents=True, exist_ok=True)
         except OSError as err:
-            raise StoreError(f"{self.aside} can not be made: {err.strerror}; expected a place where a folder may be made") from err
+            raise StoreError(f"{self.aside} cannot be made: {err.strerror}; expected a writable place") from err
         self._stack.enter_context(StoreLock(self.aside))
         for name in os.listdir(self.aside):
             if name != ".lock":
@@ -73,15 +73,15 @@ class Folder:
                 os.rename(self.aside, self.path)
             except OSError as err:
                 shutil.rmtree(self.aside, ignore_errors=True)
-                raise StoreError(f"{self.path} can not be put in place: {err.strerror}; expected the name of a new store") from err
+                raise StoreError(f"{self.path} cannot be made: {err.strerror}; expected the name of a new store") from err
             sync_folder(self.path.parent)
 
 
 class StoreWriter:
-    """Writes a new store row by row, as a context manager; the rows' numbers are the order in which they are added.
+    """Writes a new store, as a context manager; rows are numbered in the order in which they are added.
 
-    Args: path, of a store that is not there yet; header, what all its shards share.
-    Raises: StoreError, SettingError for a layout that does not fit; DataError when the block ends without a row.
+    Args: path: of the new store. header: of all its shards.
+    Raises: StoreError; SettingError for a layout that does not fit; DataError when the block ends without a row.
     """
 
     def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
@@ -131,9 +131,9 @@ class StoreWriter:
 
 
 def take_rows(data: ShardData, rows: NDArray[np.integer]) -> ShardData:
-    """The given rows, in that order, with their reasons and sets."""
+    """Return the given rows, in that order, with their reasons and sets."""
     if rows.size and rows.size == rows[-1] - rows[0] + 1 and (np.diff(rows) == 1).all():
-        pick: slice | NDArray[np.integer] = slice(int(rows[0]), int(rows[-1]) + 1)  # a run: no copy
+        pick: slice | NDArray[np.integer] = slice(int(rows[0]), int(rows[-1]) + 1)  # consecutive rows: no copy
     else:
         pick = rows
     status = data.status[pick]
@@ -142,7 +142,7 @@ def take_rows(data: ShardData, rows: NDArray[np.integer]) -> ShardData:
 
 
 def join_rows(parts: Sequence[ShardData]) -> ShardData:
-    """Rows of several, one after the other."""
+    """Return the rows of several parts, one after the other."""
     if len(parts) == 1:
         return parts[0]
     reasons: dict[int, str] = {}
@@ -156,7 +156,7 @@ def join_rows(parts: Sequence[ShardData]) -> ShardData:
 
 
 def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardData:
-    """Rows of one shard of a store, once it is sure that it belongs there.   Raises: StoreError."""
+    """Check that a shard belongs to a store -> its rows.   Raises: StoreError."""
     path = folder / shard_name(index)
     with open_shard(path) as file:
         header, facts = read_facts(file, path)
@@ -166,7 +166,7 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardData:
 
 
 def require_complete(folder: Path, manifest: Manifest) -> Iterator[int]:
-    """Numbers of all shards of a store.   Raises: StoreError if one is missing."""
+    """Iterate over the numbers of all shards.   Raises: StoreError if one is missing."""
     missing = sorted(set(range(manifest.n_shards)) - set(list_shards(folder)))
     if missing:
         raise StoreError(

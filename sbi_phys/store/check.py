@@ -1,7 +1,7 @@
-"""What is wrong with a store, file by file, and how it is mended without losing a good row.
+"""Check of a store, file by file, and repair without the loss of a good row.
 
-`check_store` reads everything once and compares it with the checksums. `repair_store` moves what is broken into a folder
-`broken` beside the shards, where it may be looked at; the same `simulate` call then makes these shards again, with the same bytes.
+`check_store` reads every file once and compares it with the checksums. `repair_store` moves broken files into a subfolder
+`broken`; the same `simulate` call then makes these shards again, with the same bytes.
 """
 
 import os
@@ -22,7 +22,7 @@ __all__ = ["Check", "Finding", "Repair", "check_store", "ranges_text", "repair_s
 
 BROKEN = "broken"
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-# what a message of `verify_shard` says, and what that is; the first that fits
+# words in a message of `verify_shard` and the kind of finding that they mean; the first match counts
 _KINDS = (
     ("is missing", "missing"),
     ("lies past the end", "surplus"),
@@ -31,17 +31,21 @@ _KINDS = (
     ("holds shard", "misplaced"),
     ("has schema", "schema"),
     ("is damaged", "damaged"),
-    ("can not be read", "truncated"),
+    ("cannot be read", "truncated"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong.
+    """One fault of a store.
 
-    Fields: kind, 'missing', 'truncated', 'damaged', 'foreign' (another store's, or no shard at all), 'misplaced' (another
-    number's), 'duplicate' (same rows as another shard), 'surplus' (past the end), 'schema' (of a newer version), 'manifest';
-    file, its name; shard, its number or -1; what, in words.
+    Fields: kind: 'missing', 'truncated', 'damaged', 'foreign' (of another store, or not a shard), 'misplaced' (another number),
+    'duplicate' (same rows as another shard), 'surplus' (past the end) or 'schema' (another version); file: its name;
+    shard: its number; what: a sentence.
+
+    >>> import sbi_phys as sp
+    >>> sp.store.Finding("missing", "shard-00003.h5", 3, "shard-00003.h5 is missing").kind
+    'missing'
     """
 
     kind: str
@@ -52,32 +56,46 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What `check_store` found: findings, shards asked for and whole, bytes read, seconds; strays, other files (no fault)."""
+    """Result of `check_store`.
+
+    Fields: findings; n_shards of the finished store; n_whole, shards without a fault; n_bytes read; seconds; strays, files in
+    the folder that do not belong to the store (no fault).
+
+    >>> import sbi_phys as sp
+    >>> check = sp.store.Check((), n_shards=8, n_whole=8, n_bytes=10**6, seconds=0.1, strays=())
+    >>> check.ok, check.summary()
+    (True, '8 of 8 shards are whole (10 MB/s)')
+    """
 
     findings: tuple[Finding, ...]
     n_shards: int
     n_whole: int
-    bytes: int
+    n_bytes: int
     seconds: float
     strays: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether no fault was found."""
         return not self.findings
 
-    def text(self) -> str:
-        """Findings by name, then one line of summary."""
+    def summary(self) -> str:
+        """One line for each finding, then one line of totals."""
         lines = [f"{f.kind:<10} {f.file}: {f.what}" for f in self.findings]
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(f.kind for f in self.findings).items()))
-        rate = self.bytes / max(self.seconds, 1e-9) / 1e6
+        rate = self.n_bytes / max(self.seconds, 1e-9) / 1e6
         lines.append(f"{self.n_whole} of {self.n_shards} shards are whole{'; ' + kinds if kinds else ''} ({rate:.0f} MB/s)")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What `repair_store` did: files it moved aside (their names in the folder `broken`), shards that simulate is to make, notes."""
+    """Result of `repair_store`: moved, the files now in the folder `broken`; to_make, shards for simulate to make; notes.
+
+    >>> import sbi_phys as sp
+    >>> sp.store.Repair(moved=("broken/shard-00003.h5",), to_make=(3,), notes=()).to_make
+    (3,)
+    """
 
     moved: tuple[str, ...]
     to_make: tuple[int, ...]
@@ -85,9 +103,16 @@ class Repair:
 
 
 def check_store(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Check:
-    """Read every file of a store and compare it with manifest and checksums; a store that is being written may be checked too.
+    """Read every file of a store and compare it with the manifest and the checksums, also while another process writes.
 
-    Raises: StoreError if the folder is none, or its manifest can not be read (`repair_store` rebuilds that).
+    Raises: StoreError if the folder is missing or its manifest cannot be read (`repair_store` rebuilds it).
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> np.savez("events.npz", energy=np.linspace(1, 9, 50), signal=np.arange(50.0))
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 0, 10)])
+    >>> store = sp.store.import_store("events.npz", "run", prior=prior, observables=[sp.Observable("signal", 1)])
+    >>> sp.store.check_store(store).ok
+    True
     """
     folder, start = Path(path), time.perf_counter()
     manifest = read_manifest(folder)
@@ -96,7 +121,7 @@ def check_store(path: str | os.PathLike[str], *, progress: Progress | None = Non
     with or_none(progress).task("verify", manifest.n_shards) as task:
         for index in sorted({*range(manifest.n_shards), *present}):
             file = folder / shard_name(index)
-            read_ahead(folder / shard_name(index + 1))  # while the processor is busy with this one
+            read_ahead(folder / shard_name(index + 1))  # the disk reads the next file while this one is checked
             found = _check_shard(file, manifest, index, seen)
             size += file.stat().st_size if file.exists() else 0
             if found is not None:
@@ -135,16 +160,23 @@ def _is_hdf5(path: Path) -> bool:
             start = file.read(len(MARK))
     except OSError:
         return False
-    return (
-        start[:8] == _HDF5 or _HDF5.startswith(start) or MARK.startswith(start)
-    )  # an empty file, or one cut within its first bytes, is truncated too
+    # an empty file, or one cut within its first bytes, counts as truncated too
+    return start[:8] == _HDF5 or _HDF5.startswith(start) or MARK.startswith(start)
 
 
 def repair_store(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Repair:
-    """Move broken files aside and rebuild a damaged manifest, so that the same simulate call makes what is missing.
+    """Move broken files aside and rebuild a damaged manifest, so that the same simulate call makes the missing shards.
 
-    Good shards are not touched, nothing is deleted but unfinished temporary files. Files of a newer schema are left alone.
-    Raises: StoreError if the folder is none, is being written, or has neither a manifest nor a shard that can be read.
+    Good shards stay as they are; only unfinished temporary files are deleted. Files of another schema are left alone.
+    Raises: StoreError if the folder is missing, is being written, or has neither a manifest nor a shard that can be read.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> np.savez("events.npz", energy=np.linspace(1, 9, 50), signal=np.arange(50.0))
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 0, 10)])
+    >>> store = sp.store.import_store("events.npz", "run", prior=prior, observables=[sp.Observable("signal", 1)], shard_size=20)
+    >>> _ = (store / "shard-00001.h5").write_bytes(b"")  # damage
+    >>> sp.store.repair_store(store).to_make
+    (1,)
     """
     folder, notes = Path(path), list[str]()
     if not folder.is_dir():
@@ -163,7 +195,7 @@ def repair_store(path: str | os.PathLike[str], *, progress: Progress | None = No
 
 
 def _repair_manifest(folder: Path, notes: list[str]) -> list[str]:
-    """Rebuild store.json from the shards where it can not be read: what most of them agree on."""
+    """Where store.json cannot be read, write it anew from the header that most shards have."""
     try:
         read_manifest(folder)
         return []
@@ -193,7 +225,7 @@ def _repair_manifest(folder: Path, notes: list[str]) -> list[str]:
 
 
 def _move_aside(folder: Path, name: str) -> str:
-    """Move a file into the folder `broken`, under a name that is free there."""
+    """Move a file into the folder `broken`, under a name that is not in use there."""
     try:
         (folder / BROKEN).mkdir(exist_ok=True)
         target, number = folder / BROKEN / name, 1
@@ -201,12 +233,12 @@ def _move_aside(folder: Path, name: str) -> str:
             target, number = folder / BROKEN / f"{name}.{number}", number + 1
         os.rename(folder / name, target)
     except OSError as err:
-        raise StoreError(f"{folder / name} can not be moved aside: {err.strerror}; expected a folder that may be written") from err
+        raise StoreError(f"{folder / name} cannot be moved aside: {err.strerror}; expected a writable folder") from err
     return str(target.relative_to(folder))
 
 
 def ranges_text(numbers: Sequence[int], most: int = 8) -> str:
-    """Numbers as ranges, '0-3, 7', at most `most` of them."""
+    """Return numbers as ranges, '0-3, 7', at most `most` of them."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""How a store or a model names the simulator that it was made from: the path of its class and its settings, as plain JSON."""
+"""Identity of a simulator in stores and models: the path of its class and its settings, as plain JSON."""
 
 import json
 from typing import Any
@@ -15,9 +15,9 @@ def class_path(simulator: object) -> str:
 
 
 def simulator_identity(simulator: object) -> dict[str, Any]:
-    """Identity {"class": "package.module:Class", "settings": {...}} as plain JSON values.
+    """Return {"class": "package.module:Class", "settings": {...}} as plain JSON values.
 
-    Raises: SimulatorMismatchError if `settings` is missing or is not JSON-able.
+    Raises: SimulatorMismatchError if `settings` is missing or cannot be written as JSON.
     """
     settings = getattr(simulator, "settings", None)
     if not isinstance(settings, dict):
@@ -25,5 +25,5 @@ def simulator_identity(simulator: object) -> dict[str, Any]:
     try:
         plain = json.loads(json.dumps(settings, allow_nan=False))
     except (TypeError, ValueError) as err:
-        raise SimulatorMismatchError(f"{class_path(simulator)}.settings = {settings!r} can not be written as JSON: {err}") from err
+        raise SimulatorMismatchError(f"{class_path(simulator)}.settings = {settings!r} cannot be written as JSON: {err}") from err
     return {"class": class_path(simulator), "settings": plain}

@@ -51,11 +51,11 @@ def import_store(
     drawn: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the rows of one or several foreign files to a new store.
+    """Write the rows of one or several files of another program to a new store -> its path.
 
     Args:
-        source: file, or files of the same kind in order: .npz, .npy (structured, or columns by number), .csv (first line
-            has the names), .h5 or .hdf5, .root (needs uproot).
+        source: file, or files of the same kind in order: .npz, .npy (structured, or columns by number), .csv (names in the
+            first line), .h5 or .hdf5, .root (needs uproot).
         path: of the new store.
         prior: of theta, whose parameters are its columns.
         observables: blocks of x; their values may have any rank.
@@ -65,12 +65,19 @@ def import_store(
         dtype: of x, 'float32' or 'float64'.
         layout: of the store; its `sets` name the ragged sets, which come from jagged branches of ROOT trees.
         shard_size: rows of a shard.
-        name: of the program, for the record (`Store.identity`).
-        settings: of the program, likewise.
-        drawn: theta are draws from the prior; then the store may be reweighted and trained on as one that simulate made.
-        progress: default none.
+        name: of the program, as a record (`Store.identity`).
+        settings: of the program, as a record.
+        drawn: theta are draws from the prior; then the store can be used like one that simulate made.
+        progress: display of the progress, default none.
 
     Raises: SettingError, DataError, ShapeError, NonFiniteError, SupportError, naming file, row and column; StoreError.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> np.savez("events.npz", energy=np.linspace(1, 9, 50), signal=np.arange(50.0))
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 0, 10, unit="EeV")])
+    >>> path = sp.store.import_store("events.npz", "run", prior=prior, observables=[sp.Observable("signal", 1)])
+    >>> sp.Store(path).n_rows
+    50
     """
     files = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(s) for s in source]
     if not files:
@@ -98,7 +105,7 @@ def import_store(
 def _pieces(
     files: Sequence[Path], prior: Prior, header: Header, layout: Layout, mapping: Mapping[str, list[str]], tree: str | None
 ) -> Iterator[ShardData]:
-    """Rows of the files, one after the other."""
+    """Iterate over the rows of the files, in order."""
     keys = list(dict.fromkeys(key for group in mapping.values() for key in group))
     for file in files:
         first = 0
@@ -125,7 +132,7 @@ def _mapping(prior: Prior, observables: Sequence[Observable], layout: Layout, co
 def _rows(
     where: str, prior: Prior, header: Header, layout: Layout, mapping: Mapping[str, list[str]], chunk: Mapping[str, Column]
 ) -> ShardData:
-    """Check and arrange the columns of one piece of a file."""
+    """Check and arrange the columns of one part of a file."""
     theta = np.concatenate([_block(where, name, 1, mapping[name], chunk) for name in prior.names], axis=1).astype(np.float64)
     if not np.isfinite(theta).all():
         row, column = (int(i) for i in np.argwhere(~np.isfinite(theta))[0])
@@ -140,7 +147,7 @@ def _rows(
         x = wide.astype(header.dtype)
     lost = ~np.isfinite(x) & np.isfinite(wide)
     if lost.any():
-        raise DataError(f'{where}: x has {wide[lost][0]:g}, which {header.dtype} can not hold; expected dtype="float64"')
+        raise DataError(f'{where}: x has {wide[lost][0]:g}, which {header.dtype} cannot hold; expected dtype="float64"')
     bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
     status = np.zeros(len(x), dtype=np.uint8)
     status[bad] = NON_FINITE
@@ -181,9 +188,9 @@ def _set(where: str, name: str, width: int, keys: Sequence[str], chunk: Mapping[
 
 
 def read_chunks(path: Path, keys: Sequence[str], *, tree: str | None = None, rows: int = _CHUNK) -> Iterator[dict[str, Column]]:
-    """Columns `keys` of a file, `rows` rows at a time; the kind of file follows from its suffix.
+    """Iterate over the columns `keys` of a file, `rows` rows at a time; the suffix gives the kind of file.
 
-    Raises: SettingError (unknown suffix or key, uproot missing), DataError (a file that can not be read, columns of
+    Raises: SettingError (unknown suffix or key, uproot missing), DataError (a file that cannot be read, columns of
     different lengths).
     """
     suffix = path.suffix.lower()
@@ -192,14 +199,14 @@ def read_chunks(path: Path, keys: Sequence[str], *, tree: str | None = None, row
     if not path.is_file():
         raise DataError(f"{path} is not a file; expected a table to import")
     if tree is not None and suffix != ".root":
-        raise SettingError(f"tree is {tree!r} for {path}; expected it with a .root file alone")
+        raise SettingError(f"tree is {tree!r} for {path}; expected it with a .root file only")
     readers = {".npz": _npz, ".npy": _npy, ".csv": _csv, ".h5": _hdf5, ".hdf5": _hdf5}
     try:
         yield from _root(path, keys, tree, rows) if suffix == ".root" else readers[suffix](path, keys, rows)
     except (OSError, ValueError, EOFError) as err:
         if isinstance(err, DataError | SettingError):
             raise
-        raise DataError(f"{path} can not be read: {err}; expected a whole {suffix} file") from err
+        raise DataError(f"{path} cannot be read: {err}; expected a whole {suffix} file") from err
 
 
 def _require(path: Path, keys: Sequence[str], there: Sequence[str]) -> None:
@@ -210,7 +217,7 @@ def _require(path: Path, keys: Sequence[str], there: Sequence[str]) -> None:
 
 
 def _cut(path: Path, columns: dict[str, Any], rows: int) -> Iterator[dict[str, Column]]:
-    """Slices of columns that know their length."""
+    """Iterate over slices of columns that have a length."""
     lengths = {key: len(c) for key, c in columns.items()}
     if len(set(lengths.values())) > 1:
         raise DataError(f"{path}: columns differ in length, {lengths}; expected one row each per simulation")
@@ -228,7 +235,7 @@ def _npz(path: Path, keys: Sequence[str], rows: int) -> Iterator[dict[str, Colum
 def _npy(path: Path, keys: Sequence[str], rows: int) -> Iterator[dict[str, Column]]:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.dtype.names is None:
-        # no names: columns are called by their numbers
+        # columns without names are called by their numbers
         if array.ndim != 2:
             raise DataError(f"{path} has shape {array.shape}; expected (rows, columns), or a structured array with names")
         _require(path, keys, [str(i) for i in range(array.shape[1])])
@@ -276,7 +283,7 @@ def _root(path: Path, keys: Sequence[str], tree: str | None, rows: int) -> Itera
     try:
         import uproot  # type: ignore[import-not-found,unused-ignore]
     except ImportError as err:
-        raise SettingError(f"{path} is a ROOT file, which needs the package uproot, which is not installed: pip install uproot") from err
+        raise SettingError(f"{path} is a ROOT file, and the package uproot is not installed; expected it: pip install uproot") from err
     with uproot.open(path) as file:
         trees = sorted({name.partition(";")[0] for name, kind in file.classnames().items() if kind in ("TTree", "ROOT::RNTuple")})
         if tree is None and len(trees) != 1:
@@ -287,11 +294,11 @@ def _root(path: Path, keys: Sequence[str], tree: str | None, rows: int) -> Itera
         table = file[name]
         _require(path, keys, list(table.keys()))
         for start in range(0, table.num_entries, rows):
-            # key by key: fields within a collection of an RNTuple ("hits.t") come out of no other call
+            # key by key, since no other call returns fields within a collection of an RNTuple ("hits.t")
             chunk = {key: table[key].array(entry_start=start, entry_stop=start + rows, library="np") for key in keys}
             yield {key: _ragged(column) if column.dtype == object else column for key, column in chunk.items()}
 
 
 def _ragged(rows: AnyArray) -> Ragged:
-    # without -1: a row without members has no size to take the number of columns from
+    # not with -1: the number of columns cannot be inferred from a row without members
     return Ragged.of([(a := np.asarray(row)).reshape(len(a), math.prod(a.shape[1:])) for row in rows])

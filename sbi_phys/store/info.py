@@ -38,7 +38,7 @@ Entry = tuple[int, int, int, int, dict[str, int]]  # size, mtime_ns, inode, fail
 
 
 class Index:
-    """Facts of the shards in a folder, each read once as long as its file stays as it is."""
+    """Counts of the shards in a folder; a shard is read again only when its file has changed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,11 +46,11 @@ class Index:
         self._opened = 0
 
     def n_failed(self, shards: Iterable[int]) -> int:
-        """Failed rows in these shards.   Raises: StoreError naming a shard that is missing or can not be read."""
+        """Failed rows in these shards.   Raises: StoreError naming a shard that is missing or cannot be read."""
         return sum(entry[3] for entry in self.entries(shards).values())
 
     def reasons(self, shards: Iterable[int]) -> Counter[str]:
-        """How many rows failed for which kind of reason (numbers within it written as #).   Raises: StoreError."""
+        """Number of failed rows by kind of reason (numbers within it written as #).   Raises: StoreError."""
         found: Counter[str] = Counter()
         for entry in self.entries(shards).values():
             found.update(entry[4])
@@ -81,7 +81,7 @@ class Index:
         values = {"version": _VERSION, "shards": {str(shard): list(entry) for shard, entry in sorted(self._load().items())}}
         text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
-        # a cache: that the folder is read-only, or the disk full, is none of the reader's business
+        # without the cache reading is slower, so a read-only folder or a full disk is not an error here
         with suppress(StoreError):
             write_file(self.folder / INDEX, text)
 
@@ -92,7 +92,7 @@ class Index:
 
 
 def _parse(path: Path) -> dict[int, Entry]:
-    """Entries of an index file; none if there is no such file or it is not one of ours."""
+    """Entries of an index file; none if it is missing or has another format."""
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
         if values["version"] != _VERSION:
@@ -118,20 +118,28 @@ def _read(path: Path, stat: os.stat_result) -> Entry:
 class Info:
     """State of a store.
 
-    Fields: rows on disk and asked for; shards there and asked for; missing, numbers of the others; n_failed rows; reasons,
-    kind of reason -> rows; bytes on disk; rate, rows a second of the newest shards, and seconds_left, both None where nobody
-    writes or too few shards are there; writer, the lock's holder or ''; the store's simulator, seed, dtype, shard_size.
+    Fields: n_rows on disk; n_requested, rows asked for; n_present, shards on disk; n_shards of the finished store; missing,
+    numbers of the other shards; n_failed rows; reasons, kind of reason -> rows; n_bytes on disk; rate, rows a second of the newest
+    shards, and seconds_left, both None where no process writes or too few shards exist; writer, the process that writes, or '';
+    simulator, seed, dtype, shard_size and theta of the store.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> np.savez("events.npz", energy=np.linspace(1, 9, 50), signal=np.arange(50.0))
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 0, 10)])
+    >>> store = sp.store.import_store("events.npz", "run", prior=prior, observables=[sp.Observable("signal", 1)])
+    >>> sp.store.store_info(store).line()
+    '50/50 rows (100 %), 1/1 shards, 0 failed, complete'
     """
 
     path: str
-    rows: int
-    rows_asked: int
-    shards: int
-    shards_asked: int
+    n_rows: int
+    n_requested: int
+    n_present: int
+    n_shards: int
     missing: tuple[int, ...]
     n_failed: int
     reasons: dict[str, int]
-    bytes: int
+    n_bytes: int
     rate: float | None
     seconds_left: float | None
     writer: str
@@ -143,36 +151,36 @@ class Info:
 
     @property
     def complete(self) -> bool:
-        """Whether all rows are there."""
+        """Whether all rows are on disk."""
         return not self.missing
 
     def line(self) -> str:
         """One line for a log."""
         parts = [
-            f"{self.rows}/{self.rows_asked} rows ({100 * self.rows / self.rows_asked:.0f} %)",
-            f"{self.shards}/{self.shards_asked} shards",
+            f"{self.n_rows}/{self.n_requested} rows ({100 * self.n_rows / self.n_requested:.0f} %)",
+            f"{self.n_present}/{self.n_shards} shards",
+            f"{self.n_failed} failed",
         ]
-        parts.append(f"{self.n_failed} failed")
         if self.rate is not None and self.seconds_left is not None:
             parts += [f"{self.rate:.3g} rows/s", f"left {seconds_text(self.seconds_left)}"]
-        return ", ".join([*parts, "complete" if self.complete else self.writer or "nobody writes"])
+        return ", ".join([*parts, "complete" if self.complete else self.writer or "no process writes"])
 
-    def text(self) -> str:
+    def summary(self) -> str:
         """A short table."""
-        share = 100 * self.n_failed / max(self.rows, 1)
+        share = 100 * self.n_failed / max(self.n_rows, 1)
         lines = [
             f"store      {self.path}",
             f"simulator  {self.simulator}, seed {self.seed}, theta {self.theta}",
-            f"rows       {self.rows} of {self.rows_asked}, {self.n_failed} failed ({share:.2g} %)",
-            f"shards     {self.shards} of {self.shards_asked}, {self.shard_size} rows each, {self.dtype}",
-            f"bytes      {self.bytes} ({self.bytes / max(self.rows, 1):.0f} a row)",
+            f"rows       {self.n_rows} of {self.n_requested}, {self.n_failed} failed ({share:.2g} %)",
+            f"shards     {self.n_present} of {self.n_shards}, {self.shard_size} rows each, {self.dtype}",
+            f"bytes      {self.n_bytes} ({self.n_bytes / max(self.n_rows, 1):.0f} a row)",
         ]
         if self.missing:
             lines.append(f"missing    {ranges_text(self.missing)}")
         if self.rate is not None and self.seconds_left is not None:
             lines.append(f"rate       {self.rate:.3g} rows/s, left {seconds_text(self.seconds_left)}")
         lines.append(
-            f"state      {'complete' if self.complete else 'written by ' + self.writer if self.writer else 'incomplete, nobody writes'}"
+            f"state      {'complete' if self.complete else 'written by ' + self.writer if self.writer else 'incomplete, no process writes'}"
         )
         top = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
         lines += [f"  {n:>8} x {reason}" for reason, n in top[:10]]
@@ -182,10 +190,18 @@ class Info:
 
 
 def store_info(path: str | os.PathLike[str], *, index: Index | None = None, now: float | None = None) -> Info:
-    """State of a store, also while another process writes it.
+    """Return the state of a store, also while another process writes it.
 
-    Args: index, one that was kept from an earlier call, so that only new shards are opened; now, seconds since 1970.
-    Raises: StoreError if there is no store, or a shard can not be read.
+    Args: index: that of an earlier call, so that only new shards are opened. now: seconds since 1970, default the present.
+    Raises: StoreError if there is no store, or a shard cannot be read.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> np.savez("events.npz", energy=np.linspace(1, 9, 50), signal=np.arange(50.0))
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 0, 10)])
+    >>> store = sp.store.import_store("events.npz", "run", prior=prior, observables=[sp.Observable("signal", 1)], shard_size=20)
+    >>> info = sp.store.store_info(store)
+    >>> info.n_rows, info.n_shards, info.complete
+    (50, 3, True)
     """
     folder = Path(path)
     manifest = read_manifest(folder)
@@ -198,8 +214,8 @@ def store_info(path: str | os.PathLike[str], *, index: Index | None = None, now:
     rate = _rate(manifest, {i: entry[1] / 1e9 for i, entry in entries.items()}, now or time.time()) if writer and missing else None
     header = manifest.header
     return Info(
-        path=str(folder), rows=rows, rows_asked=manifest.n, shards=len(present), shards_asked=manifest.n_shards, missing=missing,
-        n_failed=sum(entry[3] for entry in entries.values()), reasons=dict(reasons), bytes=sum(entry[0] for entry in entries.values()),
+        path=str(folder), n_rows=rows, n_requested=manifest.n, n_present=len(present), n_shards=manifest.n_shards, missing=missing,
+        n_failed=sum(entry[3] for entry in entries.values()), reasons=dict(reasons), n_bytes=sum(entry[0] for entry in entries.values()),
         rate=rate, seconds_left=None if rate is None else (manifest.n - rows) / rate, writer=writer,
         simulator=str(header.simulator.get("class", "")), seed=header.seed, dtype=header.dtype,
         shard_size=header.shard_size, theta=header.theta,
@@ -210,6 +226,13 @@ def watch_store(path: str | os.PathLike[str], *, interval_s: float = 2.0, sleep:
     """Yield the state every `interval_s` seconds until the store is complete; only new shards are opened each time.
 
     Raises: StoreError.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> np.savez("events.npz", energy=np.linspace(1, 9, 50), signal=np.arange(50.0))
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 0, 10)])
+    >>> store = sp.store.import_store("events.npz", "run", prior=prior, observables=[sp.Observable("signal", 1)])
+    >>> [info.n_rows for info in sp.store.watch_store(store)]
+    [50]
     """
     index = Index(Path(path))
     while True:
@@ -221,12 +244,12 @@ def watch_store(path: str | os.PathLike[str], *, interval_s: float = 2.0, sleep:
 
 
 def _rate(manifest: Manifest, times: dict[int, float], now: float) -> float | None:
-    """Rows a second over the newest shards; a writer that has been silent for long is slower than its last shards say."""
+    """Rows a second over the newest shards, less where no shard was finished for a long time."""
     newest = sorted(times, key=lambda i: times[i])[-_WINDOW:]
     if len(newest) < 2:
         return None
     first, last = times[newest[0]], times[newest[-1]]
-    # the oldest marks the start: its own rows were made before
+    # the oldest shard marks the start of the time: its own rows were made before
     rows = sum(map(manifest.rows, newest[1:]))
     elapsed = last - first
     typical = elapsed / (len(newest) - 1)

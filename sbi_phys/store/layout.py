@@ -1,13 +1,13 @@
-r"""How the columns of a shard lie in its file: dtype and shape of each observable, ragged sets, chunks, compression.
+r"""Layout of a shard's file: dtype and shape of each observable, ragged sets, chunks and compression.
 
-Without a layout, x is one contiguous dataset (n, k): a training reader takes blocks of neighbouring rows, which are then
-one run of bytes, and nothing lies between it and the disk. Compressed datasets must be chunked; a chunk holds whole rows,
-as many as fit into 256 KiB, so that a block of rows touches no chunk but its own (HDF5's cache holds 1 MiB a dataset).
-Bytes are shuffled before compression: the exponents of neighbouring numbers are alike, their last digits are not.
+Without a layout, x is one contiguous dataset (n, k): blocks of neighbouring rows, which training reads, are contiguous in the
+file. Compressed datasets must be chunked; a chunk holds whole rows, as many as fit into 256 KiB (HDF5's cache holds 1 MiB a
+dataset). Bytes are shuffled before compression, because the exponents of neighbouring numbers are similar and their last
+digits are not.
 
-With a dtype for some observable, each lies in its own dataset `x_0`, `x_1`, ..., and `x` is a virtual dataset over them,
-converted by HDF5 as it is read: every reader of `x` works as before. An event set of varying length is two datasets,
-`set_0` (m, c), the members of all rows end to end, and `set_0_offsets` (n + 1,): row i has members offsets[i] to offsets[i + 1].
+Where an observable has a dtype of its own, each observable has its own dataset `x_0`, `x_1`, ..., and `x` is a virtual dataset
+over them, which HDF5 converts on reading: readers of `x` need not know the layout. A ragged set is two datasets: `set_0` (m, c),
+the members of all rows one after the other, and `set_0_offsets` (n + 1,); row i has the members offsets[i] to offsets[i + 1].
 """
 
 import math
@@ -28,28 +28,33 @@ __all__ = ["DTYPES", "Layout", "Ragged", "add_dataset", "add_virtual_x", "column
 
 DTYPES = ("float16", "float32", "float64")
 _CHUNK_BYTES = 2**18
-_SMALL = 4096  # bytes below which a dataset is left alone: a chunk's index would be larger than what is saved
+_SMALL = 4096  # bytes of the smallest dataset that is chunked: the index of a smaller one would take more than is saved
 _COMPRESSION = re.compile(r"^(lzf|gzip(:[1-9])?)?$")
 
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """Sets of varying length: values (m, c), members of all rows end to end; row i has those from offsets[i] to offsets[i + 1].
+    """Sets of varying length: values (m, c), the members of all rows; row i has the members offsets[i] to offsets[i + 1].
 
-    Raises: ShapeError, DataError where offsets (n + 1,) do not begin with 0, fall, or end elsewhere than at m.
+    Raises: ShapeError, DataError where offsets (n + 1,) do not rise from 0 to m.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> hits = sp.Ragged.of([np.zeros((3, 2)), np.ones((1, 2))])
+    >>> len(hits), hits.offsets.tolist(), hits.row(1).tolist()
+    (2, [0, 3, 4], [[1.0, 1.0]])
     """
 
     values: AnyArray
     offsets: Integers
 
     def __post_init__(self) -> None:
-        """Check that offsets fit the values."""
+        """Check the offsets."""
         offsets = np.asarray(self.offsets)
         if offsets.ndim != 1 or offsets.size < 1 or offsets.dtype.kind not in "iu":
             raise ShapeError(f"offsets have shape {offsets.shape} and dtype {offsets.dtype}; expected (n + 1,) integers")
         if offsets[0] != 0 or offsets[-1] != len(self.values) or (np.diff(offsets.astype(np.int64)) < 0).any():
             raise DataError(
-                f"offsets run from {offsets[0]} to {offsets[-1]}; expected 0 to {len(self.values)}, the number of members, never falling"
+                f"offsets run from {offsets[0]} to {offsets[-1]}; expected 0 to {len(self.values)}, the number of members, in rising order"
             )
         object.__setattr__(self, "offsets", offsets.astype(np.int64, copy=False))
 
@@ -67,14 +72,14 @@ class Ragged:
 
     @classmethod
     def of(cls, sets: Sequence[AnyArray]) -> Self:
-        """From a list of arrays (m_i, c), one a row.   Raises: DataError for an empty list."""
+        """Return the sets of a list of arrays (m_i, c), one for each row.   Raises: DataError for an empty list."""
         if not len(sets):
             raise DataError("a ragged set has no rows; expected at least one")
         return cls(np.concatenate(sets), np.cumsum([0, *map(len, sets)], dtype=np.int64))
 
     @classmethod
     def join(cls, parts: Sequence["Ragged"]) -> Self:
-        """Rows of several, one after the other."""
+        """Return the rows of several sets, one after the other."""
         starts = np.cumsum([0, *(len(p.values) for p in parts)])
         offsets = [p.offsets[1:] + start for p, start in zip(parts, starts[:-1], strict=True)]
         return cls(np.concatenate([p.values for p in parts]), np.concatenate([[0], *offsets]).astype(np.int64))
@@ -82,16 +87,20 @@ class Ragged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How rows are stored.
+    """Compression, dtypes, shapes and ragged sets of a store.
 
     Args:
-        compression: '', 'lzf' (fast), 'gzip' or 'gzip:1' to 'gzip:9'. Equal bytes need equal versions of h5py then.
-        chunk_rows: rows of a chunk; 0: as many as fit into 256 KiB where there is compression, else no chunks.
-        dtypes: dtype of single observables, 'float16', 'float32' or 'float64', none wider than that of the store.
+        compression: '', 'lzf' (fast), 'gzip' or 'gzip:1' to 'gzip:9'; compressed files have equal bytes only with equal h5py.
+        chunk_rows: rows of a chunk; 0: as many as fit into 256 KiB with compression, no chunks without.
+        dtypes: dtype of single observables, 'float16', 'float32' or 'float64', not wider than that of the store.
         shapes: shapes of single observables of higher rank, e.g. {"image": (16, 16)}; x holds them flattened.
         sets: names of ragged sets -> names of the columns of their members.
 
     Raises: SettingError.
+
+    >>> import sbi_phys as sp
+    >>> sp.Layout(compression="lzf", dtypes={"image": "float16"}, shapes={"image": (16, 16)}).plain()["compression"]
+    'lzf'
     """
 
     compression: str = ""
@@ -101,7 +110,7 @@ class Layout:
     sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check every setting that needs no header."""
+        """Check the settings that do not depend on the observables."""
         if not isinstance(self.compression, str) or not _COMPRESSION.match(self.compression):
             raise SettingError(f"compression is {self.compression!r}; expected '', 'lzf', 'gzip' or 'gzip:1' to 'gzip:9'")
         require_int("chunk_rows", self.chunk_rows, low=0)
@@ -122,7 +131,7 @@ class Layout:
         return self
 
     def plain(self) -> dict[str, Any]:
-        """What differs from the default, as JSON values."""
+        """Return what differs from the default, as JSON values."""
         values: dict[str, Any] = {"compression": self.compression, "chunk_rows": self.chunk_rows, "dtypes": dict(self.dtypes)}
         values["shapes"] = {name: [int(s) for s in shape] for name, shape in self.shapes.items()}
         values["sets"] = {name: [str(c) for c in columns] for name, columns in self.sets.items()}
@@ -136,15 +145,15 @@ class Layout:
 
 
 def columns_of(observables: Sequence[Mapping[str, Any]]) -> dict[str, slice]:
-    """Columns of x that each observable takes."""
+    """Return the columns of x of each observable."""
     ends = np.cumsum([0, *(int(o["size"]) for o in observables)]).tolist()
     return {str(o["name"]): slice(a, b) for o, a, b in zip(observables, ends[:-1], ends[1:], strict=True)}
 
 
 def split_x(layout: Layout, observables: Sequence[Mapping[str, Any]], x: AnyArray) -> dict[str, AnyArray]:
-    """Datasets that x (n, k) is stored in: 'x' alone, or 'x_0', 'x_1', ... where observables have dtypes of their own.
+    """Return the datasets of x (n, k): 'x', or 'x_0', 'x_1', ... where observables have dtypes of their own.
 
-    Raises: DataError where a finite number does not fit into the narrower dtype, or a whole count would change.
+    Raises: DataError where a finite number does not fit into the narrower dtype, or a whole number of counts would change.
     """
     if not layout.dtypes:
         return {"x": x}
@@ -159,7 +168,7 @@ def split_x(layout: Layout, observables: Sequence[Mapping[str, Any]], x: AnyArra
         if lost.any():
             row, column = (int(v) for v in np.argwhere(lost)[0])
             raise DataError(
-                f"{name}[{column}] of row {row} is {x[row, block][column]:g}, which {part.dtype.name} can not hold; use a wider one"
+                f"{name}[{column}] of row {row} is {x[row, block][column]:g}, which {part.dtype.name} cannot hold; use a wider one"
             )
         out[f"x_{i}"] = part
     return out
@@ -167,14 +176,14 @@ def split_x(layout: Layout, observables: Sequence[Mapping[str, Any]], x: AnyArra
 
 @lru_cache(maxsize=256)
 def hdf5_type(dtype: str) -> h5py.h5t.TypeID:
-    """HDF5's description of the dtype `np.dtype.str`: kept, as making one takes as long as writing an attribute."""
+    """Return HDF5's description of the dtype `np.dtype.str`; cached, since making one takes as long as writing an attribute."""
     return h5py.h5t.py_create(np.dtype(dtype), logical=True)
 
 
 def add_dataset(file: h5py.h5f.FileID, name: str, array: AnyArray, layout: Layout) -> int | None:
     """Create one dataset: contiguous, or in chunks of whole rows where the layout compresses.
 
-    Returns: the byte of the file at which its values begin, None where they are not one run of bytes.
+    Returns: the position of its values in the file, None where they are not contiguous.
     """
     plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plan.set_obj_track_times(False)
@@ -202,7 +211,7 @@ def add_virtual_x(file: h5py.h5f.FileID, blocks: Mapping[str, AnyArray], dtype: 
     """Create `x` as a virtual dataset (n, k) over the blocks of columns in the same file."""
     rows, columns = next(iter(blocks.values())).shape[0], sum(b.shape[1] for b in blocks.values())
     plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    plan.set_obj_track_times(False)  # h5py's own call for virtual datasets writes the time, and bytes would differ
+    plan.set_obj_track_times(False)  # h5py's call for virtual datasets writes the time, and bytes would differ
     start = 0
     for name, block in blocks.items():
         place = h5py.h5s.create_simple((rows, columns))

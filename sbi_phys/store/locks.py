@@ -1,11 +1,12 @@
-"""Who may write into a store's folder: one campaign alone, or several array jobs on ranges of shards that do not overlap.
+"""Locks of a store's folder: one simulate call writes alone, or several array jobs write ranges of shards that do not overlap.
 
-    .lock                 a campaign holds it exclusively, array jobs share it
+    .lock                 a simulate call holds it exclusively, array jobs share it
     .shards-0-64.lock     held by the array job that writes shards 0 to 63
-    .plan.lock            held for a moment while an array job looks at the folder, so that two do not begin at once
+    .plan.lock            held for a moment while an array job reads the folder, so that two jobs do not start at once
 
-All are the system's locks (flock): a process that dies holds none, on whatever machine it ran, where the file system passes
-locks on (NFS from version 4 or with its lock daemon, Lustre mounted with -o flock, CephFS, BeeGFS with its locks switched on).
+All are locks of the operating system (flock), which it releases when a process ends for any reason. They work between machines
+where the file system supports them (NFS from version 4 or with its lock daemon, Lustre mounted with -o flock, CephFS, BeeGFS
+with locks enabled).
 """
 
 import fcntl
@@ -28,9 +29,9 @@ _RANGE = re.compile(r"^\.shards-(\d+)-(\d+)\.lock$")
 
 
 class StoreLock:
-    """Exclusive right to write into a folder, as a context manager; the system frees it when its holder dies.
+    """Exclusive lock of a folder, as a context manager; the system releases it when its process ends.
 
-    Raises: StoreError naming the holder if another process (or another call in this one) has it, or array jobs are at work.
+    Raises: StoreError naming the holder if another process (or another call in this one) has it, or array jobs are running.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,20 +46,20 @@ class StoreLock:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # the file stays: removing it would let a third process lock a new one while a second waits on this
+        # the file stays: without it a third process could lock a new file while a second waits for this one
         os.ftruncate(self._handle, 0)
         os.close(self._handle)
 
 
 class ArrayLock:
-    """Right to write some shards of a folder beside other array jobs, as a context manager.
+    """Lock of some shards of a folder beside other array jobs, as a context manager.
 
         with ArrayLock(folder) as lock:
-            with lock.planning():   # alone for a moment
+            with lock.planning():   # one job at a time
                 ...
                 lock.claim(range(0, 64))
 
-    Raises: StoreError where a campaign writes the whole folder.
+    Raises: StoreError where a simulate call writes the whole folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,13 +71,13 @@ class ArrayLock:
         self._handle = _open(self._folder / LOCK_FILE)
         if (failed := _try(self._handle, fcntl.LOCK_SH)) is not None:
             raise _refused(self._folder, self._handle, failed) from failed
-        os.ftruncate(self._handle, 0)  # the name of a campaign that was killed
+        os.ftruncate(self._handle, 0)  # the name of a simulate call that was killed
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if self._path is not None:
-                # a folder that is gone, or read-only by now: what stays is cleared away by the next job
+                # the folder may be gone or read-only by now: the next job removes the file then
                 with suppress(OSError, StoreError), self.planning():
                     self._path.unlink(missing_ok=True)
                 os.close(self._claimed)
@@ -85,7 +86,7 @@ class ArrayLock:
 
     @contextmanager
     def planning(self) -> Iterator[None]:
-        """Alone with the folder for as long as the block takes, waiting for others who plan."""
+        """Wait for other jobs that plan, then exclude them until the block ends."""
         handle = _open(self._folder / _PLAN)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -94,7 +95,7 @@ class ArrayLock:
             os.close(handle)
 
     def claim(self, shards: range) -> None:
-        """Reserve shards, within `planning`.   Raises: StoreError naming who holds a range that overlaps."""
+        """Lock a range of shards, within `planning`.   Raises: StoreError naming the holder of an overlapping range."""
         for held, holder in array_jobs(self._folder):
             if held.start < shards.stop and shards.start < held.stop:
                 raise StoreError(
@@ -104,12 +105,12 @@ class ArrayLock:
         self._path = self._folder / f".shards-{shards.start}-{shards.stop}.lock"
         self._claimed = _open(self._path)
         if (failed := _try(self._claimed, fcntl.LOCK_EX)) is not None:
-            raise StoreError(f"{self._path} is held although nobody writes; expected a file system whose locks work") from failed
+            raise StoreError(f"{self._path} is locked although no process writes; expected a file system whose locks work") from failed
         _sign(self._claimed)
 
 
 def array_jobs(folder: Path) -> list[tuple[range, str]]:
-    """Ranges of shards that array jobs are writing, and who; files of jobs that died are removed. Only within `planning`."""
+    """Return the ranges of shards that array jobs write, with the holder; files of ended jobs are removed. Only within `planning`."""
     found = []
     for name in sorted(os.listdir(folder)):
         if match := _RANGE.match(name):
@@ -125,14 +126,14 @@ def array_jobs(folder: Path) -> list[tuple[range, str]]:
 
 
 def is_lock_file(name: str) -> bool:
-    """Whether a file in a store's folder is one of these."""
+    """Whether a file in a store's folder is a lock file."""
     return name in (LOCK_FILE, _PLAN) or _RANGE.match(name) is not None
 
 
 def writers(folder: Path) -> str:
-    """Who writes into a folder, as the lock files say; '' if nobody, or processes of this machine that are no more.
+    """Return the processes that write into a folder, as the lock files say; '' if none, or if they ran here and have ended.
 
-    No lock is touched: whoever looks must not be taken for one who writes.
+    No lock is taken, because a reader must not appear as a writer.
     """
     if holder := _alive(folder / LOCK_FILE):
         return holder
@@ -168,11 +169,11 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as err:
-        raise StoreError(f"{path} can not be opened for writing: {err.strerror}; expected a folder that may be written") from err
+        raise StoreError(f"{path} cannot be opened for writing: {err.strerror}; expected a writable folder") from err
 
 
 def _try(handle: int, kind: int) -> OSError | None:
-    """Lock a file, or say why not."""
+    """Lock a file -> None, or the error."""
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except OSError as err:
@@ -193,10 +194,10 @@ def _refused(folder: Path, handle: int, failed: OSError) -> StoreError:
     holder = _holder(handle)
     os.close(handle)
     if not isinstance(failed, BlockingIOError):
-        return StoreError(f"{folder / LOCK_FILE} can not be locked: {failed.strerror}; expected a file system whose locks work (flock)")
+        return StoreError(f"{folder / LOCK_FILE} cannot be locked: {failed.strerror}; expected a file system whose locks work (flock)")
     if not holder and (jobs := writers(folder)):
-        return StoreError(f"{folder} is being written by array jobs: {jobs}; wait for them, or name shards that they do not write")
-    return StoreError(f"{folder} is being written by another simulate call ({holder or 'unknown process'}); wait for it")
+        return StoreError(f"{folder} is being written by array jobs: {jobs}; expected to wait for them, or shards that they do not write")
+    return StoreError(f"{folder} is being written by another simulate call ({holder or 'unknown process'}); expected to wait for it")
 
 
 def _text(shards: range) -> str:

@@ -43,7 +43,7 @@ _LITTER = re.compile(r"^\.(shard-(\d{5,})\.h5|store\.json|\.index\.json)\.\d+\.t
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The content of store.json: the shards' common header, rows asked for, and the SHA-256 of a given theta ('' if drawn)."""
+    """Content of store.json: the header of all shards, the rows asked for, and the SHA-256 of given theta ('' if drawn)."""
 
     header: Header
     n: int
@@ -55,7 +55,7 @@ class Manifest:
         return -(-self.n // self.header.shard_size)
 
     def rows(self, index: int) -> int:
-        """Rows of shard `index` of the finished store; 0 past its end."""
+        """Return the rows of shard `index` of the finished store; 0 past its end."""
         return max(0, min(self.header.shard_size, self.n - index * self.header.shard_size))
 
 
@@ -65,9 +65,9 @@ def list_shards(folder: Path) -> list[int]:
 
 
 def remove_litter(folder: Path, shards: range | None = None) -> None:
-    """Remove unfinished files that a killed run left behind; only to be called by who holds the lock.
+    """Remove unfinished files of a killed run; only the holder of the lock may call it.
 
-    shards: those of an array job, beside which others may be at work: only what is left of these is removed.
+    Args: shards: those of an array job; only its own files are removed, since other jobs may be running.
     """
     for name in os.listdir(folder):
         litter = _LITTER.match(name)
@@ -80,7 +80,7 @@ def remove_litter(folder: Path, shards: range | None = None) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write store.json aside and rename it.   Raises: StoreError."""
+    """Write store.json.   Raises: StoreError."""
     values = {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -104,7 +104,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError as err:
         raise StoreError(f"{folder} has no {MANIFEST} ({len(list_shards(folder))} shards); expected a store made by simulate") from err
     except (OSError, ValueError) as err:
-        raise StoreError(f"{path} can not be read: {err}; delete it and run the same simulate call again, which makes it anew") from err
+        raise StoreError(f"{path} cannot be read: {err}; delete it and run the same simulate call again, which makes it anew") from err
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise StoreError(f"{path} is not the manifest of a store; expected format {FORMAT!r}")
     if values.get("schema") != SCHEMA:
@@ -117,7 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The manifest, now on disk, the shards of this call, and those of them that are to be made."""
+    """Work of a simulate call: the manifest, which is on disk, the shards of the call, and those that are to be made."""
 
     manifest: Manifest
     shards: range
@@ -125,7 +125,7 @@ class Plan:
 
 
 def shard_range(shards: range | str | int, n_shards: int) -> range:
-    """Shards as they are given: a range, '0:64' (the last not included), '7', or '3/100' (the fourth of a hundred equal parts).
+    """Return the shards of a range, '0:64' (the last not included), '7', or '3/100' (the fourth of a hundred equal parts).
 
     Raises: SettingError for another form, for none, and for shards past the end.
     """
@@ -154,7 +154,7 @@ def shard_range(shards: range | str | int, n_shards: int) -> range:
 
 
 def existing_header(folder: Path) -> Header | None:
-    """Header of the store in a folder; None if there is none.   Raises: StoreError."""
+    """Return the header of the store in a folder, None if there is no store.   Raises: StoreError."""
     if (folder / MANIFEST).exists():
         return read_manifest(folder).header
     shards = list_shards(folder)
@@ -166,9 +166,9 @@ def existing_header(folder: Path) -> Header | None:
 
 
 def plan_store(folder: Path, header: Header, n: int, given: Array | None, shards: range | str | int | None = None) -> Plan:
-    """Compare what is in the folder with what is asked for, and write the manifest.
+    """Compare the folder with what is asked for, and write the manifest.
 
-    Raises: StoreError for a shard of other settings, or one that can not be read; SettingError for a wrong range.
+    Raises: StoreError for a shard of other settings or one that cannot be read; SettingError for a wrong range.
     """
     before = read_manifest(folder) if (folder / MANIFEST).exists() else None
     if before is not None:
@@ -176,7 +176,7 @@ def plan_store(folder: Path, header: Header, n: int, given: Array | None, shards
     sha256 = "" if given is None else hashlib.sha256(np.ascontiguousarray(given, dtype="<f8").tobytes()).hexdigest()
     if shards is not None and before is not None:
         _require_joinable(folder, before, n, sha256)
-        # what others write is theirs to look at; the last shard may have to grow
+        # shards of other jobs are not read; the last shard may have to grow
         mine = {*shard_range(shards, Manifest(header, max(n, before.n)).n_shards), before.n_shards - 1}
     else:
         mine = None
@@ -191,26 +191,26 @@ def plan_store(folder: Path, header: Header, n: int, given: Array | None, shards
     chosen = range(manifest.n_shards) if shards is None else shard_range(shards, manifest.n_shards)
     for index, got in rows.items():
         if got != manifest.rows(index):
-            (folder / shard_name(index)).unlink()  # was the last and shorter than shard_size; first of all, so that no reader meets it
+            (folder / shard_name(index)).unlink()  # a short last shard; removed before the manifest is written, so that no reader finds it
     if manifest != before:
         write_manifest(folder, manifest)
     return Plan(manifest, chosen, deque(i for i in chosen if rows.get(i) != manifest.rows(i)))
 
 
 def _require_joinable(folder: Path, before: Manifest, n: int, sha256: str) -> None:
-    """Raise StoreError unless an array job may join the store: same theta, and no more rows while others are at work."""
+    """Raise StoreError unless an array job may join the store: same theta, and not more rows while other jobs run."""
     if before.theta_sha256 != sha256:
-        raise StoreError(f"{folder} is made at other theta; expected the same theta in every array job of a store")
+        raise StoreError(f"{folder} was made at other theta; expected the same theta in every array job of a store")
     if n > before.n and (jobs := array_jobs(folder)):
         shards, holder = jobs[0]
         raise StoreError(
-            f"{folder} is to have {before.n} rows and array jobs are at work ({holder}, shards {shards.start}:{shards.stop}); "
+            f"{folder} has {before.n} rows to make, and array jobs are running ({holder}, shards {shards.start}:{shards.stop}); "
             f"expected the same n in all of them, got {n}"
         )
 
 
 def _rows_there(path: Path, header: Header, digest: str, index: int, given: Array | None) -> int:
-    """Return the rows of a shard in the folder, once it is sure that it belongs there.   Raises: StoreError."""
+    """Check that a shard belongs to the store -> its rows.   Raises: StoreError."""
     label = read_label(path)
     if given is None and label is not None and (label.header, label.shard) == (digest, index) and label.rows <= header.shard_size:
         return label.rows

@@ -38,12 +38,21 @@ def merge_stores(
     shard_size: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Make one new store at `out` from several; it appears whole or not at all, and the sources stay as they are.
+    """Write the rows of several stores to one new store -> its path; the sources stay as they are.
 
-    Args: paths, at least two; out, a folder that is not there yet; shard_size of the result, default that of the first
-    (stores of the same campaign keep theirs).
+    Args: paths: at least two stores. out: a folder that does not exist yet. shard_size: of the new store, default that of the
+    first (stores of the same campaign keep theirs).
     Raises: SettingError; StoreError where stores differ in simulator, prior, observables, dtype or layout, where one is
     damaged (or incomplete, with different seeds), where two share a shard or rows, or `out` exists.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> np.savez("events.npz", energy=np.linspace(1, 9, 50), signal=np.arange(50.0))
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 0, 10, unit="EeV")])
+    >>> for name, rows in (("a", slice(0, 25)), ("b", slice(25, 50))):
+    ...     np.savez(name, energy=np.linspace(1, 9, 50)[rows], signal=np.arange(50.0)[rows])
+    ...     _ = sp.store.import_store(f"{name}.npz", name, prior=prior, observables=[sp.Observable("signal", 1)])
+    >>> sp.Store(sp.store.merge_stores(["a", "b"], "both")).n_rows
+    50
     """
     folders = [Path(p) for p in paths]
     if len(folders) < 2:
@@ -74,7 +83,7 @@ def _same_campaign(folders: list[Path], manifests: list[Manifest], out: Path, pr
     taken: dict[int, Path] = {}
     for folder, manifest in zip(folders, manifests, strict=True):
         for index in list_shards(folder):
-            # a last shard that was short when its store was is made anew, as simulate itself does when a store grows
+            # a short last shard of a shorter store is made again by simulate, as when a store grows
             if not manifest.rows(index) or manifest.rows(index) != total.rows(index):
                 continue
             if index in taken:
@@ -83,7 +92,7 @@ def _same_campaign(folders: list[Path], manifests: list[Manifest], out: Path, pr
                 )
             taken[index] = folder
     if not taken:
-        raise StoreError(f"none of {[str(f) for f in folders]} has a shard; expected some")
+        raise StoreError(f"none of {[str(f) for f in folders]} has a shard; expected at least one")
     with Folder(out) as made, or_none(progress).task("merge", len(taken)) as task:
         for index, folder in sorted(taken.items()):
             target = made.aside / shard_name(index)
@@ -97,7 +106,7 @@ def _copy(source: Path, target: Path) -> None:
     try:
         shutil.copyfile(source, target)
     except OSError as err:
-        raise StoreError(f"{source} can not be copied to {target}: {err.strerror}; the sources are intact") from err
+        raise StoreError(f"{source} cannot be copied to {target}: {err.strerror}; the sources are intact") from err
 
 
 def _other_seeds(folders: list[Path], manifests: list[Manifest], out: Path, size: int, progress: Progress | None) -> None:
@@ -112,8 +121,8 @@ def _other_seeds(folders: list[Path], manifests: list[Manifest], out: Path, size
                 path = folder / shard_name(index)
                 verify_shard(path, manifest.header, index, manifest.rows(index))
                 data = read_shard(folder, manifest, index)
-                # a shard that was cut otherwise still begins with the same theta, though its x may be other draws; theta that
-                # were given may well be the same in both
+                # shards of another size begin with the same theta, though their x may be other draws; given theta may be
+                # the same in both stores
                 key = data.theta[0].tobytes() + (b"" if drawn else data.x[0].tobytes())
                 if key in seen:
                     raise StoreError(f"{path} has rows that are in {seen[key]} too; expected stores made with different seeds")
@@ -134,7 +143,7 @@ def subset_store(
     where: Mapping[str, tuple[float, float]] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the rows with these numbers, and with theta within these ranges, to a new store; see `Store.subset`."""
+    """Write some rows to a new store -> its path; see `Store.subset`."""
     manifest = read_manifest(folder)
     if rows is None and not where:
         raise SettingError("subset got neither rows nor where; expected row numbers, a mask, or {parameter: (low, high)}")
@@ -159,13 +168,13 @@ def split_store(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write disjoint random parts of a store to new stores; see `Store.split`."""
+    """Write disjoint random parts of a store to new stores -> their paths; see `Store.split`."""
     manifest = read_manifest(folder)
     shares = [require_number(f"fractions[{i}]", f, low=0, high=1, open_low=True) for i, f in enumerate(fractions)]
     if len(shares) != len(paths) or not shares or len(shares) > 127 or sum(shares) > 1 + 1e-9:
         raise SettingError(f"fractions are {list(fractions)} for {len(paths)} paths; expected one each, at most 127, that sum to at most 1")
     if len({os.path.abspath(p) for p in paths}) < len(paths):
-        raise SettingError(f"paths are {[str(p) for p in paths]}; expected every part in a folder of its own")
+        raise SettingError(f"paths are {[str(p) for p in paths]}; expected a folder for each part")
     ends = [round(manifest.n * share) for share in np.cumsum(shares)]
     if min(np.diff([0, *ends])) < 1:
         raise DataError(f"{manifest.n} rows leave a part of {shares} empty; expected at least one row in each")
@@ -187,7 +196,7 @@ def _write_parts(
     inside: Callable[[Array], Mask],
     progress: Progress | None,
 ) -> None:
-    """Read every shard that is needed once, and give each row to the store that `part` names (-1: to none)."""
+    """Read every shard that is needed once, and write each row to the store that `part` names (-1: to none)."""
     size, kind = manifest.header.shard_size, "split" if len(paths) > 1 else origins[0]["kind"]
     with ExitStack() as stack:
         writers = []
@@ -209,7 +218,7 @@ def _write_parts(
 
 
 def _theta(before: str, kind: str, origin: Mapping[str, Any]) -> str:
-    """Random parts are still draws from the prior; chosen ones are not."""
+    """Return the kind of theta: random parts are still draws from the prior, chosen rows are not."""
     random = kind == "split" and before in ("prior", "merged", "split")
     return "split" if random else "subset"
 
@@ -252,10 +261,18 @@ def _ranges(manifest: Manifest, where: Mapping[str, tuple[float, float]]) -> Cal
 def repack_store(
     path: str | os.PathLike[str], out: str | os.PathLike[str], layout: Layout, *, dtype: str | None = None, progress: Progress | None = None
 ) -> Path:
-    """Write all rows of a store to a new one with another layout (and dtype of x).
+    """Write all rows of a store to a new store with another layout, and dtype of x if given -> its path.
 
-    simulate continues neither, as its own stores have no layout; keep the original for that.
-    Raises: StoreError, SettingError for a layout that does not fit, DataError for a number that a narrower dtype can not hold.
+    `simulate` continues the original store, not the new one.
+    Raises: StoreError, SettingError for a layout that does not fit, DataError for a number that a narrower dtype cannot hold.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> np.savez("events.npz", energy=np.linspace(1, 9, 50), signal=np.arange(50.0))
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 0, 10, unit="EeV")])
+    >>> store = sp.store.import_store("events.npz", "run", prior=prior, observables=[sp.Observable("signal", 1)])
+    >>> small = sp.Store(sp.store.repack_store(store, "small", sp.Layout(compression="lzf")))
+    >>> small.layout.compression, small.n_rows
+    ('lzf', 50)
     """
     folder = Path(path)
     manifest = read_manifest(folder)

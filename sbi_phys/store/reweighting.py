@@ -1,12 +1,12 @@
-r"""A fixed library of simulations under another prior or spectrum: w_i = p_new(theta_i) / p_old(theta_i).
+r"""Importance weights of a store's rows for another prior or spectrum: w_i = p_new(theta_i) / p_old(theta_i).
 
-Simulations x_i ~ p(x | theta_i), theta_i ~ p_old, with these weights stand for draws of p_new(theta) p(x | theta): every
-mean over the new population is sum_i w_i f_i / sum_i w_i. Its precision is that of
+Simulations x_i ~ p(x | theta_i), theta_i ~ p_old, with these weights represent p_new(theta) p(x | theta): the mean of f over
+the new population is sum_i w_i f_i / sum_i w_i. Its precision is that of
 
     n_eff = (sum_i w_i)^2 / sum_i w_i^2
 
-unweighted rows (Kish 1965). Where the new prior is narrow or lies in the old one's tail, few rows carry all of the weight.
-Weights can not make up for rows that are not there: a new prior that reaches outside of the old one's support is refused.
+unweighted rows (Kish 1965). Where the new prior is narrow or lies in the tail of the old prior, few rows carry all of the weight.
+Weights cannot replace rows that were not simulated: a new prior that reaches outside the support of the old prior is refused.
 """
 
 import os
@@ -34,15 +34,20 @@ _RANDOM = ("prior", "merged", "split")
 
 
 class ReweightWarning(UserWarning):
-    """The weights of a reweighted library rest on few of its rows."""
+    """Few rows carry most of the weight of a reweighted store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reweighted:
-    """Weights of the good rows of a store, in the order of `Store.read()`.
+    """Weights of the good rows of a store, in the order of `Store.read()`; result of `reweight`.
 
     Fields: weights (n,), mean 1; ess, effective sample size; largest, share of the total weight in one row.
-    Read: ess / n is the share of the library that the new population makes use of.
+    Read: ess / n is the share of the store that the new population uses.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> result = sp.store.Reweighted(weights=np.array([1.5, 0.5]), ess=1.6, largest=0.75)
+    >>> result.efficiency, result.resample(5, seed=0).shape
+    (0.8, (5,))
     """
 
     weights: Array
@@ -54,8 +59,8 @@ class Reweighted:
         """ess / n."""
         return self.ess / self.weights.size
 
-    def resample(self, n: int, seed: int) -> Integers:
-        """Row numbers (n,) drawn in proportion to the weights, with replacement: rows of the new population.   Raises: SettingError."""
+    def resample(self, n: int, *, seed: int) -> Integers:
+        """Return row numbers (n,) drawn with replacement in proportion to the weights.   Raises: SettingError."""
         p = self.weights / self.weights.sum()
         return rng_for(seed, "resample").choice(p.size, require_int("n", n, low=1), p=p)
 
@@ -67,19 +72,27 @@ def reweight(
     old: Prior | LogDensity | None = None,
     warn_below: float = 0.01,
 ) -> Reweighted:
-    r"""Weights p_new(theta) / p_old(theta) of a library's good rows, and how many rows they are worth.
+    r"""Return weights p_new(theta) / p_old(theta) of the good rows of a store, and their effective sample size.
 
     Args:
-        store: the library, complete; only its theta and status are read.
+        store: a complete store; only its theta and status are read.
         new: another prior of the same parameters, or a function theta (n, d) -> log density (n,), up to a constant, -inf
             outside; e.g. `lambda theta: -2.7 * np.log(theta[:, 0])` for a spectrum E^-2.7.
-        old: density that theta were drawn from; default the store's prior. Needed where theta were given or chosen by hand.
-        warn_below: warn if the effective share ess / n is less than this, or ess below 100.
+        old: density that theta were drawn from; default the store's prior. Required where theta were given.
+        warn_below: warn if ess / n is less than this, or ess below 100.
 
     Returns: Reweighted: weights (n,), mean 1.
-    Raises: SupportError where the new prior has mass outside of the old one's support (for priors; a function can not be
-    asked), SimulatorMismatchError for other parameters, SettingError, ShapeError, DataError if no row has weight.
+    Raises: SupportError where a new prior reaches outside the support of the old prior (not checked for functions),
+    SimulatorMismatchError for other parameters, SettingError, ShapeError, DataError if no row has weight.
     Source: Kish, Survey Sampling (1965); importance weights.   Read: `Reweighted`.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> np.savez("events.npz", energy=np.linspace(1, 9, 50), signal=np.arange(50.0))
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 0, 10, unit="EeV")])
+    >>> store = sp.store.import_store("events.npz", "run", prior=prior, observables=[sp.Observable("signal", 1)], drawn=True)
+    >>> result = sp.reweight(store, sp.BoxPrior([sp.Parameter("energy", 2, 8)]))
+    >>> result.weights.size, 30 < result.ess < 40
+    (50, True)
     """
     store = store if isinstance(store, Store) else Store(Path(store))
     header_theta = store.theta_kind
@@ -94,14 +107,14 @@ def reweight(
     log_w = _log_density("new", new, theta, allow_zero=True) - _log_density("old", before, theta, allow_zero=False)
     top = log_w.max()
     if not np.isfinite(top):
-        raise DataError(f"no row of {store.path} has weight under the new density; expected one that overlaps with the library")
+        raise DataError(f"no row of {store.path} has weight under the new density; expected a density that overlaps with the store")
     w = np.exp(log_w - top)
     ess = float(w.sum() ** 2 / (w @ w))
     found = Reweighted(w / w.mean(), ess, float(w.max() / w.sum()))
     if ess < max(warn_below * w.size, min(100, w.size / 2)):
         warnings.warn(
-            f"the weights collapse: {w.size} rows of {store.path} are worth {ess:.1f}, one of them has {100 * found.largest:.2g} % of the "
-            "weight; expected a new density closer to the old one, or a larger library",
+            f"the effective sample size of the {w.size} weighted rows of {store.path} is {ess:.1f}, one row has "
+            f"{100 * found.largest:.2g} % of the weight; expected a new density closer to the old one, or a larger store",
             ReweightWarning,
             stacklevel=2,
         )
@@ -109,7 +122,7 @@ def reweight(
 
 
 def _require_inside(new: Prior, old: Prior | LogDensity, store: Store) -> None:
-    """Refuse a new prior with mass where the old one has none, as far as draws and the corners of its range show it."""
+    """Refuse a new prior with mass outside the support of the old prior, tested by draws and by the ends of its ranges."""
     if new.names != store.prior.names:
         raise SimulatorMismatchError(f"the new prior has parameters {new.names}; expected those of {store.path}, {store.prior.names}")
     probes = new.sample(_PROBES, rng_for(0, "support"))
@@ -120,13 +133,13 @@ def _require_inside(new: Prior, old: Prior | LogDensity, store: Store) -> None:
         row = dict(zip(new.names, probes[int(np.argmin(inside))].tolist(), strict=True)) if outside > 0 else ends
         raise SupportError(
             f"the new prior reaches outside of what {store.path} was drawn from: {100 * outside:.2g} % of its draws, e.g. {row}; expected "
-            "a prior within the old one's support: no weight can stand for rows that were not simulated"
+            "a prior within the old one's support, because weights cannot replace rows that were not simulated"
         )
 
 
 def _past_ends(new: Prior, old: Prior) -> str:
     for mine, theirs in zip(new.parameters, old.parameters, strict=True):
-        # an unbounded prior may still have all of its mass inside; a bounded one reaches its ends
+        # an unbounded prior may have all of its mass inside; a bounded prior reaches its ends
         bounded = np.isfinite(mine.low) and np.isfinite(mine.high)
         if bounded and (mine.low < theirs.low or mine.high > theirs.high):
             return f"{mine.name} within [{mine.low:g}, {mine.high:g}], the old one within [{theirs.low:g}, {theirs.high:g}]"
@@ -134,9 +147,9 @@ def _past_ends(new: Prior, old: Prior) -> str:
 
 
 def _good_theta(store: Store) -> Array:
-    """Theta of the good rows; x is not read."""
+    """Return theta of the good rows; x is not read."""
     if store.missing:
-        store.status()  # raises, saying what is missing
+        store.status()  # raises an error that names the missing shards
     parts: list[Any] = []
     for index in range(store.n_shards):
         with open_shard(store.path / shard_name(index)) as file:

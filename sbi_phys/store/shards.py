@@ -3,15 +3,14 @@ r"""One shard of a simulation store: an HDF5 file of rows (theta, x, status), an
     theta       (n, d) float64   parameters, in the units of the attribute `parameter_units`
     x           (n, k) float32 or float64   observables side by side, in the order of the attribute `observables`
                                  (in a layout of its own, sbi_phys.store.layout: also x_0, x_1, ... and set_0, set_0_offsets, ...)
-    status      (n,) uint8       0 ok, 1 non-finite x (kept as it came), 2 the simulator raised (x is NaN)
-    failed_row  (m,) int64       rows within this shard whose status is not 0
-    reason      (m,) bytes       why, UTF-8
+    status      (n,) uint8       0 ok, 1 non-finite x (kept), 2 the simulator raised (x is NaN)
+    failed_row  (m,) int64       rows of this shard whose status is not 0
+    reason      (m,) bytes       reason of the failure, UTF-8
 
-Everything else is an attribute, text in fixed-length UTF-8 so that no byte lies outside HDF5's own metadata checksums.
-Every dataset has a checksum among them, and `checksum` covers them all; a label before the HDF5 content (sbi_phys.store._encoding)
-covers every byte of the file. Nothing in a file depends on the machine, the time or the worker that made it: equal settings
-and equal code give equal bytes. A file is written aside, synced and renamed: under its final name it is complete or it is not
-there. Files of schema 1, with one checksum over everything, and files without a label are read too.
+Everything else is an attribute; text is fixed-length UTF-8, so that every byte is covered by HDF5's own metadata checksums.
+The attributes include a checksum of every dataset, and `checksum` covers all attributes; a label before the HDF5 content
+(sbi_phys.store._encoding) covers every byte of the file, and files without a label are read too. The bytes do not depend on the
+machine, the time or the worker: equal settings and equal code give equal files. Files are written by `sbi_phys.core.files`.
 """
 
 import hashlib
@@ -75,18 +74,18 @@ __all__ = [
 FORMAT = "sbi_phys simulation store"
 SCHEMA = 2
 OK, NON_FINITE, RAISED = 0, 1, 2
-_OPTIONAL = ("layout", "origin")  # fields of the header that are left out where they say nothing
+_OPTIONAL = ("layout", "origin")  # fields of the header that are left out where they are empty
 _REASON_BYTES = 240
 _REMAKE = "Delete and re-make it"
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What all shards of a store share: it follows from the settings of the first `simulate` call.
+    """Settings that all shards of a store have in common.
 
     Fields: simulator, the identity (class, settings); prior, `Prior.to_dict`; observables, dicts; seed; shard_size, rows of
     every shard but the last; dtype of x; theta, 'prior' (drawn from it), 'given' (by the caller), or 'merged', 'subset',
-    'imported', which `simulate` does not continue; layout, `Layout.plain`; origin, of rows that `simulate` did not make.
+    'imported', which `simulate` does not continue; layout, `Layout.plain`; origin, sources of rows that `simulate` did not make.
     """
 
     simulator: dict[str, Any]
@@ -100,7 +99,7 @@ class Header:
     origin: dict[str, Any] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """Fields as a dict of JSON values."""
+        """Return the fields as a dict of JSON values."""
         return {name: getattr(self, name) for name in self.__slots__ if name not in _OPTIONAL or getattr(self, name)}
 
     @classmethod
@@ -112,11 +111,11 @@ class Header:
         return cls(**{name: values[name] for name in cls.__slots__ if name in values})
 
     def digest(self) -> str:
-        """Short digest of all fields, by which a label names the header of its store."""
+        """Return a short digest of all fields, which labels contain in place of the header."""
         return hashlib.sha256(to_json(self.plain()).encode()).hexdigest()[:32]
 
     def require_equal(self, got: "Header", where: str) -> None:
-        """Raise StoreError naming the first field in which the file `where` differs from what is expected."""
+        """Raise StoreError naming the first field in which the header of the file `where` differs."""
         for name in self.__slots__:
             mine, theirs = getattr(self, name), getattr(got, name)
             if mine != theirs:
@@ -136,7 +135,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class ShardData:
-    """Rows of one shard: theta (n, d), x (n, k), status (n,), the reasons of the failed rows, by row, and ragged sets by name."""
+    """Rows of one shard: theta (n, d), x (n, k), status (n,), reasons {row: text} of the failed rows, and ragged sets by name."""
 
     theta: Array
     x: NDArray[np.floating]
@@ -146,12 +145,12 @@ class ShardData:
 
 
 def shard_name(index: int) -> str:
-    """File name of shard `index`."""
+    """Return the file name of shard `index`."""
     return f"shard-{index:05d}.h5"
 
 
 def write_shard(path: Path, header: Header, index: int, data: ShardData) -> None:
-    """Write one shard aside, sync it and rename it to `path`.   Raises: StoreError, e.g. when the disk is full."""
+    """Write one shard atomically.   Raises: StoreError, e.g. where the disk is full."""
     layout = Layout.from_plain(header.layout)
     arrays, virtual = _stored(header, layout, data)
     attributes = _attributes(header, index, arrays)
@@ -173,15 +172,15 @@ def write_shard(path: Path, header: Header, index: int, data: ShardData) -> None
 def _write_content(
     sink: AsideFile, block: int, arrays: dict[str, AnyArray], layout: Layout, attributes: dict[str, Any], virtual: str
 ) -> dict[str, int]:
-    """Write the HDF5 content behind the label's block; return where the values of each dataset begin that are one run of bytes.
+    """Write the HDF5 content behind the label's block -> position of the values of each dataset that is contiguous in the file.
 
-    Through HDF5's own calls: h5py's take as long for a small shard as the data do.
+    By HDF5's low-level calls: those of h5py take as long for a small shard as the data.
     """
     create, access = h5py.h5p.create(h5py.h5p.FILE_CREATE), h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     create.set_userblock(block)
     create.set_obj_track_times(False)
-    create.set_attr_phase_change(64, 32)  # attributes beside each other in the root's header: a heap takes twice as long
-    # one fixed format version; no times, no paths: equal content gives equal bytes
+    create.set_attr_phase_change(64, 32)  # attributes in the root's header: a heap takes twice as long
+    # a fixed format version, no times and no paths: equal content gives equal bytes
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     access.set_fileobj_driver(h5py.h5fd.fileobj_driver, sink)
@@ -198,14 +197,14 @@ def _write_content(
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[h5py.File]:
-    """Open a shard for reading and check that it is one of ours.
+    """Open a shard for reading and check its format.
 
-    Raises: StoreError for a missing, truncated, foreign or newer-schema file, also for damage met while reading.
+    Raises: StoreError for a missing, truncated or foreign file, another schema, and damage found while reading.
     """
     if not path.is_file():
         raise StoreError(f"{path} is missing; running the same simulate call again makes it")
     try:
-        # no HDF5 file locks: a file under its final name never changes, and many network file systems refuse locks
+        # no HDF5 file locks: a complete file never changes, and many network file systems refuse locks
         with h5py.File(path, "r", locking=False) as file:
             _require_ours(file.attrs, path)
             yield file
@@ -213,7 +212,7 @@ def open_shard(path: Path) -> Iterator[h5py.File]:
         raise
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as err:
         raise StoreError(
-            f"{path} can not be read ({path.stat().st_size if path.exists() else 0} bytes): {err}; expected a complete HDF5 shard: "
+            f"{path} cannot be read ({path.stat().st_size if path.exists() else 0} bytes): {err}; expected a complete HDF5 shard: "
             "it is truncated, damaged or no HDF5 file. Delete it and run the same simulate call again"
         ) from err
 
@@ -259,9 +258,9 @@ def _arrays(file: h5py.File, path: Path, header: Header, facts: dict[str, Any]) 
 
 
 def verify_shard(path: Path, header: Header, index: int, rows: int) -> str:
-    """Read a shard whole, compare header, place and checksums with what is expected; return the checksum of theta and x.
+    """Read all of a shard and compare header, place and checksums with what is expected -> checksum of theta and x.
 
-    A label that fits every byte is proof enough; where it does not, the HDF5 content is read to name what is wrong.
+    A label that agrees with every byte is sufficient; where it does not, the HDF5 content is read to name the fault.
     Raises: StoreError.
     """
     try:
@@ -269,24 +268,24 @@ def verify_shard(path: Path, header: Header, index: int, rows: int) -> str:
     except FileNotFoundError:
         label, whole = None, False
     except OSError as err:
-        raise StoreError(f"{path} can not be read: {err.strerror or err}; {_REMAKE}") from err
+        raise StoreError(f"{path} cannot be read: {err.strerror or err}; {_REMAKE}") from err
     if label is not None and whole and (label.header, label.shard, label.rows) == (header.digest(), index, rows):
         return label.content
     content, block = _verify_content(path, header, index, rows)
     if block and not whole:
-        raise StoreError(f"{path} is damaged: its bytes are not those that the label at its beginning was made for. {_REMAKE}")
+        raise StoreError(f"{path} is damaged: its bytes do not agree with the label at its beginning. {_REMAKE}")
     return content
 
 
 def _verify_content(path: Path, header: Header, index: int, rows: int) -> tuple[str, int]:
-    """Compare the HDF5 content of a shard with what is expected and with its own checksums; return that of theta and x, and the block."""
+    """Compare the HDF5 content of a shard with its checksums -> checksum of theta and x, bytes of the label's block."""
     with open_shard(path) as file:
         attributes = read_attributes(file)
         got, facts = _facts(attributes, path)
         header.require_equal(got, str(path))
         require_place(facts, index, rows, path)
         data = _arrays(file, path, got, facts)
-        # what was just read is not read again; the rest is small, or stands beside x in a layout of its own
+        # the other datasets are small, or part of x in a layout with several dtypes
         ready = {"theta": data.theta, "x": data.x, "status": data.status}
         sums: dict[str, str] = dict(zip(plain(attributes["datasets"]), plain(attributes["checksums"]), strict=True))
         for name, expected in sums.items():
@@ -311,7 +310,7 @@ def require_place(facts: dict[str, Any], index: int, rows: int, path: Path) -> N
 
 
 def _stored(header: Header, layout: Layout, data: ShardData) -> tuple[dict[str, AnyArray], bool]:
-    """Datasets of a shard by name, as they are written; whether x lies in several."""
+    """Return the datasets of a shard by name, and whether x consists of several."""
     failed = np.flatnonzero(data.status)
     encoded = [_shorten(data.reasons[int(row)]) for row in failed]
     x = split_x(layout, header.observables, np.ascontiguousarray(data.x, dtype=np.dtype(header.dtype).newbyteorder("<")))
@@ -340,14 +339,14 @@ def _attributes(header: Header, index: int, arrays: dict[str, AnyArray]) -> dict
         "datasets": list(arrays),
         "checksums": [f"crc32:{array_checksum(array):08x}" for array in arrays.values()],
     }
-    # what `header_checksum` makes of them all, without writing the same text for every shard
+    # the text of `header_checksum`, without encoding the shared attributes for every shard
     text = "{" + ",".join(sorted([*words, *_words(own)])) + "}"
     return shared | {name: attribute(value) for name, value in own.items()} | {"checksum": attribute(text_checksum(text))}
 
 
 @lru_cache(maxsize=8)
 def _shared(header: str) -> tuple[dict[str, Any], list[str]]:
-    """Attributes that all shards of a store share, encoded and as words of JSON, from the header as JSON."""
+    """Return the attributes that all shards of a store share, encoded and as JSON, from the header as JSON."""
     values = json.loads(header)
     parameters = _parameters(values["prior"])
     facts = {"format": FORMAT, "schema": SCHEMA, "package_version": package_version(), "git": git_commit(), "complete": True}
@@ -380,7 +379,7 @@ def _require_ours(attributes: Any, path: Path) -> None:
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
         made = plain(attributes.get("package_version"))
-        advice = f"it was written by sbi_phys {made}, update this one ({package_version()})" if newer else "it can not be read"
+        advice = f"it was written by sbi_phys {made}, update this one ({package_version()})" if newer else "it cannot be read"
         raise StoreError(f"{path} has schema {schema}; expected {SCHEMA}: {advice}")
     if not attributes.get("complete", 0):
         raise StoreError(f"{path} is not marked complete; delete it and run the same simulate call again")

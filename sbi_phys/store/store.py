@@ -1,15 +1,15 @@
-"""A simulation store: a folder of HDF5 shards and a manifest, read without holding it in memory or keeping files open.
+"""A simulation store: a folder of HDF5 shards and a manifest, read in parts and without files that stay open.
 
-    store.json            the manifest: what all shards share, and how many rows were asked for
-    shard-00000.h5 ...    rows i * shard_size to (i + 1) * shard_size (sbi_phys.store.shards has the schema)
-    .lock                 held by the process that writes; the system drops it when that process dies
-    .shards-0-64.lock     held by an array job that writes these shards alone (sbi_phys.store.locks)
-    .index.json           a cache of counts, made where there are many shards; may be deleted
+    store.json            the manifest: the header of all shards and the number of rows asked for
+    shard-00000.h5 ...    rows i * shard_size to (i + 1) * shard_size (the schema is in sbi_phys.store.shards)
+    .lock                 held by the process that writes (sbi_phys.store.locks)
+    .shards-0-64.lock     held by an array job that writes only these shards
+    .index.json           a cache of counts for stores of many shards; may be deleted
 
-The folder follows from (simulator, prior, seed, shard_size, dtype, n) alone: it is the same for any number of workers, after
-any number of interruptions, and whether n rows were asked for at once or in steps. Asking for more rows adds shards;
-only a last shard that was shorter than shard_size is made again (its theta begin with the same rows, its x are other
-draws, since a simulator's draws depend on how many rows it is given at once).
+The bytes of the folder follow from (simulator, prior, seed, shard_size, dtype, n): they are the same for any number of workers,
+after any interruptions, and whether n rows were asked for at once or in steps. A larger n adds shards; only a last shard that
+was shorter than shard_size is made again (its theta begin with the same rows, its x are other draws, because the draws of a
+simulator depend on the number of rows that it gets at once).
 """
 
 import os
@@ -40,7 +40,12 @@ __all__ = ["Failure", "Store"]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A row that failed: its number in the store, its status (1 non-finite x, 2 raised) and the reason."""
+    """A row that failed: its number in the store, its status (1 non-finite x, 2 the simulator raised) and the reason.
+
+    >>> import sbi_phys as sp
+    >>> sp.store.Failure(row=17, status=2, reason="ValueError: shower did not converge").status
+    2
+    """
 
     row: int
     status: int
@@ -48,9 +53,17 @@ class Failure:
 
 
 class Store:
-    """Simulations (theta, x) on disk. Files are opened for each operation, so a Store may be kept, copied and sent around.
+    """Simulations (theta, x) on disk; files are opened for each operation, so that a Store can be copied and pickled.
 
-    Args: path of the folder.   Raises: StoreError if it is missing, foreign, damaged or of a newer schema.
+    Args: path: of the folder.   Raises: StoreError if it is missing, foreign, damaged or of another schema.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> np.savez("events.npz", energy=np.linspace(1, 9, 50), signal=np.arange(50.0))
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 0, 10, unit="EeV")])
+    >>> path = sp.store.import_store("events.npz", "run", prior=prior, observables=[sp.Observable("signal", 1)])
+    >>> theta, x = sp.Store(path).read()
+    >>> theta.shape, x.shape
+    ((50, 1), (50, 1))
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -75,7 +88,7 @@ class Store:
 
     @property
     def seed(self) -> int:
-        """Seed that all rows follow from."""
+        """Seed of all rows."""
         return self._manifest.header.seed
 
     @property
@@ -85,17 +98,17 @@ class Store:
 
     @property
     def theta_kind(self) -> str:
-        """Where theta come from: 'prior', 'given', or 'merged', 'split' (still draws of the prior), 'subset', 'imported'."""
+        """Origin of theta: 'prior', 'given', 'merged' or 'split' (both still draws of the prior), 'subset', 'imported'."""
         return self._manifest.header.theta
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What a merged, split, cut or imported store was made from; empty for one that simulate made."""
+        """Sources of a merged, split, cut or imported store; empty for one that simulate made."""
         return dict(self._manifest.header.origin)
 
     @property
     def layout(self) -> Layout:
-        """How rows are stored: compression, own dtypes and shapes of observables, ragged sets."""
+        """Compression, dtypes and shapes of observables, ragged sets."""
         return Layout.from_plain(self._manifest.header.layout)
 
     @property
@@ -110,7 +123,7 @@ class Store:
 
     @property
     def n_requested(self) -> int:
-        """Rows asked for, finished or not."""
+        """Rows asked for, on disk or not."""
         return self._manifest.n
 
     @property
@@ -135,7 +148,7 @@ class Store:
 
     @property
     def missing(self) -> tuple[int, ...]:
-        """Numbers of the shards that are not there (yet)."""
+        """Numbers of the shards that are not on disk."""
         present = set(list_shards(self.path))
         return tuple(i for i in range(self.n_shards) if i not in present)
 
@@ -156,14 +169,14 @@ class Store:
     def read(
         self, columns: Sequence[str] | None = None, *, valid_only: bool = True, partial: bool = False
     ) -> tuple[Array, NDArray[np.floating]]:
-        """Return theta (n, d) in the parameters' units and x (n, k), row by row in the order of simulation.
+        """Return theta (n, d) in the parameters' units and x (n, k), in the order of simulation.
 
-        Args: columns, names of observables in the order wanted, all by default; valid_only=False keeps failed rows too
-        (`status` tells which); partial=True reads what there is of an unfinished store.
+        Args: columns: names of observables, in this order; default all. valid_only: False keeps failed rows too
+        (see `status`). partial: True reads an unfinished store as far as it is.
         Raises: StoreError, SettingError for an unknown observable, DataError if no row is left.
         """
         pick = self._pick(columns)
-        # listed once: while another process writes, shards appear between two looks
+        # listed once, because shards may appear while another process writes
         present = list_shards(self.path)
         n = sum(self._manifest.rows(i) for i in present)
         theta = np.empty((n, len(self._manifest.header.parameters)))
@@ -178,7 +191,7 @@ class Store:
         return theta[:start], x[:start]
 
     def shards(self, *, valid_only: bool = False, partial: bool = False) -> Iterator[tuple[Array, NDArray[np.floating], NDArray[np.uint8]]]:
-        """Iterate over (theta, x, status) one shard at a time, in order; arguments as in `read`.
+        """Iterate over (theta, x, status), one shard at a time and in order; arguments as in `read`.
 
         Raises: StoreError for a missing shard, and for one of another store.
         """
@@ -202,10 +215,10 @@ class Store:
         where: Mapping[str, tuple[float, float]] | None = None,
         progress: Progress | None = None,
     ) -> "Store":
-        """Write some rows to a new store at `path`, in the order of this one, and return it.
+        """Write some rows to a new store at `path`, in their order here, and return it.
 
-        Args: rows, numbers of rows, or a mask of all (n_requested,); where, {parameter: (low, high)}, ends included.
-        Both: rows that meet both. Failed rows are kept if their theta is asked for.
+        Args: rows: numbers of rows, or a mask (n_requested,). where: {parameter: (low, high)}, ends included.
+        With both, rows must meet both. Failed rows are kept if their theta meets the conditions.
         Raises: SettingError, StoreError (incomplete, `path` exists), DataError if no row is left.
         """
         return Store(subset_store(self.path, path, rows=rows, where=where, progress=progress))
@@ -215,13 +228,13 @@ class Store:
     ) -> tuple["Store", ...]:
         """Write disjoint random parts to new stores: part k has round(N F_k) - round(N F_{k-1}) rows, F_k = f_1 + ... + f_k.
 
-        Fractions sum to at most 1. Which row goes where follows from (seed, number of rows) alone.
+        Fractions sum to at most 1. The part of each row follows from (seed, number of rows).
         Raises: SettingError, StoreError, DataError for a part without rows.
         """
         return tuple(Store(p) for p in split_store(self.path, paths, fractions, seed=seed, progress=progress))
 
     def observable(self, name: str, *, valid_only: bool = True, partial: bool = False) -> AnyArray:
-        """One observable of all rows in its own shape, (n, *shape): (n, size) unless the layout gives it another.
+        """Return one observable of all rows in its shape, (n, *shape): (n, size) unless the layout gives another.
 
         Raises: SettingError for an unknown name, StoreError, DataError.
         """
@@ -230,7 +243,7 @@ class Store:
         return x.reshape(-1, *shape).astype(self.layout.dtypes.get(name, x.dtype), copy=False)
 
     def sets(self, name: str, *, valid_only: bool = True, partial: bool = False) -> Ragged:
-        """One ragged event set of all rows.   Raises: SettingError for an unknown name, StoreError."""
+        """Return one ragged set of all rows.   Raises: SettingError for an unknown name, StoreError."""
         require_known("sets", [name], self.layout.sets)
         parts = [(d.sets[name], d.status == 0) for _, d in self._data(partial)]
         return Ragged.join([r.take(np.flatnonzero(ok)) if valid_only and not ok.all() else r for r, ok in parts])
@@ -291,7 +304,7 @@ class Store:
         if missing and not partial:
             raise StoreError(
                 f"{self.path} is not complete: {self.n_rows} of {self.n_requested} rows are there, {shard_name(missing[0])} and "
-                f"{len(missing) - 1} more shards are missing. The same simulate call continues; partial=True reads what there is"
+                f"{len(missing) - 1} more shards are missing. The same simulate call makes them; partial=True reads the others"
             )
         for index in present:
             if index >= self.n_shards or (only_failed and not self._index.n_failed([index])):

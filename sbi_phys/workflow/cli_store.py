@@ -120,7 +120,7 @@ def register(app: typer.Typer, guard: Guard) -> None:
             from sbi_phys.store.check import check_store
 
             found = check_store(folder, progress=RichProgress())
-            typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else found.text())
+            typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else found.summary())
             if not found.ok:
                 raise typer.Exit(1)
 
@@ -156,4 +156,4 @@ def _register_changes(store: typer.Typer, guard: Guard) -> None:
 
 
 def _show(state: "Info", as_json: bool) -> None:
-    typer.echo(json.dumps(dataclasses.asdict(state), indent=1) if as_json else state.text())
+    typer.echo(json.dumps(dataclasses.asdict(state), indent=1) if as_json else state.summary())

@@ -161,7 +161,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, lock):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with (
-        pytest.raises(StoreError, match=r"\.lock can not be locked: No locks available; expected a file system whose locks work"),
+        pytest.raises(StoreError, match=r"\.lock cannot be locked: No locks available; expected a file system whose locks work"),
         lock(tmp_path),
     ):
         pass
@@ -196,7 +196,7 @@ def test_a_store_grows_once_nobody_else_is_at_work(tmp_path, reference):
         with lock.planning():
             lock.claim(range(0, 1))
         with pytest.raises(
-            StoreError, match=r"is to have 250 rows and array jobs are at work .*expected the same n in all of them, got 650"
+            StoreError, match=r"has 250 rows to make, and array jobs are running .*expected the same n in all of them, got 650"
         ):
             job(tmp_path, "5:7")
         assert job(tmp_path, "1:2", n=250).n_requested == 250

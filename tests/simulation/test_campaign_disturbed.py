@@ -217,7 +217,7 @@ def test_a_damaged_shard_is_named_and_not_written_over(tmp_path):
     simulate(FLAKY, 300, tmp_path, seed=7, shard_size=100, workers=1)
     bad = tmp_path / shard_name(1)
     bad.write_bytes(bad.read_bytes()[:2000])
-    with pytest.raises(StoreError, match=f"{shard_name(1)} can not be read .*Delete it and run the same simulate call"):
+    with pytest.raises(StoreError, match=f"{shard_name(1)} cannot be read .*Delete it and run the same simulate call"):
         simulate(FLAKY, 300, tmp_path, seed=7, workers=1)
     bad.unlink()
     simulate(FLAKY, 300, tmp_path, seed=7, workers=1).verify()

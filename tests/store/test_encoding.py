@@ -79,11 +79,11 @@ def test_every_byte_counts(path):
     places += [start + d for start, length, _, _ in label.ranges for d in (-1, 0, length - 1, length) if start + d < len(data)]
     for at in {*places, *range(0, len(data), 9973)}:
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        with pytest.raises(StoreError, match="damaged|can not be read"):
+        with pytest.raises(StoreError, match="damaged|cannot be read"):
             verify_shard(path, WIDE, 2, 3000)
     path.write_bytes(data + b"more")
     assert read_label(path) is None
-    with pytest.raises(StoreError, match="its bytes are not those that the label"):
+    with pytest.raises(StoreError, match="its bytes do not agree with the label"):
         verify_shard(path, WIDE, 2, 3000)
 
 
@@ -102,7 +102,7 @@ def test_compressed_values_are_covered_too(tmp_path):
     data = path.read_bytes()
     for at in range(0, len(data), 1999):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        with pytest.raises(StoreError, match="damaged|can not be read"):
+        with pytest.raises(StoreError, match="damaged|cannot be read"):
             verify_shard(path, header, 0, 3000)
 
 

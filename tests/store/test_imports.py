@@ -100,7 +100,7 @@ BAD = [
     ("t.npz", {"columns": {"lg_e": "s", "signal": "s"}}, ShapeError, "lg_e has 3 values a row"),
     ("t.npz", {"columns": {"lg_e": "xmax", "signal": "s"}}, NonFiniteError, "row 7 has lg_e = nan"),
     ("t.npz", {"columns": {"lg_e": "zenith", "signal": "s"}}, SupportError, "lg_e = .* lg eV, expected within"),
-    ("t.npz", {"tree": "events"}, SettingError, "tree is 'events' for .* expected it with a .root file alone"),
+    ("t.npz", {"tree": "events"}, SettingError, "tree is 'events' for .* expected it with a .root file only"),
     ("t.npz", {"dtype": "float16"}, SettingError, "dtype is 'float16'"),
 ]
 
@@ -117,9 +117,9 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, name, change, error, me
 def test_files_that_are_broken(tmp_path):
     settings = {"prior": PRIOR, "observables": OBSERVABLES}
     for name, content, message in (
-        ("t.npz", b"nothing", "t.npz can not be read"),
-        ("t.npy", b"", "t.npy can not be read"),
-        ("t.h5", b"nothing", "t.h5 can not be read"),
+        ("t.npz", b"nothing", "t.npz cannot be read"),
+        ("t.npy", b"", "t.npy cannot be read"),
+        ("t.h5", b"nothing", "t.h5 cannot be read"),
         ("t.csv", b"lg_e,zenith,xmax,signal\n18,3,700\n", "row 1 has 3 values; expected 4"),
         ("u.csv", b"lg_e,zenith,xmax,signal\n18,many,700,1\n", "row 1, column zenith has 'many'; expected a number"),
     ):
@@ -133,7 +133,7 @@ def test_files_that_are_broken(tmp_path):
     with pytest.raises(DataError, match="columns differ in length"):
         import_store(tmp_path / "w.npz", tmp_path / "s", **settings)
     np.savez(tmp_path / "x.npz", lg_e=LG_E, zenith=ZENITH, xmax=XMAX * 1e40, signal=SIGNAL)
-    with pytest.raises(DataError, match='which float32 can not hold; expected dtype="float64"'):
+    with pytest.raises(DataError, match='which float32 cannot hold; expected dtype="float64"'):
         import_store(tmp_path / "x.npz", tmp_path / "s", **settings)
     np.savez(tmp_path / "y.npz", lg_e=LG_E[:0], zenith=ZENITH[:0], xmax=XMAX[:0], signal=SIGNAL[:0])
     with pytest.raises(DataError, match="would have no rows"):
@@ -141,20 +141,20 @@ def test_files_that_are_broken(tmp_path):
     write(tmp_path / "good.npz")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
-    with pytest.raises(StoreError, match="is there already"):
+    with pytest.raises(StoreError, match="exists already"):
         import_store(tmp_path / "good.npz", tmp_path / "taken", columns={"lg_e": "E", "signal": "s"}, **settings)
 
 
 def test_a_pickle_in_an_array_file_is_never_run(tmp_path):
     np.savez(tmp_path / "t.npz", lg_e=np.array([{"a": 1}], dtype=object), zenith=ZENITH, xmax=XMAX, signal=SIGNAL)
-    with pytest.raises(DataError, match="can not be read: Object arrays cannot be loaded"):
+    with pytest.raises(DataError, match="cannot be read: Object arrays cannot be loaded"):
         import_store(tmp_path / "t.npz", tmp_path / "s", prior=PRIOR, observables=OBSERVABLES)
 
 
 def test_root_without_uproot_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "t.root").write_bytes(b"root")
     monkeypatch.setitem(sys.modules, "uproot", None)
-    with pytest.raises(SettingError, match="needs the package uproot, which is not installed: pip install uproot"):
+    with pytest.raises(SettingError, match="ROOT file, and the package uproot is not installed; expected it: pip install uproot"):
         import_store(tmp_path / "t.root", tmp_path / "s", prior=PRIOR, observables=OBSERVABLES)
 
 

@@ -98,10 +98,10 @@ def test_reasons_of_a_kind_count_together(tmp_path):
 def test_info_of_a_finished_store(tmp_path):
     store = flaky(tmp_path, 350)
     info = store_info(tmp_path)
-    assert (info.rows, info.rows_asked, info.shards, info.shards_asked, info.missing) == (350, 350, 4, 4, ())
+    assert (info.n_rows, info.n_requested, info.n_present, info.n_shards, info.missing) == (350, 350, 4, 4, ())
     assert info.complete and info.rate is None and info.writer == "" and info.n_failed == store.n_failed
-    assert info.bytes == sum(p.stat().st_size for p in tmp_path.glob("shard-*"))
-    assert "state      complete" in info.text() and info.line().startswith("350/350 rows (100 %), 4/4 shards, ")
+    assert info.n_bytes == sum(p.stat().st_size for p in tmp_path.glob("shard-*"))
+    assert "state      complete" in info.summary() and info.line().startswith("350/350 rows (100 %), 4/4 shards, ")
 
 
 def test_rate_and_time_left_follow_from_the_newest_shards(tmp_path):
@@ -113,9 +113,9 @@ def test_rate_and_time_left_follow_from_the_newest_shards(tmp_path):
     with StoreLock(tmp_path):
         info = store_info(tmp_path, now=1031.0)
         assert info.rate == pytest.approx(4.0) and info.seconds_left == pytest.approx(240 / 4.0)
-        assert info.writer.startswith(f"process {os.getpid()} on ") and "written by process" in info.text()
+        assert info.writer.startswith(f"process {os.getpid()} on ") and "written by process" in info.summary()
         assert store_info(tmp_path, now=1090.0).rate == pytest.approx(120 / 90)  # silent for long: slower
-    assert info.missing == (4, 5, 6, 7, 8, 9) and "missing    4-9" in info.text()
+    assert info.missing == (4, 5, 6, 7, 8, 9) and "missing    4-9" in info.summary()
     (tmp_path / ".lock").write_text(f"process 99999999 on {os.uname().nodename}")
     assert store_info(tmp_path).writer == ""  # a dead process writes nothing
 
@@ -141,11 +141,11 @@ def test_watching_and_reading_while_another_process_writes(tmp_path):
             for info in watch_store(folder, interval_s=0.05):
                 states.append(info)
                 x = Store(folder).read(partial=True)[1]
-                assert len(x) >= info.rows and np.isfinite(x).all()
+                assert len(x) >= info.n_rows and np.isfinite(x).all()
             assert process.wait(30) == 0
         finally:
             process.kill()
-    shards = [s.shards for s in states]
+    shards = [s.n_present for s in states]
     assert shards == sorted(shards) and shards[0] < 30 and shards[-1] == 30 and len(states) > 2
     assert states[0].writer.startswith(f"process {process.pid} on ")
     middle = next(s for s in states if s.rate is not None)
@@ -176,6 +176,6 @@ def test_the_commands(tmp_path):
     assert got.exit_code == 1 and [f["kind"] for f in found["findings"]] == ["truncated"]
     got = run(app, ["store", "repair", str(tmp_path / "ab")])
     assert "moved to broken/shard-00002.h5" in got.output and "shards to make: 2" in got.output
-    assert json.loads(run(app, ["store", "info", str(tmp_path / "a"), "--json"]).output)["rows"] == 250
+    assert json.loads(run(app, ["store", "info", str(tmp_path / "a"), "--json"]).output)["n_rows"] == 250
     got = run(app, ["store", "info", str(tmp_path / "a"), "--watch", "--interval", "0.1"])
     assert got.exit_code == 0 and "complete" in got.output

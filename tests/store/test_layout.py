@@ -150,7 +150,7 @@ def test_a_number_that_the_narrow_type_can_not_hold_is_refused(tmp_path):
     header = replace(HEADER, layout=Layout(dtypes={"n": "float16"}).plain())
     big = rows(40)
     big.x[3, 1] = 1e6
-    with pytest.raises(DataError, match=r"n\[1\] of row 3 is 1e\+06, which float16 can not hold"):
+    with pytest.raises(DataError, match=r"n\[1\] of row 3 is 1e\+06, which float16 cannot hold"):
         write_shard(tmp_path / shard_name(0), header, 0, big)
     assert list(tmp_path.iterdir()) == []
 
@@ -234,7 +234,7 @@ def test_counts_that_float16_would_change_are_refused():
     x = np.array([[2048.0, 1.5], [2049.0, 1.3]], dtype=np.float32)
     kinds = [{"name": "n", "size": 1, "kind": "counts"}, {"name": "r", "size": 1, "kind": "real"}]
     layout = Layout(dtypes={"n": "float16", "r": "float16"})
-    with pytest.raises(DataError, match=r"n\[0\] of row 1 is 2049, which float16 can not hold"):
+    with pytest.raises(DataError, match=r"n\[0\] of row 1 is 2049, which float16 cannot hold"):
         split_x(layout, kinds, x)
     assert split_x(layout, kinds, x[:1])["x_0"].tolist() == [[2048.0]]
     assert split_x(Layout(dtypes={"r": "float16"}), kinds, x)["x_1"].dtype == np.float16  # a real number is rounded

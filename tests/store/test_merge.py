@@ -104,7 +104,7 @@ def test_what_can_not_be_merged(made, tmp_path):
         with pytest.raises(error, match=message):
             merge_stores(stores, tmp_path / "out")
         assert not (tmp_path / "out").exists() and not (tmp_path / ".out.part").exists()
-    with pytest.raises(StoreError, match="is there already"):
+    with pytest.raises(StoreError, match="exists already"):
         merge_stores([a, b], tmp_path / "gap")
 
 
@@ -208,7 +208,7 @@ def test_the_writer_cuts_rows_into_shards(tmp_path):
     assert [f.reason for f in store.failures()] == ["row 6 ✗", "row 99 ✗", "row 0 ✗", "row 39 ✗"]
     write_manifest(tmp_path, Manifest(HEADER, 40))
     write_shard(tmp_path / shard_name(0), HEADER, 0, rows(40))
-    with pytest.raises(StoreError, match="is there already"), StoreWriter(tmp_path, HEADER):
+    with pytest.raises(StoreError, match="exists already"), StoreWriter(tmp_path, HEADER):
         pytest.fail("wrote over a store")
 
 

@@ -73,7 +73,7 @@ def test_a_spectrum_as_a_function(box):
 
 
 def test_a_collapse_warns_and_a_good_overlap_does_not(normal):
-    with pytest.warns(ReweightWarning, match="the weights collapse: 20000 rows of .* are worth"):
+    with pytest.warns(ReweightWarning, match="effective sample size of the 20000 weighted rows of .* is"):
         found = reweight(normal, NormalPrior(normal.parameters, mean=3.5, sd=0.1))
     assert found.ess < 30
     with warnings.catch_warnings():

@@ -77,14 +77,14 @@ def test_long_reasons_are_cut_at_a_character(tmp_path):
     [
         ({"format": np.bytes_(b"corsika")}, "is not a shard: attribute format is 'corsika'"),
         ({"schema": 99, "package_version": np.bytes_(b"9.1")}, r"schema 99; expected 2: it was written by sbi_phys 9\.1, update"),
-        ({"schema": 0}, "schema 0; expected 2: it can not be read"),
+        ({"schema": 0}, "schema 0; expected 2: it cannot be read"),
         ({"complete": np.uint8(0)}, "not marked complete"),
         ({"seed": 4}, "made with another seed: got 4, expected 3"),
         ({"shard": 1}, "holds shard 1 with 40 rows; expected shard 0 with 40 rows"),
         ({"rows": 41}, "holds shard 0 with 41 rows; expected shard 0 with 40 rows"),
         ({"n_failed": 1}, r"dataset failed_row has shape \(0,\); expected \(1,\)"),
         ({"package_version": np.bytes_(b"0")}, "is damaged: its content has checksum crc32"),
-        ({"simulator": np.bytes_(b"{not json")}, "can not be read"),
+        ({"simulator": np.bytes_(b"{not json")}, "cannot be read"),
     ],
 )
 def test_a_changed_attribute_is_named(tmp_path, change, message):
@@ -110,7 +110,7 @@ def test_a_missing_or_changed_dataset_is_found(tmp_path, name):
         verify_shard(path, HEADER, 0, 40)
     with h5py.File(path, "r+") as file:
         del file[name]
-    with pytest.raises(StoreError, match="can not be read"):
+    with pytest.raises(StoreError, match="cannot be read"):
         verify_shard(path, HEADER, 0, 40)
 
 
@@ -126,7 +126,7 @@ def shard_bytes(tmp_path_factory):
 def test_a_truncated_shard_is_refused_wherever_it_ends(tmp_path, shard_bytes, fraction):
     path = tmp_path / shard_name(0)
     path.write_bytes(shard_bytes[: int(fraction * len(shard_bytes))])
-    with pytest.raises(StoreError, match="can not be read .*truncated, damaged or no HDF5 file"), open_shard(path):
+    with pytest.raises(StoreError, match="cannot be read .*truncated, damaged or no HDF5 file"), open_shard(path):
         pytest.fail("opened a truncated file")
 
 

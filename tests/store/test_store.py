@@ -171,7 +171,7 @@ def test_a_shard_of_another_store_is_refused(copy, tmp_path):
     ("text", "message"),
     [
         (None, r"has no store.json \(4 shards\)"),
-        ("", "store.json can not be read"),
+        ("", "store.json cannot be read"),
         ("[]", "is not the manifest of a store"),
         ('{"format": "other"}', "is not the manifest of a store"),
         (
@@ -247,5 +247,5 @@ def test_a_folder_that_can_not_be_written(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "open", refuse)  # root, who runs tests in containers, may write everywhere
-    with pytest.raises(StoreError, match=r"\.lock can not be opened for writing: Permission denied"), StoreLock(tmp_path):
+    with pytest.raises(StoreError, match=r"\.lock cannot be opened for writing: Permission denied"), StoreLock(tmp_path):
         pytest.fail("locked")

@@ -82,7 +82,7 @@ def test_a_missing_shard_and_an_incomplete_store(store):
 
 def test_a_truncated_shard(store):
     os.truncate(store.path / shard_name(1), 3000)
-    with pytest.raises(StoreError, match=f"{shard_name(1)} can not be read"):
+    with pytest.raises(StoreError, match=f"{shard_name(1)} cannot be read"):
         Stream(store, PRIOR)
 
 
