@@ -1,9 +1,9 @@
-/* Rational-quadratic spline (nets/spline.py) and silu layer (nets/silu.py) in float32, forward and gradient.
+/* Rational-quadratic spline (nets/spline.py) and silu layer (nets/_kernels.py) in float32, forward and gradient.
 
-   The formulas are those of the Python files. For the spline, rows are taken LANES at a time, their parameters turned so
-   that one bin of all lanes lies together; no number leaves the first cache between parameters and result. Every loop
-   over lanes has no branch and becomes vector instructions. exp and log are polynomials (Cephes, S. Moshier; errors below
-   2e-7 relative), so that they are vectorised on any system. NaN in gives NaN out: compile without -ffast-math. */
+   The formulas are those of the Python files. The spline takes LANES rows at a time, with their parameters transposed so that
+   one bin of all lanes is contiguous; intermediate values stay in the first-level cache. Loops over lanes have no branches, so
+   that the compiler vectorises them. exp and log are polynomials (Cephes, S. Moshier; relative errors below 2e-7), which are
+   vectorised on any system. A NaN in the input gives a NaN in the output: compile without -ffast-math. */
 
 #include <stdint.h>
 #include <string.h>
@@ -62,12 +62,12 @@ static inline float softplus(float v)
 }
 
 typedef struct {
-    lane stretch_w[MAX_BINS], stretch_h[MAX_BINS]; /* sizes less their floor */
+    lane stretch_w[MAX_BINS], stretch_h[MAX_BINS]; /* sizes less their minimum */
     lane inner[MAX_BINS + 1];                      /* parameters of the knots' derivatives, 0 at both ends */
     lane x0, y0, w, h, raw0, raw1, d0, d1, slope, curve, place;
 } Bin;
 
-/* softmax times the length that is shared out */
+/* softmax times the length that the bins share */
 static void stretches(int bins, float span, lane *part)
 {
     lane total;

@@ -191,7 +191,7 @@ def run_emcee(
 
 
 def _group_number(n_groups: int | None, n_walkers: int, dim: int) -> int:
-    least = max(2 * dim + 2, 8)  # emcee's own limit and a little, and three helpers in each half of a group
+    least = max(2 * dim + 2, 8)  # above emcee's own limit, and three helpers in each half of a group
     if n_groups is None:
         n_groups = max(1, min(4, n_walkers // least))
     n_groups = require_int("n_groups", n_groups, low=1)
@@ -202,13 +202,13 @@ def _group_number(n_groups: int | None, n_walkers: int, dim: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Verdict(Verdict):
-    """With R-hat (d,) between single walkers."""
+    """Verdict with R-hat (d,) between single walkers."""
 
     r_hat_walkers: Array
 
 
 class _Ensemble:
-    """All walkers, group by group, in one emcee sampler with its own generator, whose moves keep to the groups."""
+    """All walkers, group by group, in one emcee sampler with its own generator and moves within the groups."""
 
     def __init__(self, density: CheckedDensity, start: Array, n_groups: int, moves: list[tuple[Any, float]], seed: int) -> None:
         import emcee
@@ -231,12 +231,12 @@ class _Ensemble:
         self.state = emcee.State(start, log_prob=values, random_state=random.get_state())
 
     def temper(self, power: float) -> None:
-        """Go on with the density to this power, from where the walkers stand."""
+        """Continue with the density to this power from the present places of the walkers."""
         self.density.power = power
         self.state.log_prob = self.density(self.state.coords)
 
     def renew(self, mixture: Mixture | None) -> None:
-        """Forget the chain, not where walkers stand, and go on with the local moves and, if given, draws from the mixture."""
+        """Drop the chain, keep the places of the walkers; continue with the local moves and, if given, draws from the mixture."""
         import emcee
 
         self.independence = None if mixture is None else _Independence(mixture)
@@ -244,7 +244,7 @@ class _Ensemble:
         if self.independence is not None:
             moves = [(m, (1 - INDEPENDENCE_SHARE) * w) for m, w in moves] + [(self.independence, INDEPENDENCE_SHARE)]
         self.sampler = emcee.EnsembleSampler(self.group.size, self.density.dim, self.density, moves=moves, vectorize=True)
-        self.sampler.log_prob_fn = self.density  # emcee's own wrapper prints every exception to the screen
+        self.sampler.log_prob_fn = self.density  # emcee's own wrapper prints exceptions
 
     def run(self, n_steps: int) -> None:
         self.state = self.sampler.run_mcmc(self.state, n_steps, skip_initial_state_check=True)
@@ -259,7 +259,7 @@ class _Ensemble:
         return [chain[self.group == g] for g in range(self.group.max() + 1)]
 
     def put_back(self, depth: float, last: int, rng: np.random.Generator) -> int:
-        """Move stuck walkers to places that healthy ones of their group visited lately; return how many."""
+        """Move stuck walkers to places that other walkers of their group visited in the last steps; return how many."""
         values, chain, n_stuck = self.log_prob(last), self.chain(last), 0
         for g in range(self.group.max() + 1):
             mine = np.flatnonzero(self.group == g)
@@ -272,7 +272,7 @@ class _Ensemble:
 
 
 def _warm_up(ensemble: _Ensemble, max_steps: int, depth: float, seed: int, independence: bool, task: Task) -> tuple[int, int, bool]:
-    """Burn in, the flattened target first if there is to be a mixture -> (steps, walkers put back, settled)."""
+    """Burn in, with the flattened targets first if a mixture is used -> (steps, walkers put back, settled)."""
     reset_rng, fit_rng = rng_for(seed, "mcmc resets"), rng_for(seed, "mcmc mixture")
     if not independence:
         return _burn_in(ensemble, max_steps // 2, depth, reset_rng, None, None, task)[:3]
@@ -281,7 +281,7 @@ def _warm_up(ensemble: _Ensemble, max_steps: int, depth: float, seed: int, indep
         ensemble.temper(power)
         steps, n, settled, draws = _burn_in(ensemble, max_steps // 8, depth, reset_rng, fit_rng, tails, task)
         done += steps
-        if not settled:  # tails so heavy that their power has no integral, or too few steps
+        if not settled:  # the power of a heavy tail has no integral, or max_steps is too small
             ensemble.state, n_reset, tails = start, 0, None
             ensemble.renew(None)
             break
@@ -300,10 +300,10 @@ def _burn_in(
     tails: Array | None,
     task: Task,
 ) -> tuple[int, int, bool, Array]:
-    """Run until settled, leave the walkers ready -> (steps, walkers put back, settled, draws); no fit_rng, no mixture."""
+    """Run until settled -> (steps, walkers put back, settled, draws); without fit_rng no mixture is fitted."""
     done, n_reset, block, settled = 0, 0, 100, False
     longest = max(100, max_steps // 3)
-    # draws of the flattened target are only a guide, but a mixture that fits what has been explored hides what has not
+    # draws of a flattened target need not be exact, but must reach far: the mixture cannot cover what no walker has visited
     needed, least = (SETTLED_IN_TAU, 0) if ensemble.density.power == 1 else (SETTLED_IN_TAU / 2, LEAST_HOT)
     lately = [ensemble.state.coords]
     while done + block <= max_steps and not settled:
@@ -351,7 +351,7 @@ def _judge(ensemble: "_Ensemble", n_draws: int) -> _Verdict:
 
 
 def _end_to_end(chains: list[Array]) -> Array:
-    """One chain per group (and half): walkers' first halves, then their second halves, so that R-hat's split is one in time."""
+    """One chain per group (or half of one): the walkers step by step, so that the split of R-hat is a split in time."""
     parts = chains if len(chains) > 1 else [chains[0][0::2], chains[0][1::2]]
     size = min(c.shape[0] for c in parts)
     return np.stack([np.swapaxes(c[:size], 0, 1).reshape(-1, c.shape[2]) for c in parts])
@@ -362,7 +362,7 @@ def _snooker_proposal(x: Array, others: Array, rng: Any, gamma: float = 1.7) -> 
 
     Args: x (n, d). others (m >= 3, d). rng: a numpy RandomState, emcee's.   Source: ter Braak & Vrugt 2008.
     """
-    # three different helpers each: sort keys of a random matrix, first three places
+    # three different helpers each: the first three places of sorted random keys
     picks = np.argsort(rng.rand(x.shape[0], others.shape[0]), axis=1)[:, :3]
     z, z1, z2 = others[picks[:, 0]], others[picks[:, 1]], others[picks[:, 2]]
     away = x - z
@@ -386,7 +386,7 @@ def default_moves() -> list[tuple[Any, float]]:
         """Snooker move with two halves (vectorised)."""
 
         def get_proposal(self, sample: Array, complement: list[Array], random: Any) -> tuple[Array, Array]:
-            """Propose for one half from the other."""
+            """Propose for one half of the walkers with the help of the other."""
             return _snooker_proposal(sample, np.concatenate(complement), random)
 
     return [(moves.DEMove(), 0.65), (moves.DEMove(gamma0=1.0), 0.1), (Snooker(), 0.1), (moves.StretchMove(), 0.15)]
@@ -408,7 +408,7 @@ def _in_groups(move: Any, group: Integers) -> Any:
     members = [np.flatnonzero(group == g) for g in np.unique(group)]
 
     class InGroups(moves.Move):
-        """The move with its halves taken within groups."""
+        """The move applied to halves of each group."""
 
         def propose(self, model: Any, state: Any) -> tuple[Any, Mask]:
             """Move the first halves of all groups, then the second ones."""
@@ -418,7 +418,7 @@ def _in_groups(move: Any, group: Integers) -> Any:
             for first in (0, 1):
                 made = [move.get_proposal(state.coords[h[first]], [state.coords[h[1 - first]]], model.random) for h in halves]
                 rows, factor = np.concatenate([h[first] for h in halves]), np.concatenate([f for _, f in made])
-                order = np.argsort(rows)  # emcee updates with a mask, in the order of walkers
+                order = np.argsort(rows)  # emcee updates by a mask, in the order of walkers
                 rows, moved = rows[order], np.concatenate([q for q, _ in made])[order]
                 values, blobs = model.compute_log_prob_fn(moved)
                 log_ratio = factor[order] + values - state.log_prob[rows]

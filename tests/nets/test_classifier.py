@@ -1,5 +1,7 @@
 """The pair classifier: parts against whole pairs, the Gaussian references against scipy, and the exact last layer against scikit-learn."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,15 @@ from torch import Tensor, nn
 
 from sbi_phys.core.errors import SettingError, ShapeError
 from sbi_phys.core.rng import torch_rng_for
-from sbi_phys.nets.classifier import ClassifierConfig, LikelihoodReference, PairClassifier, PosteriorReference, solve_last_layer
+from sbi_phys.nets.classifier import (
+    ClassifierConfig,
+    LikelihoodReference,
+    PairClassifier,
+    PosteriorReference,
+    newton,
+    newton_step,
+    solve_last_layer,
+)
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import GaussianLayer
 
@@ -284,3 +294,23 @@ def test_a_stray_value_has_a_bounded_say() -> None:
     further = reference.x_part(torch.zeros(1, 4), torch.tensor([[1e9, 0.0, 0.0]]))
     torch.testing.assert_close(far, further)
     assert float(far[0, -1].detach()) == pytest.approx(50.0, rel=1e-3)
+
+
+def test_newton_finds_the_minimum_and_never_goes_uphill() -> None:
+    """f = sum log cosh(a t - 1), whose full Newton steps diverge from far away."""
+    a = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    seen: list[float] = []
+
+    def objective(t: Tensor) -> float:
+        return float((a * t - 1).cosh().log().sum())
+
+    def derivatives(t: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(objective(t))
+        slope = (a * t - 1).tanh()
+        return a * slope, torch.diag(a**2 * (1 - slope**2) + 1e-9)
+
+    found = newton(objective, derivatives, torch.tensor([3.0, -1.0], dtype=torch.float64), n_steps=60, gain=1e-14)
+    torch.testing.assert_close(found, 1 / a, atol=1e-6, rtol=0)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(seen))
+    stuck, _ = newton_step(objective, found, -torch.ones_like(a), torch.eye(2, dtype=torch.float64))
+    assert objective(stuck) <= objective(found) + 1e-12

@@ -2,8 +2,11 @@ import numpy as np
 import pytest
 from scipy.signal import lfilter
 
-from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
-from sbi_phys.samplers.diagnostics import autocorrelation_time, split_r_hat
+from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, ShapeError
+from sbi_phys.core.progress import NO_PROGRESS
+from sbi_phys.samplers.diagnostics import autocorrelation_time, judge, require_converged, run_until_converged, split_r_hat, thinned
+
+TASK = NO_PROGRESS.task("", None)
 
 
 def ar1(rng, rho, shape):
@@ -59,3 +62,46 @@ def test_bad_input():
         split_r_hat(np.ones((4, 3, 1)))
     with pytest.raises(NonFiniteError):
         autocorrelation_time(np.full((2, 10, 1), np.nan))
+
+
+class Chains:
+    """Independent draws in 4 chains, or chains that stay apart."""
+
+    def __init__(self, apart=0.0):
+        self.rng, self.apart, self.calls = np.random.default_rng(3), apart, []
+        self.x = np.empty((4, 0, 1))
+
+    def advance(self, n):
+        self.calls.append(n)
+        self.x = np.concatenate([self.x, self.rng.standard_normal((4, n, 1)) + self.apart * np.arange(4)[:, None, None]], axis=1)
+
+    def judge(self, n_draws):
+        return judge(self.x, n_draws, split_r_hat(self.x), "chains")
+
+
+def test_chains_are_lengthened_until_they_hold_the_draws():
+    chains = Chains()
+    verdict = run_until_converged(chains.advance, lambda: chains.judge(4000), TASK, first=100, max_steps=5000, piece=30)
+    assert verdict.converged and verdict.n_effective >= 4000
+    assert 1000 <= chains.x.shape[1] < 2000
+    assert max(chains.calls) == 30 and sum(chains.calls) == chains.x.shape[1]
+    require_converged("HMC", verdict, 5000)
+
+
+def test_chains_that_stay_apart_end_at_the_limit_with_an_error_in_numbers():
+    chains = Chains(apart=5.0)
+    verdict = run_until_converged(chains.advance, lambda: chains.judge(100), TASK, first=100, max_steps=700)
+    assert not verdict.converged and chains.x.shape[1] == 700
+    assert verdict.r_hat.max() > 1.5
+    with pytest.raises(ConvergenceError, match=r"HMC did not converge: 700 steps .* R-hat .* between chains .*max_steps = 700"):
+        require_converged("HMC", verdict, 700)
+
+
+def test_thinned_draws_keep_their_density_and_come_evenly_from_all_chains():
+    chains = np.arange(4.0)[:, None, None] + 0.001 * np.arange(100.0)[None, :, None]
+    draws, log_prob = thinned(chains, 2 * chains[:, :, 0], 40, np.random.default_rng(0))
+    assert draws.shape == (40, 1)
+    np.testing.assert_array_equal(log_prob, 2 * draws[:, 0])
+    assert np.bincount(draws[:, 0].astype(int)).tolist() == [10, 10, 10, 10]
+    assert np.any(np.diff(draws[:, 0]) < 0)
+    assert len(thinned(chains, chains[:, :, 0], 10_000, np.random.default_rng(0))[0]) == 400
