@@ -152,7 +152,7 @@ def forward() -> Numbers:
     fits = []
     for seed, kind in enumerate(("flat", "narrow")):
         begin = time.perf_counter()
-        unfolder = ForwardUnfolder(seed, device="cpu").fit(*simulation(100_000, kind, seed))
+        unfolder = ForwardUnfolder(seed=seed, device="cpu").fit(*simulation(100_000, kind, seed))
         numbers[f"forward, {kind}: seconds to learn 1e5 events"] = (time.perf_counter() - begin, "<=", 120.0)
         fit = unfolder.fit_density(data, density, [0.0, 1.0], ("mu", "sigma"))
         fits.append(fit)
@@ -161,7 +161,7 @@ def forward() -> Numbers:
         numbers[f"forward, {kind}: statistical error of mu"] = (float(fit.errors[0]), "", None)
         numbers[f"forward, {kind}: |total / 1e5 - 1|"] = (abs(fit.total / 1e5 - 1), "<=", 0.02)
         begin = time.perf_counter()
-        weights = unfolder.unfold(data, n_boot=20)
+        weights = unfolder.unfold(data, n_replicas=20)
         numbers[f"forward, {kind}: seconds to unfold, 20 replicas"] = (time.perf_counter() - begin, "<=", 120.0)
         numbers[f"forward, {kind}: iterations of EM"] = (weights.n_iterations, "", None)
         spread = weights.statistic(lambda w: float(w @ weights.points[:, 0] / w.sum()))[1]  # noqa: B023

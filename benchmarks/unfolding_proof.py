@@ -199,7 +199,7 @@ def two_dimensions(n: int) -> Numbers:
         "2-D, OmniFold: effective sample size": (weighted.effective_sample_size, "", None),
     }
     begin = time.perf_counter()
-    unfolder = FlowUnfolder(0, device="cpu").fit(truth, reco, data, n_iterations=3)
+    unfolder = FlowUnfolder(seed=0, device="cpu").fit(truth, reco, data, n_iterations=3)
     seconds = time.perf_counter() - begin
     unfolded = unfolder.sample(data, 1, seed=5)[:, 0]
     numbers |= _closure("2-D, FlowUnfolder", unfolded, np.ones(n), nature)
@@ -245,7 +245,7 @@ def event_wise(n: int) -> Numbers:
 
     (truth, reco), (nature, data) = pairs(4, 4, 21), pairs(10, 3.8, 22)
     begin = time.perf_counter()
-    unfolder = FlowUnfolder(0, device="cpu").fit(truth, reco, data, n_iterations=5)
+    unfolder = FlowUnfolder(seed=0, device="cpu").fit(truth, reco, data, n_iterations=5)
     seconds = time.perf_counter() - begin
     last = unfolder.history[-1]
     mean, sd = omnifold_oracle.gaussian_recursion(4, 16, 10, 3.8**2, 9, 4)  # the prior that the fifth network was trained with

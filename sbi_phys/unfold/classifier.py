@@ -37,7 +37,7 @@ from sbi_phys.nets.classifier import newton_step
 from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP
 from sbi_phys.training.loop import TrainConfig, fit
 
-__all__ = ["RatioEstimator", "RatioFit", "RatioNet", "ratio_loss"]
+__all__ = ["RatioEstimator", "RatioFit", "RatioNet", "ratio_loss", "training_config"]
 
 
 LOGIT_LIMIT = 10.0  # a ratio beyond e^10 says "no overlap", not how little
@@ -151,7 +151,8 @@ class RatioEstimator:
         n1, n0 = (float(w.sum() ** 2 / (w**2).sum()) for w in (w1, w0))
         n_effective = min(n_effective, 2 * n1 * n0 / (n1 + n0))
         rows = (self._inputs(x), self._tensor(w1 * (len(x) / w1.sum())), self._tensor(w0 * (len(x) / w0.sum())))
-        config = self.config or _config(len(x), warm=self._n_fits > 0)
+        epochs, rate = (14, 6e-3) if self._n_fits == 0 else (6, 3e-3)
+        config = self.config or training_config(len(x), epochs=epochs, learning_rate=rate, largest_batch=2048)
         losses, epochs = [], 0
         for m, net in enumerate(self._nets):
             loss, n_epochs = self._fit_member(m, net, rows, config, n_effective)
@@ -197,11 +198,10 @@ class RatioEstimator:
         return torch.from_numpy(array.astype(np.float32)).to(self.device)
 
 
-def _config(n: int, *, warm: bool) -> TrainConfig:
-    """Forty steps an epoch for few rows, more where a batch would be too large."""
-    batch = int(np.clip(2 ** round(math.log2(n / 40)), 32, 2048))
-    epochs = 6 if warm else 14
-    return TrainConfig(batch_size=batch, max_epochs=epochs, patience=epochs, learning_rate=3e-3 if warm else 6e-3, weight_decay=1e-3)
+def training_config(n: int, *, epochs: int, learning_rate: float, largest_batch: int = 1024) -> TrainConfig:
+    """Training for n rows: about forty steps an epoch for few rows, more where a batch would be larger than the largest."""
+    batch = int(np.clip(2 ** round(math.log2(n / 40)), 32, largest_batch))
+    return TrainConfig(batch_size=batch, max_epochs=epochs, patience=epochs, learning_rate=learning_rate, weight_decay=1e-3)
 
 
 @torch.no_grad()

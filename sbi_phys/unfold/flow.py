@@ -27,21 +27,20 @@ from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from sbi_phys.core.checks import require_int
-from sbi_phys.core.device import resolve_device
-from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
-from sbi_phys.nets.posterior import PosteriorNet, log_prob_nets, sample_net
-from sbi_phys.training.loop import TrainConfig, fit
-from sbi_phys.unfold._inputs import MIN_EVENTS, as_columns, as_mask, as_weights, check_overlap
+from sbi_phys.nets.posterior import sample_net
+from sbi_phys.training.loop import TrainConfig
+from sbi_phys.unfold._inputs import MIN_EVENTS, as_columns, as_weights, check_overlap
+from sbi_phys.unfold._learned import LearnedUnfolder
 from sbi_phys.unfold.classifier import RatioEstimator
-from sbi_phys.unfold.replicas import SOURCES, WeightReplicas
+from sbi_phys.unfold.replicas import Sample, WeightReplicas, bootstrap
 
 __all__ = ["FlowUnfolder", "UnfoldIteration", "bootstrap_flow"]
 
@@ -66,12 +65,7 @@ class UnfoldIteration:
     effective_sample_size: float
 
 
-def weighted_loss(net: nn.Module, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """-w log q(u | x), one value per row."""
-    return -w * net.log_prob(u, x)  # type: ignore[operator]
-
-
-class FlowUnfolder:
+class FlowUnfolder(LearnedUnfolder):
     """Invertible network q(truth | reco) in any number of dimensions.
 
     Args: seed: of weights, splits, order and the draws between iterations. flow: 'spline', 'affine', 'maf' or a FlowConfig.
@@ -84,28 +78,9 @@ class FlowUnfolder:
     (m,), of the data events: as given, times their probability to be signal.
     """
 
-    def __init__(
-        self,
-        seed: int = 0,
-        *,
-        flow: str | FlowConfig = "spline",
-        embedding: EmbeddingConfig | None = None,
-        n_ensemble: int = 1,
-        device: str | torch.device = "auto",
-        config: TrainConfig | None = None,
-    ) -> None:
-        self.seed = require_int("seed", seed, low=0)
-        self.flow = FlowConfig(kind=flow, n_layers=3, hidden=48) if isinstance(flow, str) else flow
-        self.embedding = EmbeddingConfig(hidden=64, n_blocks=1, n_features=32) if embedding is None else embedding
-        self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
-        self.device = resolve_device(device)
-        self.config = config
-        self.history: tuple[UnfoldIteration, ...] = ()
-        self.weights: Array = np.empty(0)
-        self.data_weights: Array = np.empty(0)
-        self._nets: list[PosteriorNet] = []
-        self._truth_scale: tuple[Array, Array] = (np.empty(0), np.empty(0))
-        self._reco_scale: tuple[Array, Array] = (np.empty(0), np.empty(0))
+    history: tuple[UnfoldIteration, ...] = ()
+    weights: Array = np.empty(0)
+    data_weights: Array = np.empty(0)
 
     def fit(
         self,
@@ -132,22 +107,14 @@ class FlowUnfolder:
         n_iterations = require_int("n_iterations", n_iterations, low=1)
         if n_iterations > 1 and data is None:
             raise DataError(f"n_iterations is {n_iterations} and data is None; expected data to reweight the simulation to, or 1 iteration")
-        u_all = as_columns("truth", truth)
-        seen = as_mask("reco_pass", reco_pass, len(u_all), "truth")
-        r_all, own = as_columns("reco", reco, seen), as_weights("weights", weights, len(u_all), "truth")
-        if len(r_all) != len(u_all):
-            raise ShapeError(f"truth has {len(u_all)} rows and reco {len(r_all)}; expected the same events in both, row by row")
-        keep = seen & (own > 0)
-        if keep.sum() < MIN_EVENTS:
-            raise DataError(f"{keep.sum()} of {len(u_all)} simulated events are reconstructed, with weight; expected at least {MIN_EVENTS}")
-        t, r, w = u_all[keep], r_all[keep], own[keep] / own[keep].mean()
-        self._truth_scale, self._reco_scale = _scale(t), _scale(r)
+        t_all, r_all, seen, own, keep = self._pairs(truth, reco, reco_pass, weights)
+        t, r, w = t_all[keep], r_all[keep], own[keep] / own[keep].mean()
         measured, counts = self._check_data(data, data_weights, r)
         counts = self.data_weights = self._signal(measured, counts, background, background_weights)
         self._nets = [self._new_net(m, t.shape[1], r.shape[1]) for m in range(self.n_ensemble)]
-        self.weights = np.ones(len(u_all))
+        self.weights = np.ones(len(t_all))
         with or_none(progress).task("unfold", n_iterations * self.n_ensemble) as task:
-            self.history = tuple(self._iterate(t, r, w, u_all, keep, measured, counts, n_iterations, task))
+            self.history = tuple(self._iterate(t, r, w, t_all, keep, measured, counts, n_iterations, task))
         scale = counts.sum() / own[seen].sum() if len(measured) else 1.0
         self.weights = scale * own * self.weights
         return self
@@ -182,9 +149,6 @@ class FlowUnfolder:
         signal = counts * np.clip(1 - np.exp(ratio.log_ratio(data)), 0.0, 1.0)
         return np.asarray(signal * ((counts.sum() - expected.sum()) / signal.sum()))
 
-    def _new_net(self, m: int, dim: int, n_reco: int) -> PosteriorNet:
-        return PosteriorNet(dim, (n_reco,), self.flow, self.embedding, seed=seed_for(self.seed, "member", m)).to(self.device)
-
     def _iterate(
         self,
         t: Array,
@@ -199,9 +163,14 @@ class FlowUnfolder:
     ) -> Iterator[UnfoldIteration]:
         """Train, unfold, reweight; yields a record per iteration."""
         ratio = RatioEstimator(t.shape[1], seed=seed_for(self.seed, "ratio"), n_ensemble=self.n_ensemble, device=self.device)
+        rows = self._tensor(t, self._truth_scale), self._tensor(r, self._reco_scale)
         rho = np.ones(len(t))
         for k in range(n_iterations):
-            loss = float(np.mean([self._train(m, k, t, r, w * rho, task) for m in range(self.n_ensemble)]))
+            losses = []
+            for m, net in enumerate(self._nets):
+                epochs, rate = (14, 5e-3) if k == 0 else (8, 2e-3)
+                losses.append(self._train(net, *rows, w * rho, seed_for(self.seed, "fit", m, k), epochs, rate))
+                task.advance(1, text=f"iteration {k + 1} loss {losses[-1]:.3f}")
             mean, sd, separation = np.full(t.shape[1], np.nan), np.full(t.shape[1], np.nan), math.nan
             if len(data):
                 unfolded = self.sample(data, 1, seed=seed_for(self.seed, "unfold", k))[:, 0]
@@ -216,27 +185,16 @@ class FlowUnfolder:
                 rho = self.weights[keep]
             product = w * rho
             effective = float(product.sum() ** 2 / (len(product) * (product**2).sum()))
-            yield UnfoldIteration(iteration=k + 1, loss=loss, mean=mean, sd=sd, separation=separation, effective_sample_size=effective)
+            yield UnfoldIteration(
+                iteration=k + 1, loss=float(np.mean(losses)), mean=mean, sd=sd, separation=separation, effective_sample_size=effective
+            )
 
-    def _train(self, m: int, k: int, t: Array, r: Array, w: Array, task: Task) -> float:
-        """Train member m, from where it stands; the best held-out loss."""
-        seed = seed_for(self.seed, "fit", m, k)
-        config = self.config or _config(len(t), warm=k > 0)
-        order = torch.from_numpy(rng_for(seed, "split").permutation(len(t)))
-        n_valid = max(1, round(config.validation_fraction * len(t)))
-        rows = (self._tensor(t, self._truth_scale), self._tensor(r, self._reco_scale), self._tensor(w / w.mean()))
-        valid, train = ([a[part.to(self.device)] for a in rows] for part in (order[:n_valid], order[n_valid:]))
-        records = list(fit(weighted_loss, self._nets[m], train, valid, config, seed=seed))
-        best = min(record.valid for record in records)
-        task.advance(1, text=f"iteration {k + 1} loss {best:.3f}")
-        return best
-
-    def sample(self, data: ArrayLike, n: int = 1, seed: int = 0) -> Array:
+    def sample(self, data: ArrayLike, n: int = 1, *, seed: int = 0) -> Array:
         """Draw n truths for each event of data (m, k) -> (m, n, d), in the truth's units.
 
         Raises: SettingError (not trained), ShapeError, NonFiniteError.
         """
-        x, n = self._check("data", data), require_int("n", n, low=1)
+        x, n = self._check("data", data, self._reco_scale), require_int("n", n, low=1)
         owner = np.repeat(np.arange(len(x)), n)
         member = rng_for(seed, "members").integers(self.n_ensemble, size=len(owner))
         out = np.empty((len(owner), len(self._truth_scale[0])))
@@ -253,35 +211,10 @@ class FlowUnfolder:
 
     def log_prob(self, truth: ArrayLike, data: ArrayLike) -> Array:
         """log q(truth | data) of paired rows truth (m, d), data (m, k) -> (m,).   Raises: SettingError, ShapeError, NonFiniteError."""
-        x, t = self._check("data", data), as_columns("truth", truth)
+        x, t = self._check("data", data, self._reco_scale), as_columns("truth", truth)
         if t.shape != (len(x), len(self._truth_scale[0])):
             raise ShapeError(f"truth has shape {t.shape}; expected ({len(x)}, {len(self._truth_scale[0])}), a row per event of data")
-        log_u = log_prob_nets(self._nets, self._tensor(t, self._truth_scale), self._tensor(x, self._reco_scale))
-        return log_u - np.log(self._truth_scale[1]).sum()
-
-    def _check(self, name: str, value: ArrayLike) -> Array:
-        if not self._nets:
-            raise SettingError("this FlowUnfolder is not trained; expected .fit(truth, reco) first")
-        x = as_columns(name, value)
-        if x.shape[1] != len(self._reco_scale[0]):
-            raise ShapeError(f"{name} has {x.shape[1]} columns; expected {len(self._reco_scale[0])}, those of reco")
-        return x
-
-    def _tensor(self, array: Array, scale: tuple[Array, Array] | None = None) -> Tensor:
-        values = array if scale is None else (array - scale[0]) / scale[1]
-        return torch.from_numpy(values.astype(np.float32)).to(self.device)
-
-
-def _scale(x: Array) -> tuple[Array, Array]:
-    sd = x.std(axis=0)
-    return x.mean(axis=0), np.where(sd > 1e-12 * (1 + np.abs(x).max(axis=0)), sd, 1.0)
-
-
-def _config(n: int, *, warm: bool) -> TrainConfig:
-    """Forty steps an epoch for few rows, more where a batch would be too large."""
-    batch = int(np.clip(2 ** round(math.log2(n / 40)), 32, 1024))
-    epochs = 8 if warm else 14
-    return TrainConfig(batch_size=batch, max_epochs=epochs, patience=epochs, learning_rate=2e-3 if warm else 5e-3)
+        return self._log_prob(t, self._truth_scale, self._tensor(x, self._reco_scale))
 
 
 def bootstrap_flow(
@@ -290,7 +223,7 @@ def bootstrap_flow(
     data: ArrayLike,
     n_iterations: int = 1,
     *,
-    n_boot: int = 10,
+    n_replicas: int = 10,
     reco_pass: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     data_weights: ArrayLike | None = None,
@@ -304,47 +237,37 @@ def bootstrap_flow(
     config: TrainConfig | None = None,
     progress: Progress | None = None,
 ) -> WeightReplicas:
-    """Weights of the simulated truths from `FlowUnfolder`, once, and n_boot times each with data, simulation and seeds varied.
+    """Weights of the simulated truths from `FlowUnfolder`, once, and n_replicas times each with data, simulation and seeds varied.
 
-    Args: n_boot: >= 2; 3 n_boot + 1 unfoldings of n_iterations trainings each. The others are those of `FlowUnfolder` and its `fit`.
+    Args: n_replicas: >= 2; 3 n_replicas + 1 unfoldings of n_iterations trainings each. The others: as in `FlowUnfolder` and its `fit`.
     Returns: WeightReplicas.   Raises: what `FlowUnfolder` raises.   Source: `replicas`.
     Read: `.histogram(truth, edges)` gives the unfolded spectrum with covariances from data, simulation and training apart.
     """
-    n_boot, seed = require_int("n_boot", n_boot, low=2), require_int("seed", seed, low=0)
+    n_replicas, seed = require_int("n_replicas", n_replicas, low=2), require_int("seed", seed, low=0)
     own = as_weights("weights", weights, len(as_columns("truth", truth)), "truth")
     counts = as_weights("data_weights", data_weights, len(as_columns("data", data)), "data")
-
-    extra = None if background is None else as_columns("background", background)
-    expected = None if extra is None else as_weights("background_weights", background_weights, len(extra), "background")
-    if extra is None and background_weights is not None:
+    if background is None and background_weights is not None:
         raise DataError("background_weights was given without background; expected both or neither")
+    extra = None if background is None else as_columns("background", background)
+    expected = np.empty(0) if extra is None else as_weights("background_weights", background_weights, len(extra), "background")
 
-    def unfolded(simulated: Array, measured: Array, below: Array | None, member: int) -> Array:
-        unfolder = FlowUnfolder(member, flow=flow, embedding=embedding, n_ensemble=n_ensemble, device=device, config=config)
+    def unfolded(sample: Sample, member: int) -> Array:
+        unfolder = FlowUnfolder(seed=member, flow=flow, embedding=embedding, n_ensemble=n_ensemble, device=device, config=config)
         unfolder.fit(
             truth,
             reco,
             data,
             n_iterations,
             reco_pass=reco_pass,
-            weights=simulated,
-            data_weights=measured,
+            weights=sample.simulation,
+            data_weights=sample.data,
             background=extra,
-            background_weights=below,
+            background_weights=None if extra is None else sample.background,
         )
+        task.advance()
         return unfolder.weights
 
-    parts: dict[str, list[Array]] = {source: [] for source in SOURCES}
-    with or_none(progress).task("bootstrap flow", 3 * n_boot + 1) as task:
-        nominal = unfolded(own, counts, expected, seed)
-        task.advance()
-        for source in SOURCES:
-            for b in range(n_boot):
-                rng = rng_for(seed, "bootstrap flow", source, b)
-                simulated = own * rng.poisson(1.0, len(own)) if source == "simulation" else own
-                measured = counts * rng.poisson(1.0, len(counts)) if source == "data" else counts
-                below = expected * rng.poisson(1.0, len(expected)) if expected is not None and source == "simulation" else expected
-                parts[source].append(unfolded(simulated, measured, below, seed_for(seed, "bootstrap flow", source, b)))
-                task.advance(1, text=source)
-    stacked = {source: np.stack(replicas) for source, replicas in parts.items()}
-    return WeightReplicas(weights=nominal, truth_pass=np.ones(len(own), dtype=np.bool_), **stacked)
+    with or_none(progress).task("bootstrap flow", 3 * n_replicas + 1) as task:
+        sample = Sample(own, counts, expected)
+        replicas = bootstrap(unfolded, sample, n_replicas, seed, ("bootstrap flow",), ("bootstrap flow",))
+        return WeightReplicas(weights=unfolded(sample, seed), truth_pass=np.ones(len(own), dtype=np.bool_), **replicas)

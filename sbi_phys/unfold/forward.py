@@ -40,19 +40,15 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from scipy.special import expit, ndtr
-from torch import Tensor, nn
 
 from sbi_phys.core.checks import as_array, as_real, require_finite, require_int, require_number
-from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import ConvergenceError, DataError, SbiPhysError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
-from sbi_phys.nets.embedding_vector import EmbeddingConfig
-from sbi_phys.nets.flow import FlowConfig
-from sbi_phys.nets.posterior import PosteriorNet, encode_net, log_prob_nets, sample_net
-from sbi_phys.training.loop import TrainConfig, fit
-from sbi_phys.unfold._inputs import MIN_EVENTS, as_columns, as_mask, as_weights, bin_name, check_edges, check_overlap
+from sbi_phys.nets.posterior import encode_net, log_prob_nets, sample_net
+from sbi_phys.unfold._inputs import as_columns, as_weights, bin_name, check_edges, check_overlap
+from sbi_phys.unfold._learned import LearnedUnfolder
 from sbi_phys.unfold.classifier import RatioEstimator
 from sbi_phys.unfold.histograms import to_hist
 from sbi_phys.unfold.response import Response
@@ -89,8 +85,8 @@ class Kernel(NamedTuple):
 class UnfoldedTruth:
     """Counts at truth points.
 
-    points (s, d). weights (s,), counts corrected for efficiency. replicas (n_boot, s), of bootstrapped data. log_likelihood (k + 1,), of
-    the start and after every iteration, up to a constant.
+    points (s, d). weights (s,), counts corrected for efficiency. replicas (n_replicas, s), of bootstrapped data. log_likelihood (k + 1,),
+    of the start and after every iteration, up to a constant.
     """
 
     points: Array
@@ -125,7 +121,7 @@ class UnfoldedTruth:
         Read: with b replicas an error is known to 1 / sqrt(2 (b - 1)) of itself.
         """
         if len(self.replicas) < 2:
-            raise SettingError(f"there are {len(self.replicas)} replicas; expected n_boot >= 2 in `unfold` for a covariance")
+            raise SettingError(f"there are {len(self.replicas)} replicas; expected n_replicas >= 2 in `unfold` for a covariance")
         values = np.atleast_1d(as_real("statistic", function(self.weights)))
         spread = np.array([np.atleast_1d(as_real("statistic of a replica", function(w))) for w in self.replicas])
         require_finite("statistic", values)
@@ -224,7 +220,7 @@ def _with_volume(points: Array, low: Array, high: Array) -> tuple[Array, Array]:
 
 
 def fit_weights(
-    kernel: Kernel, n_iterations: int | None, widths: Array, n_boot: int, rng: np.random.Generator, task: Task
+    kernel: Kernel, n_iterations: int | None, widths: Array, n_replicas: int, rng: np.random.Generator, task: Task
 ) -> UnfoldedTruth:
     """Expectation maximisation from a flat density, and again on bootstrapped data.   Raises: DataError (efficiency 0 everywhere)."""
     # of many events gathered on a node the sum is Poisson, in units of the mean weight
@@ -251,12 +247,12 @@ def fit_weights(
             omega = _step(omega, kernel.counts / f, values, effective, smear)
     task.advance()
     # each event is drawn Poisson(1) times
-    counts = scale * rng.poisson(np.tile(kernel.counts / scale, (n_boot, 1))).astype(np.float64)
+    counts = scale * rng.poisson(np.tile(kernel.counts / scale, (n_replicas, 1))).astype(np.float64)
     again = start(counts)
-    for _ in range(len(history) - 1 if n_boot else 0):
+    for _ in range(len(history) - 1 if n_replicas else 0):
         again = _step(again, counts / (again @ values.T), values, effective, smear)
-    task.advance(n_boot)
-    weights, replicas = np.zeros(usable.size), np.zeros((n_boot, usable.size))
+    task.advance(n_replicas)
+    weights, replicas = np.zeros(usable.size), np.zeros((n_replicas, usable.size))
     weights[usable], replicas[:, usable] = omega, again
     return UnfoldedTruth(points=kernel.points, weights=weights, replicas=replicas, log_likelihood=np.array(history))
 
@@ -374,12 +370,7 @@ NODES = 12  # Gauss-Legendre points in a truth bin
 _ROWS = 262_144
 
 
-def weighted_loss(net: nn.Module, r: Tensor, t: Tensor, w: Tensor) -> Tensor:
-    """-w log q(r | t), one value per row."""
-    return -w * net.log_prob(r, t)  # type: ignore[operator]
-
-
-class ForwardUnfolder:
+class ForwardUnfolder(LearnedUnfolder):
     """Conditional flow q(reco | truth) and efficiency eps(truth); then the truth's spectrum by maximum likelihood.
 
     Args: seed: of weights, splits and order. flow: 'spline', 'affine', 'maf' or a FlowConfig. embedding: of truth, None or an
@@ -388,27 +379,9 @@ class ForwardUnfolder:
     Raises: SettingError.
     """
 
-    def __init__(
-        self,
-        seed: int = 0,
-        *,
-        flow: str | FlowConfig = "spline",
-        embedding: EmbeddingConfig | None = None,
-        n_ensemble: int = 1,
-        device: str | torch.device = "auto",
-        config: TrainConfig | None = None,
-    ) -> None:
-        self.seed = require_int("seed", seed, low=0)
-        self.flow = FlowConfig(kind=flow, n_layers=3, hidden=48) if isinstance(flow, str) else flow
-        self.embedding = EmbeddingConfig(hidden=64, n_blocks=1, n_features=32) if embedding is None else embedding
-        self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
-        self.device = resolve_device(device)
-        self.config = config
-        self.losses: tuple[float, ...] = ()
-        self._nets: list[PosteriorNet] = []
-        self._acceptance: RatioEstimator | None = None
-        self._intercept = 0.0
-        self._truth, self._truth_weights, self._reco = np.empty((0, 1)), np.empty(0), np.empty((0, 1))
+    losses: tuple[float, ...] = ()
+    _acceptance: RatioEstimator | None = None
+    _intercept = 0.0
 
     def fit(
         self,
@@ -425,37 +398,19 @@ class ForwardUnfolder:
         Raises: ShapeError, NonFiniteError, DataError (too few events, negative weights), TrainingError.
         Read: `losses`, best held-out -log q per event of each network, in units of the standardised reco.
         """
-        t = as_columns("truth", truth)
-        seen = as_mask("reco_pass", reco_pass, len(t), "truth")
-        r, own = as_columns("reco", reco, seen), as_weights("weights", weights, len(t), "truth")
-        if len(r) != len(t):
-            raise ShapeError(f"truth has {len(t)} rows and reco {len(r)}; expected the same events in both, row by row")
-        keep = seen & (own > 0)
-        if keep.sum() < MIN_EVENTS:
-            raise DataError(f"{keep.sum()} of {len(t)} simulated events are reconstructed, with weight; expected at least {MIN_EVENTS}")
+        t, r, seen, own, keep = self._pairs(truth, reco, reco_pass, weights)
         self._truth, self._truth_weights, self._reco = t, own, r[keep]
-        self._truth_scale, self._reco_scale = _scale(t[keep]), _scale(r[keep])
-        self._nets = []
+        rows = self._tensor(r[keep], self._reco_scale), self._tensor(t[keep], self._truth_scale)
+        self._nets, losses = [], list[float]()
         with or_none(progress).task("learn the detector", self.n_ensemble + 1) as task:
-            losses = []
             for m in range(self.n_ensemble):
-                losses.append(self._train(m, t[keep], r[keep], own[keep]))
+                self._nets.append(self._new_net(m, r.shape[1], t.shape[1]))
+                losses.append(self._train(self._nets[m], *rows, own[keep], seed_for(self.seed, "fit", m), 16, 5e-3))
                 task.advance(1, text=f"loss {losses[-1]:.3f}")
             self._acceptance = self._learn_acceptance(t, seen, own)
             task.advance()
         self.losses = tuple(losses)
         return self
-
-    def _train(self, m: int, t: Array, r: Array, w: Array) -> float:
-        net = PosteriorNet(r.shape[1], (t.shape[1],), self.flow, self.embedding, seed=seed_for(self.seed, "member", m)).to(self.device)
-        self._nets.append(net)
-        seed = seed_for(self.seed, "fit", m)
-        config = self.config or _config(len(t))
-        order = torch.from_numpy(rng_for(seed, "split").permutation(len(t)))
-        n_valid = max(1, round(config.validation_fraction * len(t)))
-        rows = (self._tensor(r, self._reco_scale), self._tensor(t, self._truth_scale), self._tensor(w / w.mean()))
-        valid, train = ([a[part.to(self.device)] for a in rows] for part in (order[:n_valid], order[n_valid:]))
-        return min(record.valid for record in fit(weighted_loss, net, train, valid, config, seed=seed))
 
     def _learn_acceptance(self, t: Array, seen: Mask, own: Array) -> RatioEstimator | None:
         if own[~seen].sum() == 0:
@@ -472,12 +427,12 @@ class ForwardUnfolder:
 
         Raises: SettingError (not trained), ShapeError, NonFiniteError.
         """
-        t = self._check("truth", truth, self._truth)
+        t = self._check("truth", truth, self._truth_scale)
         return np.ones(len(t)) if self._acceptance is None else np.asarray(expit(self._acceptance.log_ratio(t) + self._intercept))
 
-    def sample(self, truth: ArrayLike, n: int = 1, seed: int = 0) -> Array:
+    def sample(self, truth: ArrayLike, n: int = 1, *, seed: int = 0) -> Array:
         """Draw n reconstructions of each truth (m, d) -> (m, n, k), given that it is reconstructed.   Raises: as `efficiency`."""
-        t, n = self._check("truth", truth, self._truth), require_int("n", n, low=1)
+        t, n = self._check("truth", truth, self._truth_scale), require_int("n", n, low=1)
         inputs = self._tensor(t, self._truth_scale)
         owner = rng_for(seed, "members").integers(self.n_ensemble, size=(len(t), n))
         out = np.empty((len(t), n, self._reco.shape[1]))
@@ -488,11 +443,10 @@ class ForwardUnfolder:
 
     def log_prob(self, reco: ArrayLike, truth: ArrayLike) -> Array:
         """log q(reco | truth) of paired rows reco (n, k), truth (n, d) -> (n,), in the reco's units.   Raises: as `efficiency`."""
-        r, t = self._check("reco", reco, self._reco), self._check("truth", truth, self._truth)
+        r, t = self._check("reco", reco, self._reco_scale), self._check("truth", truth, self._truth_scale)
         if len(r) != len(t):
             raise ShapeError(f"reco has {len(r)} rows and truth {len(t)}; expected pairs")
-        values = log_prob_nets(self._nets, self._tensor(r, self._reco_scale), self._tensor(t, self._truth_scale))
-        return values - np.log(self._reco_scale[1]).sum()
+        return self._log_prob(r, self._reco_scale, self._tensor(t, self._truth_scale))
 
     def response(
         self,
@@ -557,7 +511,7 @@ class ForwardUnfolder:
         n_iterations: int | None = None,
         smoothing: float | None = None,
         data_weights: ArrayLike | None = None,
-        n_boot: int = 50,
+        n_replicas: int = 50,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> UnfoldedTruth:
@@ -566,7 +520,7 @@ class ForwardUnfolder:
         Args: data (m, k). support: truth points (s, d), or how many: equally spaced (one truth) or quasi-random over the simulated range.
             n_iterations of expectation maximisation; None: as many as make events left out likeliest (five folds), at most 1000.
             smoothing: width of a Gaussian kernel between iterations, in standard deviations of the simulated truth; None = 0.
-            data_weights (m,). n_boot: replicas of the data for the errors, each unfolded with the same number of iterations.
+            data_weights (m,). n_replicas: replicas of the data for the errors, each unfolded with the same number of iterations.
         Returns: UnfoldedTruth; its weights are in counts, corrected for efficiency; 0 where that is below 1/sqrt(events) of its largest.
         Raises: SettingError, ShapeError, NonFiniteError, DataError (no overlap, points outside of the simulated truths).
         Read: without smoothing the likeliest spectrum is a row of spikes: take means, widths and wide bins from it, or use
@@ -575,9 +529,9 @@ class ForwardUnfolder:
         kernel = self._kernel(data, data_weights, support, seed)
         steps = None if n_iterations is None else require_int("n_iterations", n_iterations, low=1)
         width = 0.0 if smoothing is None else require_number("smoothing", smoothing, low=0)
-        n_boot = require_int("n_boot", n_boot, low=0)
-        with or_none(progress).task("expectation maximisation", 1 + n_boot) as task:
-            return fit_weights(kernel, steps, width * self._truth_scale[1], n_boot, rng_for(seed, "bootstrap forward"), task)
+        n_replicas = require_int("n_replicas", n_replicas, low=0)
+        with or_none(progress).task("expectation maximisation", 1 + n_replicas) as task:
+            return fit_weights(kernel, steps, width * self._truth_scale[1], n_replicas, rng_for(seed, "bootstrap forward"), task)
 
     def fit_density(
         self,
@@ -601,7 +555,7 @@ class ForwardUnfolder:
 
     def _kernel(self, data: ArrayLike, data_weights: ArrayLike | None, support: ArrayLike | int, seed: int) -> Kernel:
         """eps_i q(r_e | t_i) (m, s) of data and truth points; many events of one reco quantity are gathered on a fine grid first."""
-        r = self._check("data", data, self._reco)
+        r = self._check("data", data, self._reco_scale)
         if len(r) == 0:
             raise DataError("data has no rows; expected at least one event")
         w = as_weights("data_weights", data_weights, len(r), "data")
@@ -626,21 +580,6 @@ class ForwardUnfolder:
         offset = top - np.log(self._reco_scale[1]).sum()
         return Kernel(np.exp(out - top[:, None]), offset, self.efficiency(points), counts, w, points, volume)
 
-    def _require_trained(self) -> None:
-        if not self._nets:
-            raise SettingError("this ForwardUnfolder is not trained; expected .fit(truth, reco) first")
-
-    def _check(self, name: str, value: ArrayLike, like: Array) -> Array:
-        self._require_trained()
-        x = as_columns(name, value)
-        if x.shape[1] != like.shape[1]:
-            raise ShapeError(f"{name} has {x.shape[1]} columns; expected {like.shape[1]}, those it was trained with")
-        return x
-
-    def _tensor(self, array: Array, scale: tuple[Array, Array] | None = None) -> Tensor:
-        values = array if scale is None else (array - scale[0]) / scale[1]
-        return torch.from_numpy(values.astype(np.float32)).to(self.device)
-
 
 def gathered(values: Array, weights: Array, n: int) -> tuple[Array, Array]:
     """Share each value (m,) between its two neighbours on n equally spaced nodes: mean and total are kept -> nodes (n, 1), weights (n,)."""
@@ -650,14 +589,3 @@ def gathered(values: Array, weights: Array, n: int) -> tuple[Array, Array]:
     share = place - left
     total = np.bincount(left, weights * (1 - share), n) + np.bincount(left + 1, weights * share, n)
     return np.asarray(nodes[total > 0][:, None]), np.asarray(total[total > 0], dtype=np.float64)
-
-
-def _scale(x: Array) -> tuple[Array, Array]:
-    sd = x.std(axis=0)
-    return x.mean(axis=0), np.where(sd > 1e-12 * (1 + np.abs(x).max(axis=0)), sd, 1.0)
-
-
-def _config(n: int) -> TrainConfig:
-    """Forty steps an epoch for few rows, more where a batch would be too large."""
-    batch = int(np.clip(2 ** round(math.log2(n / 40)), 32, 1024))
-    return TrainConfig(batch_size=batch, max_epochs=16, patience=16, learning_rate=5e-3)

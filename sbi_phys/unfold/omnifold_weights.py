@@ -43,13 +43,13 @@ from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, Task, or_none
-from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.rng import seed_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.unfold._inputs import MIN_EVENTS, as_columns, as_mask, as_weights, check_overlap
 from sbi_phys.unfold.classifier import RatioEstimator
-from sbi_phys.unfold.replicas import SOURCES, WeightReplicas
+from sbi_phys.unfold.replicas import Sample, WeightReplicas, bootstrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -445,7 +445,7 @@ def bootstrap_omnifold(
     reco_pass: ArrayLike | None = None,
     truth_pass: ArrayLike | None = None,
     *,
-    n_boot: int = 20,
+    n_replicas: int = 20,
     data_weights: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     background: ArrayLike | None = None,
@@ -459,41 +459,27 @@ def bootstrap_omnifold(
     network: EmbeddingConfig | None = None,
     progress: Progress | None = None,
 ) -> WeightReplicas:
-    """OmniFold once, and n_boot times each with data, simulation and the networks' seeds varied, one at a time.
+    """OmniFold once, and n_replicas times each with data, simulation and the networks' seeds varied, one at a time.
 
-    Args: n_boot: >= 2; 3 n_boot + 1 unfoldings are run, one after the other. The others are those of `omnifold`.
+    Args: n_replicas: >= 2; 3 n_replicas + 1 unfoldings are run, one after the other. The others are those of `omnifold`.
     Returns: WeightReplicas.   Raises: what `omnifold` raises.   Source: `replicas`.
     Read: `.histogram(truth[:, 0], edges)` gives unfolded counts with covariances from data, simulation and training apart.
     """
-    n_boot, seed = require_int("n_boot", n_boot, low=2), require_int("seed", seed, low=0)
+    n_replicas, seed = require_int("n_replicas", n_replicas, low=2), require_int("seed", seed, low=0)
     events = check_events(truth, reco, data, reco_pass, truth_pass, data_weights, weights, background, background_weights)
     settings = check_settings(n_iterations, n_ensemble, device, config, network, fit_fakes, smooth)
-    total = 2 * settings.n_iterations * settings.n_ensemble * (3 * n_boot + 1)
+
+    def unfolded(sample: Sample, member: int) -> Array:
+        counts, expected = sample.data, sample.background
+        # nominal weights are scaled to the replica's data as they were to the data
+        scale = max(counts.sum() - expected.sum(), 1e-3 * counts.sum()) / sample.simulation[events.reco_pass].sum()
+        own = {"weights": scale * sample.simulation, "scale": scale * events.scale}
+        varied = events if sample is nominal else replace(events, data_weights=counts, background_weights=expected, **own)
+        return unfold_events(varied, settings, seed=member, task=task).weights
+
+    total = 2 * settings.n_iterations * settings.n_ensemble * (3 * n_replicas + 1)
     with or_none(progress).task("bootstrap omnifold", total) as task:
         result = unfold_events(events, settings, seed=seed, task=task, warn=True)
-        parts = {
-            source: np.stack(
-                [
-                    unfold_events(_replica(events, source, seed, b), settings, seed=seed_for(seed, source, b), task=task).weights
-                    for b in range(n_boot)
-                ]
-            )
-            for source in SOURCES
-        }
-    return WeightReplicas(weights=result.weights, truth_pass=result.truth_pass, **parts)
-
-
-def _replica(events: Events, source: str, seed: int, b: int) -> Events:
-    """Events with the weights of one source drawn anew; nominal weights are scaled to the replica's data as they were to the data."""
-    rng = rng_for(seed, "bootstrap", source, b)
-    if source == "training":
-        return events
-    if source == "data":
-        counts = events.data_weights * rng.poisson(1.0, len(events.data))
-        own, expected = events.weights, events.background_weights
-    else:
-        counts = events.data_weights
-        own = events.weights * rng.poisson(1.0, len(events.weights))
-        expected = events.background_weights * rng.poisson(1.0, len(events.background))
-    scale = max(counts.sum() - expected.sum(), 1e-3 * counts.sum()) / own[events.reco_pass].sum()
-    return replace(events, data_weights=counts, background_weights=expected, weights=scale * own, scale=scale * events.scale)
+        nominal = Sample(events.weights, events.data_weights, events.background_weights)
+        replicas = bootstrap(unfolded, nominal, n_replicas, seed, ("bootstrap",), ())
+    return WeightReplicas(weights=result.weights, truth_pass=result.truth_pass, **replicas)

@@ -19,8 +19,8 @@ from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.store.store import Store
-from sbi_phys.unfold._inputs import bin_name, check_edges, check_mask, check_nonnegative
-from sbi_phys.unfold.response import Response
+from sbi_phys.unfold._inputs import check_edges, check_mask, check_nonnegative
+from sbi_phys.unfold.response import PairHistograms, Response
 
 __all__ = ["Pairs", "read_pairs", "response_from_store"]
 
@@ -86,58 +86,15 @@ def response_from_store(
     """
     source = store if isinstance(store, Store) else Store(store)
     edges_t, edges_r = check_edges("truth_edges", truth_edges), check_edges("reco_edges", reco_edges)
-    sums = _Sums(edges_t, edges_r)
+    sums = PairHistograms(edges_t, edges_r)
     with or_none(progress).task("response", source.n_rows) as task:
         for part in _parts(source, truth, reco, weights, reco_pass, failed):
             for name, block in (("truth", part.truth), ("reco", part.reco)):
                 if block.shape[1] != 1:
                     raise ShapeError(f"{name} has {block.shape[1]} columns; expected 1 for a matrix, use read_pairs and an unbinned method")
-            sums.add(part)
+            sums.add(part.truth[:, 0], part.reco[:, 0], part.weights, part.reco_pass)
             task.advance(len(part.truth))
     return sums.response(background, exposure)
-
-
-class _Sums:
-    """The histograms that a response is made of."""
-
-    def __init__(self, truth_edges: Array, reco_edges: Array) -> None:
-        self.edges_t, self.edges_r = truth_edges, reco_edges
-        n_t, n_r = truth_edges.size - 1, reco_edges.size - 1
-        self.joint, self.total, self.squares = np.zeros((n_r, n_t)), np.zeros(n_t), np.zeros(n_t)
-        self.seen, self.fake = np.zeros(n_r), np.zeros(n_r)
-        self.n = self.n_truth = self.n_reco = 0
-
-    def add(self, part: Pairs) -> None:
-        """Add the events of one shard."""
-        t, r, w = part.truth[:, 0], part.reco[:, 0], part.weights
-        in_truth = (t >= self.edges_t[0]) & (t <= self.edges_t[-1])
-        in_reco = part.reco_pass & (r >= self.edges_r[0]) & (r <= self.edges_r[-1])
-        both, fake = in_truth & in_reco, in_reco & ~in_truth
-        self.joint += np.histogram2d(r[both], t[both], bins=[self.edges_r, self.edges_t], weights=w[both])[0]
-        self.total += np.histogram(t[in_truth], self.edges_t, weights=w[in_truth])[0]
-        self.squares += np.histogram(t[in_truth], self.edges_t, weights=w[in_truth] ** 2)[0]
-        self.seen += np.histogram(r[in_reco], self.edges_r, weights=w[in_reco])[0]
-        self.fake += np.histogram(r[fake], self.edges_r, weights=w[fake])[0]
-        self.n, self.n_truth, self.n_reco = self.n + len(t), self.n_truth + int(in_truth.sum()), self.n_reco + int(in_reco.sum())
-
-    def response(self, background: ArrayLike | None, exposure: float | None) -> Response:
-        """The response of all that was added.   Raises: DataError."""
-        if self.joint.sum() <= 0:
-            got = f"{self.n_truth} events lie within truth_edges, {self.n_reco} within reco_edges, none in both"
-            raise DataError(f"no overlap: of {self.n} events {got}; expected some, check units (E or lg E?) and edges")
-        if (self.total <= 0).any():
-            place = bin_name("truth", int(np.flatnonzero(self.total <= 0)[0]), self.edges_t)
-            raise DataError(f"no simulated events in {place}, an empty column; expected some, simulate more, widen or drop the bin")
-        return Response(
-            self.joint / self.total,
-            self.edges_t,
-            self.edges_r,
-            n_simulated=self.total**2 / self.squares,
-            truth=self.total,
-            fakes=np.divide(self.fake, self.seen, out=np.zeros_like(self.seen), where=self.seen > 0),
-            background=np.zeros(self.seen.size) if background is None else np.asarray(background, dtype=np.float64),
-            exposure=exposure,
-        )
 
 
 def _parts(

@@ -14,17 +14,54 @@ Source: Efron 1979, Ann. Statist. 7, 1.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from sbi_phys.core.checks import as_array, as_real, require_finite
 from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
 
-__all__ = ["SOURCES", "StatisticCovariance", "WeightReplicas"]
+__all__ = ["SOURCES", "Sample", "StatisticCovariance", "WeightReplicas", "bootstrap"]
 
 
 SOURCES = ("data", "simulation", "training")
+
+
+class Sample(NamedTuple):
+    """Weights of all events: simulation (n,), data (m,), background (b,)."""
+
+    simulation: Array
+    data: Array
+    background: Array
+
+
+def bootstrap(
+    unfold: Callable[[Sample, int], Array],
+    sample: Sample,
+    n_replicas: int,
+    seed: int,
+    draw_key: tuple[str, ...],
+    seed_key: tuple[str, ...],
+) -> dict[str, Array]:
+    """Weights (n_replicas, n) that `unfold(sample, seed)` gives for replicas with one source varied, by source.
+
+    Args: draw_key, seed_key: first entries of the keys of the event counts and of the networks' seeds.
+    """
+
+    def varied(source: str, b: int) -> Sample:
+        rng = rng_for(seed, *draw_key, source, b)
+        if source == "data":
+            return sample._replace(data=sample.data * rng.poisson(1.0, len(sample.data)))
+        if source == "simulation":
+            own = sample.simulation * rng.poisson(1.0, len(sample.simulation))
+            return sample._replace(simulation=own, background=sample.background * rng.poisson(1.0, len(sample.background)))
+        return sample
+
+    return {
+        source: np.stack([unfold(varied(source, b), seed_for(seed, *seed_key, source, b)) for b in range(n_replicas)]) for source in SOURCES
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +91,7 @@ class StatisticCovariance:
 class WeightReplicas:
     """Unfolded weights of simulated truths, of all events and of all replicas.
 
-    weights (n,), with all events. truth_pass (n,): has a truth. data, simulation, training (n_boot, n): replicas with one source varied.
+    weights (n,), with all events. truth_pass (n,): has a truth. data, simulation, training (n_replicas, n): one source varied.
     A simulated event that a replica left out has weight 0 there.
     """
 
@@ -65,7 +102,7 @@ class WeightReplicas:
     training: Array
 
     @property
-    def n_boot(self) -> int:
+    def n_replicas(self) -> int:
         """Replicas of each kind."""
         return int(self.data.shape[0])
 

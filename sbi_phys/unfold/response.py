@@ -17,7 +17,7 @@ the truth.
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.special import ndtr
@@ -25,13 +25,13 @@ from scipy.special import ndtr
 from sbi_phys.core.checks import as_array, require_finite, require_number, require_same_rows
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
-from sbi_phys.core.types import Array, ArrayLike, Integers
+from sbi_phys.core.types import Array, ArrayLike, Integers, Mask
 from sbi_phys.unfold._inputs import bin_name, check_edges, check_mask, check_nonnegative, frozen
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Filled", "Response", "as_response", "fill", "integrate"]
+__all__ = ["PairHistograms", "Response", "as_response", "integrate"]
 
 
 Curve = Callable[[Array], ArrayLike]
@@ -128,17 +128,15 @@ class Response:
         Raises: ShapeError, NonFiniteError (NaN in an event that passes), DataError (no events in a bin, no overlap, negative weights).
         """
         edges_t, edges_r = check_edges("truth_edges", truth_edges), check_edges("reco_edges", reco_edges)
-        filled = fill(truth, reco, edges_t, edges_r, weights, reco_pass, truth_pass)
-        return cls(
-            filled.matrix,
-            edges_t,
-            edges_r,
-            n_simulated=filled.n_simulated,
-            truth=filled.truth,
-            fakes=filled.fakes,
-            background=_nothing() if background is None else np.asarray(background, dtype=np.float64),
-            exposure=exposure,
-        )
+        t, r = as_array("truth", truth, (None,), finite=False), as_array("reco", reco, (None,), finite=False)
+        n = require_same_rows(truth=t, reco=r)
+        w = np.ones(n) if weights is None else check_nonnegative("weights", weights, (n,))
+        has_truth, has_reco = check_mask("truth_pass", truth_pass, n), check_mask("reco_pass", reco_pass, n)
+        require_finite("truth of events that pass", t[has_truth])
+        require_finite("reco of events that pass", r[has_reco])
+        sums = PairHistograms(edges_t, edges_r)
+        sums.add(t, r, w, has_reco, has_truth)
+        return sums.response(background, exposure)
 
     @classmethod
     def from_resolution(
@@ -271,49 +269,53 @@ ORDER = 12  # points of Gauss-Legendre in a panel of at most one sigma: exact to
 MAX_NODES = 20_000_000  # values of the integrand, 160 MB
 
 
-class Filled(NamedTuple):
-    """matrix (n_reco, n_truth); truth, n_simulated (n_truth,): weighted and effective counts; fakes (n_reco,): share."""
+class PairHistograms:
+    """Histograms of simulated pairs, from which a response is filled; the pairs may be added in parts.
 
-    matrix: Array
-    truth: Array
-    n_simulated: Array
-    fakes: Array
+    joint (n_reco, n_truth), sums of w; total and squares (n_truth,), of w and w^2; seen and fake (n_reco,), of w.
+    """
 
+    def __init__(self, truth_edges: Array, reco_edges: Array) -> None:
+        self.edges_t, self.edges_r = truth_edges, reco_edges
+        n_t, n_r = truth_edges.size - 1, reco_edges.size - 1
+        self.joint, self.total, self.squares = np.zeros((n_r, n_t)), np.zeros(n_t), np.zeros(n_t)
+        self.seen, self.fake = np.zeros(n_r), np.zeros(n_r)
+        self.n = self.n_truth = self.n_reco = self.n_both = 0
 
-def fill(
-    truth: ArrayLike,
-    reco: ArrayLike,
-    truth_edges: Array,
-    reco_edges: Array,
-    weights: ArrayLike | None,
-    reco_pass: ArrayLike | None,
-    truth_pass: ArrayLike | None,
-) -> Filled:
-    """Histogram simulated events (n,) into the pieces of a response.   Raises: ShapeError, NonFiniteError, DataError."""
-    t, r = as_array("truth", truth, (None,), finite=False), as_array("reco", reco, (None,), finite=False)
-    n = require_same_rows(truth=t, reco=r)
-    w = np.ones(n) if weights is None else check_nonnegative("weights", weights, (n,))
-    has_truth, has_reco = check_mask("truth_pass", truth_pass, n), check_mask("reco_pass", reco_pass, n)
-    require_finite("truth of events that pass", t[has_truth])
-    require_finite("reco of events that pass", r[has_reco])
-    # values of events that do not pass may be NaN: comparisons are False for them, without a warning
-    in_truth = has_truth & (t >= truth_edges[0]) & (t <= truth_edges[-1])
-    in_reco = has_reco & (r >= reco_edges[0]) & (r <= reco_edges[-1])
-    both = in_truth & in_reco
-    if not both.any():
-        got = f"{in_truth.sum()} events lie within truth_edges, {in_reco.sum()} within reco_edges, none in both"
-        raise DataError(f"no overlap: of {n} events {got}; expected some, check units (E or lg E?) and edges")
-    total = np.histogram(t[in_truth], truth_edges, weights=w[in_truth])[0]
-    squares = np.histogram(t[in_truth], truth_edges, weights=w[in_truth] ** 2)[0]
-    if (total <= 0).any():
-        place = bin_name("truth", int(np.flatnonzero(total <= 0)[0]), truth_edges)
-        raise DataError(f"no simulated events in {place}, an empty column; expected some, simulate more, widen or drop the bin")
-    joint = np.histogram2d(r[both], t[both], bins=[reco_edges, truth_edges], weights=w[both])[0]
-    seen = np.histogram(r[in_reco], reco_edges, weights=w[in_reco])[0]
-    # 1 - real/seen would leave rounding where there are no fakes at all
-    fake = np.histogram(r[in_reco & ~in_truth], reco_edges, weights=w[in_reco & ~in_truth])[0]
-    fakes = np.divide(fake, seen, out=np.zeros_like(seen), where=seen > 0)
-    return Filled(joint / total, total, total**2 / squares, fakes)
+    def add(self, t: Array, r: Array, w: Array, reco_pass: Mask, truth_pass: Mask | None = None) -> None:
+        """Add events: truth, reco, weights and masks (n,); values of events that do not pass may be NaN."""
+        has_truth = np.ones(len(t), dtype=np.bool_) if truth_pass is None else truth_pass
+        # comparisons of NaN are False, without a warning
+        in_truth = has_truth & (t >= self.edges_t[0]) & (t <= self.edges_t[-1])
+        in_reco = reco_pass & (r >= self.edges_r[0]) & (r <= self.edges_r[-1])
+        both, fake = in_truth & in_reco, in_reco & ~in_truth
+        self.joint += np.histogram2d(r[both], t[both], bins=[self.edges_r, self.edges_t], weights=w[both])[0]
+        self.total += np.histogram(t[in_truth], self.edges_t, weights=w[in_truth])[0]
+        self.squares += np.histogram(t[in_truth], self.edges_t, weights=w[in_truth] ** 2)[0]
+        self.seen += np.histogram(r[in_reco], self.edges_r, weights=w[in_reco])[0]
+        # 1 - real / seen would leave a rounding error where there are no fakes
+        self.fake += np.histogram(r[fake], self.edges_r, weights=w[fake])[0]
+        self.n, self.n_both = self.n + len(t), self.n_both + int(both.sum())
+        self.n_truth, self.n_reco = self.n_truth + int(in_truth.sum()), self.n_reco + int(in_reco.sum())
+
+    def response(self, background: ArrayLike | None, exposure: float | None) -> Response:
+        """Return the response of all that was added.   Raises: DataError."""
+        if self.n_both == 0:
+            got = f"{self.n_truth} events lie within truth_edges, {self.n_reco} within reco_edges, none in both"
+            raise DataError(f"no overlap: of {self.n} events {got}; expected some, check units (E or lg E?) and edges")
+        if (self.total <= 0).any():
+            place = bin_name("truth", int(np.flatnonzero(self.total <= 0)[0]), self.edges_t)
+            raise DataError(f"no simulated events in {place}, an empty column; expected some, simulate more, widen or drop the bin")
+        return Response(
+            self.joint / self.total,
+            self.edges_t,
+            self.edges_r,
+            n_simulated=self.total**2 / self.squares,
+            truth=self.total,
+            fakes=np.divide(self.fake, self.seen, out=np.zeros_like(self.seen), where=self.seen > 0),
+            background=_nothing() if background is None else np.asarray(background, dtype=np.float64),
+            exposure=exposure,
+        )
 
 
 def integrate(

@@ -149,7 +149,7 @@ def networks(task: Task) -> Answer:
     rows, bins = _data_rows(m)
 
     def run(counts: Array, weights: Array, seed: int) -> Array:
-        unfolder = FlowUnfolder(seed, device="cpu").fit(
+        unfolder = FlowUnfolder(seed=seed, device="cpu").fit(
             pairs.truth,
             pairs.reco,
             rows,

@@ -33,7 +33,7 @@ def posterior(y: np.ndarray, mean: float, sd: float) -> tuple[np.ndarray, float]
 
 @pytest.fixture(scope="module")
 def trained() -> FlowUnfolder:
-    return FlowUnfolder(0, device="cpu").fit(*pairs(8000, 4, 4, 0))
+    return FlowUnfolder(seed=0, device="cpu").fit(*pairs(8000, 4, 4, 0))
 
 
 def test_event_posteriors_are_exact(trained: FlowUnfolder) -> None:
@@ -69,7 +69,7 @@ def test_iterations_follow_the_recursion() -> None:
     """Two iterations on 8000 events; one leaves the mean at 7.84, two at 9.19."""
     truth, reco = pairs(8000, 4, 4, 1)
     data = pairs(8000, 10, 3.8, 2)[1]
-    unfolder = FlowUnfolder(0, device="cpu", flow=SMALL).fit(truth, reco, data, n_iterations=2)
+    unfolder = FlowUnfolder(seed=0, device="cpu", flow=SMALL).fit(truth, reco, data, n_iterations=2)
     for k, record in enumerate(unfolder.history):
         mean, sd = gaussian_recursion(4, 16, 10, 3.8**2, 9, k + 1)
         assert record.iteration == k + 1
@@ -89,7 +89,7 @@ def test_two_dimensions_and_an_extra_column_of_reco() -> None:
     truth = rng.standard_normal((6000, 2))
     quality = rng.uniform(0.2, 1.5, 6000)
     reco = np.column_stack([truth + quality[:, None] * rng.standard_normal((6000, 2)), quality])
-    unfolder = FlowUnfolder(0, device="cpu", flow=FlowConfig(kind="affine", n_layers=2, hidden=16)).fit(truth, reco)
+    unfolder = FlowUnfolder(seed=0, device="cpu", flow=FlowConfig(kind="affine", n_layers=2, hidden=16)).fit(truth, reco)
     draws = unfolder.sample([[0.5, -0.5, 0.3], [0.5, -0.5, 1.4]], 2000)
     for k, s in enumerate((0.3, 1.4)):
         assert draws[k].std(axis=0) == pytest.approx(np.full(2, s / np.hypot(1, s)), rel=0.15)
@@ -100,7 +100,7 @@ def test_missed_events_are_left_out_and_weighted_in() -> None:
     truth, reco = pairs(3000, 4, 4, 1)
     seen = truth > 2
     data = reco[seen][:900]
-    unfolder = FlowUnfolder(0, device="cpu", config=QUICK, flow=SMALL)
+    unfolder = FlowUnfolder(seed=0, device="cpu", config=QUICK, flow=SMALL)
     unfolder.fit(truth, np.where(seen, reco, np.nan), data, reco_pass=seen)
     assert unfolder.weights.shape == (3000,) and np.isfinite(unfolder.weights).all() and (unfolder.weights > 0).all()
     assert unfolder.weights[seen].sum() == pytest.approx(900, rel=0.01)
@@ -109,7 +109,7 @@ def test_missed_events_are_left_out_and_weighted_in() -> None:
 def test_equal_seeds_give_equal_draws() -> None:
     truth, reco = pairs(400, 4, 4, 1)
     first, again, other = (
-        FlowUnfolder(s, device="cpu", config=QUICK, flow=SMALL, n_ensemble=2).fit(truth, reco).sample(reco[:5], 3, seed=1)
+        FlowUnfolder(seed=s, device="cpu", config=QUICK, flow=SMALL, n_ensemble=2).fit(truth, reco).sample(reco[:5], 3, seed=1)
         for s in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
@@ -120,7 +120,7 @@ def test_weights_change_the_prior() -> None:
     """Reweighting N(4, 4) to N(6, 4) by hand shifts the event posterior by 9/25 of two units."""
     truth, reco = pairs(8000, 4, 4, 4)
     weights = np.exp((truth - 4) / 8)
-    unfolder = FlowUnfolder(0, device="cpu", flow=SMALL).fit(truth, reco, weights=weights)
+    unfolder = FlowUnfolder(seed=0, device="cpu", flow=SMALL).fit(truth, reco, weights=weights)
     mean, _ = posterior(np.array([0.0]), 6, 4)
     assert unfolder.sample([0.0], 4000)[0].mean() == pytest.approx(mean[0], abs=0.25)
     assert posterior(np.array([0.0]), 4, 4)[0][0] < mean[0] - 0.5
@@ -133,10 +133,10 @@ def test_background_is_taken_off_by_weights_of_the_data() -> None:
     data, extra = np.concatenate([signal, 3 + rng.standard_normal(1000)]), 3 + rng.standard_normal(3000)
     quick = TrainConfig(max_epochs=4, batch_size=256)
     with_it, without = (
-        FlowUnfolder(0, device="cpu", flow=SMALL, config=quick).fit(truth, reco, data, background=b, background_weights=w)
+        FlowUnfolder(seed=0, device="cpu", flow=SMALL, config=quick).fit(truth, reco, data, background=b, background_weights=w)
         for b, w in ((extra, np.full(3000, 1 / 3)), (None, None))
     )
-    clean = FlowUnfolder(0, device="cpu", flow=SMALL, config=quick).fit(truth, reco, signal)
+    clean = FlowUnfolder(seed=0, device="cpu", flow=SMALL, config=quick).fit(truth, reco, signal)
     weights = with_it.data_weights
     assert weights.sum() == pytest.approx(4000) and (weights >= 0).all() and (weights <= 1.1).all()
     density = 0.8 * norm.pdf(data, 5 + BIAS, np.hypot(3.8, SMEAR))
@@ -169,7 +169,7 @@ def test_background_is_taken_off_by_weights_of_the_data() -> None:
 def test_bad_input_is_named(changes: dict[str, object], error: type[Exception], words: str) -> None:
     truth, reco = pairs(300, 4, 4, 0)
     with pytest.raises(error) as caught:
-        FlowUnfolder(0, config=QUICK, flow=SMALL).fit(**({"truth": truth, "reco": reco} | changes))  # type: ignore[arg-type]
+        FlowUnfolder(seed=0, config=QUICK, flow=SMALL).fit(**({"truth": truth, "reco": reco} | changes))  # type: ignore[arg-type]
     assert words in str(caught.value)
 
 
@@ -191,7 +191,7 @@ def test_full_size_icinn() -> None:
     begin = time.perf_counter()
     truth, reco = pairs(100_000, 4, 4, 21)
     data_truth, data = pairs(100_000, 10, 3.8, 22)
-    unfolder = FlowUnfolder(0, device="cpu").fit(truth, reco, data, n_iterations=5)
+    unfolder = FlowUnfolder(seed=0, device="cpu").fit(truth, reco, data, n_iterations=5)
     for record in unfolder.history:
         print(f"iteration {record.iteration}: mean {record.mean[0]:.3f} sd {record.sd[0]:.3f} ESS {record.effective_sample_size:.3f}")
     mean, sd = gaussian_recursion(4, 16, 10, 3.8**2, 9, 4)  # the prior that the fifth network was trained with
@@ -211,9 +211,9 @@ def test_full_size_icinn() -> None:
 def test_bootstrap_keeps_its_sources_apart() -> None:
     truth, reco = pairs(500, 4, 4, 1)
     data = pairs(400, 5, 3.8, 2)[1]
-    replicas = bootstrap_flow(truth, reco, data, n_boot=3, device="cpu", config=QUICK, flow=SMALL)
+    replicas = bootstrap_flow(truth, reco, data, n_replicas=3, device="cpu", config=QUICK, flow=SMALL)
     found = replicas.covariance(lambda w: [w.sum(), np.average(truth, weights=w)])
-    assert replicas.n_boot == 3 and replicas.data.shape == replicas.training.shape == (3, 500)
+    assert replicas.n_replicas == 3 and replicas.data.shape == replicas.training.shape == (3, 500)
     assert found.values[0] == pytest.approx(400, rel=1e-3)
     # totals follow the data alone: their spread is sqrt(400), known to 50 % from three replicas
     assert 8 < np.sqrt(found.data[0, 0]) < 45

@@ -33,7 +33,7 @@ def learned(kind, seed, n=40_000):
     """The detector learned from simulations of one spectrum or another."""
     rng = rng_for(seed, "truth")
     truth = rng.uniform(-3.5, 4, n) if kind == "flat" else -0.6 + 1.15 * rng.standard_normal(n)
-    return ForwardUnfolder(seed, device="cpu").fit(truth, *detect(truth, seed))
+    return ForwardUnfolder(seed=seed, device="cpu").fit(truth, *detect(truth, seed))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_efficiency_is_that_of_the_detector(flat):
 
 def test_without_missed_events_the_efficiency_is_one():
     t = rng_for(0, "t").standard_normal(400)
-    unfolder = ForwardUnfolder(0, device="cpu", flow=SMALL, config=QUICK).fit(t, t + 0.1 * t[::-1])
+    unfolder = ForwardUnfolder(seed=0, device="cpu", flow=SMALL, config=QUICK).fit(t, t + 0.1 * t[::-1])
     np.testing.assert_array_equal(unfolder.efficiency(t), 1)
     assert len(unfolder.losses) == 1
 
@@ -138,7 +138,7 @@ def test_errors_of_the_fit_are_those_of_the_information(flat, data):
 
 
 def test_weights_find_the_spectrum_whatever_was_simulated(flat, data):
-    found = flat.unfold(data, support=120, n_boot=30, seed=4)
+    found = flat.unfold(data, support=120, n_replicas=30, seed=4)
     assert (np.diff(found.log_likelihood) > -1e-6).all()  # expectation maximisation never falls
     values, covariance = found.statistic(lambda w: np.array([w @ found.points[:, 0], w @ found.points[:, 0] ** 2]) / w.sum())
     error = np.sqrt(np.diag(covariance))
@@ -153,7 +153,7 @@ def test_weights_find_the_spectrum_whatever_was_simulated(flat, data):
 
 
 def test_smoothing_takes_out_the_spikes(flat, data):
-    rough, smooth = (flat.unfold(data, support=120, n_iterations=400, smoothing=s, n_boot=0).weights for s in (None, 0.05))
+    rough, smooth = (flat.unfold(data, support=120, n_iterations=400, smoothing=s, n_replicas=0).weights for s in (None, 0.05))
     assert np.abs(np.diff(smooth, n=2)).sum() < 0.5 * np.abs(np.diff(rough, n=2)).sum()
     assert smooth.sum() == pytest.approx(rough.sum(), rel=0.05)
 
@@ -279,10 +279,10 @@ def test_two_dimensions_with_correlated_smearing():
         return truth + rng.standard_normal(truth.shape) @ smear.T
 
     truth = rng.uniform(-3.2, 3.2, (30_000, 2))
-    unfolder = ForwardUnfolder(1, device="cpu").fit(truth, measured(truth))
+    unfolder = ForwardUnfolder(seed=1, device="cpu").fit(truth, measured(truth))
     real = np.linalg.cholesky(np.array([[0.49, 0.28], [0.28, 0.64]]))
     data = measured(np.array([0.3, -0.2]) + rng.standard_normal((3000, 2)) @ real.T)
-    found = unfolder.unfold(data, support=1024, n_boot=20, n_iterations=300)
+    found = unfolder.unfold(data, support=1024, n_replicas=20, n_iterations=300)
     np.testing.assert_allclose(found.mean, [0.3, -0.2], atol=0.06)
     np.testing.assert_allclose(found.sd, [0.7, 0.8], atol=0.06)
     centred = found.points - found.mean
@@ -305,13 +305,13 @@ def test_two_dimensions_with_correlated_smearing():
 @pytest.fixture(scope="module")
 def quick():
     t = rng_for(0, "t").standard_normal(500)
-    return ForwardUnfolder(0, device="cpu", flow=SMALL, config=QUICK).fit(t, t + 0.3 * rng_for(1, "t").standard_normal(500))
+    return ForwardUnfolder(seed=0, device="cpu", flow=SMALL, config=QUICK).fit(t, t + 0.3 * rng_for(1, "t").standard_normal(500))
 
 
 def test_not_trained():
     for call in (lambda u: u.unfold([1.0]), lambda u: u.efficiency([1.0]), lambda u: u.response([0, 1], [0, 1])):
         with pytest.raises(SettingError, match="not trained"):
-            call(ForwardUnfolder(0, device="cpu"))
+            call(ForwardUnfolder(seed=0, device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_not_trained():
 )
 def test_bad_pairs(arguments, error, message):
     with pytest.raises(error, match=message):
-        ForwardUnfolder(0, device="cpu").fit(*arguments)
+        ForwardUnfolder(seed=0, device="cpu").fit(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_bad_pairs(arguments, error, message):
         (lambda u: u.unfold([0.1, 0.2], support=[0.0, 99.0]), DataError, r"1 of 2 points outside of the simulated truths, first \[99.0\]"),
         (lambda u: u.unfold([0.1, 0.2], n_iterations=0), SettingError, "n_iterations is 0"),
         (lambda u: u.unfold([0.1, 0.2], data_weights=[1, -1]), DataError, "below 0"),
-        (lambda u: u.unfold([0.1, 0.2], n_boot=0, n_iterations=1).histogram([0, 1]), SettingError, "0 replicas"),
+        (lambda u: u.unfold([0.1, 0.2], n_replicas=0, n_iterations=1).histogram([0, 1]), SettingError, "0 replicas"),
         (lambda u: u.response([0.0, 50.0, 60.0], [0, 1]), DataError, r"no training events in truth bin 1 \[50, 60\)"),
         (lambda u: u.fit_density([0.1], gaussian, [0.0], ("mu", "sigma")), ShapeError, "start has 1 values and names"),
         (lambda u: u.fit_density([0.1], lambda t, p: 0 * t[:, 0], [0.0], ("a",)), SettingError, "density is 0 at all truth points"),
@@ -351,7 +351,7 @@ def test_bad_calls(quick, call, error, message):
 
 def test_too_many_pairs_say_so():
     t = rng_for(0, "t").standard_normal((400, 2))
-    unfolder = ForwardUnfolder(0, device="cpu", flow=SMALL, config=QUICK).fit(t, t + 0.1 * rng_for(1, "t").standard_normal((400, 2)))
+    unfolder = ForwardUnfolder(seed=0, device="cpu", flow=SMALL, config=QUICK).fit(t, t + 0.1 * rng_for(1, "t").standard_normal((400, 2)))
     with pytest.raises(SettingError, match="expected at most 30000000: fewer points"):
         unfolder.unfold(np.zeros((20_000, 2)), support=2048)
     with pytest.raises(SettingError, match="2 truth and 2 reco quantities; expected one of each"):

@@ -342,13 +342,13 @@ def test_a_stretch_without_efficiency_is_located() -> None:
 @pytest.fixture(scope="module")
 def replicas() -> WeightReplicas:
     events = oracle.toy(1000, 4, oracle.flat)
-    return bootstrap_omnifold(events.truth, events.reco, events.data, 1, events.reco_pass, n_boot=6, seed=2, device="cpu", config=QUICK)
+    return bootstrap_omnifold(events.truth, events.reco, events.data, 1, events.reco_pass, n_replicas=6, seed=2, device="cpu", config=QUICK)
 
 
 def test_bootstrap_keeps_its_sources_apart(replicas: WeightReplicas) -> None:
     total = replicas.covariance(np.sum)
     n = 1000
-    assert replicas.n_boot == 6 and replicas.data.shape == replicas.simulation.shape == replicas.training.shape == (6, n)
+    assert replicas.n_replicas == 6 and replicas.data.shape == replicas.simulation.shape == replicas.training.shape == (6, n)
     # counts of data fluctuate by sqrt(900), which 1 / 0.9 makes 33; six replicas know that to 32 %
     assert 12 < np.sqrt(total.data[0, 0]) < 70
     assert total.training[0, 0] < 0.2 * total.data[0, 0]
@@ -382,8 +382,8 @@ def test_bad_edges(replicas: WeightReplicas, edges: list[float], error: type[Exc
 
 def test_one_replica_is_refused() -> None:
     events = oracle.toy(300, 2)
-    with pytest.raises(SettingError, match="n_boot is 1"):
-        bootstrap_omnifold(events.truth, events.reco, events.data, n_boot=1)
+    with pytest.raises(SettingError, match="n_replicas is 1"):
+        bootstrap_omnifold(events.truth, events.reco, events.data, n_replicas=1)
 
 
 # full size
