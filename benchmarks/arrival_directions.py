@@ -85,7 +85,7 @@ def learn(n: int, *, epochs: int = 8, hidden: int = 64, seed: int = 0) -> TwoHyp
     # the hypotheses are (is signal, delta0), as one function of both gives the ratio; isotropy has no blurring
     first, second = np.column_stack([np.ones(n), delta]), np.array([0.0, DELTAS.mean()])
     ratio = TwoHypotheses(
-        seed,
+        seed=seed,
         network=ClassifierConfig(hidden=hidden, rank=64),
         embedding=EmbeddingConfig(hidden=hidden, n_blocks=1, n_features=48),
         config=TrainConfig(batch_size=min(1024, n // 8), max_epochs=epochs, patience=epochs, learning_rate=4e-3),

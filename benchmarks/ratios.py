@@ -30,9 +30,9 @@ from benchmarks.suite.workers import Worker, WorkerError
 from sbi_phys.calibration import c2st
 from sbi_phys.calibration.ratios import RatioCalibration, ReweightingAUC, check_ratio, recalibrate_ratio, reweighting_auc
 from sbi_phys.core.rng import rng_for
+from sbi_phys.estimators.base import load
 from sbi_phys.estimators.hypotheses import HypothesisRatio, TwoHypotheses
 from sbi_phys.estimators.mined import SALLY, MinedRatio
-from sbi_phys.estimators.npe import load
 from sbi_phys.estimators.nre import NRE
 from sbi_phys.priors import standard_normal_log_prob
 from sbi_phys.samplers.grid import grid_posterior
@@ -74,10 +74,10 @@ def toy(seed: int) -> Numbers:
 
     numbers: Numbers = {"toy: variance of the exact log r": (float(truth.var()), "", None)}
     begin = time.perf_counter()
-    carl = TwoHypotheses(seed, device="cpu").fit(theta0[:half], x[:half], [0.0], x[half:])
+    carl = TwoHypotheses(seed=seed, device="cpu").fit(theta0[:half], x[:half], [0.0], x[half:])
     numbers["CARL: seconds"] = (time.perf_counter() - begin, "", None)
     begin = time.perf_counter()
-    alice = MinedRatio(seed, loss="alice", device="cpu").fit(theta0, zero, x, y, ((z - theta0 / 2) * theta0)[:, 0])
+    alice = MinedRatio(seed=seed, loss="alice", device="cpu").fit(theta0, zero, x, y, ((z - theta0 / 2) * theta0)[:, 0])
     numbers["ALICE: seconds"] = (time.perf_counter() - begin, "", None)
     for name, ratio, bound in (("CARL", carl, 0.06), ("ALICE", alice, 0.025)):
         error = ratio.log_ratio(x_test, theta_test, [0.0]) - truth
@@ -134,7 +134,7 @@ def sally(seed: int) -> Numbers:
     reference = np.full((N_EVENTS, 1), 0.5)
     z, x = latent(reference, rng)
     begin = time.perf_counter()
-    found = SALLY(seed, device="cpu").fit(x, z - reference)
+    found = SALLY(seed=seed, device="cpu").fit(x, z - reference)
     seconds = time.perf_counter() - begin
     _, fresh = latent(reference, rng)
     slope = float(np.polyfit(fresh[:, 0] - 0.5, found.score(fresh)[:, 0], 1)[0])
@@ -212,7 +212,7 @@ def source(
         assert isinstance(found, NRE)
         nre = found
     else:
-        nre = NRE(simulator.prior, seed, loss=loss, observables=simulator.observables)
+        nre = NRE(simulator.prior, seed=seed, loss=loss, observables=simulator.observables)
         nre.fit(theta, x, checkpoint=None if model is None else model.with_suffix(".training"))
         if model is not None:
             nre.save(model)

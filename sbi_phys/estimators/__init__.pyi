@@ -1,3 +1,6 @@
+from .base import BaseEstimator as BaseEstimator
+from .base import Estimator as Estimator
+from .base import load as load
 from .density_sampling import PosteriorDraws as PosteriorDraws
 from .density_sampling import sample_posterior as sample_posterior
 from .extended_likelihood import ExtendedLikelihood as ExtendedLikelihood
@@ -6,7 +9,6 @@ from .mined import SALLY as SALLY
 from .mined import MinedRatio as MinedRatio
 from .nle import NLE as NLE
 from .npe import NPE as NPE
-from .npe import load as load
 from .nre import NRE as NRE
 from .sequential import truncated_rounds as truncated_rounds
 from .set_npe import SetNPE as SetNPE

@@ -45,6 +45,11 @@ class EventSets:
     """Data sets of any sizes, laid end to end: set i holds the rows offsets[i] to offsets[i + 1] of flat (n, k).
 
     Raises: ShapeError, NonFiniteError, DataError.
+
+    >>> import sbi_phys as sp
+    >>> sets = sp.estimators.EventSets.of([[[0.1], [0.7]], [[0.4]]])
+    >>> sets.sizes.tolist(), sets.padded()[0].shape
+    ([2, 1], (2, 2, 1))
     """
 
     flat: Array
@@ -119,6 +124,15 @@ class ExtendedLikelihood:
         exposure: in the unit that `expected` is per; a number > 0. Single sets may have others, see `log_likelihood_sets`.
         support: (low (k,), high (k,)), outside of which no event can lie; None: anywhere (an NLE refuses what it cannot have seen).
     Raises: SettingError, ShapeError.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> def log_density(x, theta):  # exponential decay times with rate theta
+    ...     return np.log(theta[:, 0]) - theta[:, 0] * x[:, 0]
+    >>> likelihood = sp.ExtendedLikelihood(log_density, lambda theta: 75 * theta[:, 0])
+    >>> likelihood.log_likelihood([[0.4], [1.2]], [[1.0], [2.0]]).shape
+    (2,)
+    >>> likelihood.log_likelihood(np.empty((0, 1)), [[1.0]])  # no events: -nu
+    array([-75.])
     """
 
     def __init__(
@@ -149,13 +163,13 @@ class ExtendedLikelihood:
             raise DataError(f"expected(theta) is {nu[i]:g} at theta = {array[i].tolist()}; expected a number >= 0")
         return nu
 
-    def log_likelihood(self, events: ArrayLike, theta: ArrayLike) -> Array:
-        """Log L (m,) of one data set events (n, k), n >= 0, at theta (m, d); -nu(theta) for an empty one.
+    def log_likelihood(self, x: ArrayLike, theta: ArrayLike) -> Array:
+        """Log L (m,) of one data set x of events (n, k), n >= 0, at theta (m, d); -nu(theta) for an empty one.
 
         Raises: ShapeError, NonFiniteError (naming the event), SupportError (theta outside the prior of an NLE or NRE), DataError (events
         outside the support, naming the first).
         """
-        array, points = _events(events), _thetas(theta)
+        array, points = _events(x), _thetas(theta)
         nu = self.expected_counts(points)
         n = len(array)
         out = xlogy(float(n), nu) - nu
@@ -189,22 +203,39 @@ class ExtendedLikelihood:
             out = out + np.bincount(sets.owner, weights=rows, minlength=n_sets)
         return out
 
-    def sample(
+    def posterior(
         self,
-        events: ArrayLike,
-        prior: Prior,
+        x: ArrayLike,
         n: int,
-        seed: int = 0,
         *,
+        prior: Prior,
+        seed: int = 0,
         method: str = "auto",
         proposal: Proposal | None = None,
         progress: Progress | None = None,
     ) -> PosteriorDraws:
-        """Draw theta (n, d) from L(theta) p(theta) for one data set; see `sample_posterior`.   Raises: as there and `log_likelihood`."""
-        array = _events(events)
+        """Draw theta (n, d) from L(theta) p(theta) for one data set x (n_events, k), with the sampler's diagnostics.
+
+        Args: method, proposal: as of `sample_posterior`.   Raises: as there and `log_likelihood`.
+        """
+        array = _events(x)
         return sample_posterior(
             lambda theta: self.log_likelihood(array, theta), prior, n, seed=seed, method=method, proposal=proposal, progress=progress
         )
+
+    def sample(
+        self,
+        x: ArrayLike,
+        n: int,
+        *,
+        prior: Prior,
+        seed: int = 0,
+        method: str = "auto",
+        proposal: Proposal | None = None,
+        progress: Progress | None = None,
+    ) -> Array:
+        """Posterior draws theta (n, d) alone; arguments and errors as `posterior`."""
+        return self.posterior(x, n, prior=prior, seed=seed, method=method, proposal=proposal, progress=progress).theta
 
     def _set_sum(self, events: Array, theta: Array) -> Array:
         """Sum over events of log p, (m,)."""
@@ -278,7 +309,15 @@ def _require_density(values: Array, x: Array, owner: Integers | None, offsets: I
 class ExpectedCounts:
     """Learned nu(theta) = E[n | theta] per unit of exposure; call it with theta (m, d) -> (m,).
 
-    deviance: of held-out simulations, per simulation; 1 where the numbers are Poisson (and not few) and nu is right.
+    Made by `fit_expected_counts`. deviance: of held-out simulations, per simulation; 1 where the numbers are Poisson (and not few) and
+    nu is right.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> prior, rng = sp.BoxPrior([sp.Parameter("flux", low=1.0, high=3.0)]), np.random.default_rng(0)
+    >>> theta = prior.sample(200, rng)
+    >>> fitted = sp.estimators.fit_expected_counts(theta, rng.poisson(10 * theta[:, 0]), prior, config=sp.TrainConfig(max_epochs=2))
+    >>> fitted([[2.0]]).shape
+    (1,)
     """
 
     def __init__(self, prior: Prior, net: nn.Module, log_mean: float, deviance: float) -> None:
@@ -307,6 +346,13 @@ def fit_expected_counts(
     Args: theta (n, d) in the prior's support. n_observed (n,), events of each simulation. exposure (n,) or one number, default 1.
     Raises: ShapeError, NonFiniteError, SupportError, DataError (negative numbers, fewer than 20 rows), TrainingError.
     Read: deviance far above 1 = nu is not resolved, or the numbers are not Poisson.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> prior, rng = sp.BoxPrior([sp.Parameter("flux", low=1.0, high=3.0)]), np.random.default_rng(0)
+    >>> theta = prior.sample(200, rng)
+    >>> fitted = sp.estimators.fit_expected_counts(theta, rng.poisson(10 * theta[:, 0]), prior, config=sp.TrainConfig(max_epochs=2))
+    >>> bool((fitted(theta) > 0).all())
+    True
     """
     u = prior.to_unbounded(as_matrix("theta", theta, prior.dim, prior.names))
     n = as_array("n_observed", n_observed, (len(u),))

@@ -14,34 +14,29 @@ Source: Cranmer, Pavez & Louppe 2015, arXiv:1506.02169.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbi_phys.core.checks import as_matrix, as_real, require_finite, require_int
-from sbi_phys.core.device import resolve_device
+from sbi_phys.core.checks import as_matrix, as_real, require_finite
 from sbi_phys.core.errors import DataError, SettingError, ShapeError, SupportError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.estimators.fitting import History, fit_ensemble, train_member
-from sbi_phys.estimators.model_file import FILE, common_content, common_settings, with_weights
+from sbi_phys.estimators.base import BaseEstimator, Shared
 from sbi_phys.nets.classifier import ClassifierConfig, LabelledFeatures, PairClassifier, solve_last_layer
-from sbi_phys.nets.embedding_set import take_scaling
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
-from sbi_phys.priors import Observable
-from sbi_phys.training.batches import MemoryBatches
-from sbi_phys.training.checkpoint import write_file
+from sbi_phys.training.batches import Batches, MemoryBatches
 from sbi_phys.training.loop import Loss, TrainConfig
-from sbi_phys.training.ranks import current_ranks
 from sbi_phys.training.scaling import XScaler, count_columns, split_rows
+from sbi_phys.training.sources import InMemory, checked_weights
 
-__all__ = ["Events", "HypothesisRatio", "TwoHypotheses", "as_events", "cross_entropy", "standard_units"]
+__all__ = ["Events", "HypothesisRatio", "TwoHypotheses", "as_events", "cross_entropy", "solve_head", "standard_units"]
 
 
 MIN_EVENTS = 20
@@ -58,88 +53,64 @@ class Events:
     extra: tuple[Array, ...]
 
 
-class HypothesisRatio:
-    """What all estimators of log r(x | theta0, theta1) share: scaling, members, evaluation; `fit` is theirs.
+class RatioShared(Shared, total=False):
+    """Keyword arguments of every `HypothesisRatio`."""
 
-    Args: seed, network, embedding, n_ensemble (the log ratio is the mean over the members, so that it stays a difference), device,
-    x_transform, observables: as for `NRE`. config: of the training loop; None chooses from the number of rows.
+    network: ClassifierConfig | None
+
+
+class HypothesisRatio(BaseEstimator):
+    """Common part of all estimators of log r(x | theta0, theta1): scaling, training, evaluation; `fit` is theirs.
+
+    Args: network: as of `NRE`. n_ensemble: the log ratio is the mean over the networks, so that it stays a difference.
+    config: of the training loop; None chooses from the number of rows. Others as `BaseEstimator`.
     Raises: SettingError.
     """
 
-    def __init__(
-        self,
-        seed: int = 0,
-        *,
-        network: ClassifierConfig | None = None,
-        embedding: EmbeddingConfig | nn.Module | None = None,
-        n_ensemble: int = 1,
-        device: str | torch.device = "auto",
-        x_transform: str = "auto",
-        observables: Sequence[Observable] | None = None,
-        config: TrainConfig | None = None,
-    ) -> None:
+    default_embedding = EmbeddingConfig(hidden=64, n_blocks=1, n_features=32)
+    _nets: list[PairClassifier]
+
+    def __init__(self, *, network: ClassifierConfig | None = None, **shared: Unpack[Shared]) -> None:
+        super().__init__(**shared)
         if network is not None and not isinstance(network, ClassifierConfig):
             raise SettingError(f"network is a {type(network).__name__}; expected None or ClassifierConfig(...)")
-        self.seed = require_int("seed", seed, low=0)
         self.network = network or ClassifierConfig()
-        self.embedding = EmbeddingConfig(hidden=64, n_blocks=1, n_features=32) if embedding is None else embedding
-        self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
-        self.device = resolve_device(device)
-        self.x_transform = x_transform
-        self.observables = tuple(observables) if observables is not None else None
-        self.config = config
-        self.history: list[History] = []
-        self._scaler: XScaler | None = None
         self._centre, self._width = np.zeros(0), np.ones(0)
         self._boxes: list[tuple[Array, Array]] = []
-        self._nets: list[PairClassifier] = []
 
     @property
     def dim(self) -> int:
         """Number of parameters, 0 for two fixed hypotheses."""
         return len(self._centre)
 
-    def _train(self, events: Events, loss: Loss, progress: Progress | None, *, solve: bool = False) -> None:
-        """Scale, train every member, keep the result; solve: extra holds the two weights of the cross entropy."""
+    def build(self, scaler: Any, seed: int) -> PairClassifier:
+        """Classifier that is given both hypotheses."""
+        return PairClassifier(self.dim, scaler.shape, self.network, self.embedding, seed=seed)
+
+    def _fit_events(
+        self,
+        events: Events,
+        loss: Loss,
+        *,
+        weights: ArrayLike | None,
+        checkpoint: str | Path | None,
+        progress: Progress | None,
+    ) -> None:
+        """Scale, train every member, keep the result."""
         config = self.config or _default_config(len(events.x))
         first, _ = split_rows(len(events.x), config.validation_fraction, seed_for(self.seed, "member", 0))
         scaler = XScaler.fit(events.x[first], count_columns(events.x, self.x_transform, self.observables))
         if (scaler.counts & (events.x < 0).any(axis=0)).any():
             raise DataError("x has negative values in columns declared as counts; expected counts >= 0")
-        both = np.concatenate([events.theta0, events.theta1])
         self._boxes = [_box(t) for t in (events.theta0, events.theta1)]
-        self._centre, self._width = standard_units(both)
-        rows = [scaler.apply(events.x), self._inputs(events.theta0), self._inputs(events.theta1)]
-        rows += [torch.from_numpy(e.astype(np.float32)) for e in events.extra]
+        self._centre, self._width = standard_units(np.concatenate([events.theta0, events.theta1]))
+        columns = list(events.extra) if weights is None else [*events.extra, checked_weights(weights, len(events.x))]
+        rows = [scaler.apply(events.x), self._theta_inputs(events.theta0), self._theta_inputs(events.theta1)]
+        rows += [torch.from_numpy(e.astype(np.float32)) for e in columns]
+        data = InMemory(rows, scaler, config, seed=self.seed, device=self.device, weighted=weights is not None)
+        self._train(data, loss, checkpoint, or_none(progress))
 
-        def member(k: int) -> tuple[PairClassifier, History]:
-            net, records = self._fit_member(k, [t.to(self.device) for t in rows], scaler, config, loss, or_none(progress))
-            if solve:
-                _solve_head(net, *self._split(k, rows, config))
-            return net, records
-
-        nets, history = fit_ensemble(self.n_ensemble, member)
-        self._scaler, self._nets, self.history = scaler, nets, history
-
-    def _split(self, k: int, rows: Sequence[Tensor], config: TrainConfig) -> tuple[list[Tensor], list[Tensor]]:
-        parts = split_rows(len(rows[0]), config.validation_fraction, seed_for(self.seed, "member", k))
-        train, valid = ([t[torch.from_numpy(chosen)].to(self.device) for t in rows] for chosen in parts)
-        return train, valid
-
-    def _fit_member(
-        self, k: int, rows: Sequence[Tensor], scaler: XScaler, config: TrainConfig, loss: Loss, progress: Progress
-    ) -> tuple[PairClassifier, History]:
-        train, valid = self._split(k, rows, config)
-        net = self._new_net(k, scaler.shape)
-        take_scaling(net.embedding, scaler)
-        batches = MemoryBatches(train, valid, seed=seed_for(self.seed, "member", k), ranks=current_ranks())
-        return net, train_member(loss, net, batches, config, seed=self.seed, member=(k, self.n_ensemble), progress=progress)
-
-    def _new_net(self, k: int, x_shape: tuple[int, ...]) -> PairClassifier:
-        seed = seed_for(self.seed, "member", k)
-        return PairClassifier(self.dim, x_shape, self.network, self.embedding, seed=seed).to(self.device)
-
-    def _inputs(self, theta: Array) -> Tensor:
+    def _theta_inputs(self, theta: Array) -> Tensor:
         return torch.from_numpy(((theta - self._centre) / self._width).astype(np.float32))
 
     def log_ratio(self, x: ArrayLike, theta0: ArrayLike | None = None, theta1: ArrayLike | None = None) -> Array:
@@ -148,9 +119,8 @@ class HypothesisRatio:
         Args: x (k,) or (m, k); theta0, theta1 (d,) or (m, d), None where the hypotheses have no parameters. One row serves for all m.
         Raises: SupportError (a theta outside the ranges that were trained on), ShapeError, NonFiniteError, DataError, SettingError.
         """
-        if self._scaler is None:
-            raise SettingError(f"this {type(self).__name__} is not trained; expected .fit(...) first")
-        array, _ = self._scaler.check("x", x)
+        scaler = self._require_fit()
+        array, _ = scaler.check("x", x)
         thetas = [self._checked_theta(name, value) for name, value in (("theta0", theta0), ("theta1", theta1))]
         sizes = {"x": len(array), "theta0": len(thetas[0]), "theta1": len(thetas[1])}
         m = max(sizes.values())
@@ -158,7 +128,7 @@ class HypothesisRatio:
             raise DataError(f"{', '.join(f'{k} has {v} rows' for k, v in sizes.items())}; expected at least one")
         if any(n not in (1, m) for n in sizes.values()):
             raise ShapeError(f"rows differ: {', '.join(f'{k} has {v}' for k, v in sizes.items())}; expected the same number, or one")
-        rows = [t.expand(m, *t.shape[1:]) for t in (self._scaler.apply(array), *map(self._inputs, thetas))]
+        rows = [t.expand(m, *t.shape[1:]) for t in (scaler.apply(array), *map(self._theta_inputs, thetas))]
         return self._evaluate(rows)
 
     @torch.inference_mode()
@@ -186,39 +156,42 @@ class HypothesisRatio:
             )
         return theta
 
-    def _own_settings(self) -> dict[str, Any]:
-        """Settings of the class that the others do not have."""
-        return {}
-
-    def save(self, path: str | Path) -> None:
-        """Write the model: weights, scaling, settings, ranges and history; `sp.load` reads it.   Raises: ModelFileError, SettingError."""
-        if self._scaler is None:
-            raise SettingError(f"this {type(self).__name__} is not trained; expected .fit(...) first")
+    def state(self) -> dict[str, Any]:
+        """Units and ranges of theta."""
         ranges = {"centre": self._centre, "width": self._width, "boxes": np.array(self._boxes)}
-        content = common_content(self) | {
-            "own": self._own_settings(),
-            "network": asdict(self.network),
-            "scaler": self._scaler.to_dict(),
-            "ranges": {name: torch.from_numpy(np.array(value)) for name, value in ranges.items()},
-        }
-        write_file(path, *FILE, content)
+        return {name: torch.from_numpy(np.array(value)) for name, value in ranges.items()}
 
-    @classmethod
-    def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> Self:
-        own = content["own"] | {"network": ClassifierConfig(**content["network"])}
-        model = cls(**common_settings(path, content, embedding), **own, device=device)
-        model._scaler = XScaler.from_dict(content["scaler"])
-        model._centre, model._width, boxes = (content["ranges"][name].numpy() for name in ("centre", "width", "boxes"))
-        model._boxes = [(low, high) for low, high in boxes]
-        model.history = content["history"]
-        model._nets = with_weights([model._new_net(k, model._scaler.shape) for k in range(model.n_ensemble)], content)
-        return model
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        self._centre, self._width, boxes = (state[name].numpy() for name in ("centre", "width", "boxes"))
+        self._boxes = [(low, high) for low, high in boxes]
+
+
+def solve_head(net: PairClassifier, batches: MemoryBatches) -> None:
+    """Solve the last layer of a cross entropy exactly; rows hold x, both theta, both weights[, weight of the row]."""
+
+    @torch.no_grad()
+    def labelled(rows: Sequence[Tensor]) -> list[LabelledFeatures]:
+        found = []
+        for x, u0, u1, w1, w0, *w in zip(*(t.split(_ROWS) for t in rows), strict=True):
+            found.append((net.difference_features(x, u0, u1), w1 * w[0] if w else w1, w0 * w[0] if w else w0))
+        return found
+
+    # the constant cancels in a difference
+    solve_last_layer(net.head, labelled(batches.train), labelled(batches.valid), intercept=net.dim == 0)
 
 
 class TwoHypotheses(HypothesisRatio):
     """Classifier of events from theta0 against events from theta1: log r(x | theta0, theta1).
 
     Args: as `HypothesisRatio`.   Raises: SettingError.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> signal, background = rng.normal(1.0, 1.0, 300), rng.normal(0.0, 1.0, 300)
+    >>> ratio = sp.TwoHypotheses(seed=0, config=sp.TrainConfig(max_epochs=2)).fit(None, signal, None, background)
+    >>> bool(ratio.log_ratio(3.0) > ratio.log_ratio(-3.0))
+    True
     """
 
     def fit(
@@ -228,6 +201,8 @@ class TwoHypotheses(HypothesisRatio):
         theta1: ArrayLike | None,
         x1: ArrayLike,
         *,
+        weights: tuple[ArrayLike, ArrayLike] | None = None,
+        checkpoint: str | Path | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Train on events x0 (n0, ...) ~ p(x | theta0) and x1 (n1, ...) ~ p(x | theta1).
@@ -235,7 +210,8 @@ class TwoHypotheses(HypothesisRatio):
         Args: theta0, theta1: None for two hypotheses without parameters; (d,) for a fixed one; (n0, d), (n1, d) for one theta per event.
         Row i of theta0 and of theta1 are a pair of hypotheses, so that n0 = n1 if both vary; if only one varies, its values are
         also given, in random order, to the other's events.
-        The priors of the two classes are equal whatever n0 and n1.
+        weights: (n0,) and (n1,), > 0, of the events of each hypothesis. checkpoint: path prefix, as of `Estimator.fit`.
+        The priors of the two classes are equal whatever n0 and n1, and whatever the sums of their weights.
         Raises: ShapeError, NonFiniteError, DataError (fewer than 20 events, mixed None), TrainingError.
         """
         first, second = as_events("x0", x0), as_events("x1", x1)
@@ -244,9 +220,18 @@ class TwoHypotheses(HypothesisRatio):
         n0, n1 = len(first), len(second)
         a, b = self._thetas(theta0, theta1, n0, n1)
         numerator = np.repeat([1.0, 0.0], [n0, n1])
-        weights = (numerator * (n0 + n1) / (2 * n0), (1 - numerator) * (n0 + n1) / (2 * n1))
-        self._train(Events(np.concatenate([first, second]), a, b, weights), cross_entropy, progress, solve=True)
+        shares = (numerator * (n0 + n1) / (2 * n0), (1 - numerator) * (n0 + n1) / (2 * n1))
+        given = None
+        if weights is not None:
+            own = [checked_weights(w, n) for w, n in zip(weights, (n0, n1), strict=True)]
+            given = np.concatenate([w / w.mean() for w in own])
+        events = Events(np.concatenate([first, second]), a, b, shares)
+        self._fit_events(events, cross_entropy, weights=given, checkpoint=checkpoint, progress=progress)
         return self
+
+    def finish(self, net: PairClassifier, batches: Batches) -> None:
+        """Solve the last layer exactly."""
+        solve_head(net, cast(MemoryBatches, batches))
 
     def _thetas(self, theta0: ArrayLike | None, theta1: ArrayLike | None, n0: int, n1: int) -> tuple[Array, Array]:
         """Both hypotheses of all n0 + n1 events."""
@@ -324,13 +309,3 @@ def cross_entropy(net: nn.Module, x: Tensor, u0: Tensor, u1: Tensor, w1: Tensor,
     assert isinstance(net, PairClassifier)
     f = net.difference(x, u0, u1)
     return w1 * F.softplus(-f) + w0 * F.softplus(f)
-
-
-@torch.no_grad()
-def _solve_head(net: PairClassifier, train: Sequence[Tensor], valid: Sequence[Tensor]) -> None:
-    def labelled(rows: Sequence[Tensor]) -> list[LabelledFeatures]:
-        chunks = zip(*(t.split(_ROWS) for t in rows), strict=True)
-        return [(net.difference_features(x, u0, u1), w1, w0) for x, u0, u1, w1, w0 in chunks]
-
-    # the constant cancels in a difference
-    solve_last_layer(net.head, labelled(train), labelled(valid), intercept=net.dim == 0)

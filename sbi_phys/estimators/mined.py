@@ -21,9 +21,8 @@ Source: Brehmer, Cranmer, Louppe & Pavez 2018, arXiv:1805.00013, 1805.00020; Sto
 """
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack, cast
 
 import numpy as np
 import torch
@@ -31,23 +30,19 @@ from scipy.special import expit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbi_phys.core.checks import as_array, as_real, require_choice, require_int, require_number
-from sbi_phys.core.device import resolve_device
+from sbi_phys.core.checks import as_array, as_real, require_choice, require_number
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import seed_for
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.estimators.fitting import History, fit_ensemble, train_member
-from sbi_phys.estimators.hypotheses import Events, HypothesisRatio, as_events, cross_entropy, standard_units
-from sbi_phys.estimators.model_file import FILE, common_content, common_settings, with_weights
-from sbi_phys.nets.classifier import ClassifierConfig, PairClassifier
+from sbi_phys.estimators.base import BaseEstimator, Shared
+from sbi_phys.estimators.hypotheses import Events, HypothesisRatio, RatioShared, as_events, cross_entropy, solve_head, standard_units
+from sbi_phys.nets.classifier import PairClassifier
 from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP
-from sbi_phys.priors import Observable
-from sbi_phys.training.batches import MemoryBatches
-from sbi_phys.training.checkpoint import write_file
-from sbi_phys.training.loop import TrainConfig
-from sbi_phys.training.ranks import current_ranks
+from sbi_phys.training.batches import Batches, MemoryBatches
+from sbi_phys.training.loop import Loss, TrainConfig
 from sbi_phys.training.scaling import XScaler, count_columns, split_rows
+from sbi_phys.training.sources import InMemory, checked_weights
 
 __all__ = ["SALLY", "MinedRatio", "alice_loss", "rolr_loss"]
 
@@ -73,37 +68,22 @@ class MinedRatio(HypothesisRatio):
 
     Args: loss: 'alice', 'alices', 'rolr' or 'rascal'. alpha: weight of the score term, for scores in units of their own sd.
     Others as `HypothesisRatio`.   Raises: SettingError.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> rng, y = np.random.default_rng(0), np.arange(400) % 2
+    >>> theta0, theta1 = rng.uniform(-2, 2, (2, 400, 1))
+    >>> z = np.where(y[:, None] == 1, theta0, theta1) + rng.standard_normal((400, 1))
+    >>> log_r = ((z - theta1) ** 2 - (z - theta0) ** 2)[:, 0] / 2  # log p(x, z | theta0) / p(x, z | theta1)
+    >>> ratio = sp.MinedRatio(seed=0, config=sp.TrainConfig(max_epochs=2))
+    >>> ratio = ratio.fit(theta0, theta1, z + rng.standard_normal((400, 1)), y, log_r)
+    >>> ratio.log_ratio([1.0], [0.5], [-0.5]).shape
+    (1,)
     """
 
-    def __init__(
-        self,
-        seed: int = 0,
-        *,
-        loss: str = "alice",
-        alpha: float = 1.0,
-        network: ClassifierConfig | None = None,
-        embedding: EmbeddingConfig | nn.Module | None = None,
-        n_ensemble: int = 1,
-        device: str | torch.device = "auto",
-        x_transform: str = "auto",
-        observables: Sequence[Observable] | None = None,
-        config: TrainConfig | None = None,
-    ) -> None:
-        super().__init__(
-            seed,
-            network=network,
-            embedding=embedding,
-            n_ensemble=n_ensemble,
-            device=device,
-            x_transform=x_transform,
-            observables=observables,
-            config=config,
-        )
+    def __init__(self, *, loss: str = "alice", alpha: float = 1.0, **shared: Unpack[RatioShared]) -> None:
+        super().__init__(**shared)
         self.loss = require_choice("loss", loss, _LOSSES)
         self.alpha = require_number("alpha", alpha, low=0)
-
-    def _own_settings(self) -> dict[str, Any]:
-        return {"loss": self.loss, "alpha": self.alpha}
 
     def fit(
         self,
@@ -114,6 +94,8 @@ class MinedRatio(HypothesisRatio):
         log_r_joint: ArrayLike,
         score: ArrayLike | None = None,
         *,
+        weights: ArrayLike | None = None,
+        checkpoint: str | Path | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Train on n events.
@@ -126,6 +108,8 @@ class MinedRatio(HypothesisRatio):
             log_r_joint: (n,), log p(x, z | theta0) - log p(x, z | theta1), nats.
             score: (n, d), gradient of log p(x, z | theta) with respect to theta at the theta that the event was drawn from, one over
                 the parameters' units; needed by 'alices' and 'rascal'.
+            weights: (n,), > 0.
+            checkpoint: path prefix, as of `Estimator.fit`.
             progress: shows epochs and losses.
 
         Raises: ShapeError, NonFiniteError, DataError (y not 0 or 1, all of one kind, no scores), TrainingError.
@@ -149,10 +133,16 @@ class MinedRatio(HypothesisRatio):
             extra += (t, np.broadcast_to(np.where(spread > 0, spread, 1.0), t.shape), own)
         if self.loss == "alice":  # a cross entropy with weights, whose last layer can be solved for
             soft = expit(gold)
-            self._train(Events(events, a, b, (soft, 1 - soft)), cross_entropy, progress, solve=True)
-            return self
-        self._train(Events(events, a, b, extra), _GoldLoss(self.loss, self.alpha, np.concatenate([a, b])), progress)
+            training, loss = Events(events, a, b, (soft, 1 - soft)), cast(Loss, cross_entropy)
+        else:
+            training, loss = Events(events, a, b, extra), _GoldLoss(self.loss, self.alpha, np.concatenate([a, b]))
+        self._fit_events(training, loss, weights=weights, checkpoint=checkpoint, progress=progress)
         return self
+
+    def finish(self, net: PairClassifier, batches: Batches) -> None:
+        """Solve the last layer exactly where the loss is a cross entropy."""
+        if self.loss == "alice":
+            solve_head(net, cast(MemoryBatches, batches))
 
 
 class _GoldLoss:
@@ -179,43 +169,43 @@ class _GoldLoss:
         return (((slope / width - score) / spread) ** 2).sum(dim=1)
 
 
-class SALLY:
+class SALLY(BaseEstimator):
     r"""Score regression at one reference point: t^(x) -> E[t(x, z | theta_ref) | x] = grad_theta log p(x | theta) at theta_ref.
 
     Close to theta_ref, log r(x | theta, theta_ref) = t(x) . (theta - theta_ref) + ...: no other statistic of x tells theta apart better.
 
-    Args: seed, embedding (of the perceptron x -> t), n_ensemble (mean of the members), device, x_transform, observables, config: as for
-    `HypothesisRatio`.   Raises: SettingError.
+    Args: embedding: an EmbeddingConfig, of the perceptron x -> t. n_ensemble: networks, whose mean is taken. config: of the training loop;
+    None chooses from the number of rows. Others as `BaseEstimator`.   Raises: SettingError.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> z = rng.standard_normal((300, 1))  # latent, ~ N(theta, 1) at theta = 0: its score is z
+    >>> sally = sp.SALLY(seed=0, config=sp.TrainConfig(max_epochs=2)).fit(z + rng.standard_normal((300, 1)), z)
+    >>> sally.score([0.3]).shape
+    (1,)
     """
 
-    def __init__(
-        self,
-        seed: int = 0,
-        *,
-        embedding: EmbeddingConfig | None = None,
-        n_ensemble: int = 1,
-        device: str | torch.device = "auto",
-        x_transform: str = "auto",
-        observables: Sequence[Observable] | None = None,
-        config: TrainConfig | None = None,
-    ) -> None:
-        if embedding is not None and not isinstance(embedding, EmbeddingConfig):
-            raise SettingError(f"embedding is a {type(embedding).__name__}; expected None or EmbeddingConfig(...)")
-        self.seed = require_int("seed", seed, low=0)
-        self.embedding = embedding or EmbeddingConfig(hidden=32, n_blocks=1, n_features=16)
-        self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
-        self.device = resolve_device(device)
-        self.x_transform = x_transform
-        self.observables = tuple(observables) if observables is not None else None
-        self.config = config
-        self.history: list[History] = []
-        self._scaler: XScaler | None = None
-        self._scale = np.ones(0)
-        self._nets: list[ResidualMLP] = []
+    default_embedding = EmbeddingConfig(hidden=32, n_blocks=1, n_features=16)
+    _nets: list[ResidualMLP]
 
-    def fit(self, x: ArrayLike, score: ArrayLike, *, progress: Progress | None = None) -> Self:
+    def __init__(self, **shared: Unpack[Shared]) -> None:
+        super().__init__(**shared)
+        if not isinstance(self.embedding, EmbeddingConfig):
+            raise SettingError(f"embedding is a {type(self.embedding).__name__}; expected None or EmbeddingConfig(...)")
+        self._scale = np.ones(0)
+
+    def fit(
+        self,
+        x: ArrayLike,
+        score: ArrayLike,
+        *,
+        weights: ArrayLike | None = None,
+        checkpoint: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
         """Train on events x (n, ...) ~ p(x | theta_ref) and their joint scores (n, d), one over the parameters' units.
 
+        Args: weights: (n,), > 0. checkpoint: path prefix, as of `Estimator.fit`.
         Raises: ShapeError, NonFiniteError, DataError, TrainingError.
         """
         events = as_events("x", x)
@@ -225,25 +215,26 @@ class SALLY:
         first, _ = split_rows(n, config.validation_fraction, seed_for(self.seed, "member", 0))
         scaler = XScaler.fit(events[first], count_columns(events, self.x_transform, self.observables))
         spread = np.sqrt((target[first] ** 2).mean(axis=0))
-        scale = np.where(spread > 0, spread, 1.0)
-        rows = [scaler.apply(events), torch.from_numpy((target / scale).astype(np.float32))]
-        nets, history = fit_ensemble(self.n_ensemble, lambda k: self._fit_member(k, rows, config, or_none(progress)))
-        self._scaler, self._scale, self._nets, self.history = scaler, scale, nets, history
+        self._scale = np.where(spread > 0, spread, 1.0)
+        rows = [scaler.apply(events), torch.from_numpy((target / self._scale).astype(np.float32))]
+        if weights is not None:
+            rows.append(torch.from_numpy(checked_weights(weights, n).astype(np.float32)))
+        data = InMemory(rows, scaler, config, seed=self.seed, device=self.device, weighted=weights is not None)
+        self._train(data, self.row_loss, checkpoint, or_none(progress))
         return self
 
-    def _fit_member(self, k: int, rows: Sequence[Tensor], config: TrainConfig, progress: Progress) -> tuple[ResidualMLP, History]:
-        seed = seed_for(self.seed, "member", k)
-        parts = split_rows(len(rows[0]), config.validation_fraction, seed)
-        train, valid = ([t[torch.from_numpy(chosen)].to(self.device) for t in rows] for chosen in parts)
-        net = self._new_net(k, tuple(rows[0].shape[1:]), rows[1].shape[1])
-        batches = MemoryBatches(train, valid, seed=seed, ranks=current_ranks())
-        return net, train_member(_squared_error, net, batches, config, seed=self.seed, member=(k, self.n_ensemble), progress=progress)
-
-    def _new_net(self, k: int, x_shape: tuple[int, ...], dim: int) -> ResidualMLP:
+    def build(self, scaler: Any, seed: int) -> ResidualMLP:
+        """Perceptron x -> t."""
+        assert isinstance(self.embedding, EmbeddingConfig)
         with torch.random.fork_rng([]):
-            torch.manual_seed(seed_for(seed_for(self.seed, "member", k), "weights"))
-            shape = EmbeddingConfig(hidden=self.embedding.hidden, n_blocks=self.embedding.n_blocks, n_features=dim)
-            return ResidualMLP(math.prod(x_shape), shape).to(self.device)
+            torch.manual_seed(seed_for(seed, "weights"))
+            shape = EmbeddingConfig(hidden=self.embedding.hidden, n_blocks=self.embedding.n_blocks, n_features=len(self._scale))
+            return ResidualMLP(math.prod(scaler.shape), shape)
+
+    def row_loss(self, net: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        """Squared error summed over parameters."""
+        error: Tensor = net(x) - target
+        return (error**2).sum(dim=1)
 
     @torch.inference_mode()
     def score(self, x: ArrayLike) -> Array:
@@ -251,31 +242,20 @@ class SALLY:
 
         For independent events the statistics add up.   Raises: ShapeError, NonFiniteError, DataError, SettingError.
         """
-        if self._scaler is None:
-            raise SettingError("this SALLY is not trained; expected .fit(x, score) first")
-        array, single = self._scaler.check("x", x)
-        if len(array) == 0:
-            raise DataError(f"x has shape {array.shape}, no events; expected at least one")
-        inputs = self._scaler.apply(array).to(self.device)
+        inputs, single = self._inputs(x)
+        if len(inputs) == 0:
+            raise DataError(f"x has shape {np.shape(x)}, no events; expected at least one")
         parts = [torch.stack([net(part).double() for net in self._nets]).mean(dim=0).cpu() for part in inputs.split(_ROWS)]
         out: Array = torch.cat(parts).numpy() * self._scale
         return out[0] if single else out
 
-    def save(self, path: str | Path) -> None:
-        """Write the model: weights, scaling, settings and history; `sp.load` reads it.   Raises: ModelFileError, SettingError."""
-        if self._scaler is None:
-            raise SettingError("this SALLY is not trained; expected .fit(x, score) first")
-        content = common_content(self) | {"scaler": self._scaler.to_dict(), "scale": torch.from_numpy(np.array(self._scale))}
-        write_file(path, *FILE, content)
+    def state(self) -> dict[str, Any]:
+        """Units of the scores."""
+        return {"scale": torch.from_numpy(np.array(self._scale))}
 
-    @classmethod
-    def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> Self:
-        model = cls(**common_settings(path, content, embedding), device=device)
-        model._scaler, model._scale = XScaler.from_dict(content["scaler"]), content["scale"].numpy()
-        model.history = content["history"]
-        nets = [model._new_net(k, model._scaler.shape, len(model._scale)) for k in range(model.n_ensemble)]
-        model._nets = with_weights(nets, content)
-        return model
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        self._scale = state["scale"].numpy()
 
     def information(self, x: ArrayLike) -> Array:
         """Fisher information per event, E[t t^T] (d, d), from events x (n, ...) ~ p(x | theta_ref), not those trained on.
@@ -284,12 +264,6 @@ class SALLY:
         """
         t = np.atleast_2d(self.score(x))
         return t.T @ t / len(t)
-
-
-def _squared_error(net: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """Squared error summed over parameters, one value per row."""
-    error: Tensor = net(x) - target
-    return (error**2).sum(dim=1)
 
 
 def _column(name: str, value: ArrayLike) -> Array:

@@ -4,175 +4,130 @@ For pairs (theta, x) from any distribution of theta the expected loss
 
     E[-log q(x | theta)] = E_theta KL(p(x | theta) || q(x | theta)) + E_theta H[p(x | theta)]
 
-is least where q is the likelihood. A likelihood, unlike a posterior, multiplies: independent events of one data set are
+is smallest where q is the likelihood. Likelihoods of independent events multiply, so for one data set
 
     log L(theta) = sum_e log q(x_e | theta),
 
-any number of them, and the prior can be another one than the simulations had. It also emulates the simulator: `sample_x`, `as_simulator`.
+for any number of events, and the prior may differ from that of the simulations. The flow is that of NPE with the roles changed:
+conditional on u = prior.to_unbounded(theta), a density over x, mapped with its exact Jacobian, whole numbers dequantised
+(`nets.likelihood`). Posteriors come from a sampler (`density_sampling`), which says whether it has converged.
 
-The flow is that of NPE with the roles changed: conditional on u = prior.to_unbounded(theta), a density over x, mapped with its exact
-Jacobian, whole numbers dequantised (`likelihood_net`). Posteriors come from a sampler (`from_density`), which says whether it converged.
+A trained likelihood also emulates the simulator (`sample_x`, `as_simulator`). Where simulations are expensive and p(x | theta) is simpler
+than p(theta | x), a posterior network r can be trained on any number of emulated pairs,
 
-Source: Papamakarios, Sterratt & Murray 2019, arXiv:1805.07226; Theis, van den Oord & Bethge 2016, arXiv:1511.01844 (dequantisation).
+    theta ~ p(theta),   x ~ q(x | theta),   min over r of E[-log r(theta | x)],
+
+which tends to the posterior of q. By the chain rule of the divergence of the pairs
+
+    E_x KL(p(theta | x) || q(theta | x)) = E_theta KL(p(x | theta) || q(x | theta)) - KL(p(x) || q(x)):
+
+its error is at most that of the likelihood, to which the error of r is added.
+
+Source: Papamakarios, Sterratt & Murray 2019, arXiv:1805.07226; Theis, van den Oord & Bethge 2016, arXiv:1511.01844 (dequantisation);
+Papamakarios & Murray 2016, arXiv:1605.06376 (r).
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Self
+import itertools
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Unpack, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sbi_phys.core.checks import as_matrix, require_int
-from sbi_phys.core.device import resolve_device
-from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
-from sbi_phys.core.progress import Progress, or_none
-from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
-from sbi_phys.core.types import Array, ArrayLike, Integers
+from sbi_phys.core.errors import NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.progress import Progress
+from sbi_phys.core.rng import torch_rng_for
+from sbi_phys.core.types import AnyArray, Array, ArrayLike, Integers
+from sbi_phys.estimators.base import Estimator, Shared
 from sbi_phys.estimators.density_sampling import Gradient, PosteriorDraws, sample_posterior
-from sbi_phys.estimators.emulator import Emulator
-from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, stores_or_data, train_member
-from sbi_phys.estimators.model_file import FILE, shared_content, shared_settings, with_weights
-from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.likelihood import DequantisedLoss, XColumns, log_density_rows, noise_points, value_and_gradient
 from sbi_phys.nets.posterior import PosteriorNet, sample_net
-from sbi_phys.priors import Observable, Prior
+from sbi_phys.priors import Observable, Parameter, Prior
 from sbi_phys.samplers.importance import Proposal
-from sbi_phys.store.store import Store
-from sbi_phys.training.batches import MemoryBatches
-from sbi_phys.training.checkpoint import write_file
-from sbi_phys.training.loop import TrainConfig
-from sbi_phys.training.ranks import current_ranks
-from sbi_phys.training.scaling import prepare_simulations, split_rows
-from sbi_phys.training.sources import MIN_SIMULATIONS
+from sbi_phys.training.loop import Loss
 
-__all__ = ["NLE"]
+__all__ = ["NLE", "Emulator"]
 
 _SET_ROWS = 1 << 20  # (event, theta) pairs at a time
-_MANY = 4  # columns of counts that a Gaussian is enough for
+_MANY = 4  # columns of counts for which a Gaussian is enough
+_COUNTS = 1  # of XColumns.kind
 
 
-class NLE:
+class NLE(Estimator):
     """Learned likelihood q(x | theta) of one event x (k,).
 
     Args:
         prior: over theta; its whitening map makes the network's input.
-        seed: of weights, split, order, noise and draws.
         flow: 'spline', 'affine', 'maf' (3 layers of width 32) or a FlowConfig, over x. 'auto' takes FlowConfig(n_layers=0), a full
             conditional Gaussian alone, for four or more columns that all are counts (Anscombe's root makes them nearly normal, and
-            couplings that mix so many columns cost more than they find), 'spline' for others.
+            couplings of so many columns cost more than they gain), 'spline' for others.
         embedding: of theta: None (residual perceptron), an EmbeddingConfig, or any nn.Module (n, d') -> (n, k).
         n_ensemble: networks, trained with different seeds and splits; the density is their equal mixture.
-        device: 'auto' takes CUDA where there is one.
         x_transform: 'auto', 'counts' (Anscombe's root), 'log' or 'real'; 'auto' asks `observables`, else looks at the values.
         dequantise: add uniform noise to whole numbers: 'auto' in columns of counts; True everywhere; False nowhere.
-        n_noise: noise points that a probability of whole numbers is averaged over.
-        observables: the simulator's blocks of columns, if any.
-        simulator: identity of the simulator, kept in the model file; taken from the store when fitted from one.
-        config: of the training loop.
+        n_noise: noise points over which a probability of whole numbers is averaged.
+        Others as `BaseEstimator`. Of stores that are streamed, the kinds of columns and their scaling are learned from the first rows.
     Raises: SettingError.   Source: arXiv:1805.07226.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> prior, rng = sp.BoxPrior([sp.Parameter("rate", low=0.5, high=2.0)]), np.random.default_rng(0)
+    >>> theta = prior.sample(300, rng)
+    >>> nle = sp.NLE(prior, config=sp.TrainConfig(max_epochs=2)).fit(theta, rng.exponential(1 / theta))
+    >>> nle.log_likelihood(rng.exponential(1.0, (20, 1)), theta[:3], event_set=True).shape  # 20 events, three theta
+    (3,)
     """
+
+    scaler_class = XColumns
+    _nets: list[PosteriorNet]
 
     def __init__(
         self,
         prior: Prior,
-        seed: int = 0,
         *,
         flow: str | FlowConfig = "auto",
-        embedding: EmbeddingConfig | nn.Module | None = None,
-        n_ensemble: int = 1,
-        device: str | torch.device = "auto",
-        x_transform: str = "auto",
         dequantise: str | bool = "auto",
         n_noise: int = 8,
-        observables: Sequence[Observable] | None = None,
-        simulator: dict[str, Any] | None = None,
-        config: TrainConfig | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
-        self.prior = require_prior(prior)
-        self.seed = require_int("seed", seed, low=0)
+        super().__init__(prior, **shared)
         self._choose_flow = isinstance(flow, str) and flow == "auto"
         kind = "spline" if self._choose_flow else flow
         self.flow = FlowConfig(kind=kind, n_layers=3, hidden=32) if isinstance(kind, str) else kind
-        self.embedding = EmbeddingConfig() if embedding is None else embedding
-        self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
-        self.device = resolve_device(device)
-        self.x_transform, self.dequantise = x_transform, dequantise
+        self.dequantise = dequantise
         self.n_noise = require_int("n_noise", n_noise, low=1)
-        self.observables = tuple(observables) if observables is not None else None
-        self.simulator = simulator
-        self.config = config or TrainConfig()
-        self.history: list[History] = []
-        self._columns: XColumns | None = None
-        self._nets: list[PosteriorNet] = []
 
-    def fit(
-        self,
-        theta: ArrayLike | Tensor | Store | str | Path | Sequence[Store | str | Path],
-        x: ArrayLike | Tensor | None = None,
-        *,
-        checkpoint: str | Path | None = None,
-        progress: Progress | None = None,
-    ) -> Self:
-        """Train on simulated events.
+    def build(self, scaler: XColumns, seed: int) -> PosteriorNet:
+        """Embedding of theta and flow over x."""
+        return PosteriorNet(scaler.dim, (self.prior.free_dim,), self.flow, self.embedding, seed=seed)
 
-        Args: theta (n, d) in the prior's support and x (n, k), one event a row; or a store (or its path, or several) in place of both.
-        checkpoint: path prefix; an interrupted training goes on from there, with the same weights in the end.
-        Raises: ShapeError, NonFiniteError, SupportError, DataError (too few; columns that are not what they are declared as),
-        TrainingError, StoreError, SettingError.
-        """
-        u, data = self._arrays(theta, x)
-        train, _ = split_rows(len(u), self.config.validation_fraction, seed_for(self.seed, "member", 0))
-        columns = XColumns.fit(data, self.x_transform, self.dequantise, self.observables, data[train])
-        if self._choose_flow:
-            self.flow = FlowConfig(n_layers=0 if columns.all_counts and columns.dim >= _MANY else 3, hidden=32)
-        rows = (torch.from_numpy(u.astype(np.float32)), columns.stored(data))
-        nets, history = fit_ensemble(self.n_ensemble, lambda k: self._fit_member(k, rows, columns, checkpoint, or_none(progress)))
-        self._columns, self._nets, self.history = columns, nets, history
-        return self
+    def start(self, net: PosteriorNet, rows: Sequence[Tensor], seed: int) -> None:
+        """Begin at the Gaussian of the training data."""
+        noise = torch.rand(rows[1].shape, generator=torch_rng_for(seed, "start")).to(self.device)
+        net.start_at(self._with_noise(rows[1], noise))
 
-    def _arrays(self, theta: Any, x: Any) -> tuple[Array, Array]:
-        stores = stores_or_data(self, theta, x)
-        if stores is not None:
-            parts = [store.read() for store in stores]
-            theta, x = (np.concatenate([p[i] for p in parts]) for i in (0, 1))
-        u, data = prepare_simulations(self.prior, theta, x)
-        if data.ndim != 2:
-            raise ShapeError(f"x has shape {data.shape}; expected (n, k), one event a row")
-        if len(u) < MIN_SIMULATIONS:
-            raise DataError(f"{len(u)} simulations; expected at least {MIN_SIMULATIONS}")
-        return u, np.asarray(data, dtype=np.float64)
+    def _loss(self, scaler: XColumns) -> Loss:
+        loss = DequantisedLoss(scaler, self.device)
+        self._with_noise = loss.with_noise
+        return loss
 
-    def _fit_member(
-        self, k: int, rows: tuple[Tensor, Tensor], columns: XColumns, checkpoint: str | Path | None, progress: Progress
-    ) -> tuple[PosteriorNet, History]:
-        seed = seed_for(self.seed, "member", k)
-        parts = [torch.from_numpy(part) for part in split_rows(len(rows[0]), self.config.validation_fraction, seed)]
-        train, valid = ([t[part].to(self.device) for t in rows] for part in parts)
-        batches = MemoryBatches(train, valid, seed=seed, ranks=current_ranks())
-        loss = DequantisedLoss(columns, self.device)
-        net = self._new_net(k, columns)
-        noise = torch.rand(train[1].shape, generator=torch_rng_for(seed, "start")).to(self.device)
-        net.start_at(loss.with_noise(train[1], noise))
-        member = k, self.n_ensemble
-        return net, train_member(loss, net, batches, self.config, seed=self.seed, member=member, progress=progress, checkpoint=checkpoint)
+    def _scaling(self) -> Callable[[AnyArray, Integers | slice], XColumns]:
+        def columns(x: AnyArray, train: Integers | slice) -> XColumns:
+            if x.ndim != 2:
+                raise ShapeError(f"x has shape {x.shape}; expected (n, k), one event a row")
+            data = np.asarray(x, dtype=np.float64)
+            found = XColumns.fit(data, self.x_transform, self.dequantise, self.observables, data[train])
+            if self._choose_flow:
+                self.flow = FlowConfig(n_layers=0 if found.all_counts and found.dim >= _MANY else 3, hidden=32)
+            return found
 
-    def _new_net(self, k: int, columns: XColumns) -> PosteriorNet:
-        seed = seed_for(self.seed, "member", k)
-        return PosteriorNet(columns.dim, (self.prior.free_dim,), self.flow, self.embedding, seed=seed).to(self.device)
+        return columns
 
-    def _require_fit(self) -> XColumns:
-        if self._columns is None:
-            raise SettingError("this NLE is not trained; expected .fit(theta, x) or sp.load(path) first")
-        return self._columns
-
-    def _u(self, theta: ArrayLike | Tensor) -> Tensor:
-        """Network inputs (m, d') of theta (m, d).   Raises: ShapeError, NonFiniteError, SupportError."""
-        u = self.prior.to_network(as_matrix("theta", theta, self.prior.dim, self.prior.names))
-        return torch.from_numpy(u.astype(np.float32)).to(self.device)
+    def _columns(self) -> XColumns:
+        return cast(XColumns, self._require_fit())
 
     def _noise(self, columns: XColumns) -> Array:
         return noise_points(columns, self.n_noise, self.seed)
@@ -185,7 +140,7 @@ class NLE:
         Probabilities where x are counts, densities per unit of x elsewhere.
         Raises: ShapeError, NonFiniteError, SupportError (theta outside the prior), DataError (no events; x outside the support).
         """
-        columns, inputs = self._require_fit(), self._u(theta)
+        columns, inputs = self._columns(), self._u(theta)
         array, _ = columns.check("x", x, rows=event_set)
         if len(inputs) == 1 and not event_set:
             inputs = inputs.expand(len(array), -1)
@@ -211,14 +166,14 @@ class NLE:
 
         Raises: as `log_likelihood`.
         """
-        columns, inputs = self._require_fit(), self._u(theta)
+        columns, inputs = self._columns(), self._u(theta)
         array, _ = columns.check("x", x, rows=True)
         if owner.shape != (len(array),) or owner.min() < 0 or owner.max() >= len(inputs):
             raise ShapeError(f"owner has shape {owner.shape}; expected ({len(array)},) with values in 0 .. {len(inputs) - 1}")
         return self._rows(array, inputs, owner)
 
     def _rows(self, x: Array, u: Tensor, owner: Integers) -> Array:
-        columns = self._require_fit()
+        columns = self._columns()
         out = log_density_rows(self._nets, columns, self._noise(columns), x, u, owner)
         bad = ~np.isfinite(out)
         if bad.any():
@@ -234,14 +189,14 @@ class NLE:
 
         Args: x (k,), one event, or with event_set (n_events, k).   Raises: as `log_likelihood`.
         """
-        columns, inputs = self._require_fit(), self._u(theta)
+        columns, inputs = self._columns(), self._u(theta)
         array, _ = columns.check("x", x, rows=event_set)
         if len(array) != 1 and not event_set:
             raise ShapeError(f"x has {len(array)} rows; expected one event, or event_set=True")
         return value_and_gradient(self._nets, columns, self._noise(columns), array, inputs)
 
     def _gradient(self, array: Array) -> Gradient:
-        columns = self._require_fit()
+        columns = self._columns()
 
         def gradient(u: Array) -> tuple[Array, Array]:
             inputs = torch.from_numpy(u.astype(np.float32)).to(self.device)
@@ -251,24 +206,24 @@ class NLE:
 
     def posterior(
         self,
-        x_obs: ArrayLike | Tensor,
+        x: ArrayLike | Tensor,
         n: int,
-        seed: int = 0,
         *,
+        seed: int = 0,
         event_set: bool = False,
         method: str = "auto",
         proposal: Proposal | None = None,
         progress: Progress | None = None,
     ) -> PosteriorDraws:
-        """Draw theta (n, d) from q(x_obs | theta) p(theta), with the sampler's verdict; see `sample_posterior` for methods.
+        """Draw theta (n, d) from q(x | theta) p(theta), with the sampler's diagnostics; see `sample_posterior` for methods.
 
-        Args: x_obs (k,), one event; or, with event_set, (n_events, k), one data set. proposal: over u, e.g. `NPE.proposal(x_obs)`.
+        Args: x (k,), one event; or, with event_set, (n_events, k), one data set. proposal: over u, e.g. `NPE.proposal(x)`.
         Raises: as `log_likelihood`, and ConvergenceError.
         """
-        columns = self._require_fit()
-        array, _ = columns.check("x_obs", x_obs, rows=event_set)
+        columns = self._columns()
+        array, _ = columns.check("x", x, rows=event_set)
         if len(array) != 1 and not event_set:
-            raise ShapeError(f"x_obs has {len(array)} rows; expected one event ({columns.n_columns},), or event_set=True")
+            raise ShapeError(f"x has {len(array)} rows; expected one event ({columns.n_columns},), or event_set=True")
         return sample_posterior(
             lambda theta: self.log_likelihood(array, theta, event_set=True),
             self.prior,
@@ -282,60 +237,106 @@ class NLE:
 
     def sample(
         self,
-        x_obs: ArrayLike | Tensor,
+        x: ArrayLike | Tensor,
         n: int,
-        seed: int = 0,
         *,
+        seed: int = 0,
         event_set: bool = False,
         method: str = "auto",
         proposal: Proposal | None = None,
         progress: Progress | None = None,
     ) -> Array:
         """Posterior draws theta (n, d) alone; arguments and errors as `posterior`."""
-        return self.posterior(x_obs, n, seed, event_set=event_set, method=method, proposal=proposal, progress=progress).theta
+        return self.posterior(x, n, seed=seed, event_set=event_set, method=method, proposal=proposal, progress=progress).theta
 
-    def sample_x(self, theta: ArrayLike | Tensor, n: int, seed: int = 0) -> Array:
+    def sample_x(self, theta: ArrayLike | Tensor, n: int, *, seed: int = 0) -> Array:
         """Emulate the simulator: x (m, n, k), n events at each theta (m, d); whole numbers where x are counts.
 
         Raises: ShapeError, NonFiniteError, SupportError, SettingError.
         """
-        columns, inputs = self._require_fit(), self._u(theta)
+        columns, inputs = self._columns(), self._u(theta)
         n = require_int("n", n, low=1)
-        counts = rng_for(seed, "members").multinomial(n, np.full(len(self._nets), 1 / len(self._nets)))
-        parts = [
-            sample_net(net, inputs, int(c), torch_rng_for(seed, "draws", k, device=self.device))
-            for k, (net, c) in enumerate(zip(self._nets, counts, strict=True))
-            if c
-        ]
-        z = torch.cat(parts, dim=1).double().numpy()
-        if len(parts) > 1:
-            z = z[:, rng_for(seed, "mix").permutation(n)]
+        z = self._draw_members(inputs, n, seed)
         return columns.from_z(z.reshape(-1, columns.dim)).reshape(len(inputs), n, columns.n_columns)
 
-    def as_simulator(self) -> Emulator:
+    def as_simulator(self) -> "Emulator":
         """q(x | theta) as a Simulator: `NPE(prior).fit(simulator=nle.as_simulator(), online=True, n=...)` trains on its pairs.
 
-        Read: where few simulations are all there is and p(x | theta) is simple, the posterior learned so is closer than from the
-        simulations themselves; it can be no better than this likelihood.   Raises: SettingError.
+        Read: with few simulations and a simple p(x | theta) such a posterior is closer than one learned from the simulations
+        themselves; it can be no better than this likelihood.   Raises: SettingError.
         """
-        columns = self._require_fit()
-        return Emulator(self._nets, columns, self.prior, self.observables, self.simulator, self.device)
+        columns = self._columns()
+        return Emulator(self._nets, columns, self.prior, self.observables, self.identity, self.device)
 
-    def save(self, path: str | Path) -> None:
-        """Write the model: weights, map of x, prior, settings and history; no code is stored.   Raises: ModelFileError."""
-        content = shared_content(self) | {
-            "flow": asdict(self.flow),
-            "dequantise": self.dequantise,
-            "n_noise": self.n_noise,
-            "columns": self._require_fit().to_dict(),
-        }
-        write_file(path, *FILE, content)
 
-    @classmethod
-    def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> "NLE":
-        own = {"flow": FlowConfig(**content["flow"]), "dequantise": content["dequantise"], "n_noise": content["n_noise"]}
-        nle = cls(**shared_settings(path, content, embedding), **own, device=device)
-        nle._columns = XColumns.from_dict(content["columns"])
-        nle.history = content["history"]
-        nle._nets = with_weights([nle._new_net(k, nle._columns) for k in range(nle.n_ensemble)], content)
-        return nle
+class Emulator:
+    """A trained `NLE` as a Simulator (see `protocol`): x (n, k) ~ q(x | theta); made by `NLE.as_simulator`.
+
+    Args: nets: equal members, each row is drawn from one of them. columns: the map of x. prior: of the training.
+    observables: blocks of x; None makes one block for each run of columns of one kind. simulator: identity of what is emulated.
+    Attributes: settings: the emulated simulator's identity and a checksum of the weights; they name the emulator, they do not
+    rebuild it. in_process: the network stays in its process, and online training draws its rows in a thread.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> prior = sp.NormalPrior([sp.Parameter("mu")])
+    >>> theta = prior.sample(200, np.random.default_rng(0))
+    >>> nle = sp.NLE(prior, config=sp.TrainConfig(max_epochs=1)).fit(theta, theta + np.random.default_rng(1).normal(size=(200, 1)))
+    >>> nle.as_simulator().simulate(theta[:4], np.random.default_rng(2)).shape
+    (4, 1)
+    """
+
+    in_process = True
+
+    def __init__(
+        self,
+        nets: Sequence[PosteriorNet],
+        columns: XColumns,
+        prior: Prior,
+        observables: Sequence[Observable] | None,
+        simulator: dict[str, Any] | None,
+        device: torch.device,
+    ) -> None:
+        self.prior: Prior = prior
+        self.parameters: tuple[Parameter, ...] = prior.parameters
+        self.observables: tuple[Observable, ...] = tuple(observables) if observables is not None else _blocks(columns)
+        self.settings: dict[str, Any] = {"emulates": simulator, "weights": _checksum(nets)}
+        self._nets, self._columns, self._device = tuple(nets), columns, device
+
+    def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
+        """Draw x (n, k) at theta (n, d), one each; whole numbers where x are counts.   Raises: ShapeError, NonFiniteError, SupportError."""
+        u = self.prior.to_network(as_matrix("theta", theta, self.prior.dim, self.prior.names))
+        inputs = torch.from_numpy(u.astype(np.float32)).to(self._device)
+        generator = torch.Generator(device=self._device).manual_seed(int(rng.integers(2**63)))
+        member = rng.integers(len(self._nets), size=len(u))
+        z = np.empty((len(u), self._columns.dim))
+        for k, net in enumerate(self._nets):
+            rows = np.flatnonzero(member == k)
+            if len(rows):
+                z[rows] = sample_net(net, inputs[torch.from_numpy(rows).to(self._device)], 1, generator)[:, 0].double().numpy()
+        return self._columns.from_z(z)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled: torch in every worker would cost more than the draws."""
+        raise SettingError(
+            "an emulator is a network and stays in its process; expected workers=0 in online training, workers=1 in simulate"
+        )
+
+
+def _checksum(nets: Sequence[PosteriorNet]) -> int:
+    """CRC-32 of all weights, in their order."""
+    value = 0
+    for net in nets:
+        for tensor in net.state_dict().values():
+            value = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), value)
+    return value
+
+
+def _blocks(columns: XColumns) -> tuple[Observable, ...]:
+    """Blocks of columns without names of their own: runs of counts, and of others."""
+    counts = np.zeros(columns.n_columns, dtype=bool)
+    counts[columns.kept] = columns.kind == _COUNTS
+    for tied, _, _ in columns.ties:
+        counts[list(tied)] = True
+    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(counts.tolist())]
+    names = ["x"] if len(runs) == 1 else [f"x{i}" for i in range(len(runs))]
+    return tuple(Observable(name, size, kind="counts" if kind else "real") for name, (kind, size) in zip(names, runs, strict=True))

@@ -1,161 +1,186 @@
 r"""Neural ratio estimation: log r(x | theta) = log p(x | theta) - log p(x), from a classifier of pairs.
 
 Joint pairs (theta, x) ~ p(theta) p(x | theta) are told apart from marginal pairs ~ p(theta) p(x). The log odds of the best classifier
-are log r, for every x and theta at once (losses and their sources: `ratio_losses`; the network: `nets.classifier`). Then
+are log r, for every x and theta at once (network: `nets.classifier`). Then
 
     p(theta | x) = p(theta) r(x | theta),      p(theta | {x_e}) proportional to p(theta) prod_e r(x_e | theta)
 
-for one observation and for a set of independent events. r is a likelihood up to a factor that theta does not change, so that it serves
-for likelihood ratios and confidence sets just as well; E_{x ~ p(x)}[r(x | theta)] = 1 for every theta is what it can be checked by
-(`calibration.ratios`).
+for one observation and for a set of independent events. r is a likelihood up to a factor that does not depend on theta, so that it also
+serves for likelihood ratios and confidence sets; E_{x ~ p(x)}[r(x | theta)] = 1 for every theta is tested by `calibration.ratios`.
 
-Where a posterior is much narrower than the prior, hardly a marginal pair falls near it, and those that do not teach nothing. Two remedies:
+Losses. A row is a joint pair (x_i, theta_i), with log odds f_i, and K contrasts: x_i with other theta, log odds f_ik. s is the logistic
+function; every loss has its minimum at the same f* = log r:
 
-- The contrasts theta' of a row come from q(theta' | x), half the prior (other rows' theta) and half a Gaussian posterior, widened, that is
-  learned beside. The classifier's log odds are then log p(theta | x) / q(theta | x), and f = log odds + log q(theta | x) / p(theta) is
-  log r for any q: where the contrasts lie decides how well f is learned, not what is learned.
+    carl, nre-a   -log s(f_i) - mean_k log(1 - s(f_ik))                                       arXiv:1506.02169, 1903.04057
+    bnre          carl + lambda (mean_i s(f_i) + mean_ik s(f_ik) - 1)^2, lambda = 100          arXiv:2208.13624
+    nre-c         which of K theta belongs to x, or none of them (odds 1 : gamma):              arXiv:2210.06170
+
+        q(none | Theta, x) = K / (K + gamma sum_j e^f_j),      q(k | Theta, x) = gamma e^f_k / (K + gamma sum_j e^f_j)
+        L = -[ log q(none | K contrasts) + gamma log q(own | own and K - 1 contrasts) ] / (1 + gamma)
+
+At f* the balance mean s(joint) + mean s(marginal) = 1 holds; BNRE also enforces it during the training, which makes errors of f lead to
+wider posteriors. NRE-B (K-way softmax without "none") leaves a free function c(x) in f, so that no test of the mean ratio applies to it:
+it is not offered.
+
+Narrow posteriors. Where a posterior is much narrower than the prior, few marginal pairs fall near it, and distant ones teach nothing:
+
+- The contrasts theta' of a row come from q(theta' | x), half the prior (other rows' theta) and half a widened Gaussian posterior that is
+  learned at the same time. The classifier's log odds are then log p(theta | x) / q(theta | x), and
+  f = log odds + log q(theta | x) / p(theta) is log r for any q: q decides how well f is learned, not what is learned.
 - f starts from a reference, the log ratio of Gaussians learned by maximum likelihood (`nets.classifier`); the classifier corrects it.
 
-Source: Hermans, Begy & Louppe 2019, arXiv:1903.04057; Miller et al. 2022, arXiv:2210.06170; Delaunoy et al. 2022, arXiv:2208.13624.
+The mean over the prior, integral p(theta) r(x | theta) dtheta = 1, holds for the exact ratio at every x. A learned r has a mean
+m(x) = E_prior[r(x | theta)] instead, and r(x | theta) / m(x) obeys the identity. A factor of x alone changes no posterior, but it is what
+a network learns worst: in the exact log ratio it is -log p(x), a steep function of all columns. So m is computed, not learned, by
+importance sampling in whitened space, for many x at once: the first round draws from the prior and from the networks' Gaussians, widened;
+each further round adds Gaussians fitted to the weighted draws so far, for those x that need it. All draws of an x are weighted with the
+mixture that they were drawn from,
+
+    w_i = r(x | u_i) N(u_i; 0, I) / q(u_i),     q = sum_j (n_j / n) q_j,     m = mean(w),     n_eff = (sum w)^2 / sum w^2,
+
+and rounds end at `WANTED` effective draws; where sixteen rounds do not suffice, tempering (`samplers.tempering`) finds a mixture. Points
+of a round are a Sobol sequence, shifted at random for each x, so that the error quoted, that of independent draws,
+sqrt((1 / n_eff - 1 / n) n / (n - 1)), is conservative. A mode that neither the Gaussians nor a draw of the prior reaches is not seen.
+
+Source: Hermans, Begy & Louppe 2019, arXiv:1903.04057; Miller et al. 2022, arXiv:2210.06170; Delaunoy et al. 2022, arXiv:2208.13624;
+Cornuet et al. 2012, arXiv:0907.1254 (adaptive multiple importance sampling).
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, Unpack
 
 import numpy as np
 import torch
+from scipy.special import logsumexp, ndtri
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sbi_phys.core.checks import as_matrix, require_choice, require_int
-from sbi_phys.core.device import resolve_device
-from sbi_phys.core.errors import DataError, SettingError, ShapeError
-from sbi_phys.core.progress import Progress, or_none
-from sbi_phys.core.rng import seed_for
+from sbi_phys.core.errors import ConvergenceError, DataError, SettingError, ShapeError
+from sbi_phys.core.progress import Progress
+from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
+from sbi_phys.estimators.base import Estimator, Shared
 from sbi_phys.estimators.density_sampling import PosteriorDraws, sample_posterior
-from sbi_phys.estimators.fitting import History, fit_ensemble, require_prior, rows_of, train_member
-from sbi_phys.estimators.model_file import FILE, shared_content, shared_settings, with_weights
-from sbi_phys.estimators.ratio_losses import LOSSES
-from sbi_phys.estimators.ratio_mean import Gaussians, PriorMean, joined, mean_over_prior
 from sbi_phys.nets.classifier import NEAR, REFERENCES, ClassifierConfig, PairClassifier, Parts
-from sbi_phys.nets.embedding_set import take_scaling
-from sbi_phys.nets.embedding_vector import EmbeddingConfig
-from sbi_phys.priors import Observable, Prior
-from sbi_phys.samplers.importance import Proposal
-from sbi_phys.store.store import Store
-from sbi_phys.training.checkpoint import write_file
-from sbi_phys.training.loop import TrainConfig
-from sbi_phys.training.scaling import XScaler
-from sbi_phys.training.sources import Rows, Settings
+from sbi_phys.priors import Prior, standard_normal_log_prob
+from sbi_phys.samplers.importance import Proposal, effective_size
+from sbi_phys.samplers.mixture import Mixture
+from sbi_phys.samplers.tempering import temper
 
-__all__ = ["NRE"]
+__all__ = ["BALANCE_WEIGHT", "LOSSES", "NRE", "PriorMean", "balance", "bnre_loss", "carl_loss", "mean_over_prior", "nre_c_loss"]
 
+PairLoss = Callable[[Tensor, Tensor], Tensor]
+Gaussians = tuple[Array, Array]  # means (n, k, d), lower triangular factors (n, k, d, d), k of them for each x
 
-_PAIRS = {"cpu": 8192, "cuda": 262144}  # pairs at a time: bounded memory, and on a CPU what is at work stays in the cache
+BALANCE_WEIGHT = 100.0
+# effective draws at which rounds end, below which tempering is tried after the last of them, and below which a mean is not trusted
+WANTED, ENOUGH, LEAST = 400.0, 100.0, 50.0
+_FROM_PRIOR = 0.25  # share of the first round
+_WIDTHS = (1.1, 2.0)
+_ROUNDS = 16
+_FIT = 12.0  # effective draws that a Gaussian is fitted to, if need be with tempered weights
+_PAIRS = {"cpu": 8192, "cuda": 262144}  # pairs at a time: bounded memory, and on a CPU the working set stays in the cache
 _X_ROWS = 8192
 _CONTRASTS = 8
 _COLUMNS = 64  # most columns whose Gaussian with full covariance is the default reference
 
 
-class NRE:
+def carl_loss(joint: Tensor, contrast: Tensor) -> Tensor:
+    """Cross entropy of joint against marginal pairs: joint (n,), contrast (n, K) -> (n,)."""
+    return F.softplus(-joint) + F.softplus(contrast).mean(dim=1)
+
+
+def balance(joint: Tensor, contrast: Tensor) -> Tensor:
+    """Mean classifier output over joint pairs plus that over marginal ones, less one: 0 at the optimum."""
+    return torch.sigmoid(joint).mean() + torch.sigmoid(contrast).mean() - 1
+
+
+def bnre_loss(joint: Tensor, contrast: Tensor, weight: float = BALANCE_WEIGHT) -> Tensor:
+    """Cross entropy with the batch's balance as a penalty, which is added to every row -> (n,)."""
+    return carl_loss(joint, contrast) + weight * balance(joint, contrast) ** 2
+
+
+def nre_c_loss(joint: Tensor, contrast: Tensor, gamma: float = 1.0) -> Tensor:
+    """Contrastive loss over K theta and none: joint (n,), contrast (n, K) -> (n,)."""
+    k = contrast.shape[1]
+    own = torch.cat([joint[:, None], contrast[:, : k - 1]], dim=1)
+    log_none = math.log(k) - _log_norm(contrast, gamma)
+    log_own = math.log(gamma) + joint - _log_norm(own, gamma)
+    return -(log_none + gamma * log_own) / (1 + gamma)
+
+
+def _log_norm(logits: Tensor, gamma: float) -> Tensor:
+    """log(K + gamma sum_k e^f_k) of (n, K) -> (n,)."""
+    none = logits.new_full((len(logits), 1), math.log(logits.shape[1]))
+    return torch.logsumexp(torch.cat([none, logits + math.log(gamma)], dim=1), dim=1)
+
+
+LOSSES: dict[str, PairLoss] = {"carl": carl_loss, "nre-a": carl_loss, "nre-c": nre_c_loss, "bnre": bnre_loss}
+
+
+class NRE(Estimator):
     """Amortised likelihood-to-evidence ratio r(x | theta).
 
     Args:
         prior: over theta; the network sees theta in its whitening map.
-        seed: of weights, split, order and draws.
-        loss: 'carl' (the same as 'nre-a'), 'nre-c' or 'bnre', see `ratio_losses`.
+        loss: 'carl' (the same as 'nre-a'), 'nre-c' or 'bnre', see the module.
         network: of the part that sees pairs; None takes a trunk of width 64 and 32 products.
         reference: 'posterior', 'likelihood' (see `nets.classifier`) or 'auto': the latter for up to 64 columns of numbers, the former where
-            there are more, or an embedding of one's own.
-        embedding: of x: None (residual perceptron), an EmbeddingConfig, or any nn.Module (n, *x_shape) -> (n, k).
+            there are more, or where the embedding is a module.
         n_ensemble: networks, trained with different seeds and splits; log r is the mean of theirs, so that their factors of x alone, which
-            differ by nats, do not choose one network for each x.
-        device: 'auto' takes CUDA where there is one.
-        x_transform: 'auto', 'counts' (Anscombe's root) or 'real'; 'auto' asks `observables`, else looks at the values.
-        observables: the simulator's blocks of columns, if any.
-        simulator: identity of the simulator, kept in the model file; taken from the store when fitted from one.
-        config: of the training loop. contrast: other theta per joint pair; None takes 8.
+            differ by nats, do not favour one network for each x.
+        contrast: other theta per joint pair; None takes 8.
+        Others as `BaseEstimator`.
+    The theta of `fit` must be draws of the prior: p(x) is the mean of p(x | theta) over them. Weights count joint pairs alone: with
+    E[w | theta] = 1 the ratio is that of w p(x | theta).
     Raises: SettingError.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> prior, rng = sp.NormalPrior([sp.Parameter("mu")]), np.random.default_rng(0)
+    >>> theta = prior.sample(200, rng)
+    >>> nre = sp.NRE(prior, config=sp.TrainConfig(max_epochs=2)).fit(theta, theta + rng.standard_normal((200, 1)))
+    >>> nre.log_ratio([0.3], theta[:4]).shape
+    (4,)
     """
+
+    _nets: list[PairClassifier]
 
     def __init__(
         self,
         prior: Prior,
-        seed: int = 0,
         *,
         loss: str = "carl",
         network: ClassifierConfig | None = None,
         reference: str = "auto",
-        embedding: EmbeddingConfig | nn.Module | None = None,
-        n_ensemble: int = 1,
-        device: str | torch.device = "auto",
-        x_transform: str = "auto",
-        observables: Sequence[Observable] | None = None,
-        simulator: dict[str, Any] | None = None,
-        config: TrainConfig | None = None,
         contrast: int | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
+        super().__init__(prior, **shared)
         if network is not None and not isinstance(network, ClassifierConfig):
             raise SettingError(f"network is a {type(network).__name__}; expected None or ClassifierConfig(...)")
-        self.prior = require_prior(prior)
-        self.seed = require_int("seed", seed, low=0)
         self.loss = require_choice("loss", loss, LOSSES)
         self.network = network or ClassifierConfig()
         self.reference = require_choice("reference", reference, ("auto", *REFERENCES))
-        self.embedding = EmbeddingConfig() if embedding is None else embedding
-        self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
-        self.device = resolve_device(device)
-        self.x_transform = x_transform
-        self.observables = tuple(observables) if observables is not None else None
-        self.simulator = simulator
-        self.config = config or TrainConfig()
         self.contrast = _CONTRASTS if contrast is None else require_int("contrast", contrast, low=1)
-        self.history: list[History] = []
-        self._scaler: XScaler | None = None
-        self._nets: list[PairClassifier] = []
 
-    def fit(
-        self,
-        theta: ArrayLike | Tensor | Store | str | Path | Sequence[Store | str | Path],
-        x: ArrayLike | Tensor | None = None,
-        *,
-        memory: int | None = None,
-        checkpoint: str | Path | None = None,
-        progress: Progress | None = None,
-    ) -> Self:
-        """Train on simulations: theta (n, d) in the prior's support and x (n, ...), or a store, its path, or several.
-
-        Args: memory: bytes that the rows of stores may take: more are streamed from disk; default half of the machine's memory.
-        checkpoint: path prefix; an interrupted training goes on from there.
-        The theta must be draws of the prior: the ratio is to the mean of p(x | theta) over the theta that are given.
-        Raises: ShapeError, NonFiniteError, SupportError, DataError (empty, too few), TrainingError, StoreError, SettingError.
-        """
-        progress = or_none(progress)
-        with self._rows(theta, x, memory, progress) as rows:
-            nets, history = fit_ensemble(self.n_ensemble, lambda k: self._fit_member(k, rows, checkpoint, progress))
-        self._scaler, self._nets, self.history = rows.scaler, nets, history
-        return self
-
-    def _rows(self, theta: Any, x: Any, memory: int | None, progress: Progress) -> Rows:
-        def settings() -> Settings:
-            return Settings(self.prior, self.seed, self.config, self.device, self.x_transform, self.observables)
-
-        return rows_of(self, theta, x, settings, memory, progress)
-
-    def _fit_member(self, k: int, rows: Rows, checkpoint: str | Path | None, progress: Progress) -> tuple[PairClassifier, History]:
-        batches, _ = rows.member(k)
-        net = self._new_net(k, rows.scaler.shape)
-        take_scaling(net.embedding, rows.scaler)
-        loss, member = _RowLoss(self.loss, self.contrast), (k, self.n_ensemble)
-        return net, train_member(loss, net, batches, rows.config, seed=self.seed, member=member, progress=progress, checkpoint=checkpoint)
-
-    def _new_net(self, k: int, x_shape: tuple[int, ...]) -> PairClassifier:
-        seed = seed_for(self.seed, "member", k)
-        columns = len(x_shape) == 1 and x_shape[0] <= _COLUMNS and not isinstance(self.embedding, nn.Module)
+    def build(self, scaler: Any, seed: int) -> PairClassifier:
+        """Classifier of pairs with its Gaussian reference."""
+        shape = scaler.shape
+        columns = len(shape) == 1 and shape[0] <= _COLUMNS and not isinstance(self.embedding, nn.Module)
         kind = self.reference if self.reference != "auto" else "likelihood" if columns else "posterior"
-        return PairClassifier(self.prior.free_dim, x_shape, self.network, self.embedding, seed=seed, reference=kind).to(self.device)
+        return PairClassifier(self.prior.free_dim, shape, self.network, self.embedding, seed=seed, reference=kind)
+
+    def row_loss(self, net: PairClassifier, u: Tensor, x: Tensor) -> Tensor:
+        """Loss of the classifier, and minus the log likelihood of the Gaussians."""
+        # the same contrasts in every validation
+        generator = None if net.training else torch.Generator(device=x.device).manual_seed(0)
+        # the balance of BNRE is that between joint and marginal pairs
+        near = 0.0 if self.loss == "bnre" else NEAR
+        joint, contrast, learned = net.with_contrasts(x, u, self.contrast, generator, near=near)
+        return LOSSES[self.loss](joint, contrast) - learned
 
     def log_ratio(self, x: ArrayLike | Tensor, theta: ArrayLike | Tensor, *, event_set: bool = False, normalise: bool = False) -> Array:
         """Log r(x | theta) = log p(x | theta) - log p(x), nats -> (m,).
@@ -169,14 +194,14 @@ class NRE:
         """
         array = as_matrix("theta", theta, self.prior.dim, self.prior.names)
         if len(array) == 1 and event_set is False:
-            array = np.repeat(array, len(self._inputs(x)), axis=0)
-        found = self._density(x, event_set, len(array)).log_ratio(self._whitened(array))
+            array = np.repeat(array, len(self._observations(x)), axis=0)
+        found = self._density(x, event_set, len(array)).log_ratio(self._u(array))
         if not normalise:
             return found
         mean = self.prior_mean(x).log_mean
         return found - (mean.sum() if event_set else mean)
 
-    def prior_mean(self, x: ArrayLike | Tensor, *, n_draws: int = 512, seed: int = 0) -> PriorMean:
+    def prior_mean(self, x: ArrayLike | Tensor, *, n_draws: int = 512, seed: int = 0) -> "PriorMean":
         """Mean over the prior of r(x | theta), 1 for the exact ratio, at each of n observations x, (k,) or (n, k).
 
         Args: n_draws: of a round of importance sampling for each x, a power of two. seed: of the draws.
@@ -186,31 +211,26 @@ class NRE:
         n_draws, seed = require_int("n_draws", n_draws, low=64), require_int("seed", seed, low=0)
         if n_draws & (n_draws - 1):
             raise SettingError(f"n_draws is {n_draws}; expected a power of two")
-        inputs, step = self._inputs(x), max(1, _PAIRS["cpu"] // n_draws)
+        inputs, step = self._observations(x), max(1, _PAIRS["cpu"] // n_draws)
         found = []
         for first in range(0, len(inputs), step):
-            part = inputs[first : first + step].to(self.device)
+            part = inputs[first : first + step]
             density = _Density(self._nets, [net.x_parts(part) for net in self._nets], False)
             found.append(mean_over_prior(density.log_ratios, _gaussians(self._nets, part), n_draws=n_draws, seed=seed, first=first))
         return joined(found)
 
-    def _whitened(self, theta: Array) -> Tensor:
-        return torch.from_numpy(self.prior.to_network(theta).astype(np.float32)).to(self.device)
-
-    def _inputs(self, x: ArrayLike | Tensor, what: str = "observations") -> Tensor:
+    def _observations(self, x: ArrayLike | Tensor, what: str = "observations") -> Tensor:
         """Scaled x (n, ...), at least one."""
-        if self._scaler is None:
-            raise SettingError("this NRE is not trained; expected .fit(theta, x) or sp.load(path) first")
-        array, _ = self._scaler.check("x", x)
-        if len(array) == 0:
-            raise DataError(f"x has shape {array.shape}, no {what}; expected at least one")
-        return self._scaler.apply(array)
+        inputs, _ = self._inputs(x)
+        if len(inputs) == 0:
+            raise DataError(f"x has shape {np.shape(x)}, no {what}; expected at least one")
+        return inputs
 
     def _density(self, x: ArrayLike | Tensor, event_set: bool, n_theta: int | None = None) -> "_Density":
         """The ratio as a function of theta, x embedded; n_theta None: x must be one observation or one set."""
         if not isinstance(event_set, bool):
             raise SettingError(f"event_set is {event_set!r}; expected True or False")
-        inputs = self._inputs(x, "events" if event_set else "observations").to(self.device)
+        inputs = self._observations(x, "events" if event_set else "observations")
         if not event_set and len(inputs) != 1 and len(inputs) != n_theta:
             paired = "" if n_theta is None else f", or {n_theta}, as many as theta"
             raise ShapeError(f"x holds {len(inputs)} observations; expected one{paired}; event_set=True takes x as one set of events")
@@ -220,27 +240,27 @@ class NRE:
 
     def sample(
         self,
-        x_obs: ArrayLike | Tensor,
+        x: ArrayLike | Tensor,
         n: int,
-        seed: int = 0,
         *,
+        seed: int = 0,
         event_set: bool = False,
         method: str = "auto",
         proposal: Proposal | None = None,
         progress: Progress | None = None,
     ) -> Array:
-        """Draw theta (n, d) from p(theta | x) for one observation x_obs (k,) or one set of events (n_events, k), prior units.
+        """Draw theta (n, d) from p(theta | x) for one observation x (k,) or one set of events (n_events, k), prior units.
 
         Args and Raises: as `posterior`, whose diagnostics are left out here (a sampler that fails raises all the same).
         """
-        return self.posterior(x_obs, n, seed, event_set=event_set, method=method, proposal=proposal, progress=progress).theta
+        return self.posterior(x, n, seed=seed, event_set=event_set, method=method, proposal=proposal, progress=progress).theta
 
     def posterior(
         self,
-        x_obs: ArrayLike | Tensor,
+        x: ArrayLike | Tensor,
         n: int,
-        seed: int = 0,
         *,
+        seed: int = 0,
         event_set: bool = False,
         method: str = "auto",
         proposal: Proposal | None = None,
@@ -249,12 +269,12 @@ class NRE:
         """Draws of p(theta | x) proportional to p(theta) r(x | theta), with the sampler's diagnostics.
 
         Args: method: 'auto', 'importance', 'emcee', 'hmc' or 'grid'. proposal: over u, e.g. `NPE.proposal(x)`; both as in
-        `from_density.sample_posterior`.   Raises: ConvergenceError, ShapeError, NonFiniteError, DataError, SettingError.
+        `sample_posterior`.   Raises: ConvergenceError, ShapeError, NonFiniteError, DataError, SettingError.
         """
-        density = self._density(x_obs, event_set)
+        density = self._density(x, event_set)
 
         def log_likelihood(theta: Array) -> Array:
-            return density.log_ratio(self._whitened(theta))
+            return density.log_ratio(self._u(theta))
 
         def gradient(u: Array) -> tuple[Array, Array]:
             return density.with_gradient(torch.from_numpy(u.astype(np.float32)).to(self.device))
@@ -272,44 +292,6 @@ class NRE:
         array = as_matrix("theta", theta, self.prior.dim, self.prior.names)
         mean = self.prior_mean(x).log_mean if normalise else 0.0
         return self.log_ratio(x, array) - mean, self.log_ratio(x, np.roll(array, -1, axis=0)) - mean
-
-    def save(self, path: str | Path) -> None:
-        """Write the model: weights, scaling, prior, settings and history; no code is stored.   Raises: ModelFileError."""
-        if self._scaler is None:
-            raise SettingError("this NRE is not trained; expected .fit(theta, x) first")
-        content = shared_content(self) | {
-            "loss": self.loss,
-            "contrast": self.contrast,
-            "reference": self.reference,
-            "network": asdict(self.network),
-            "scaler": self._scaler.to_dict(),
-        }
-        write_file(path, *FILE, content)
-
-    @classmethod
-    def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> "NRE":
-        own = {name: content[name] for name in ("loss", "contrast", "reference")}
-        nre = cls(**shared_settings(path, content, embedding), **own, network=ClassifierConfig(**content["network"]), device=device)
-        nre._scaler = XScaler.from_dict(content["scaler"])
-        nre.history = content["history"]
-        nre._nets = with_weights([nre._new_net(k, nre._scaler.shape) for k in range(nre.n_ensemble)], content)
-        return nre
-
-
-class _RowLoss:
-    """loss(net, u, x) for the training loop, one value per row: the classifier's, and minus the log likelihood of the Gaussians."""
-
-    def __init__(self, loss: str, n_contrasts: int) -> None:
-        self.function, self.n_contrasts = LOSSES[loss], n_contrasts
-        # the balance that makes ratios cautious is that between joint and marginal pairs
-        self.near = 0.0 if loss == "bnre" else NEAR
-
-    def __call__(self, net: nn.Module, u: Tensor, x: Tensor) -> Tensor:
-        assert isinstance(net, PairClassifier)
-        # the same contrasts in every validation
-        generator = None if net.training else torch.Generator(device=x.device).manual_seed(0)
-        joint, contrast, learned = net.with_contrasts(x, u, self.n_contrasts, generator, near=self.near)
-        return self.function(joint, contrast) - learned
 
 
 class _Density:
@@ -385,3 +367,136 @@ def _gaussians(nets: Sequence[PairClassifier], x: Tensor) -> Gaussians:
         means.append(mean)
         factors.append(columns.transpose(1, 2)[:, None])
     return torch.cat(means, dim=1).double().cpu().numpy(), torch.cat(factors, dim=1).double().cpu().numpy()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PriorMean:
+    """Mean of a ratio over the prior for n observations: log_mean (n,), nats, with error (n,); n_effective (n,) of n_draws (n,) draws."""
+
+    log_mean: Array
+    error: Array
+    n_effective: Array
+    n_draws: Integers
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        rms = float(np.sqrt((self.log_mean**2).mean()))
+        return (
+            f"log of the mean ratio over the prior, {len(self.log_mean)} observations: rms {rms:.3g} nats, largest"
+            f" {np.abs(self.log_mean).max():.3g} (0 if the ratio is exact); Monte Carlo error at most {self.error.max():.2g},"
+            f" at least {self.n_effective.min():.0f} effective draws"
+        )
+
+
+def mean_over_prior(
+    log_ratio: Callable[[Array, Integers], Array], start: Gaussians, *, n_draws: int, seed: int, first: int = 0, wanted: float = WANTED
+) -> PriorMean:
+    """Mean over N(u; 0, I) of exp(log_ratio) for n observations.
+
+    Args: log_ratio: u (m, k, d) and which observations (m,) -> log r (m, k), nats; -inf allowed. start: Gaussians near the posteriors.
+    n_draws: of a round, a power of two. seed; first: number of the first observation, whose draws follow from (seed, number).
+    wanted: effective draws at which an observation is done.
+    Raises: ConvergenceError (fewer than `LEAST` effective draws: where the ratio has its mass was not found), DataError (r is 0).
+    """
+    from scipy.stats.qmc import Sobol  # takes long to import: only when used
+
+    n, _, d = start[0].shape
+    states = [_State(d, [(start[0][i], width * start[1][i]) for width in _WIDTHS]) for i in range(n)]
+    todo = np.arange(n)
+    for turn in range(_ROUNDS):
+        unit = Sobol(d, seed=rng_for(seed, "mean ratio", turn)).random_base2(n_draws.bit_length() - 1)
+        shift = np.stack([rng_for(seed, "shift", turn, first + int(i)).random(d) for i in todo])
+        z = ndtri(np.clip((unit + shift[:, None]) % 1.0, 1e-12, 1 - 1e-12))
+        u = np.stack([states[i].draw(z_i) for i, z_i in zip(todo, z, strict=True)])
+        for i, u_i, value in zip(todo, u, log_ratio(u, todo), strict=True):
+            states[i].add(u_i, value)
+        todo = np.array([i for i in todo if states[i].n_effective < wanted], dtype=np.int64)
+        if not len(todo):
+            break
+    log_w = [s.log_w for s in states]
+    for i in (i for i in todo if effective_size(log_w[i]) < ENOUGH):
+        other = _by_tempering(log_ratio, int(i), d, _ROUNDS * n_draws, rng_for(seed, "tempering", first + int(i)))
+        log_w[i] = max(log_w[i], other, key=effective_size)
+        if effective_size(log_w[i]) < LEAST:
+            raise ConvergenceError(
+                f"the mean of the ratio over the prior at observation {first + i}: {len(log_w[i])} draws are worth"
+                f" {effective_size(log_w[i]):.1f}; expected at least {LEAST:g}: the ratio has narrow peaks that no Gaussians follow"
+            )
+    size, ess = np.array([len(w) for w in log_w]), np.array([effective_size(w) for w in log_w])
+    return PriorMean(
+        log_mean=np.array([logsumexp(w) - math.log(len(w)) for w in log_w]),
+        error=np.sqrt(np.maximum(1 / ess - 1 / size, 0.0) * size / (size - 1)),
+        n_effective=ess,
+        n_draws=size.astype(np.int64),
+    )
+
+
+def _by_tempering(log_ratio: Callable[[Array, Integers], Array], i: int, dim: int, n: int, rng: np.random.Generator) -> Array:
+    """Log weights (n,) of draws of a mixture that tempering finds: for peaks that a single Gaussian does not follow."""
+
+    def log_r(u: Array) -> Array:
+        return log_ratio(u[None], np.array([i]))[0]
+
+    proposal = temper(log_r, dim, rng).proposal
+    u = proposal.sample(n, rng)
+    return log_r(u) + standard_normal_log_prob(u) - proposal.log_prob(u)
+
+
+def joined(parts: Sequence[PriorMean]) -> PriorMean:
+    """Results of parts of the observations, one after the other."""
+    return PriorMean(
+        log_mean=np.concatenate([p.log_mean for p in parts]),
+        error=np.concatenate([p.error for p in parts]),
+        n_effective=np.concatenate([p.n_effective for p in parts]),
+        n_draws=np.concatenate([p.n_draws for p in parts]),
+    )
+
+
+class _State:
+    """Draws of one observation, and the mixture that they are from."""
+
+    def __init__(self, dim: int, start: list[tuple[Array, Array]]) -> None:
+        self.dim, self.start = dim, start  # components of the first round: means (k, d) and factors (k, d, d)
+        self.u = np.empty((0, dim))
+        self.log_target = np.empty(0)  # log r + log N(u; 0, I)
+        self.components: list[tuple[float, Array, Array]] = []  # number of draws, mean (d,), factor (d, d)
+        self.log_w = np.empty(0)  # log of target over mixture
+        self.n_effective = 0.0
+
+    def draw(self, z: Array) -> Array:
+        """Draws of the round (m, d) from standard normal points z (m, d)."""
+        if not self.components or self.n_effective == 0:
+            parts = [(np.zeros(self.dim), np.eye(self.dim))]
+            parts += [(m, f) for means, factors in self.start for m, f in zip(means, factors, strict=True)]
+            from_prior = int(_FROM_PRIOR * len(z))
+        else:
+            mean, factor = _fitted(self.u, self.log_w)
+            parts, from_prior = [(mean, width * factor) for width in _WIDTHS], 0
+        sizes = [len(a) for a in np.array_split(z[from_prior:], len(parts) - (from_prior > 0))]
+        sizes = [from_prior, *sizes] if from_prior else sizes
+        chunks = np.split(z, np.cumsum(sizes)[:-1])
+        self.components += [(float(len(c)), m, f) for c, (m, f) in zip(chunks, parts, strict=True)]
+        return np.concatenate([m + c @ f.T for c, (m, f) in zip(chunks, parts, strict=True)])
+
+    def add(self, u: Array, log_ratio: Array) -> None:
+        """Take in log r (m,) of draws (m, d)."""
+        self.u = np.concatenate([self.u, u])
+        self.log_target = np.concatenate([self.log_target, log_ratio + standard_normal_log_prob(u)])
+        counts, means, factors = (np.array(part, dtype=np.float64) for part in zip(*self.components, strict=True))
+        self.log_w = self.log_target - Mixture(weights=counts / counts.sum(), means=means, factors=factors).log_prob(self.u)
+        self.n_effective = effective_size(self.log_w)
+
+
+def _fitted(u: Array, log_w: Array) -> tuple[Array, Array]:
+    """Mean (d,) and Cholesky factor (d, d) of weighted draws, the weights tempered until `_FIT` draws count."""
+    log_w = np.where(np.isneginf(log_w), log_w[np.isfinite(log_w)].min() - 1e3, log_w)
+    power = 1.0
+    while effective_size(power * log_w) < min(_FIT, 0.5 * len(log_w)):
+        power *= 0.7
+    w = np.exp(power * (log_w - log_w.max()))
+    w /= w.sum()
+    mean = w @ u
+    covariance = (u - mean).T @ ((u - mean) * w[:, None])
+    scale = np.sqrt(np.maximum(np.diag(covariance), 1e-12))
+    correlation = covariance / np.outer(scale, scale) + 1e-6 * np.eye(len(mean))
+    return mean, scale[:, None] * np.linalg.cholesky(correlation)

@@ -121,7 +121,7 @@ def truncated_rounds(
     regions: list[TruncatedPrior] = []
     theta, x = np.empty((0, npe.prior.dim)), np.empty((0, *np.shape(x_obs)))
     for k in range(n_rounds):
-        draws = npe.sample(x_obs, 10_000, seed_for(seed, "draws", k))
+        draws = npe.sample(x_obs, 10_000, seed=seed_for(seed, "draws", k))
         if draws.ndim != 2:
             raise SettingError(f"x_obs holds {len(draws)} observations; expected one, a round serves a single observation")
         region = TruncatedPrior(npe.prior.to_unbounded(draws), epsilon=epsilon)
@@ -135,9 +135,8 @@ def truncated_rounds(
         keep = region.contains(npe.prior.to_unbounded(theta)) if len(theta) else np.zeros(0, dtype=bool)
         theta, x = np.concatenate([theta[keep], fresh_theta]), np.concatenate([x[keep], fresh_x])
         regions.append(region)
-        following = NPE(
-            npe.prior, seed_for(seed, "network", k), flow=npe.flow, embedding=npe.embedding, n_ensemble=npe.n_ensemble,
-            device=npe.device, x_transform=npe.x_transform, observables=npe.observables, simulator=npe.simulator, config=config,
-        )  # fmt: skip
+        own = {"seed": seed_for(seed, "network", k), "config": config, "device": npe.device}
+        following = NPE(**npe.settings | own)
+        following.identity = npe.identity
         npe = following.fit(theta, x, checkpoint=folder / f"round-{k + 1}.ckpt", progress=progress)
     return npe

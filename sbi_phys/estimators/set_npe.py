@@ -18,22 +18,18 @@ Source: see `nets.embedding_set_likelihood`.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.device import resolve_device
-from sbi_phys.core.errors import DataError, ModelFileError, SettingError, ShapeError
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import seed_for, torch_rng_for
 from sbi_phys.core.types import ArrayLike
-from sbi_phys.estimators.fitting import History, train_member
-from sbi_phys.estimators.model_file import FILE
 from sbi_phys.estimators.npe import NPE
-from sbi_phys.nets.embedding_set import take_scaling
 from sbi_phys.nets.embedding_set_likelihood import AnchoredFlow, LikelihoodSet, contrastive_loss
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
@@ -41,7 +37,6 @@ from sbi_phys.nets.posterior import PosteriorNet
 from sbi_phys.priors import Prior
 from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.training.batches import Batches
-from sbi_phys.training.checkpoint import read_file
 from sbi_phys.training.loop import TrainConfig, fit
 from sbi_phys.training.online import OnlineBatches
 from sbi_phys.training.sources import Rows, Settings, from_arrays, from_simulator
@@ -73,15 +68,15 @@ class _Summarised:
 
     def __init__(self, batches: Batches, embedding: LikelihoodSet, stretches: int, seed: int, progress: Progress) -> None:
         self._batches, self._stretches, self._seed = batches, stretches, seed
-        parts: list[tuple[Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, ...]] = []
         with progress.task("summaries of sets", total=stretches) as task:
             for k in range(stretches):
-                for u, x in batches.epoch(k, max(1, batches.n // _SUMMARISED)):
-                    parts.append((u, embedding.summarise(x)))
+                for u, x, *rest in batches.epoch(k, max(1, batches.n // _SUMMARISED)):
+                    parts.append((u, embedding.summarise(x), *rest))
                 task.advance(1)
         self._rows = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-        u, x = batches.validation
-        self.validation: tuple[Tensor, ...] = (u, torch.cat([embedding.summarise(part) for part in x.split(_SUMMARISED)]))
+        u, x, *rest = batches.validation
+        self.validation: tuple[Tensor, ...] = (u, torch.cat([embedding.summarise(part) for part in x.split(_SUMMARISED)]), *rest)
 
     @property
     def n(self) -> int:
@@ -99,13 +94,6 @@ class _Summarised:
         return [self._batches.fingerprint(), self._stretches]
 
 
-def _loss(net: nn.Module, u: Tensor, summary: Tensor) -> Tensor:
-    """-log q(u | summary), one value per row."""
-    assert isinstance(net, _AnchoredNet)
-    assert isinstance(net.embedding, LikelihoodSet)
-    return -net.flow.log_prob(u, net.embedding.read(summary))
-
-
 class SetNPE(NPE):
     """Amortised posterior of padded sets of events, in units of the Gaussian that a learned likelihood of events gives.
 
@@ -114,33 +102,24 @@ class SetNPE(NPE):
     summaries serve config.max_epochs epochs (default: by their number).   Raises: SettingError (another embedding).
     """
 
-    def _fit_member(self, k: int, rows: Rows, checkpoint: str | Path | None, progress: Progress) -> tuple[PosteriorNet, History]:
-        batches, _ = rows.member(k)
-        net = self._new_net(k, rows.scaler.shape)
-        take_scaling(net.embedding, rows.scaler)
-        stretches = rows.config.max_epochs if isinstance(getattr(batches, "source", None), OnlineBatches) else 1
-        summarised = _Summarised(batches, cast(LikelihoodSet, net.embedding), stretches, seed_for(self.seed, "member", k), progress)
-        member = k, self.n_ensemble
-        return net, train_member(
-            _loss, net, summarised, self.config, seed=self.seed, member=member, progress=progress, checkpoint=checkpoint
-        )
-
-    def _new_net(self, k: int, x_shape: tuple[int, ...]) -> PosteriorNet:
+    def build(self, scaler: Any, seed: int) -> PosteriorNet:
+        """Embedding with an anchor, and the flow in its units."""
         if not isinstance(self.embedding, LikelihoodSet):
             raise SettingError(f"embedding is a {type(self.embedding).__name__}; expected what likelihood_embedding(...) returns")
-        seed = seed_for(self.seed, "member", k)
-        return _AnchoredNet(self.prior.free_dim, x_shape, self.flow, self.embedding, seed=seed).to(self.device)
+        return _AnchoredNet(self.prior.free_dim, scaler.shape, self.flow, self.embedding, seed=seed)
 
-    @classmethod
-    def load(cls, path: str | Path, *, embedding: LikelihoodSet, device: str | torch.device = "auto") -> Self:
-        """Read what `save` wrote.   Args: embedding: of the shape it was trained with.   Raises: ModelFileError."""
-        content = read_file(path, *FILE)
-        if content["estimator"] != cls.__name__:
-            raise ModelFileError(f"{path} is the file of {content['estimator']}; expected one of {cls.__name__}")
-        try:
-            return cast(Self, cls._from_content(Path(path), content, embedding, device))
-        except (KeyError, TypeError, RuntimeError) as err:
-            raise ModelFileError(f"{path} does not describe a model that this version can build: {str(err).splitlines()[0]}") from err
+    def member_batches(
+        self, net: PosteriorNet, batches: Batches, config: TrainConfig, seed: int, progress: Progress
+    ) -> tuple[Batches, TrainConfig]:
+        """Summaries of the sets, trained on with the settings of the estimator."""
+        stretches = config.max_epochs if isinstance(getattr(batches, "source", None), OnlineBatches) else 1
+        return _Summarised(batches, cast(LikelihoodSet, net.embedding), stretches, seed, progress), self.config
+
+    def row_loss(self, net: nn.Module, u: Tensor, summary: Tensor) -> Tensor:
+        """-log q(u | summary)."""
+        assert isinstance(net, _AnchoredNet)
+        assert isinstance(net.embedding, LikelihoodSet)
+        return -net.flow.log_prob(u, net.embedding.read(summary))
 
 
 def likelihood_embedding(

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sbi_phys.core.checks import as_real, require_choice, require_finite
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.rng import rng_for
-from sbi_phys.core.types import Array, Integers, Mask
+from sbi_phys.core.types import AnyArray, Array, Integers, Mask
 from sbi_phys.nets.flow import base_log_prob
 from sbi_phys.nets.posterior import PosteriorNet, log_prob_nets
 from sbi_phys.priors import Observable
@@ -88,6 +88,11 @@ class XColumns:
     def dim(self) -> int:
         """Columns of the flow."""
         return len(self.kept)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one event (k,)."""
+        return (self.n_columns,)
 
     @property
     def all_counts(self) -> bool:
@@ -175,6 +180,12 @@ class XColumns:
         data = x[:, self.kept]
         z, _ = self.to_z(data, np.full(self.dim, 0.5))
         return torch.from_numpy(np.where(self.noisy, data, z).astype(np.float32))
+
+    def apply(self, x: AnyArray) -> Tensor:
+        """`stored` of checked rows x (n, k).   Raises: DataError for values that the rows of `fit` exclude."""
+        data = np.asarray(x, dtype=np.float64)
+        self._require_support("x", data)
+        return self.stored(data)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain tensors and lists, for a model file."""

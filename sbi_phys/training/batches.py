@@ -48,7 +48,7 @@ class MemoryBatches:
         for name, rows in (("training", train), ("validation", valid)):
             if len({len(t) for t in rows}) != 1 or not len(rows[0]):
                 raise DataError(f"{name} tensors have {[len(t) for t in rows]} rows; expected the same number, at least one")
-        self._all_valid = tuple(valid)
+        self.valid = tuple(valid)  # of all ranks
         self.validation = tuple(t[self.ranks.rank :: self.ranks.size] for t in valid)
 
     @property
@@ -67,4 +67,4 @@ class MemoryBatches:
 
     def fingerprint(self) -> list[int]:
         """Checksum of every tensor."""
-        return [zlib.crc32(t.detach().cpu().contiguous().numpy().tobytes()) for t in (*self.train, *self._all_valid)]
+        return [zlib.crc32(t.detach().cpu().contiguous().numpy().tobytes()) for t in (*self.train, *self.valid)]

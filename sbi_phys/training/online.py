@@ -8,7 +8,7 @@ depend on the number of workers, and a resumed training uses the same rows as on
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import count
 from multiprocessing import get_context
@@ -22,7 +22,7 @@ from torch import Tensor
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.rng import rng_for
-from sbi_phys.core.types import Array, Mask
+from sbi_phys.core.types import AnyArray, Array, Integers, Mask
 from sbi_phys.priors import Prior, prior_from_dict
 from sbi_phys.priors.parameters import observables_to_dicts
 from sbi_phys.simulation.processes import available_cores, pickle_simulator, start_worker, unpickle_simulator
@@ -46,7 +46,7 @@ class OnlineBatches:
 
     Args: simulator. prior: of theta. n: training rows per epoch. n_valid: validation rows; the same number of further rows sets the
     scaling. x_transform: as for an estimator. seed. workers: processes that simulate; 0 for a thread, for a simulator that cannot be
-    sent to a process. device: of the batches. ranks.
+    sent to a process. device: of the batches. ranks. scaling: function (x, rows) -> map of x to the network's input; None takes `XScaler`.
     Attributes: scaler. n_failed: rows that failed and were replaced. first_reason: of the first such row.
     Raises: SettingError, DataError (all rows of a chunk fail), SimulatorMismatchError.
     """
@@ -63,11 +63,12 @@ class OnlineBatches:
         workers: int = 1,
         device: torch.device = _CPU,
         ranks: Ranks | None = None,
+        scaling: Callable[[AnyArray, Integers | slice], Any] | None = None,
     ) -> None:
         self._n = require_int("n", n, low=1)
         self._n_valid = require_int("n_valid", n_valid, low=2)
         self.ranks, self.device, self.seed = ranks or Ranks(), device, seed
-        self._prior, self._simulator, self._x_transform = prior, simulator, x_transform
+        self._prior, self._simulator, self._x_transform, self._scaling = prior, simulator, x_transform, scaling
         self.n_failed, self.first_reason = 0, ""
         observables = observables_to_dicts(simulator.observables)
         self._header = Header(simulator_identity(simulator), prior.to_dict(), observables, seed, _CHUNK, "float32", "prior")
@@ -151,12 +152,14 @@ class OnlineBatches:
             theta, x = theta[good], x[good]
         return theta, x
 
-    def _prepare(self) -> tuple[XScaler, tuple[Tensor, Tensor]]:
+    def _prepare(self) -> tuple[Any, tuple[Tensor, Tensor]]:
         # rows for the scaling, then the validation rows; neither are used for training
         parts = [self._good(self._submit(_PILOT, k, self._n_valid).result()) for k in (0, 1)]
         _, pilot = prepare_simulations(self._prior, *parts[0])
-        counts = count_columns(pilot, self._x_transform, self._simulator.observables)
-        self.scaler = XScaler.fit(pilot, counts)
+        if self._scaling is not None:
+            self.scaler = self._scaling(pilot, slice(None))
+        else:
+            self.scaler = XScaler.fit(pilot, count_columns(pilot, self._x_transform, self._simulator.observables))
         u, x = self._tensors(parts[1])
         share = slice(self.ranks.rank, None, self.ranks.size)
         return self.scaler, (u[share].to(self.device), x[share].to(self.device))

@@ -73,6 +73,11 @@ class XScaler:
         """Scale x (n, ...) -> float32 tensor of the same shape."""
         return torch.from_numpy(((self.stabilise(x) - self.mean) / self.scale).astype(np.float32))
 
+    def invert(self, z: Tensor) -> Array:
+        """Inverse of `apply`, to single precision; whole numbers on count columns."""
+        y = z.detach().cpu().double().numpy() * self.scale + self.mean
+        return np.where(self.counts, np.round((np.maximum(y, 0.0) / 2) ** 2 - 0.375), y)
+
     def check(self, name: str, x: Any) -> tuple[Array, bool]:
         """Return x as (n, ...) and whether a single observation was passed.
 

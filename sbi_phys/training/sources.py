@@ -4,20 +4,22 @@ Arrays and small stores are held in memory, larger stores are streamed from disk
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from sbi_phys.core.checks import require_int
+from sbi_phys.core.checks import as_array, require_int
 from sbi_phys.core.errors import DataError, SettingError, SimulatorMismatchError
 from sbi_phys.core.progress import Progress
 from sbi_phys.core.rng import seed_for
+from sbi_phys.core.types import AnyArray, Array, Integers
 from sbi_phys.priors import Observable, Prior
 from sbi_phys.simulation.protocol import Simulator, check_simulator
 from sbi_phys.store.store import Store
@@ -28,15 +30,30 @@ from sbi_phys.training.ranks import current_ranks
 from sbi_phys.training.scaling import XScaler, count_columns, prepare_simulations, split_rows
 from sbi_phys.training.stream import Stream
 
-__all__ = ["Rows", "Settings", "from_arrays", "from_simulator", "from_stores", "needs_streaming", "stores_of"]
+__all__ = ["InMemory", "Rows", "Scaling", "Settings", "from_arrays", "from_simulator", "from_stores", "needs_streaming", "stores_of"]
 
 MIN_SIMULATIONS = 20
 _EPOCHS_ONLINE = 40
+_PILOT_ROWS = 50_000  # of a streamed store, that a scaling of the estimator's own is learned from
+
+
+class Scaling(Protocol):
+    """A map of observations to network inputs: `XScaler`, or an estimator's own."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one observation."""
+
+    def apply(self, x: NDArray[np.floating]) -> Tensor:
+        """Network inputs of x (n, *shape)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Settings of an estimator that every source of rows needs."""
+    """Settings of an estimator that every source of rows needs.
+
+    scaling: function (x (n, ...), training rows) -> Scaling, where the estimator has one of its own; None takes `XScaler`.
+    """
 
     prior: Prior
     seed: int
@@ -44,16 +61,20 @@ class Settings:
     device: torch.device
     x_transform: str
     observables: tuple[Observable, ...] | None
+    scaling: Callable[[AnyArray, Integers | slice], Scaling] | None = None
 
 
 class Rows:
     """Training rows of an ensemble: one scaling for all members, and batches for each member.   A context manager.
 
     Args: scaler: from the training rows of the first member. config: of the training, including settings made by the source.
+    weighted: whether the last column of a batch holds weights, of mean one.
     """
 
-    def __init__(self, scaler: XScaler, config: TrainConfig, owner: AbstractContextManager[Any] | None = None) -> None:
-        self.scaler, self.config, self._owner = scaler, config, owner or nullcontext()
+    def __init__(
+        self, scaler: Any, config: TrainConfig, owner: AbstractContextManager[Any] | None = None, *, weighted: bool = False
+    ) -> None:
+        self.scaler, self.config, self._owner, self.weighted = scaler, config, owner or nullcontext(), weighted
 
     def __enter__(self) -> "Rows":
         return self
@@ -61,35 +82,77 @@ class Rows:
     def __exit__(self, *error: Any) -> None:
         self._owner.__exit__(*error)
 
-    def member(self, k: int) -> tuple[Batches, Tensor]:
-        """Batches of member k, and parameters u (m, d) from which its Gaussian layer is initialised."""
+    def member(self, k: int) -> tuple[Batches, Sequence[Tensor]]:
+        """Batches of member k, and rows (u, x, ...) from which its network may be initialised."""
         raise NotImplementedError
 
 
-class _InMemory(Rows):
-    def __init__(self, tensors: tuple[Tensor, Tensor], scaler: XScaler, settings: Settings) -> None:
-        super().__init__(scaler, settings.config)
-        self._tensors, self._settings = tensors, settings
+class InMemory(Rows):
+    """Rows that fit into memory: tensors with equal rows; each member has a split of its own.
 
-    def member(self, k: int) -> tuple[Batches, Tensor]:
+    Args: tensors: columns of a batch; where weighted, the last holds weights, which each part of the split is normalised by.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        scaler: Any,
+        config: TrainConfig,
+        *,
+        seed: int,
+        device: str | torch.device,
+        weighted: bool = False,
+    ) -> None:
+        super().__init__(scaler, config, weighted=weighted)
+        self._tensors, self._seed, self._device = tuple(tensors), seed, device
+
+    def member(self, k: int) -> tuple[MemoryBatches, Sequence[Tensor]]:
         """Batches of a separate split for each member."""
-        settings = self._settings
-        seed = seed_for(settings.seed, "member", k)
-        parts = [torch.from_numpy(rows) for rows in split_rows(len(self._tensors[0]), settings.config.validation_fraction, seed)]
-        train, valid = ([t[rows].to(settings.device) for t in self._tensors] for rows in parts)
-        return MemoryBatches(train, valid, seed=seed, ranks=current_ranks()), train[0]
+        seed = seed_for(self._seed, "member", k)
+        parts = [torch.from_numpy(rows) for rows in split_rows(len(self._tensors[0]), self.config.validation_fraction, seed)]
+        train, valid = ([t[rows].to(self._device) for t in self._tensors] for rows in parts)
+        if self.weighted:
+            train[-1], valid[-1] = train[-1] / train[-1].mean(), valid[-1] / valid[-1].mean()
+        return MemoryBatches(train, valid, seed=seed, ranks=current_ranks()), train
 
 
 class _Streamed(Rows):
     """Rows from a stream or a simulator: members share the validation rows and use different epochs of the same source."""
 
-    def __init__(self, source: Any, config: TrainConfig) -> None:
-        super().__init__(source.scaler, config, source)
-        self._source = source
+    def __init__(self, source: Any, config: TrainConfig, *, weighted: bool = False, batches: Any = None) -> None:
+        super().__init__((batches or source).scaler, config, source, weighted=weighted)
+        self._batches = batches or source
 
-    def member(self, k: int) -> tuple[Batches, Tensor]:
+    def member(self, k: int) -> tuple[Batches, Sequence[Tensor]]:
         """Batches of the source, beginning at another epoch for each member."""
-        return _Later(self._source, k * _MEMBER_EPOCHS), self._source.validation[0]
+        return _Later(self._batches, k * _MEMBER_EPOCHS), self._batches.validation
+
+
+class _Rescaled:
+    """Batches of a stream whose x is mapped back to its units and then by another scaling, on the device."""
+
+    def __init__(self, stream: Stream, scaler: Scaling, device: torch.device) -> None:
+        self.source, self.scaler, self._device = stream, scaler, device
+        self.validation = self._mapped(stream.validation)
+
+    @property
+    def n(self) -> int:
+        """Training rows of one epoch."""
+        return self.source.n
+
+    def epoch(self, epoch: int, n_batches: int) -> Iterator[tuple[Tensor, ...]]:
+        """Those of the stream."""
+        for batch in self.source.epoch(epoch, n_batches):
+            yield self._mapped(batch)
+
+    def fingerprint(self) -> Any:
+        """That of the stream."""
+        return self.source.fingerprint()
+
+    def _mapped(self, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        u, x, *rest = rows
+        again = self.scaler.apply(self.source.scaler.invert(x))
+        return u.to(self._device), again.to(self._device), *(t.to(self._device) for t in rest)
 
 
 _MEMBER_EPOCHS = 1_000_000  # more than any training has
@@ -120,17 +183,32 @@ class _Later:
         return [self.source.fingerprint(), self.first]
 
 
-def from_arrays(theta: Any, x: Any, settings: Settings) -> Rows:
-    """Rows from arrays theta (n, d) and x (n, ...).   Raises: ShapeError, NonFiniteError, SupportError, DataError."""
+def from_arrays(theta: Any, x: Any, settings: Settings, weights: Any = None) -> Rows:
+    """Rows from arrays theta (n, d), x (n, ...) and weights (n,) > 0.   Raises: ShapeError, NonFiniteError, SupportError, DataError."""
     u, data = prepare_simulations(settings.prior, theta, x)
     if len(u) < MIN_SIMULATIONS:
         raise DataError(f"{len(u)} simulations; expected at least {MIN_SIMULATIONS}")
-    counts = count_columns(data, settings.x_transform, settings.observables)
+    given = [] if weights is None else [torch.from_numpy(checked_weights(weights, len(u)).astype(np.float32))]
     first, _ = split_rows(len(u), settings.config.validation_fraction, seed_for(settings.seed, "member", 0))
-    scaler = XScaler.fit(data[first], counts)
-    if (scaler.counts & (data < 0).any(axis=0)).any():
-        raise DataError("x has negative values in columns declared as counts; expected counts >= 0")
-    return _InMemory((torch.from_numpy(u.astype(np.float32)), scaler.apply(data)), scaler, settings)
+    scaler: Scaling
+    if settings.scaling is not None:
+        scaler = settings.scaling(data, first)
+    else:
+        scaler = XScaler.fit(data[first], count_columns(data, settings.x_transform, settings.observables))
+        if (scaler.counts & (data < 0).any(axis=0)).any():
+            raise DataError("x has negative values in columns declared as counts; expected counts >= 0")
+    tensors = (torch.from_numpy(u.astype(np.float32)), scaler.apply(data), *given)
+    return InMemory(tensors, scaler, settings.config, seed=settings.seed, device=settings.device, weighted=bool(given))
+
+
+def checked_weights(weights: Any, n: int) -> Array:
+    """Return weights (n,), finite and positive.   Raises: ShapeError, NonFiniteError, DataError."""
+    array = as_array("weights", weights, (n,), note="one weight per row")
+    bad = array <= 0
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise DataError(f"weights has {int(bad.sum())} of {n} values that are not > 0, the first is {array[i]:g} in row {i}; expected > 0")
+    return array
 
 
 def stores_of(value: Any, prior: Prior) -> list[Store] | None:
@@ -156,25 +234,50 @@ def needs_streaming(stores: Sequence[Store], memory: int | None) -> bool:
     return sum(store.n_rows for store in stores) * row > require_int("memory", memory, low=1)
 
 
-def from_stores(stores: Sequence[Store], settings: Settings, memory: int | None, progress: Progress) -> Rows:
-    """Rows from simulation stores: in memory if they fit, streamed otherwise.   Raises: StoreError, DataError, SettingError."""
+def from_stores(stores: Sequence[Store], settings: Settings, memory: int | None, progress: Progress, weights: Any = None) -> Rows:
+    """Rows from simulation stores: in memory if they fit, streamed otherwise.   Raises: StoreError, DataError, SettingError.
+
+    Args: weights: one per successful row, in the order of the stores.
+    """
     if len(stores) == 1 and not needs_streaming(stores, memory):
-        return from_arrays(*stores[0].read(), settings)
-    ranks = current_ranks()
+        return from_arrays(*stores[0].read(), settings, weights)
+    ranks, own = current_ranks(), settings.scaling
+    pilot = None if own is None else own(_first_rows(stores), slice(None))
     stream = Stream(
         stores,
         settings.prior,
         memory=2**30 if memory is None else memory,
         seed=settings.seed,
         validation_fraction=settings.config.validation_fraction,
-        x_transform=settings.x_transform,
+        x_transform=settings.x_transform if own is None else "auto",
         observables=settings.observables,
-        device=settings.device,
+        device=settings.device if own is None else torch.device("cpu"),
         rank=ranks.rank,
         n_ranks=ranks.size,
         progress=progress,
+        weights=None if weights is None else checked_weights(weights, sum(store.n_ok for store in stores)),
     )
-    return _Streamed(stream, settings.config)
+    weighted = weights is not None
+    if pilot is None:
+        return _Streamed(stream, settings.config, weighted=weighted)
+    try:
+        return _Streamed(stream, settings.config, weighted=weighted, batches=_Rescaled(stream, pilot, settings.device))
+    except BaseException:
+        stream.close()
+        raise
+
+
+def _first_rows(stores: Sequence[Store]) -> AnyArray:
+    """Observations of the first rows of all stores, the same number of each."""
+    parts: list[AnyArray] = []
+    for store in stores:
+        left = _PILOT_ROWS // len(stores)
+        for _, x, _ in store.shards(valid_only=True):
+            parts.append(x[:left])
+            left -= len(parts[-1])
+            if left <= 0:
+                break
+    return np.concatenate(parts)
 
 
 def from_simulator(simulator: Simulator, n: int | None, settings: Settings, workers: int | None) -> Rows:
@@ -199,6 +302,7 @@ def from_simulator(simulator: Simulator, n: int | None, settings: Settings, work
         workers=_workers(simulator) if workers is None else workers,
         device=settings.device,
         ranks=current_ranks(),
+        scaling=settings.scaling,
     )
     changed = {"batch_size": batch, "max_epochs": epochs, "patience": epochs}
     return _Streamed(source, TrainConfig(**{name: changed.get(name, getattr(config, name)) for name in config.__slots__}))

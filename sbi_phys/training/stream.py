@@ -14,6 +14,7 @@ complete.
 """
 
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,11 +28,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sbi_phys.core.checks import require_int, require_number
+from sbi_phys.core.checks import as_array, require_int, require_number
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for
-from sbi_phys.core.types import Integers, Mask
+from sbi_phys.core.types import ArrayLike, Integers, Mask
 from sbi_phys.priors import Observable, Prior
 from sbi_phys.priors.parameters import observables_from_dicts
 from sbi_phys.store.store import Store
@@ -288,17 +289,17 @@ class Budget:
 
 
 class Slot:
-    """One buffer: rows, the order in which training rows are emitted, and their labels.
+    """One buffer: rows, the order in which training rows are emitted, and their labels or weights (of type `extra`).
 
     On a CPU it is one float32 matrix. On CUDA it is a pinned matrix on the host and a copy on the device, sent on its own CUDA stream;
     events keep either side from overwriting rows that the other still reads.
     """
 
-    def __init__(self, capacity: int, width: int, labels: bool, device: torch.device) -> None:
+    def __init__(self, capacity: int, width: int, extra: torch.dtype | None, device: torch.device) -> None:
         cuda = device.type == "cuda"
         tensors = [torch.empty(capacity, width, pin_memory=cuda), torch.empty(capacity, dtype=torch.int64, pin_memory=cuda)]
-        if labels:
-            tensors.append(torch.empty(capacity, dtype=torch.int64, pin_memory=cuda))
+        if extra is not None:
+            tensors.append(torch.empty(capacity, dtype=extra, pin_memory=cuda))
         self.n = 0  # rows to emit
         self.filled = 0  # rows of the buffer that are filled
         self.loaded: set[int] = set()  # blocks that stay in the buffer if it holds all rows
@@ -378,6 +379,7 @@ class Stream:
         rates: relative shares of the stores. An epoch has rate_i N rows of store i, with the largest N that the stores allow;
             successive epochs use successive parts of a larger store. None: all rows of all stores.
         labels: whether batches contain the number of each row's store.
+        weights: one per good row, in the order of stores and shards: batches contain them as float32, with mean one; not with labels.
         cache: folder of the transformed rows; 'auto': `.cache` in the first store; None: no cache, the shards are read and
             transformed in every epoch and twice at the start.
         seed: of the split and the order.
@@ -420,6 +422,7 @@ class Stream:
         memory: int = 2**30,
         rates: Sequence[float] | None = None,
         labels: bool = False,
+        weights: ArrayLike | None = None,
         cache: str | Path | None = "auto",
         seed: int = 0,
         validation_fraction: float = 0.1,
@@ -441,17 +444,25 @@ class Stream:
         )  # fmt: skip
         require_shards(job.shards, n_ranks)
         rows_at_rates([1] * len(job.folders), rates)  # checks the rates before the long pass
-        self._budget = Budget(require_int("memory", memory, low=1), job.transform.width, bool(labels))
+        if labels and weights is not None:
+            raise SettingError("labels=True and weights are both given; expected one of them")
+        self._budget = Budget(require_int("memory", memory, low=1), job.transform.width, labels or weights is not None)
         made = prepare(replace(job, block_rows=self._budget.pass_rows))
         self._source, self._seed, self._rank, self.device = made.source, seed, rank, torch.device(device)
         self.scaler, self.note, self._labels, self._dim_u = made.scaler, "", bool(labels), made.transform.dim_u
         self._affine = _affine(made)
+        self._first_row = np.cumsum([0, *(shard.n_ok for shard in made.shards)])
+        self._weights = None if weights is None else as_array("weights", weights, (int(self._first_row[-1]),), note="one per good row")
+        if self._weights is not None:
+            self._weights = self._weights / self._weights.mean()
         self._busy, self._slots = False, list[Slot]()
         self._fingerprint = {
             "data": data_digest(job, made), "prior": prior.to_dict(), "counts": made.transform.counts.tolist(),
             "seed": seed, "validation_fraction": float(validation_fraction), "rates": None if rates is None else [float(r) for r in rates],
             "labels": self._labels, "n_ranks": n_ranks,
         }  # fmt: skip
+        if self._weights is not None:
+            self._fingerprint["weights"] = zlib.crc32(self._weights.tobytes())
         try:
             block_rows = self._budget.block_rows
             self._plan = Plan(made.shards, made.split, block_rows=block_rows, rates=rates, seed=seed, rank=rank, n_ranks=n_ranks)
@@ -512,7 +523,7 @@ class Stream:
             self._source.check(self._plan.shards)
             groups = [self._plan.pieces(epoch)] if self._resident else self._plan.groups(epoch, self._capacity)
             while len(self._slots) < min(2, len(groups)):
-                self._slots.append(Slot(self._capacity, self._budget.width, self._labels, self.device))
+                self._slots.append(Slot(self._capacity, self._budget.width, self._extra, self.device))
             with ThreadPoolExecutor(1, "stream") as thread:
                 try:
                     yield from self._batches(self._filled(epoch, groups, thread, stop), n_batches)
@@ -563,7 +574,7 @@ class Stream:
             if block not in slot.loaded:
                 self._read(block, rows[at : at + n])
                 if labels is not None:
-                    labels[at : at + n] = self._plan.store_of[block]
+                    labels[at : at + n] = self._extra_column(block)
                 if self._resident:
                     slot.loaded.add(block)
             slot.filled = max(slot.filled, at + n)
@@ -573,6 +584,18 @@ class Stream:
         rng_for(self._seed, "rows", epoch, number, self._rank).shuffle(order[: slot.n])
         slot.send()
         return slot
+
+    @property
+    def _extra(self) -> torch.dtype | None:
+        """Type of the column beside u and x, None if there is none."""
+        return torch.float32 if self._weights is not None else torch.int64 if self._labels else None
+
+    def _extra_column(self, block: int) -> Any:
+        """Weights of the rows of a block, or the number of its store."""
+        if self._weights is None:
+            return self._plan.store_of[block]
+        shard, start, stop = self._plan.blocks[block]
+        return self._weights[self._first_row[shard] + start : self._first_row[shard] + stop]
 
     def _read(self, block: int, out: NDArray[np.float32]) -> None:
         """Read the scaled rows of a block."""
@@ -591,17 +614,20 @@ class Stream:
         if kept < total:
             self.note = f"{kept} of {total} validation rows are used, as many as fit into a quarter of memory = {self._budget.memory} bytes"
         block_rows = np.empty((self._budget.block_rows, self._budget.width), dtype=np.float32)
-        rows, labels, at = np.empty((kept, self._budget.width), dtype=np.float32), np.empty(kept, dtype=np.int64), 0
+        rows, labels, at = np.empty((kept, self._budget.width), dtype=np.float32), np.empty(kept), 0
         with or_none(progress).task("validation rows", plan.n_rows) as task:
             for block, chosen in plan.validation_rows():
                 if chosen.size:
                     out = block_rows[: plan.rows[block]]
                     self._read(block, out)
-                    rows[at : at + chosen.size], labels[at : at + chosen.size] = out[chosen], plan.store_of[block]
+                    extra = np.broadcast_to(self._extra_column(block), len(out))[chosen]
+                    rows[at : at + chosen.size], labels[at : at + chosen.size] = out[chosen], extra
                     at += chosen.size
                 task.advance(int(plan.rows[block]), self.note)
         tensors = [torch.from_numpy(rows).to(self.device)]
-        return self._columns((*tensors, torch.from_numpy(labels).to(self.device)) if self._labels else tuple(tensors))
+        if self._extra is not None:
+            tensors.append(torch.from_numpy(labels).to(self.device, self._extra))
+        return self._columns(tuple(tensors))
 
 
 def _job(

@@ -13,7 +13,8 @@ import numpy as np
 
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.types import Array
-from sbi_phys.estimators.npe import NPE, load
+from sbi_phys.estimators.base import load
+from sbi_phys.estimators.npe import NPE
 from sbi_phys.estimators.sequential import truncated_rounds
 from sbi_phys.priors import standard_normal_log_prob
 from sbi_phys.samplers.importance import importance_sample

@@ -48,14 +48,14 @@ def new_npe(run: Run, *key: int | str) -> NPE:
     config = run.config
     return NPE(
         run.simulator.prior,
-        run.seed(*key),
+        seed=run.seed(*key),
         flow=config.flow,
         embedding=config.embedding,
         n_ensemble=config.estimator.n_ensemble,
         x_transform=config.estimator.x_transform,
         device=config.run.device,
         observables=run.simulator.observables,
-        simulator=simulator_identity(run.simulator),
+        simulator=run.simulator,
         config=config.train,
     )
 

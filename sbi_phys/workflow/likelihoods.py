@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from sbi_phys.core.errors import ConvergenceError
+from sbi_phys.estimators.base import load
 from sbi_phys.estimators.density_sampling import PosteriorDraws
 from sbi_phys.estimators.nle import NLE
-from sbi_phys.estimators.npe import load
 from sbi_phys.estimators.nre import NRE
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.samplers.diagnostics import split_r_hat
-from sbi_phys.store.identity import simulator_identity
 from sbi_phys.store.store import Store
 from sbi_phys.workflow.run import Run
 
@@ -39,7 +38,7 @@ def _shared(run: Run) -> dict[str, Any]:
         "x_transform": config.estimator.x_transform,
         "device": config.run.device,
         "observables": run.simulator.observables,
-        "simulator": simulator_identity(run.simulator),
+        "simulator": run.simulator,
         "config": config.train,
     }
 
@@ -49,7 +48,7 @@ def new_nle(run: Run) -> NLE:
     layers = run.config.methods.nle_layers
     return NLE(
         run.simulator.prior,
-        run.seed("train_nle"),
+        seed=run.seed("train_nle"),
         flow="auto" if layers is None else FlowConfig(n_layers=layers, hidden=32),
         **_shared(run),
     )
@@ -59,7 +58,7 @@ def new_nre(run: Run) -> NRE:
     """An untrained ratio with the run's settings."""
     return NRE(
         run.simulator.prior,
-        run.seed("train_nre"),
+        seed=run.seed("train_nre"),
         loss=run.config.methods.nre_loss,
         **_shared(run),
     )

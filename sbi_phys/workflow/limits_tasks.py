@@ -11,7 +11,7 @@ from sbi_phys.confidence.inputs import check_levels
 from sbi_phys.core.checks import require_choice, require_int, require_number
 from sbi_phys.core.errors import SettingError
 from sbi_phys.core.types import Array, Integers
-from sbi_phys.estimators.npe import load
+from sbi_phys.estimators.base import load
 from sbi_phys.workflow.run import Run
 
 __all__ = ["STATISTICS", "LimitsSettings", "PosteriorWaldo", "make_statistic", "require_model"]

@@ -13,8 +13,8 @@ from sbi_phys.calibration import c2st
 from sbi_phys.calibration.ratios import reliability
 from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError
 from sbi_phys.core.types import Array
+from sbi_phys.estimators.base import load
 from sbi_phys.estimators.nle import NLE
-from sbi_phys.estimators.npe import load
 from sbi_phys.estimators.nre import NRE
 from sbi_phys.plotting.figures import save_figure
 from sbi_phys.plotting.methods import PairRatios, methods_figure, ratios_figure

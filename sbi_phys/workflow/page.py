@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sbi_phys.calibration.calibrate import TITLES
-from sbi_phys.estimators.npe import load
+from sbi_phys.estimators.base import load
 from sbi_phys.plotting.figures import comparison_figure, corner_figure, loss_figure, save_figure, step_time_figure, weights_figure
 from sbi_phys.plotting.style import house_style, new_figure
 from sbi_phys.report.html import Block, Code, Details, FigureBlock, KeyValues, Section, Text, Verdict, render_report

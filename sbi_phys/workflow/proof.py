@@ -13,7 +13,8 @@ from sbi_phys.calibration import predictive_pvalue
 from sbi_phys.calibration.calibrate import calibrate as run_tests
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.types import Array
-from sbi_phys.estimators.npe import NPE, load
+from sbi_phys.estimators.base import load
+from sbi_phys.estimators.npe import NPE
 from sbi_phys.plotting.figures import misfit_figure, panels_figure, save_figure
 from sbi_phys.store.store import Store
 from sbi_phys.workflow.learn import simulations

@@ -25,7 +25,7 @@ import tomli_w
 from sbi_phys.core.checks import require_choice, require_int, require_known, require_number
 from sbi_phys.core.errors import SettingError
 from sbi_phys.estimators.density_sampling import METHODS as SAMPLERS
-from sbi_phys.estimators.ratio_losses import LOSSES
+from sbi_phys.estimators.nre import LOSSES
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.store.layout import Layout

@@ -10,7 +10,7 @@ import pytest
 import sbi_phys as sp
 from sbi_phys.core.errors import SettingError, SimulatorMismatchError, SupportError
 from sbi_phys.core.rng import rng_for
-from sbi_phys.estimators.emulator import Emulator
+from sbi_phys.estimators.nle import Emulator
 from sbi_phys.simulation.protocol import check_simulator
 from sbi_phys.store.identity import simulator_identity
 from tests import toys
@@ -25,7 +25,7 @@ NO_COUPLINGS = sp.FlowConfig(n_layers=0)
 @pytest.fixture(scope="module")
 def nle() -> sp.NLE:
     config = sp.TrainConfig(max_epochs=12, batch_size=128)
-    settings = {"embedding": SMALL, "device": "cpu", "config": config, "simulator": simulator_identity(SIM)}
+    settings = {"embedding": SMALL, "device": "cpu", "config": config, "simulator": SIM}
     return sp.NLE(SIM.prior, flow=NO_COUPLINGS, n_ensemble=2, **settings).fit(*training_set(3000))
 
 
@@ -93,8 +93,8 @@ def test_counts_stay_whole_and_totals_stay() -> None:
 
 
 def test_the_model_says_what_it_learned_from(nle: sp.NLE, npe: sp.NPE, tmp_path: Path) -> None:
-    assert npe.simulator == simulator_identity(nle.as_simulator())
-    assert npe.simulator["class"] == "sbi_phys.estimators.emulator:Emulator"
+    assert npe.identity == simulator_identity(nle.as_simulator())
+    assert npe.identity["class"] == "sbi_phys.estimators.nle:Emulator"
     npe.save(tmp_path / "npe.pt")
     for same in (SIM, nle.as_simulator()):
         sp.load(tmp_path / "npe.pt", simulator=same)

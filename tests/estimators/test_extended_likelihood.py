@@ -94,7 +94,7 @@ def test_a_batch_of_sets_is_each_set_on_its_own():
 def test_the_posterior_is_a_product_of_gammas():
     """Flat priors: rate ~ Gamma(n + 1, 1), decay ~ Gamma(n + 1, sum x), wide of the box's edges."""
     events = rng_for(4).exponential(0.7, (60, 1))
-    found = LIKELIHOOD.sample(events, PRIOR, 3000, seed=0)
+    found = LIKELIHOOD.posterior(events, 3000, prior=PRIOR, seed=0)
     shape, total = len(events) + 1, events.sum()
     for column, scale in ((0, 1.0), (1, 1 / total)):
         mean, sd = shape * scale, math.sqrt(shape) * scale

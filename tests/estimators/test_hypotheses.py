@@ -36,7 +36,7 @@ def events(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
 
 @pytest.fixture(scope="module")
 def parametrised() -> TwoHypotheses:
-    return TwoHypotheses(0, config=sp.TrainConfig(max_epochs=15, batch_size=256), **SMALL).fit(*events(10_000, 0))
+    return TwoHypotheses(seed=0, config=sp.TrainConfig(max_epochs=15, batch_size=256), **SMALL).fit(*events(10_000, 0))
 
 
 def test_parametrised_ratio_of_gaussians(parametrised: TwoHypotheses) -> None:
@@ -68,7 +68,7 @@ def test_two_fixed_hypotheses_of_unequal_numbers() -> None:
     """1 : 3 in number, but the ratio is that of densities; the checks of the mean ratio hold."""
     rng = rng_for(3)
     x0, x1 = 0.8 + rng.standard_normal((4000, 1)), rng.standard_normal((12_000, 1))
-    ratio = TwoHypotheses(0, config=sp.TrainConfig(max_epochs=8, batch_size=256), **SMALL).fit(None, x0, None, x1)
+    ratio = TwoHypotheses(seed=0, config=sp.TrainConfig(max_epochs=8, batch_size=256), **SMALL).fit(None, x0, None, x1)
     grid = np.linspace(-2, 2.5, 40)
     assert np.abs(ratio.log_ratio(grid[:, None]) - (0.8 * grid - 0.32)).max() < 0.2
     assert np.exp(ratio.log_ratio(rng.standard_normal((20_000, 1)))).mean() == pytest.approx(1, abs=0.04)
@@ -80,7 +80,7 @@ def test_one_fixed_hypothesis_gives_the_ratio_of_any_two() -> None:
     theta0 = rng.uniform(-2, 2, (8000, 1))
     x0 = theta0 + np.sqrt(VARIANCE) * rng.standard_normal((8000, 1))
     x1 = np.sqrt(VARIANCE) * rng.standard_normal((5000, 1))
-    ratio = TwoHypotheses(0, config=sp.TrainConfig(max_epochs=15, batch_size=256), **SMALL).fit(theta0, x0, [0.0], x1)
+    ratio = TwoHypotheses(seed=0, config=sp.TrainConfig(max_epochs=15, batch_size=256), **SMALL).fit(theta0, x0, [0.0], x1)
     _, x, _, _ = events(500, 5)
     a, b = rng_for(6).uniform(-1.8, 1.8, (2, 500, 1))
     truth = exact(x, a, b)[:, 0]
@@ -88,7 +88,7 @@ def test_one_fixed_hypothesis_gives_the_ratio_of_any_two() -> None:
 
 
 def test_varying_theta_is_given_to_the_events_of_the_fixed_one() -> None:
-    ratio = TwoHypotheses(0)
+    ratio = TwoHypotheses(seed=0)
     theta0 = np.arange(6.0)[:, None]
     a, b = ratio._thetas(theta0, [9.0], 6, 9)
     np.testing.assert_array_equal(a[:6], theta0)
@@ -103,14 +103,14 @@ def test_varying_theta_is_given_to_the_events_of_the_fixed_one() -> None:
 def test_ensemble_seed_and_global_generator() -> None:
     before = torch.random.get_rng_state()
     data = events(300, 0)
-    one, again = (TwoHypotheses(7, n_ensemble=2, config=QUICK, **SMALL).fit(*data) for _ in range(2))
+    one, again = (TwoHypotheses(seed=7, n_ensemble=2, config=QUICK, **SMALL).fit(*data) for _ in range(2))
     assert torch.equal(before, torch.random.get_rng_state())
     theta0, x, theta1, _ = events(10, 2)
     theta0, theta1 = 0.9 * theta0, 0.9 * theta1
     np.testing.assert_array_equal(one.log_ratio(x, theta0, theta1), again.log_ratio(x, theta0, theta1))
     members = []
     for net in one._nets:
-        single = TwoHypotheses(7, **SMALL)
+        single = TwoHypotheses(seed=7, **SMALL)
         single._scaler, single._boxes, single._centre, single._width, single._nets = one._scaler, one._boxes, one._centre, one._width, [net]
         members.append(single.log_ratio(x, theta0, theta1))
     np.testing.assert_allclose(np.mean(members, axis=0), one.log_ratio(x, theta0, theta1), atol=1e-6)

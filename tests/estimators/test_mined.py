@@ -63,11 +63,11 @@ def test_gold_beats_labels() -> None:
     """As many events, same network: soft labels cut the error, scores do not spoil it."""
     train = gold(6000, 0)
     one = train["y"] == 1
-    labels = TwoHypotheses(0, config=CONFIG, **NETWORK).fit(
+    labels = TwoHypotheses(seed=0, config=CONFIG, **NETWORK).fit(
         train["theta0"][one], train["x"][one], train["theta1"][one], _events_of(train["theta1"][one], 2)
     )
-    alice = MinedRatio(0, loss="alice", config=CONFIG, **NETWORK).fit(**train)
-    alices = MinedRatio(0, loss="alices", config=CONFIG, **NETWORK).fit(**train)
+    alice = MinedRatio(seed=0, loss="alice", config=CONFIG, **NETWORK).fit(**train)
+    alices = MinedRatio(seed=0, loss="alices", config=CONFIG, **NETWORK).fit(**train)
     assert error(alice) < 0.8 * error(labels)
     assert error(alice) < 0.02
     assert error(alices) < 0.02
@@ -79,7 +79,7 @@ def _events_of(theta: np.ndarray, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("loss", ["rolr", "rascal"])
 def test_regression_on_the_ratio(loss: str) -> None:
-    ratio = MinedRatio(0, loss=loss, config=CONFIG, **NETWORK).fit(**gold(6000, 0, 1.0))
+    ratio = MinedRatio(seed=0, loss=loss, config=CONFIG, **NETWORK).fit(**gold(6000, 0, 1.0))
     test = gold(2000, 9, 1.0)
     assert error(ratio, 1.0) < 0.15 * exact(test["x"], test["theta0"], test["theta1"]).var()
 
@@ -88,7 +88,7 @@ def test_scores_alone_carry_the_ratio() -> None:
     """With uninformative soft labels and a heavy weight on scores, the gradient is still learned from the scores."""
     train = gold(6000, 0)
     train["log_r_joint"] = np.zeros(6000)
-    ratio = MinedRatio(0, loss="alices", alpha=100.0, config=CONFIG, **NETWORK).fit(**train)
+    ratio = MinedRatio(seed=0, loss="alices", alpha=100.0, config=CONFIG, **NETWORK).fit(**train)
     test = gold(4000, 9, 1.9)
     args = test["x"], test["theta0"], test["theta1"]
     slope = np.polyfit(exact(*args), ratio.log_ratio(*args), 1)[0]
@@ -108,7 +108,7 @@ def test_sally_regresses_the_score() -> None:
     theta = 0.5
     z = theta + rng.standard_normal(8000)
     x = z + 2 * rng.standard_normal(8000)
-    sally = SALLY(0, n_ensemble=2, device="cpu", config=sp.TrainConfig(max_epochs=10, batch_size=256)).fit(x, z - theta)
+    sally = SALLY(seed=0, n_ensemble=2, device="cpu", config=sp.TrainConfig(max_epochs=10, batch_size=256)).fit(x, z - theta)
     fresh = theta + np.sqrt(5) * rng.standard_normal((20_000, 1))
     t = sally.score(fresh)
     assert t.shape == (20_000, 1)
@@ -124,8 +124,8 @@ def test_same_seed_same_result() -> None:
     quick = sp.TrainConfig(max_epochs=1, batch_size=64)
     train, test = gold(400, 0), gold(10, 9, 1.5)
     before = torch.random.get_rng_state()
-    one, again = (MinedRatio(3, loss="rascal", config=quick, **NETWORK).fit(**train) for _ in range(2))
-    scores = [SALLY(3, config=quick, device="cpu").fit(train["x"], train["score"]).score(test["x"]) for _ in range(2)]
+    one, again = (MinedRatio(seed=3, loss="rascal", config=quick, **NETWORK).fit(**train) for _ in range(2))
+    scores = [SALLY(seed=3, config=quick, device="cpu").fit(train["x"], train["score"]).score(test["x"]) for _ in range(2)]
     assert torch.equal(before, torch.random.get_rng_state())
     args = test["x"], test["theta0"], test["theta1"]
     np.testing.assert_array_equal(one.log_ratio(*args), again.log_ratio(*args))
@@ -169,13 +169,13 @@ def test_bad_settings_are_refused() -> None:
 def test_saved_and_loaded(tmp_path: Path) -> None:
     data = gold(200, 0)
     quick = sp.TrainConfig(max_epochs=1, batch_size=50)
-    ratio = MinedRatio(3, loss="alices", alpha=0.5, n_ensemble=2, config=quick, **NETWORK).fit(**data)
+    ratio = MinedRatio(seed=3, loss="alices", alpha=0.5, n_ensemble=2, config=quick, **NETWORK).fit(**data)
     ratio.save(tmp_path / "ratio.pt")
     again = sp.load(tmp_path / "ratio.pt", device="cpu")
     assert isinstance(again, MinedRatio)
     assert (again.loss, again.alpha, again.seed, again.n_ensemble) == ("alices", 0.5, 3, 2)
     np.testing.assert_array_equal(again.log_ratio([0.3], [1.0], [0.0]), ratio.log_ratio([0.3], [1.0], [0.0]))
-    sally = SALLY(3, n_ensemble=2, device="cpu", config=quick)
+    sally = SALLY(seed=3, n_ensemble=2, device="cpu", config=quick)
     with pytest.raises(SettingError, match="this SALLY is not trained"):
         sally.save(tmp_path / "sally.pt")
     sally.fit(data["x"], data["score"]).save(tmp_path / "sally.pt")

@@ -71,7 +71,7 @@ def test_a_steep_positive_column_is_taken_as_its_logarithm() -> None:
     theta = prior.sample(4000, rng_for(0))
     x = (1 - rng_for(1).random(4000)) ** (-1 / (theta[:, 0] - 1))
     nle = make(prior, flow=FlowConfig(n_layers=3, hidden=32)).fit(theta, x)
-    assert nle._columns is not None and nle._columns.kind.tolist() == [2]
+    assert nle._scaler is not None and nle._scaler.kind.tolist() == [2]
     energy = np.geomspace(1e-3, 1e12, 6001)[:, None]
     q = np.exp(nle.log_likelihood(energy, np.full((6001, 1), 2.5)))
     assert np.trapezoid(q * energy[:, 0], np.log(energy[:, 0])) == pytest.approx(1, abs=5e-3)
@@ -98,7 +98,7 @@ def test_more_noise_points_raise_the_lower_bound(counting: NLE) -> None:
     """log mean_v p grows with the number of points on average: one is the bound that was trained."""
     theta, x = rates(1000, seed=5)
     few = make(RATE, n_noise=1)
-    few._columns, few._nets = counting._columns, counting._nets
+    few._scaler, few._nets = counting._scaler, counting._nets
     assert counting.log_likelihood(x, theta).mean() > few.log_likelihood(x, theta).mean()
 
 
@@ -108,9 +108,9 @@ def test_totals_that_never_change_are_conditioned_on() -> None:
     theta = prior.sample(5000, rng_for(0))
     x = rng_for(1).multinomial(60, theta)
     nle = make(prior, flow=FlowConfig(n_layers=3, hidden=32)).fit(theta, x)
-    assert nle._columns is not None
-    (columns, total, left_out) = nle._columns.ties[0]
-    assert columns == (0, 1, 2) and total == 60 and left_out not in nle._columns.kept
+    assert nle._scaler is not None
+    (columns, total, left_out) = nle._scaler.ties[0]
+    assert columns == (0, 1, 2) and total == 60 and left_out not in nle._scaler.kept
     truth, data = prior.sample(1000, rng_for(2)), rng_for(3)
     new = data.multinomial(60, truth)
     exact = multinomial.logpmf(new, 60, truth / truth.sum(axis=1, keepdims=True))
@@ -218,8 +218,8 @@ def test_whole_numbers_that_are_no_counts() -> None:
     quick = sp.TrainConfig(max_epochs=1)
     noisy = make(dequantise=True, config=quick).fit(theta, x)
     plain = make(config=quick).fit(theta, x)
-    assert noisy._columns is not None and noisy._columns.noisy.all()
-    assert plain._columns is not None and not plain._columns.noisy.any()
+    assert noisy._scaler is not None and noisy._scaler.noisy.all()
+    assert plain._scaler is not None and not plain._scaler.noisy.any()
     assert (noisy.sample_x(theta[:3], 10) == np.round(noisy.sample_x(theta[:3], 10))).all()
     with pytest.raises(DataError, match="whole numbers"):
         noisy.log_likelihood([0.5, 1.0], theta[:1])
@@ -260,7 +260,7 @@ def test_a_store_a_seed_and_a_checkpoint(tmp_path: Path) -> None:
     one, two = (make(config=quick).fit(s) for s in (store, tmp_path / "store"))
     theta, x = training_set(5, seed=2)
     assert (one.log_likelihood(x, theta) == two.log_likelihood(x, theta)).all()
-    assert one.simulator is not None and one.observables is not None
+    assert one.identity is not None and one.observables is not None
     kept = make(config=quick).fit(store, checkpoint=tmp_path / "check")
     again = make(config=quick).fit(store, checkpoint=tmp_path / "check")
     assert (kept.log_likelihood(x, theta) == again.log_likelihood(x, theta)).all()
@@ -314,7 +314,7 @@ def test_what_is_refused(trained: NLE, counting: NLE) -> None:
 
 def test_a_network_that_has_gone_wrong_is_an_error(trained: NLE) -> None:
     broken = make()
-    broken._columns, broken._nets = trained._columns, [trained._nets[0]]
+    broken._scaler, broken._nets = trained._scaler, [trained._nets[0]]
     weight = broken._nets[0].flow.context.bias
     kept = weight.detach().clone()
     with torch.no_grad():

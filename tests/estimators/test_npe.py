@@ -138,7 +138,7 @@ def test_model_files_that_do_not_fit(trained: sp.NPE, tmp_path: Path) -> None:
     path.write_bytes(b"no model")
     with pytest.raises(ModelFileError, match="no zip archive"):
         sp.load(path)
-    other = make(simulator={"class": "tests.toys:LinearGaussian", "settings": {"dim": 3}}, config=sp.TrainConfig(max_epochs=1))
+    other = make(simulator=LinearGaussian(dim=3, n_columns=2), config=sp.TrainConfig(max_epochs=1))
     other.fit(*training_set(100)).save(path)
     with pytest.raises(SimulatorMismatchError, match="was trained with"):
         sp.load(path, simulator=SIM)
@@ -223,7 +223,7 @@ def test_map_is_the_mode(trained: sp.NPE) -> None:
 def test_fit_from_a_store(tmp_path: Path) -> None:
     store = sp.simulate(SIM, 400, tmp_path / "store", seed=0, workers=1)
     npe = make(config=sp.TrainConfig(max_epochs=1)).fit(store)
-    assert npe.simulator is not None
+    assert npe.identity is not None
     assert (
         make(config=sp.TrainConfig(max_epochs=1)).fit(str(tmp_path / "store")).sample(np.zeros(2), 3) == npe.sample(np.zeros(2), 3)
     ).all()
@@ -284,7 +284,7 @@ def test_a_store_is_streamed_where_memory_is_short(tmp_path: Path) -> None:
     for memory in (2**17, 2**30):
         npe = make().fit(store, memory=memory)
         assert (SIM.exact_log_posterior(theta, x) - npe.log_prob(theta, x)).mean() < 0.08
-        assert npe.simulator == store.identity
+        assert npe.identity == store.identity
     other = sp.simulate(SIM, 1000, tmp_path / "other", seed=1, workers=1, shard_size=500)
     two = make(n_ensemble=2).fit([store, other], memory=2**17)
     assert [len(member) for member in two.history] == [12, 12]

@@ -13,7 +13,7 @@ import sbi_phys as sp
 from sbi_phys.core.errors import DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SupportError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators import nre as module
-from sbi_phys.estimators.npe import load
+from sbi_phys.estimators.base import load
 from sbi_phys.estimators.nre import NRE
 from sbi_phys.nets.classifier import ClassifierConfig
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
@@ -74,7 +74,7 @@ def test_a_narrow_posterior_is_found(reference: str, network: ClassifierConfig) 
     narrow = LinearGaussian(dim=2, noise=0.02)
     theta = narrow.prior.sample(2000, rng_for(0, "theta"))
     x = narrow.simulate(theta, rng_for(0, "x"))
-    nre = NRE(narrow.prior, 1, reference=reference, network=network, embedding=SMALL, device="cpu", config=QUICK).fit(theta, x)
+    nre = NRE(narrow.prior, seed=1, reference=reference, network=network, embedding=SMALL, device="cpu", config=QUICK).fit(theta, x)
     fresh = narrow.prior.sample(1000, rng_for(1, "theta"))
     x = narrow.simulate(fresh, rng_for(1, "x"))
     exact = narrow.exact_log_posterior(fresh, x) - narrow.prior.log_prob(fresh)
@@ -124,7 +124,7 @@ def test_a_normalised_ratio_has_mean_one_over_the_prior_at_every_x(trained: NRE)
         mean = weight @ np.exp(trained.log_ratio(row, SIM.prior.from_unbounded(u), normalise=True))
         assert mean == pytest.approx(1, abs=0.05)
     # what a posterior says of the evidence is the same number
-    assert trained.posterior(x[0], 2000, 1, method="grid").log_evidence == pytest.approx(found.log_mean[0], abs=0.05)
+    assert trained.posterior(x[0], 2000, seed=1, method="grid").log_evidence == pytest.approx(found.log_mean[0], abs=0.05)
 
 
 def test_a_function_of_x_alone_makes_no_difference_to_a_normalised_ratio() -> None:
@@ -230,7 +230,7 @@ def test_draws_of_a_set_follow_the_exact_posterior(trained: NRE) -> None:
     """Five events of one theta: the exact posterior is that of their mean with a fifth of the noise's variance."""
     theta = np.array([[0.5, -0.3]])
     x = SIM.simulate(np.repeat(theta, 5, axis=0), rng_for(5))
-    result = trained.posterior(x, 3000, 4, event_set=True)
+    result = trained.posterior(x, 3000, seed=4, event_set=True)
     averaged = LinearGaussian(dim=2, noise=0.7 / np.sqrt(5))
     mean, covariance = averaged.posterior(x.mean(axis=0))
     sd = np.sqrt(np.diag(covariance))
@@ -338,7 +338,7 @@ def test_fit_from_a_store(tmp_path: Path) -> None:
     theta, x = store.read()
     from_arrays = make(**quick).fit(theta, x)
     np.testing.assert_array_equal(from_store.log_ratio(x[:5], theta[:5]), from_arrays.log_ratio(x[:5], theta[:5]))
-    assert from_store.simulator == store.identity
+    assert from_store.identity == store.identity
     streamed = make(**quick).fit(tmp_path / "store", memory=30_000)
     assert np.isfinite(streamed.log_ratio(x[:5], theta[:5])).all()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbi_phys.estimators.ratio_losses import LOSSES, balance, bnre_loss, carl_loss, nre_c_loss
+from sbi_phys.estimators.nre import LOSSES, balance, bnre_loss, carl_loss, nre_c_loss
 
 # pairs (x, theta) by the number of times they occur in 12
 COUNTS = np.array([[3, 1, 1], [1, 2, 0], [1, 0, 3]])

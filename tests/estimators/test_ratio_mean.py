@@ -9,7 +9,7 @@ from scipy.special import logsumexp
 
 from sbi_phys.core.errors import ConvergenceError
 from sbi_phys.core.rng import rng_for
-from sbi_phys.estimators.ratio_mean import WANTED, Gaussians, joined, mean_over_prior
+from sbi_phys.estimators.nre import WANTED, Gaussians, joined, mean_over_prior
 from sbi_phys.priors import standard_normal_log_prob
 
 Array = NDArray[np.float64]

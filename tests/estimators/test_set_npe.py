@@ -6,7 +6,7 @@ import torch
 
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, ShapeError
 from sbi_phys.core.rng import rng_for
-from sbi_phys.estimators.model_file import FILE
+from sbi_phys.estimators.base import FILE
 from sbi_phys.estimators.npe import NPE
 from sbi_phys.estimators.set_npe import SetNPE, likelihood_embedding
 from sbi_phys.nets.embedding_set import pad_sets
@@ -62,7 +62,7 @@ def test_a_posterior_of_larger_sets_than_the_scores_have_seen(embedding, tmp_pat
     with pytest.raises(RuntimeError, match="size mismatch"):  # a plain NPE can not take the weights for its own
         NPE._from_content(tmp_path / "sets.pt", content, same, "cpu")
     write_file(tmp_path / "other.pt", *FILE, content | {"estimator": "NPE"})
-    with pytest.raises(ModelFileError, match="is the file of NPE"):
+    with pytest.raises(ModelFileError, match="does not describe a model"):
         SetNPE.load(tmp_path / "other.pt", embedding=same)
     with pytest.raises(SettingError, match="expected what likelihood_embedding"):
         SetNPE(PRIOR, device="cpu").fit(theta, x)

@@ -62,7 +62,7 @@ def test_neural_posterior_is_that_of_the_chains():
     model = SpectrumModel(RESPONSE, REFERENCE, **SETTINGS)
     rng = rng_for(4, "train")
     theta = model.prior.sample(20_000, rng)
-    npe = NPE(model.prior, 0, observables=model.observables, device="cpu").fit(theta, model.simulate(theta, rng))
+    npe = NPE(model.prior, seed=0, observables=model.observables, device="cpu").fit(theta, model.simulate(theta, rng))
     for i, w in enumerate(([0, 0, 0, 0, 0], [1, -1, 0.5, 0, 1], [-1.2, 0.8, 1, -1, 0])):
         counts = model.simulate(np.array([w], dtype=float), rng_for(5, "data", i))[0]
         exact = np.log(bayesian_unfold(counts, RESPONSE, reference=REFERENCE, n_draws=4000, seed=i, **SETTINGS).samples)

@@ -1,0 +1,528 @@
+r"""The base of all estimators: settings, training, ensembles, model files.
+
+A new estimator is one class with a network and a loss (CONTRIBUTING.md, "Add an estimator"):
+
+    class MDN(Estimator):
+        def build(self, scaler, seed):          # the network of one member of the ensemble
+            return MixtureNet(self.prior.free_dim, scaler.shape)
+
+        def row_loss(self, net, u, x):          # one value per row; the mean over the rows is minimised
+            return -net.log_prob(u, x)
+
+u = prior.to_unbounded(theta) are the parameters in the prior's whitened space, x the observations, scaled. The base trains on arrays,
+on stores (streamed from disk where they exceed the memory) and on a simulator that runs beside the training; it takes weights, writes
+checkpoints, shares the work under torchrun, and gives `save`, `load` and a representation. With weights w_i > 0 it minimises
+
+    sum_i w_i L_i / sum_i w_i.
+
+A file holds settings, scaling and weights and never code: `load` finds the class by its name, among those of this package and those
+that have been imported.
+"""
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypedDict, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sbi_phys.core.checks import as_matrix, require_int
+from sbi_phys.core.device import resolve_device
+from sbi_phys.core.errors import DataError, ModelFileError, SettingError, SimulatorMismatchError
+from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.provenance import __version__
+from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
+from sbi_phys.core.types import AnyArray, Array, ArrayLike, Integers
+from sbi_phys.nets.classifier import ClassifierConfig
+from sbi_phys.nets.embedding_set import take_scaling
+from sbi_phys.nets.embedding_vector import EmbeddingConfig
+from sbi_phys.nets.flow import FlowConfig
+from sbi_phys.nets.posterior import sample_net
+from sbi_phys.priors import Observable, Prior, prior_from_dict
+from sbi_phys.simulation.protocol import Simulator, check_simulator
+from sbi_phys.store.identity import simulator_identity
+from sbi_phys.store.store import Store
+from sbi_phys.training.batches import Batches
+from sbi_phys.training.checkpoint import read_file, write_file
+from sbi_phys.training.loop import Loss, TrainConfig, fit
+from sbi_phys.training.scaling import XScaler
+from sbi_phys.training.sources import Rows, Scaling, Settings, from_arrays, from_simulator, from_stores, stores_of
+
+__all__ = ["FILE", "BaseEstimator", "Estimator", "History", "Shared", "load"]
+
+History = list[dict[str, Any]]  # of one training, a dictionary per epoch
+
+FILE = ("estimator", 2)
+# estimators of this package, so that `load` can import the one that a file names
+_MODULES = {
+    "NPE": "sbi_phys.estimators.npe",
+    "NLE": "sbi_phys.estimators.nle",
+    "NRE": "sbi_phys.estimators.nre",
+    "TwoHypotheses": "sbi_phys.estimators.hypotheses",
+    "MinedRatio": "sbi_phys.estimators.mined",
+    "SALLY": "sbi_phys.estimators.mined",
+    "SetNPE": "sbi_phys.estimators.set_npe",
+}
+_CLASSES: "dict[str, type[BaseEstimator]]" = {}  # every subclass that has been imported
+_CONFIGS = {c.__name__: c for c in (ClassifierConfig, EmbeddingConfig, FlowConfig, TrainConfig)}
+_NOT_SETTINGS = ("device", "simulator")  # of the machine, and kept as an identity
+_WAYS = "fit(theta, x), fit(store) or fit(simulator=..., online=True, n=...)"
+
+
+def _signature(cls: type) -> inspect.Signature:
+    """Signature of `cls(...)` in which **shared stands for the arguments of the class above."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base) or base is object:
+            continue
+        own = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        found |= {p.name: p for p in own if p.kind is not p.VAR_KEYWORD and p.name not in found}
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    return inspect.Signature(sorted(found.values(), key=lambda p: p.kind))
+
+
+class Shared(TypedDict, total=False):
+    """Keyword arguments of every estimator, see `BaseEstimator`."""
+
+    seed: int
+    embedding: EmbeddingConfig | nn.Module | None
+    n_ensemble: int
+    device: str | torch.device
+    x_transform: str
+    observables: Sequence[Observable] | None
+    simulator: Simulator | None
+    config: TrainConfig | None
+
+
+class BaseEstimator:
+    """What is common to all estimators, with or without a prior: settings, members of the ensemble, files.
+
+    Args:
+        seed: of weights, split, order and draws.
+        embedding: of the observation: None (the default perceptron), an EmbeddingConfig, or any nn.Module (n, *x_shape) -> (n, k).
+        n_ensemble: networks, trained with different seeds and splits.
+        device: 'auto' takes CUDA where there is one.
+        x_transform: 'auto', 'counts' (Anscombe's root) or 'real'; 'auto' asks `observables`, else looks at the values.
+        observables: the simulator's blocks of columns; None takes those of the simulator or of the store.
+        simulator: that the simulations come from; its identity is kept in the model file.
+        config: of the training loop.
+
+    Attributes: history: of each member, a dictionary per epoch. identity: of the simulator, {"class": ..., "settings": ...} or None.
+    Raises: SettingError, SimulatorMismatchError.
+    """
+
+    scaler_class: ClassVar[Any] = XScaler
+    default_embedding: ClassVar[EmbeddingConfig] = EmbeddingConfig()
+    config: TrainConfig | None
+    _nets: list[Any]
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        embedding: EmbeddingConfig | nn.Module | None = None,
+        n_ensemble: int = 1,
+        device: str | torch.device = "auto",
+        x_transform: str = "auto",
+        observables: Sequence[Observable] | None = None,
+        simulator: Simulator | None = None,
+        config: TrainConfig | None = None,
+    ) -> None:
+        if simulator is not None:
+            check_simulator(simulator)
+            observables = simulator.observables if observables is None else observables
+        self.seed = require_int("seed", seed, low=0)
+        self.embedding = self.default_embedding if embedding is None else embedding
+        self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
+        self.device = resolve_device(device)
+        self.x_transform = x_transform
+        self.observables = tuple(observables) if observables is not None else None
+        self.identity = None if simulator is None else simulator_identity(simulator)
+        self.config = config
+        self.history: list[History] = []
+        self._scaler: Any = None
+        self._nets = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the class for `load`, and show the shared settings in its signature."""
+        super().__init_subclass__(**kwargs)
+        known = _MODULES.get(cls.__name__)
+        if known is not None and cls.__module__ != known:
+            raise SettingError(f"an estimator is called {cls.__name__}, as one of sbi_phys is; expected another name")
+        _CLASSES[cls.__name__] = cls
+        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of this estimator: `type(e)(**e.settings)` is an untrained one like it (on this machine's device)."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name not in _NOT_SETTINGS}
+
+    def __repr__(self) -> str:
+        shown = [f"{k}={_short(v)}" for k, v in self.settings.items() if not _is_default(v, inspect.signature(type(self)).parameters[k])]
+        state = f"{len(self._nets)} trained network{'s' * (len(self._nets) > 1)}" if self._nets else "not trained"
+        return f"{type(self).__name__}({', '.join(shown)}): {state}"
+
+    # ---- what a subclass gives
+
+    def build(self, scaler: Any, seed: int) -> nn.Module:
+        """Return the network of one member; torch's global generator is seeded with `seed`.
+
+        Args: scaler: of x; its `shape` is that of one observation.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no build(scaler, seed); expected one that returns its network")
+
+    def row_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Loss of each row (n,); called as row_loss(net, u, x) with u (n, d) and x (n, ...), scaled."""
+        raise NotImplementedError(f"{type(self).__name__} has no row_loss(net, u, x); expected one that returns one value per row")
+
+    def start(self, net: Any, rows: Sequence[Tensor], seed: int) -> None:
+        """Give a network better initial weights from training rows. Default: leave it."""
+
+    def member_batches(self, net: Any, batches: Batches, config: TrainConfig, seed: int, progress: Progress) -> tuple[Batches, TrainConfig]:
+        """Return what a member trains on, and how. Default: the rows as they are."""
+        return batches, config
+
+    def finish(self, net: Any, batches: Batches) -> None:
+        """Change a trained network, e.g. solve its last layer. Default: leave it."""
+
+    def state(self) -> dict[str, Any]:
+        """What `fit` has learned beside scaling and weights, as tensors and plain values for the file. Default: nothing."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+
+    # ---- training
+
+    def _train(self, rows: Rows, loss: Loss, checkpoint: str | Path | None, progress: Progress) -> None:
+        """Train all members, then keep them: an estimator whose training fails stays as it was."""
+        nets, histories = [], []
+        for k in range(self.n_ensemble):
+            net, history = self._train_member(k, rows, _Weighted(loss) if rows.weighted else loss, checkpoint, progress)
+            nets.append(net)
+            histories.append(history)
+        self._scaler, self._nets, self.history = rows.scaler, nets, histories
+
+    def _train_member(self, k: int, rows: Rows, loss: Loss, checkpoint: str | Path | None, progress: Progress) -> tuple[nn.Module, History]:
+        seed = seed_for(self.seed, "member", k)
+        batches, start = rows.member(k)
+        net = self._new_net(rows.scaler, seed)
+        if isinstance(rows.scaler, XScaler):
+            take_scaling(net, rows.scaler)
+        self.start(net, start, seed)
+        batches, config = self.member_batches(net, batches, rows.config, seed, progress)
+        path = None if checkpoint is None else Path(f"{checkpoint}.{k}")
+        history: History = []
+        name = "train" if self.n_ensemble == 1 else f"train {k + 1}/{self.n_ensemble}"
+        with progress.task(name, config.for_rows(batches.n)[1]) as task:
+            for record in fit(loss, net, batches, None, config, seed=seed, checkpoint=path):
+                history.append(asdict(record))
+                task.advance(1, text=f"loss {record.train:.3f} validation {record.valid:.3f}{' *' if record.best else ''}")
+        self.finish(net, batches)
+        return net, history
+
+    def _new_net(self, scaler: Any, seed: int) -> nn.Module:
+        with torch.random.fork_rng([]):  # torch's global generator stays as it was
+            torch.manual_seed(seed)
+            return self.build(scaler, seed).to(self.device)
+
+    def _require_fit(self) -> Any:
+        """Return the scaling.   Raises: SettingError before `fit`."""
+        if self._scaler is None:
+            raise SettingError(f"this {type(self).__name__} is not trained; expected .fit(...) or sp.load(path) first")
+        return self._scaler
+
+    def _inputs(self, x: ArrayLike | Tensor) -> tuple[Tensor, bool]:
+        """Scaled observations (n, ...) on the device, and whether it is a single one.   Raises: ShapeError, NonFiniteError, DataError."""
+        scaler = self._require_fit()
+        array, single = scaler.check("x", x)
+        return scaler.apply(array).to(self.device), single
+
+    def _draw_members(self, inputs: Tensor, n: int, seed: int) -> Array:
+        """n draws (b, n, d) of the equal mixture of the members, flows that are conditional on inputs (b, ...)."""
+        counts = rng_for(seed, "members").multinomial(n, np.full(len(self._nets), 1 / len(self._nets)))
+        parts = [
+            sample_net(net, inputs, int(c), torch_rng_for(seed, "draws", k, device=self.device))
+            for k, (net, c) in enumerate(zip(self._nets, counts, strict=True))
+            if c
+        ]
+        draws: Array = torch.cat(parts, dim=1).double().numpy()
+        # the members' draws are mixed, so that any part of the draws is a sample of the mixture
+        return draws if len(parts) == 1 else draws[:, rng_for(seed, "mix").permutation(n)]
+
+    # ---- files
+
+    def save(self, path: str | Path) -> None:
+        """Write settings, scaling, weights and history, but no code; `sp.load` reads it.   Raises: ModelFileError, SettingError."""
+        content = {
+            "estimator": type(self).__name__,
+            "version": __version__,
+            "settings": {name: _encoded(name, value) for name, value in self.settings.items()},
+            "identity": json.dumps(self.identity),
+            "scaler": self._require_fit().to_dict(),
+            "state": self.state(),
+            "history": self.history,
+            "weights": [{k: v.cpu() for k, v in net.state_dict().items()} for net in self._nets],
+        }
+        write_file(path, *FILE, content)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        simulator: Simulator | None = None,
+        embedding: nn.Module | None = None,
+        device: str | torch.device = "auto",
+    ) -> Self:
+        """Read a model of this class; arguments and errors as `sp.load`."""
+        model = load(path, simulator=simulator, embedding=embedding, device=device)
+        if not isinstance(model, cls):
+            raise ModelFileError(f"{path} is the file of a {type(model).__name__}; expected one of {cls.__name__}")
+        return model
+
+    @classmethod
+    def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> Self:
+        settings = {name: _decoded(value) for name, value in content["settings"].items()}
+        settings["embedding"] = _embedding_of(path, settings["embedding"], embedding)
+        model = cls(**settings, device=device)
+        model.identity = json.loads(content["identity"])
+        model.history = content["history"]
+        model._scaler = cls.scaler_class.from_dict(content["scaler"])
+        model.set_state(content["state"])
+        for k, weights in enumerate(content["weights"]):
+            net = model._new_net(model._scaler, seed_for(model.seed, "member", k))
+            net.load_state_dict(weights)
+            model._nets.append(net.eval())
+        return model
+
+
+class Estimator(BaseEstimator):
+    """Base of estimators over a prior that learn from pairs (theta, x); a subclass gives `build` and `row_loss`.
+
+    Args: prior: over theta; the network sees theta in its whitening map. Others as `BaseEstimator`.   Raises: SettingError.
+
+    Example: the posterior mean, by least squares
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> from torch import nn
+    >>> class PosteriorMean(sp.estimators.Estimator):
+    ...     def build(self, scaler, seed):
+    ...         return nn.Linear(scaler.shape[0], self.prior.free_dim)
+    ...     def row_loss(self, net, u, x):
+    ...         return ((net(x) - u) ** 2).sum(dim=1)
+    >>> prior = sp.NormalPrior([sp.Parameter("mu")])
+    >>> theta = prior.sample(200, np.random.default_rng(0))
+    >>> PosteriorMean(prior, config=sp.TrainConfig(max_epochs=2)).fit(theta, theta + 0.1)
+    PosteriorMean(prior=NormalPrior(mu), config=TrainConfig(max_epochs=2)): 1 trained network
+    """
+
+    config: TrainConfig
+
+    def __init__(self, prior: Prior, **shared: Unpack[Shared]) -> None:
+        super().__init__(**shared)
+        if not isinstance(prior, Prior):
+            raise SettingError(f"prior is a {type(prior).__name__}; expected a prior, e.g. BoxPrior([Parameter(...)])")
+        self.prior = prior
+        self.config = self.config or TrainConfig()
+
+    def fit(
+        self,
+        theta: ArrayLike | Tensor | Store | str | Path | Sequence[Store | str | Path] | None = None,
+        x: ArrayLike | Tensor | None = None,
+        *,
+        weights: ArrayLike | None = None,
+        simulator: Simulator | None = None,
+        online: bool = False,
+        n: int | None = None,
+        memory: int | None = None,
+        workers: int | None = None,
+        checkpoint: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Train on simulations: arrays, stores, or a simulator that runs beside the training.
+
+        Args: theta (n, d) in the prior's support and x (n, ...); or a store (or its path, or several) in place of both; or
+        simulator=..., online=True, n=...: n fresh simulations, each used once.
+        weights: (n,) > 0, one per row of the arrays or per successful row of the stores: the weighted mean of the losses is minimised.
+        memory: bytes that the rows of stores may take: more are streamed from disk; default half of the machine's memory.
+        workers: processes that simulate online, 0 for a thread; default all cores but one.
+        checkpoint: path prefix; an interrupted training continues from there, with the same weights in the end.
+        Under torchrun all ranks call this alike and end with the same network.
+        Raises: ShapeError, NonFiniteError, SupportError, DataError (empty, too few), TrainingError, StoreError, SettingError.
+        """
+        progress = or_none(progress)
+        if online or simulator is not None:
+            rows = self._online_rows(theta, x, weights, simulator, online, n, workers)
+        else:
+            rows = self._stored_rows(theta, x, weights, memory, progress)
+        with rows:
+            self._train(rows, self._loss(rows.scaler), checkpoint, progress)
+        return self
+
+    def _online_rows(self, theta: Any, x: Any, weights: Any, simulator: Any, online: bool, n: int | None, workers: int | None) -> Rows:
+        if not online or simulator is None:
+            raise SettingError("online training takes both simulator=... and online=True; expected both, or theta and x, or a store")
+        if theta is not None or x is not None:
+            raise DataError("theta or x was given beside a simulator; expected fit(simulator=..., online=True, n=...)")
+        if weights is not None:
+            raise DataError("weights were given beside a simulator, whose rows are fresh; expected weights of theta and x, or of a store")
+        check_simulator(simulator)
+        self.identity = self.identity or simulator_identity(simulator)
+        self.observables = self.observables or tuple(simulator.observables)
+        return from_simulator(simulator, n, self._source_settings(), workers)
+
+    def _stored_rows(self, theta: Any, x: Any, weights: Any, memory: int | None, progress: Progress) -> Rows:
+        stores = stores_of(theta, self.prior)
+        if stores is None:
+            if theta is None or x is None:
+                raise DataError(f"{'theta' if theta is None else 'x'} is missing; expected {_WAYS}")
+            return from_arrays(theta, x, self._source_settings(), weights)
+        if x is not None:
+            raise DataError(f"x was given beside a store; expected {_WAYS}")
+        self.identity = self.identity or stores[0].identity
+        self.observables = self.observables or stores[0].observables
+        return from_stores(stores, self._source_settings(), memory, progress, weights)
+
+    def _source_settings(self) -> Settings:
+        return Settings(self.prior, self.seed, self.config, self.device, self.x_transform, self.observables, self._scaling())
+
+    def _scaling(self) -> Callable[[AnyArray, Integers | slice], Scaling] | None:
+        """Function (x, training rows) -> map of x to the network's input; None takes `XScaler`."""
+        return None
+
+    def _loss(self, scaler: Any) -> Loss:
+        return self.row_loss
+
+    def _u(self, theta: ArrayLike | Tensor) -> Tensor:
+        """Network inputs (m, d') of theta (m, d), on the device.   Raises: ShapeError, NonFiniteError, SupportError."""
+        u = self.prior.to_network(as_matrix("theta", theta, self.prior.dim, self.prior.names))
+        return torch.from_numpy(u.astype(np.float32)).to(self.device)
+
+
+class _Weighted:
+    """Row losses times the weight in the last column, whose mean is one."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def __call__(self, net: nn.Module, *rows: Tensor) -> Tensor:
+        return rows[-1] * self.loss(net, *rows[:-1])
+
+
+def load(
+    path: str | Path,
+    *,
+    simulator: Simulator | None = None,
+    embedding: nn.Module | None = None,
+    device: str | torch.device = "auto",
+) -> Any:
+    """Read a model that `save` wrote, of the class that the file names.
+
+    Args: simulator: if given, it must be the one the model was trained with. embedding: the module, where the model was
+    trained with one of the user's own (its weights come from the file).
+    Raises: ModelFileError (missing, truncated, not ours, a class that has not been imported), SimulatorMismatchError.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> prior = sp.NormalPrior([sp.Parameter("mu")])
+    >>> theta = prior.sample(100, np.random.default_rng(0))
+    >>> npe = sp.NPE(prior, config=sp.TrainConfig(max_epochs=1)).fit(theta, theta + 0.1)
+    >>> npe.save("npe.pt")
+    >>> bool((sp.load("npe.pt").sample(0.3, 5) == npe.sample(0.3, 5)).all())
+    True
+    """
+    path = Path(path)
+    content = read_file(path, *FILE)
+    kind = _class_named(path, content)
+    try:
+        model = kind._from_content(path, content, embedding, device)
+    except (KeyError, TypeError, RuntimeError) as err:
+        raise ModelFileError(f"{path} does not describe a model that this version can build: {str(err).splitlines()[0]}") from err
+    if simulator is not None:
+        _require_same_simulator(path, model.identity, simulator)
+    return model
+
+
+def _class_named(path: Path, content: dict[str, Any]) -> type[BaseEstimator]:
+    name = content.get("estimator")
+    if name in _MODULES:
+        importlib.import_module(_MODULES[name])
+    if name not in _CLASSES:
+        known = ", ".join(sorted({*_MODULES, *_CLASSES}))
+        raise ModelFileError(f"{path} is the file of an estimator {name!r}; expected one of {known}, or import its module before")
+    return _CLASSES[name]
+
+
+def _require_same_simulator(path: Path, stored: dict[str, Any] | None, simulator: Simulator) -> None:
+    """Raise SimulatorMismatchError unless the stored identity is the given simulator's, or that of an emulator of it."""
+    got = simulator_identity(simulator)
+    if stored is None or json.loads(json.dumps(got)) in (stored, stored.get("settings", {}).get("emulates")):
+        return
+    raise SimulatorMismatchError(f"{path} was trained with {json.dumps(stored)}; got {json.dumps(got)}")
+
+
+def _is_default(value: Any, parameter: inspect.Parameter) -> bool:
+    """Whether a setting needs no mention: its default, or a configuration all of whose values are defaults."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return not _changed(value)
+    return value is parameter.default or (isinstance(value, int | float | str | bool) and value == parameter.default)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, nn.Module):
+        return f"{type(value).__name__}(...)"
+    if is_dataclass(value) and not isinstance(value, type):
+        return f"{type(value).__name__}({', '.join(f'{k}={v!r}' for k, v in _changed(value))})"
+    if isinstance(value, tuple) and value and all(isinstance(v, Observable) for v in value):
+        return f"[{', '.join(v.name for v in value)}]"
+    return repr(value)
+
+
+def _changed(config: Any) -> list[tuple[str, Any]]:
+    return [(f.name, getattr(config, f.name)) for f in fields(config) if getattr(config, f.name) != f.default]
+
+
+def _encoded(name: str, value: Any) -> Any:
+    """A setting as plain values: what `_decoded` reads.   Raises: ModelFileError for what no file can hold."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Prior):
+        return {"prior": json.dumps(value.to_dict())}
+    if isinstance(value, nn.Module):
+        return {"module": type(value).__qualname__}
+    if type(value).__name__ in _CONFIGS:
+        return {"config": type(value).__name__, "values": asdict(value)}
+    if isinstance(value, tuple | list) and all(isinstance(v, Observable) for v in value):
+        return {"observables": json.dumps([asdict(o) for o in value])}
+    if isinstance(value, tuple | list):
+        return [_encoded(name, v) for v in value]
+    raise ModelFileError(f"setting {name} is a {type(value).__name__}; expected a number, text, a prior, a module or {', '.join(_CONFIGS)}")
+
+
+def _decoded(value: Any) -> Any:
+    """Inverse of `_encoded`; a module stays {"module": class name}."""
+    if not isinstance(value, dict):
+        return [_decoded(v) for v in value] if isinstance(value, list) else value
+    if "prior" in value:
+        return prior_from_dict(json.loads(value["prior"]))
+    if "config" in value:
+        return _CONFIGS[value["config"]](**value["values"])
+    if "observables" in value:
+        return [Observable(**o) for o in json.loads(value["observables"])]
+    return value
+
+
+def _embedding_of(path: Path, stored: Any, given: nn.Module | None) -> Any:
+    """The embedding to build with.   Raises: ModelFileError if the module is missing, or is one too many."""
+    if isinstance(stored, dict) and given is None:
+        name = stored["module"]
+        raise ModelFileError(f"{path} was trained with an embedding of class {name}; expected load(path, embedding={name}(...))")
+    if not isinstance(stored, dict) and given is not None:
+        raise ModelFileError(f"{path} was trained with the default embedding; expected load(path) without an embedding")
+    return stored if given is None else given
