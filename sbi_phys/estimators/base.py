@@ -178,7 +178,7 @@ class BaseEstimator:
         raise NotImplementedError(f"{type(self).__name__} has no build(scaler, seed); expected one that returns its network")
 
     def row_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Loss of each row (n,); called as row_loss(net, u, x) with u (n, d) and x (n, ...), scaled."""
+        """Loss of each row (n,); an `Estimator` is handed (net, u, x) with u (n, d) and x (n, ...), scaled."""
         raise NotImplementedError(f"{type(self).__name__} has no row_loss(net, u, x); expected one that returns one value per row")
 
     def start(self, net: Any, rows: Sequence[Tensor], seed: int) -> None:

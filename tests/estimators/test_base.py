@@ -200,8 +200,8 @@ def test_the_loss_is_the_weighted_mean() -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_store_larger_than_memory_is_streamed(name: str, weighted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, sim = CASES[name], simulator_of(name)
-    store = sp.simulate(sim, 600, tmp_path / "store", seed=0, workers=1, shard_size=200)
-    weights = np.ones(600) if weighted else None
+    store = sp.simulate(sim, 1000, tmp_path / "store", seed=0, workers=1, shard_size=250)
+    weights = np.ones(1000) if weighted else None
     seen: list[Rows] = []
     train = sp.estimators.BaseEstimator._train
 
