@@ -8,7 +8,6 @@ import torch
 from sbi_phys.estimators.npe import NPE
 from sbi_phys.simulation.campaign import simulate as run_simulations
 from sbi_phys.simulation.clusters import cluster_executor
-from sbi_phys.store.identity import simulator_identity
 from sbi_phys.store.store import Store
 from sbi_phys.workflow.run import Run
 

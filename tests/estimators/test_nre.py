@@ -172,12 +172,12 @@ def test_a_set_of_events_is_the_sum_over_its_events(trained: NRE) -> None:
 def test_chunks_do_not_matter(trained: NRE, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     theta, x = training_set(7, seed=3)
     whole = [trained.log_ratio(x, theta, event_set=True), trained.log_ratio(x, theta), trained.log_ratio(x[0], theta)]
-    gradient = trained._density(x, True).with_gradient(trained._whitened(theta))
+    gradient = trained._density(x, True).with_gradient(trained._u(theta))
     monkeypatch.setattr(module, "_PAIRS", {"cpu": chunk})
     parts = [trained.log_ratio(x, theta, event_set=True), trained.log_ratio(x, theta), trained.log_ratio(x[0], theta)]
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
-    for a, b in zip(gradient, trained._density(x, True).with_gradient(trained._whitened(theta)), strict=True):
+    for a, b in zip(gradient, trained._density(x, True).with_gradient(trained._u(theta)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3)
 
 
