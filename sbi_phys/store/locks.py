@@ -196,8 +196,8 @@ def _refused(folder: Path, handle: int, failed: OSError) -> StoreError:
     if not isinstance(failed, BlockingIOError):
         return StoreError(f"{folder / LOCK_FILE} cannot be locked: {failed.strerror}; expected a file system whose locks work (flock)")
     if not holder and (jobs := writers(folder)):
-        return StoreError(f"{folder} is being written by array jobs: {jobs}; expected to wait for them, or shards that they do not write")
-    return StoreError(f"{folder} is being written by another simulate call ({holder or 'unknown process'}); expected to wait for it")
+        return StoreError(f"{folder} is being written by array jobs: {jobs}; expected them to end first, or shards that they do not write")
+    return StoreError(f"{folder} is being written by another simulate call ({holder or 'unknown process'}); expected it to end first")
 
 
 def _text(shards: range) -> str:

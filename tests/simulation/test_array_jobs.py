@@ -15,7 +15,7 @@ from sbi_phys.simulation.campaign import simulate
 from sbi_phys.store.check import check_store
 from sbi_phys.store.info import store_info
 from sbi_phys.store.locks import ArrayLock, StoreLock
-from sbi_phys.store.manifest import Manifest, list_shards, shard_range, write_manifest
+from sbi_phys.store.manifest import Manifest, list_shards, write_manifest
 from sbi_phys.store.shards import shard_name, write_shard
 from sbi_phys.store.store import Store
 from tests.store.helpers import HEADER, digests, rows
@@ -57,9 +57,6 @@ def test_parts_cover_every_shard_once(tmp_path, reference):
     for part in range(3):
         job(tmp_path, f"{part}/3")
     assert files(tmp_path) == {k: v for k, v in reference.items() if not k.startswith(".")}
-    for n in (1, 7, 64):
-        for parts in range(1, n + 1):
-            assert [i for part in range(parts) for i in shard_range(f"{part}/{parts}", n)] == list(range(n))
 
 
 RUN = """
@@ -116,7 +113,9 @@ def test_a_killed_job_holds_nothing_and_the_next_one_goes_on(tmp_path, reference
         assert store_info(folder).writer == f"process {process.pid} on {os.uname().nodename} (shards 0:4)"
         with pytest.raises(StoreError, match=rf"shards 2:5 of .* overlap shards 0:4, which process {process.pid} on .* is writing"):
             job(folder, "2:5")
-        with pytest.raises(StoreError, match=rf"is being written by array jobs: process {process.pid} on .* \(shards 0:4\); wait for them"):
+        with pytest.raises(
+            StoreError, match=rf"is being written by array jobs: process {process.pid} on .* \(shards 0:4\); expected them to end"
+        ):
             simulate(FLAKY, 650, folder, seed=7, workers=1)
     (folder / f".{shard_name(2)}.123.tmp").write_bytes(b"half a shard")
     assert store_info(folder).writer == ""

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from sbi_phys.core.errors import DataError, SettingError, ShapeError, StoreError
-from sbi_phys.core.provenance import git_commit, git_state, package_version
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.store._writer import StoreWriter, take_rows
 from sbi_phys.store.check import check_store
@@ -174,15 +173,6 @@ def test_offsets_that_do_not_fit(offsets, error):
 def test_sets_that_are_missing_are_named(tmp_path):
     with pytest.raises(StoreError, match=r"ragged sets \[\]; expected those of the layout, \['hits'\]"):
         write_shard(tmp_path / shard_name(0), WIDE, 0, replace(data(500), sets={}))
-
-
-def test_files_say_which_code_made_them(tmp_path):
-    write_shard(tmp_path / shard_name(0), HEADER, 0, rows())
-    with h5py.File(tmp_path / shard_name(0)) as file:
-        assert file.attrs["package_version"].decode() == package_version()
-        assert file.attrs["git"].decode() == git_commit()
-    assert git_commit() == "" or len(git_commit()) == 40
-    assert git_state() in (git_commit(), git_commit() + "+")
 
 
 # ---- simulate with a layout

@@ -6,12 +6,10 @@ import pytest
 
 from sbi_phys.core.errors import DataError, SettingError, StoreError
 from sbi_phys.simulation.campaign import simulate
-from sbi_phys.store._writer import StoreWriter
-from sbi_phys.store.manifest import Manifest, write_manifest
 from sbi_phys.store.merge import merge_stores
-from sbi_phys.store.shards import shard_name, write_shard
+from sbi_phys.store.shards import shard_name
 from sbi_phys.store.store import Store
-from tests.store.helpers import HEADER, digests, flaky, rows
+from tests.store.helpers import digests, flaky
 from tests.toys import Flaky, LinearGaussian
 
 
@@ -191,42 +189,6 @@ def test_a_bad_split(made, tmp_path, n, fractions, error):
     with pytest.raises(error, match="fractions|part"):
         made[0].split([tmp_path / str(i) for i in range(n)], fractions)
     assert os.listdir(tmp_path) == []
-
-
-# ---- the writer
-
-
-def test_the_writer_cuts_rows_into_shards(tmp_path):
-    parts = [rows(n, failed=(n - 1,), seed=n) for n in (7, 100, 1, 40)]
-    with StoreWriter(tmp_path / "s", HEADER) as writer:
-        for part in parts:
-            writer.add(part)
-    store = Store(tmp_path / "s")
-    assert (store.n_rows, store.n_shards) == (148, 4)
-    np.testing.assert_array_equal(store.read(valid_only=False)[1], np.concatenate([p.x for p in parts]))
-    assert [f.row for f in store.failures()] == [6, 106, 107, 147]
-    assert [f.reason for f in store.failures()] == ["row 6 ✗", "row 99 ✗", "row 0 ✗", "row 39 ✗"]
-    write_manifest(tmp_path, Manifest(HEADER, 40))
-    write_shard(tmp_path / shard_name(0), HEADER, 0, rows(40))
-    with pytest.raises(StoreError, match="exists already"), StoreWriter(tmp_path, HEADER):
-        pytest.fail("wrote over a store")
-
-
-def test_an_error_while_writing_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), StoreWriter(tmp_path / "s", HEADER) as writer:
-        writer.add(rows(100))
-        1 / 0  # noqa: B018
-    with pytest.raises(DataError, match="would have no rows"), StoreWriter(tmp_path / "s", HEADER):
-        pass
-    assert os.listdir(tmp_path) == []
-
-
-def test_two_writers_of_one_store_are_refused(tmp_path):
-    with StoreWriter(tmp_path / "s", HEADER) as writer:
-        writer.add(rows(10))
-        with pytest.raises(StoreError, match="is being written by another"), StoreWriter(tmp_path / "s", HEADER):
-            pytest.fail("two at once")
-    assert Store(tmp_path / "s").n_rows == 10
 
 
 def test_merging_given_theta_keeps_that_in_mind(tmp_path):

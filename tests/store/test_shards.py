@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sbi_phys.core.errors import StoreError
 from sbi_phys.core.files import AsideFile
-from sbi_phys.core.provenance import package_version
+from sbi_phys.core.provenance import git_commit, package_version
 from sbi_phys.store.shards import open_shard, read_arrays, read_facts, shard_name, verify_shard, write_shard
 from tests.store.helpers import HEADER, PRIOR, digests, rows
 
@@ -198,3 +198,10 @@ def test_a_file_has_its_name_only_when_it_is_complete(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match="could not be written: Input/output error"):
         write_shard(tmp_path / "b.h5", HEADER, 0, rows())
     assert os.listdir(tmp_path) == ["a.h5"]
+
+
+def test_files_say_which_code_made_them(tmp_path):
+    write_shard(tmp_path / shard_name(0), HEADER, 0, rows())
+    with h5py.File(tmp_path / shard_name(0)) as file:
+        assert file.attrs["package_version"].decode() == package_version()
+        assert file.attrs["git"].decode() == git_commit()

@@ -1,11 +1,6 @@
-import errno
 import io
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +11,7 @@ from sbi_phys.core.progress import LineProgress
 from sbi_phys.priors import NormalPrior, Parameter
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.store.check import check_store
-from sbi_phys.store.locks import StoreLock
-from sbi_phys.store.manifest import Manifest, list_shards, write_manifest
+from sbi_phys.store.manifest import Manifest, write_manifest
 from sbi_phys.store.shards import shard_name, write_shard
 from sbi_phys.store.store import Store
 from tests.store.helpers import HEADER, rows
@@ -165,87 +159,3 @@ def test_a_shard_of_another_store_is_refused(copy, tmp_path):
         shutil.copy(tmp_path / name / shard_name(1), copy / shard_name(1))
         with pytest.raises(StoreError, match=f"{shard_name(1)} was made with another {name}: got .*, expected "):
             Store(copy).read()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, r"has no store.json \(4 shards\)"),
-        ("", "store.json cannot be read"),
-        ("[]", "is not the manifest of a store"),
-        ('{"format": "other"}', "is not the manifest of a store"),
-        (
-            '{"format": "sbi_phys simulation store", "schema": 3, "package_version": "9"}',
-            "schema 3, written by sbi_phys 9; expected 2: update",
-        ),
-        ('{"format": "sbi_phys simulation store", "schema": 2, "n": "7"}', "n = '7'"),
-        ('{"format": "sbi_phys simulation store", "schema": 2, "n": 7}', "has no field 'simulator'"),
-    ],
-)
-def test_a_bad_manifest_is_named(copy, text, message):
-    (copy / "store.json").unlink()
-    if text is not None:
-        (copy / "store.json").write_text(text)
-    with pytest.raises(StoreError, match=message):
-        Store(copy)
-
-
-def test_a_folder_that_is_none(tmp_path):
-    with pytest.raises(StoreError, match="nowhere is not a folder"):
-        Store(tmp_path / "nowhere")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="is not a folder"):
-        Store(tmp_path / "file")
-
-
-def test_other_files_in_the_folder_do_no_harm(copy):
-    for name in ("notes.txt", "shard-1.h5", "shard-00001.h5.bak", "shard-000002.h5"):
-        (copy / name).write_text("x")
-    assert list_shards(copy) == [0, 1, 2, 3]
-    Store(copy).verify()
-
-
-# ---- the lock
-
-
-def test_the_lock_is_exclusive_and_names_its_holder(tmp_path):
-    with StoreLock(tmp_path):
-        with (
-            pytest.raises(StoreError, match=rf"is being written by another simulate call \(process {os.getpid()} on "),
-            StoreLock(tmp_path),
-        ):
-            pytest.fail("locked twice")
-        with pytest.raises(StoreError, match="another simulate call"):
-            simulate(LinearGaussian(), 10, tmp_path, workers=1)
-    with StoreLock(tmp_path):
-        pass
-    assert (tmp_path / ".lock").read_bytes() == b""
-
-
-def test_a_dead_process_holds_no_lock(tmp_path):
-    code = f"""
-from pathlib import Path; import sys, time
-from sbi_phys.store.locks import StoreLock
-with StoreLock(Path({str(tmp_path)!r})):
-    print("locked", flush=True); time.sleep(60)
-"""
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(StoreError, match=f"process {holder.pid} on "), StoreLock(tmp_path):
-            pytest.fail("locked twice")
-    finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-        holder.stdout.close()
-    with StoreLock(tmp_path):
-        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
-
-
-def test_a_folder_that_can_not_be_written(tmp_path, monkeypatch):
-    def refuse(*args):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(os, "open", refuse)  # root, who runs tests in containers, may write everywhere
-    with pytest.raises(StoreError, match=r"\.lock cannot be opened for writing: Permission denied"), StoreLock(tmp_path):
-        pytest.fail("locked")
