@@ -1,25 +1,25 @@
 r"""Arrival directions of ultra-high-energy cosmic rays: sources blurred by magnetic fields over an isotropic sky.
 
-Event: direction u and rigidity R. theta = (f, delta0 [, nu]): the share of the flux that comes from a catalogue of sources with
-weights w_s, the blurring at 10 EV in degrees, and, with a Poisson number of events, the expected number.
+An event has a direction u and a rigidity R. theta = (f, delta0 [, nu]): share of the flux from a catalogue of sources with weights
+w_s, blurring at 10 EV in degrees, and, if the number of events is Poisson, its expectation.
 
     p(u | R, f, delta0) = omega(u) [(1 - f) / 4 pi + f sum_s w_s vMF(u; s, kappa)] / N
     kappa               = 1 / delta^2,  delta = delta0 / (R / 10 EV) in radians
     vMF(u; s, kappa)    = kappa exp(kappa (u.s - 1)) / (2 pi (1 - exp(-2 kappa)))
     N(f, kappa)         = (1 - f) a_0 + f sum_s w_s b_s(kappa)
 
-a_0 is the mean of the exposure omega over the sky and b_s its mean seen through the blurring around source s. Exposure of an
-array at latitude a_0 with zenith angles to t_m (Sommers):
+a_0 is the mean of the exposure omega over the sky, and b_s its mean weighted with the blurring around source s. The exposure of an array
+at latitude a0 with zenith angles up to t_m is (Sommers)
 
     omega(dec) = cos a0 cos dec sin am + am sin a0 sin dec,   xi = (cos t_m - sin a0 sin dec) / (cos a0 cos dec),
     am = 0 if xi > 1, pi if xi < -1, else arccos xi
 
-**The normalisation** needs no numerical integral over the sphere for each theta. omega depends on the declination alone, and a vMF blurring
-multiplies the Legendre coefficient of degree l by A_l(kappa) = I_{l+1/2}(kappa) / I_{1/2}(kappa), so
+**Normalisation.** No numerical integral over the sphere is needed for each theta. omega depends on the declination alone, and a vMF
+blurring multiplies the Legendre coefficient of degree l by A_l(kappa) = I_{l+1/2}(kappa) / I_{1/2}(kappa), so
 
     b_s(kappa) = sum_l a_l A_l(kappa) P_l(sin dec_s),    omega(dec) = sum_l a_l P_l(sin dec),
 
-tabulated in ln kappa once. Rigidities follow a power law above a threshold, the same for signal and background and for
+which is tabulated once in ln kappa. Rigidities follow a power law above a threshold, the same for signal and background and for
 every theta; with index None all are equal to the threshold.
 
 Source: Sommers 2001, arXiv:astro-ph/0004016 (exposure); Auger 2018, arXiv:1801.06160 (the model and its test statistic).
@@ -81,7 +81,7 @@ class Exposure:
 
     def legendre(self, n: int = _N_LEGENDRE) -> Array:
         """Coefficients a_l (n,) of omega = sum_l a_l P_l(sin dec); a_0 is the mean over the sky."""
-        # omega has kinks where stars cease to rise or to set: Gauss's rule on panels that end there, even in angle as P_l's nodes are
+        # omega has kinks where stars cease to rise or set: Gauss's rule on panels that end there, evenly spaced in angle
         kinks = np.sin(np.radians([self.latitude_deg + self.zenith_max_deg, self.latitude_deg - self.zenith_max_deg]))
         edges = np.unique(np.concatenate([-np.cos(np.linspace(0, np.pi, 2 + n // 8)), kinks]))
         x, w = np.polynomial.legendre.leggauss(24)
@@ -109,8 +109,8 @@ def load_starbursts(path: Path | str | None = None) -> Catalogue:
     return Catalogue(names, unit_vectors(ra, dec), flux / flux.sum())
 
 
-def random_catalogue(n: int, seed: int) -> Catalogue:
-    """n sources spread evenly over the sky with weights 1 / distance^2, distances uniform in volume within a sphere."""
+def random_catalogue(n: int, *, seed: int) -> Catalogue:
+    """Catalogue of n sources, isotropic over the sky, with weights 1 / distance^2, distances uniform in volume within a sphere."""
     rng = np.random.default_rng(seed)
     weights = rng.random(n) ** (-2 / 3)
     return Catalogue(tuple(f"source {i}" for i in range(n)), _isotropic(n, rng), weights / weights.sum())
@@ -134,6 +134,13 @@ class ArrivalDirections:
         rigidity_min: EV. rigidity_index: of the density R^-index above it, or None: all at rigidity_min.
         f_max, delta_range: ends of the priors. latitude_deg, zenith_max_deg: of the array. n_max: slots; default as needed.
     Raises: SimulatorSettingError.
+
+    >>> import numpy as np
+    >>> from simulators import ArrivalDirections
+    >>> simulator = ArrivalDirections(n_events=20)
+    >>> x = simulator.simulate([0.2, 15.0], np.random.default_rng(0))  # 20 % from sources, blurred by 15 degrees
+    >>> x.shape, simulator.log_likelihood(x, [[0.2, 15.0], [0.5, 15.0]]).shape
+    ((1, 100), (2,))
     """
 
     def __init__(
@@ -175,7 +182,7 @@ class ArrivalDirections:
         self.prior = BoxPrior(parameters)
         self.observables: tuple[Observable, ...] = (self.layout.observable("(u, R)"),)
         self.exposure = Exposure(self.settings["latitude_deg"], self.settings["zenith_max_deg"])
-        self.catalogue = load_starbursts() if catalogue == "starbursts" else random_catalogue(20, 1)
+        self.catalogue = load_starbursts() if catalogue == "starbursts" else random_catalogue(20, seed=1)
         self._build_tables()
 
     def _build_tables(self) -> None:
@@ -262,7 +269,7 @@ class ArrivalDirections:
         return self._seen_at(self._kappa(delta, np.full_like(delta, self.settings["rigidity_min"]))) / self.mean_exposure
 
     def _one_set(self, events: Array, theta: Array) -> Array:
-        """Sum over the events at many theta (n,); each blurring is computed once however many f share it."""
+        """Sum over the events at many theta (n,); each blurring is computed once for all f."""
         constant = float(self._isotropic_log_density(events).sum())
         delta0, place = np.unique(theta[:, 1], return_inverse=True)
         out = np.empty(theta.shape[0])
@@ -294,7 +301,7 @@ class ArrivalDirections:
         kappa = self._kappa(theta[:, 1], events[:, 3])
         ratio = 4 * np.pi * _vmf(events[:, :3] @ self.catalogue.directions.T, kappa[:, None]) @ self.catalogue.weights
         norm = self._seen_at(kappa) / self.mean_exposure
-        with np.errstate(divide="ignore"):  # f = 1 and a direction without sources
+        with np.errstate(divide="ignore"):  # f = 1 far from all sources
             signal = np.log1p(theta[:, 0] * (ratio - 1)) - np.log1p(theta[:, 0] * (norm - 1))
         return np.asarray(signal + self._isotropic_log_density(events))
 
@@ -307,7 +314,7 @@ class ArrivalDirections:
 
     def _seen_at(self, kappa: Array) -> Array:
         log_kappa = np.log(kappa)
-        # beyond the table sources are points: the exposure at them is reached to 1e-4 long before its end
+        # beyond the table sources are points, whose exposure the end of the table reaches to 1e-4
         return np.asarray(self._seen(np.clip(log_kappa, *self._log_kappa_range)))
 
     def _kappa(self, delta0: Array, rigidity: Array) -> Array:
@@ -332,7 +339,7 @@ class ArrivalDirections:
 
 
 def seen_exposure(coefficients: Array, sin_declination: Array, kappa: Array) -> Array:
-    """b_s(kappa) = sum_l a_l A_l(kappa) P_l(sin dec_s): the exposure seen through the blurring, (n_kappa, n_sources)."""
+    """b_s(kappa) = sum_l a_l A_l(kappa) P_l(sin dec_s), the exposure averaged over the blurring, (n_kappa, n_sources)."""
     degree = np.arange(coefficients.size)
     with np.errstate(invalid="ignore", divide="ignore"):
         shrink = ive(degree + 0.5, kappa[:, None]) / ive(0.5, kappa[:, None])
@@ -357,7 +364,7 @@ def _draw_vmf(centre: Array, kappa: Array, rng: np.random.Generator) -> Array:
     v, angle = rng.random(n), rng.uniform(0, 2 * np.pi, n)
     cosine = np.clip(1 + np.log(v + (1 - v) * np.exp(-2 * kappa)) / kappa, -1.0, 1.0)
     sine = np.sqrt(1 - cosine**2)
-    # any axis that is not parallel to the centre makes a frame
+    # any axis that is not parallel to the centre defines a frame
     helper = np.where(np.abs(centre[:, 2:]) < 0.9, np.array([0.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0]))
     first = np.cross(centre, helper)
     first /= np.linalg.norm(first, axis=1, keepdims=True)

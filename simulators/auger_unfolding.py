@@ -1,19 +1,20 @@
-r"""The vertical Auger spectrum of 2020 as a problem of unfolding: raw counts, response, exposure, and what was published.
+r"""The vertical Auger spectrum of 2020 as an unfolding problem: raw counts, response, exposure, and the published result.
 
     P(E_meas > e | E, zenith) = eff(E, zenith) Phi( ((1 + b(E, zenith)) E - e) / (s(E) E) ),    s(E) = 0.078 + 0.16 exp(-E / 6.6 EeV)
 
-Truth reaches below the first measured bin: a steep spectrum pours events from there into it. Two descriptions of the detector:
+The true bins extend below the first measured bin, because a steep spectrum moves many events from there upwards. Two descriptions of the
+detector are available:
 
 "full"         trigger efficiency and energy bias near threshold, averaged over zenith angles up to 60 degrees (flat in cos^2):
                eff = [1 + erf((lgE - p0) / 0.373)] / 2,   p0 = 18.63 - 3.18 c^2 + 4.38 c^4 - 1.87 c^6,   c = cos(zenith),
                b = (0.20 + 0.59 exp(-10 (c - 1/2))) (18.4 - lgE) below lgE = 18.4, else 0.
-"resolution"   eff = 1, b = 0: the resolution alone.
+"resolution"   eff = 1, b = 0: only the resolution.
 
-The resolution is published; form and constants of efficiency and bias are quoted from memory of the paper, unchecked against its text.
-What speaks for them: with the published flux they give all published corrections to 1 % and the three lowest to 0.5 %, which either
-without the other misses by 5 %, and a fit with them gives back the published spectral indices. Upward fluctuations trigger: b > 0.
-What hangs on them is measured by changing them (`variations`): p0 by 0.02 in lgE, the width 0.373 by 10 %, b by 20 %, each of which moves
-the first correction by 0.7 to 1.4 %, so that it would miss the published one by more than these two differ now.
+The resolution is published. Form and constants of efficiency and bias have not been checked against the text of the paper. With the
+published flux they reproduce all published corrections to 1 % and the three lowest to 0.5 %; either of the two alone misses these by 5 %,
+and a fit with both reproduces the published spectral indices. The bias is positive because upward fluctuations trigger more often. Their
+influence is measured by `variations`: p0 by 0.02 in lgE, the width 0.373 by 10 %, b by 20 %. Each changes the first correction by 0.7 to
+1.4 %, more than its present difference from the published one.
 
 Source: Phys. Rev. D 102, 062005 (2020), arXiv:2008.06486.
 """
@@ -63,8 +64,8 @@ class Auger2020:
     Raises: SimulatorSettingError, TableError.
 
     counts (18,), events. reco_edges (19,) and truth_edges (m,), lg(E/eV), the first among the second. exposure, km2 sr yr.
-    start: lg J0, indices and lg breaks of the published flux, where a fit may begin. published: flux and its errors, 1/(km2 sr yr eV),
-    and correction = unfolded / raw, (18,) each. target: lgE from, to, and relative tolerance that our corrections are held against.
+    start: lg J0, indices and lg breaks of the published flux, a starting point for fits. published: flux and its errors, 1/(km2 sr yr eV),
+    and correction = unfolded / raw, (18,) each. target: lgE range and relative tolerance within which our corrections must agree.
     variations: settings with one constant of the detector changed.
     """
 
@@ -114,10 +115,10 @@ class Auger2020:
             "flux_error_high": data.flux_err_high,
             "correction": data.unfolding_correction,
         }
-        # another description of the detector, whose corrections are worth a look beside ours
+        # another description of the detector, for comparison
         nominal = detector == "full" and not changed
         self.alternatives = {"with the resolution alone": {**self.settings, "detector": "resolution"}} if nominal else {}
-        # and the same description with constants changed by what they may be wrong, for a systematic error
+        # the same description with constants changed by their uncertainty, for a systematic error
         changes = {
             "the efficiency rises 0.02 later in lgE": {"later": 0.02},
             "it rises over a range wider by 10 %": {"wider": 1.1},

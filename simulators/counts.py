@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CountsBlock:
-    """A block of columns of x: name, first column, number of columns, and the total it is conditioned on (None: Poisson)."""
+    """A block of columns of x: name, first column, number of columns, and the total that is conditioned on (None: Poisson)."""
 
     name: str
     start: int
@@ -46,8 +46,8 @@ class CountsLayout:
     def check(self, x: ArrayLike) -> Array:
         """Return x as float64 (n, k); a single observation (k,) becomes (1, k).
 
-        Raises: CountsError for a wrong shape, NaN, negative or fractional counts, or totals that differ from those
-        which the likelihood conditions on; it names the block, what was got and expected.
+        Raises: CountsError for a wrong shape, NaN, negative or fractional counts, or totals that differ from those that the
+        likelihood is conditioned on.
         """
         array = np.asarray(x)
         if array.dtype.kind not in "fiub":
@@ -74,7 +74,7 @@ class CountsLayout:
         return array
 
     def log_constant(self, x: Array) -> Array:
-        """The part of log L that depends on x (n, k) alone -> (n,): ln N! - sum ln n! of each block."""
+        """Part of log L that depends on x (n, k) alone -> (n,): ln N! - sum ln n! of each block."""
         out = -gammaln(x + 1).sum(axis=1)
         return out + sum(float(gammaln(b.total + 1)) for b in self.blocks if b.total is not None)
 

@@ -1,12 +1,12 @@
-r"""Detector response: one object for efficiency, bias, resolution, exposure and live time, which folds, samples and can be varied.
+r"""Detector response: efficiency, bias, resolution, exposure and live time in one object that folds spectra and samples events.
 
     P(E_meas > e | E) = eff(E) * Phi( ((1 + b) E - e) / (s(E) E) ),      s(E) = relative resolution at the true energy E
 
-so the expected counts in measured bins are  mu_j = exposure * live * sum_i R_ij n_i  with the migration matrix R.
+The expected counts in measured bins are  mu_j = exposure * live * sum_i R_ij n_i  with the migration matrix R.
 
-A simulation and its unfolding should have the same detector. Both ways lead there: `DetectorResponse.arrays` gives the numbers of a binned
-response (`sbi_phys.unfold.Response(**detector.arrays(...))`), and `BinnedDetector` draws from such a response, whoever made it: it asks for
-an object with the attributes of `BinnedResponse` and needs to know nothing else.
+A simulation and its unfolding should use the same detector. `DetectorResponse.arrays` returns the arrays of a binned response
+(`sbi_phys.unfold.Response(**detector.arrays(...))`), and `BinnedDetector` draws events from any object with the attributes of
+`BinnedResponse`.
 """
 
 from dataclasses import dataclass, replace
@@ -86,6 +86,14 @@ class DetectorResponse:
     Args: resolution, sigma/E of the true energy in EeV. exposure, km2 sr yr. bias, relative shift of the mean energy.
     lg_efficiency_50, lg(E/eV) of half efficiency, -inf for full efficiency; efficiency_width, of its error function in lgE.
     live_fraction, 1 - dead time / running time.   Raises: SimulatorSettingError.
+
+    >>> import numpy as np
+    >>> from simulators import DetectorResponse
+    >>> detector = DetectorResponse(resolution=lambda energy_eev: np.full_like(energy_eev, 0.1), lg_efficiency_50=18.5)
+    >>> detector.efficiency([18.5, 19.0]).round(2)
+    array([0.5, 1. ])
+    >>> detector.fold([0, 1000, 0], [18.8, 19.0, 19.2, 19.4], [18.8, 19.0, 19.2, 19.4]).round(-1)
+    array([ 90., 830.,  80.])
     """
 
     resolution: Resolution
@@ -165,7 +173,7 @@ class DetectorResponse:
         lg_efficiency_50: float | None = None,
         live_fraction: float | None = None,
     ) -> "DetectorResponse":
-        """A copy with some properties changed; what is None stays."""
+        """Return a copy with some properties changed; None keeps a property."""
         return replace(
             self,
             resolution=self.resolution if resolution is None else resolution,
@@ -177,7 +185,7 @@ class DetectorResponse:
 
 
 class BinnedResponse(Protocol):
-    """What `BinnedDetector` asks of a response; `sbi_phys.unfold.Response` has it."""
+    """Attributes that `BinnedDetector` needs of a response; `sbi_phys.unfold.Response` has them."""
 
     @property
     def matrix(self) -> Array:
@@ -205,9 +213,19 @@ class BinnedResponse(Protocol):
 
 @dataclass(frozen=True)
 class BinnedDetector:
-    """A detector that is known as a matrix: it folds and samples with the very object that the unfolding uses.
+    """A detector given as a response matrix; it folds and samples with the object that the unfolding uses.
 
     Args: response, with true and measured edges in one unit, such as lg(E/eV).   Raises: SimulatorSettingError.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> from simulators import BinnedDetector
+    >>> edges = [18.0, 18.5, 19.0]
+    >>> detector = BinnedDetector(sp.unfold.Response([[0.8, 0.1], [0.2, 0.9]], truth_edges=edges, reco_edges=edges))
+    >>> detector.fold([100.0, 10.0])
+    array([81., 29.])
+    >>> detector.sample(np.full(3, 18.2), np.random.default_rng(0)).shape
+    (3,)
     """
 
     response: BinnedResponse
@@ -237,10 +255,10 @@ class BinnedDetector:
         return np.array(rows, dtype=np.int64).reshape(*particles.shape[:-1], -1)
 
     def sample(self, lg_energy: ArrayLike, rng: np.random.Generator) -> Array:
-        """Measured values of true ones, same shape: a bin drawn from the matrix' column, and uniformly within it.
+        """Measured values of true ones, same shape: a bin drawn from the column of the matrix, and uniform within the bin.
 
-        NaN where a particle is not recorded in any measured bin, or lies outside of the true ones. Without fakes and background.
-        Read: where within a bin an event lies a matrix does not know; choose narrow measured bins.
+        NaN if a particle is not recorded in any measured bin or lies outside the true bins. Without fakes and background.
+        Read: a matrix has no information on the position within a bin; choose narrow measured bins.
         """
         truth = np.asarray(lg_energy, dtype=np.float64)
         true_edges, edges = np.asarray(self.response.truth_edges), np.asarray(self.response.reco_edges)
@@ -257,8 +275,8 @@ class BinnedDetector:
 
 # Surface detector, vertical events: fully efficient above 10^18.4 eV.
 AUGER_SD = DetectorResponse(resolution=ExponentialResolution(), exposure=60425.7)
-# Fluorescence detector: a constant 8 % stands for its slowly varying resolution; it only sets which energies
-# make up an Xmax histogram, and replacing it by the surface detector's moves <Xmax> by less than 1 g/cm2.
+# Fluorescence detector: a constant 8 % approximates its slowly varying resolution, which only determines the energies in an
+# Xmax histogram; using that of the surface detector changes <Xmax> by less than 1 g/cm2.
 AUGER_FD = DetectorResponse(resolution=ConstantResolution(0.08))
 
 

@@ -1,4 +1,4 @@
-"""Errors of the simulators, all ValueErrors: every message names the thing, what was got and what was expected."""
+"""Errors of the simulators, all ValueErrors, and checks of settings."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ __all__ = ["CountsError", "SimulatorError", "SimulatorSettingError", "TableError
 
 
 class SimulatorError(ValueError):
-    """Base class: `except SimulatorError` catches what the simulators raise on purpose."""
+    """Base class of all errors that the simulators raise on purpose."""
 
 
 class SimulatorSettingError(SimulatorError):

@@ -6,8 +6,8 @@ propagation=True the matrix collapsed from CRPropa 3, then the resolution of Aug
     p(y | theta) = sum_i F_i(theta) k_i(y) / sum_i F_i(theta) P_i,    y > threshold
     k_i(y) = mean_j N(y; t_ij, s_ij),   P_i = mean_j Phi((t_ij - threshold) / s_ij),   s = sigma_E / (E ln 10)
 
-F_i are the particles that arrive in bin i of 0.02 in lgE; the true energies within a bin take four values t_ij, 0.005 apart, with
-equal probability. The resolution is seven times wider than that, at its best 0.034. The simulator draws from the same mixture: the
+F_i is the number of particles that arrive in bin i of width 0.02 in lgE. The true energies within a bin take four values t_ij, 0.005
+apart, with equal probability; the resolution, 0.034 at best, is seven times wider. The simulator draws from the same mixture, so the
 likelihood is exact.
 
 Source: arXiv:1612.07155 (injection), 2008.06486 (resolution).
@@ -45,11 +45,18 @@ class EventSpectrum:
         n_events: of a set, or two numbers between which sizes are log-uniform; not used where extended.
         extended: whether the number is Poisson, its mean a third parameter.
         lg_n_range: ends of its prior.
-        propagation: whether the particles are propagated to Earth; else the spectrum is the sources' own.
+        propagation: whether particles are propagated to Earth; else the spectrum is that of the sources.
         fractions: five fractions of H, He, N, Si, Fe at fixed energy; default: CTG, 1st minimum, of arXiv:1612.07155.
         threshold: lowest measured lg(E/eV).
         n_max: slots of a row; default as many as are needed.
     Raises: SimulatorSettingError.
+
+    >>> import numpy as np
+    >>> from simulators import EventSpectrum
+    >>> simulator = EventSpectrum(n_events=50)
+    >>> x = simulator.simulate([0.5, 18.6], np.random.default_rng(0))
+    >>> x.shape, simulator.log_likelihood(x, [[0.5, 18.6]]).shape
+    ((1, 100), (1,))
     """
 
     def __init__(
@@ -89,7 +96,7 @@ class EventSpectrum:
         table = load_propagation()
         self._lg_in = table.lg_centres
         size = self._lg_in.size
-        # arrivals (n_bins,) per injected nucleus of (species, E_in); without propagation every bin keeps what is injected
+        # arrivals (n_bins,) per injected nucleus of (species, E_in); without propagation the identity
         matrix = table.matrix.sum(axis=2) if self.settings["propagation"] else np.broadcast_to(np.eye(size), (5, size, size))
         self._arrivals = np.ascontiguousarray((share[:, None, None] * matrix).reshape(5 * size, size))
         offsets = (np.arange(_N_SUB) + 0.5) / _N_SUB - 0.5
@@ -104,7 +111,7 @@ class EventSpectrum:
         return self.prior.parameters
 
     def arriving(self, theta: ArrayLike) -> Array:
-        """Share of each bin of true lgE in the particles that are measured above the threshold (n, n_bins), sums to 1.
+        """Share of each bin of true lgE among the particles measured above the threshold (n, n_bins), sums to 1.
 
         Raises: ShapeError, NonFiniteError, SupportError of sbi_phys.
         """
@@ -118,7 +125,7 @@ class EventSpectrum:
         counts = rng.poisson(10 ** theta[:, 2]).astype(np.int64) if self.extended else draw_counts(n, self.n_events, rng)
         cumulative = np.cumsum(self.arriving(theta), axis=1)
         owner, v = np.repeat(np.arange(n), counts), rng.random(int(counts.sum()))
-        # one search for all rows: row r lives in [r, r + 1)
+        # one search for all rows: row r uses [r, r + 1)
         flat = (cumulative / cumulative[:, -1:] + np.arange(n)[:, None]).ravel()
         bins = np.clip(np.searchsorted(flat, owner + v, side="right") - owner * cumulative.shape[1], 0, cumulative.shape[1] - 1)
         return self.layout.pack(counts, self._smeared(bins, rng)[:, None])
@@ -183,12 +190,12 @@ class EventSpectrum:
         weight = np.cumsum(self._above, axis=1) / self._above.sum(axis=1, keepdims=True)
         sub = (rng.random(bins.size)[:, None] > weight[bins, :-1]).sum(axis=1)
         true, sigma, above = self._true[bins, sub], self._sigma[bins, sub], self._above[bins, sub]
-        # the upper tail of the Gaussian through its own small number
+        # through the survival function, which is accurate in the upper tail
         return np.maximum(true - sigma * ndtri(above * (1 - rng.random(bins.size))), self.threshold)
 
 
 def _log(density: Array) -> Array:
-    with np.errstate(divide="ignore"):  # an energy that no cutoff lets through
+    with np.errstate(divide="ignore"):  # energies beyond every cutoff
         return np.asarray(np.log(density))
 
 

@@ -1,7 +1,7 @@
 r"""Sets of events in rows of fixed width, and the exact likelihood of a set from the density of an event.
 
-A set of m events with k columns is stored in n_max slots of k + 1 columns, the last of which says whether a slot holds an
-event (1) or is empty (0, all zeros). The events fill the first slots. A row is finite and flat, so that any store takes it:
+A set of m events with k columns is stored in n_max slots of k + 1 columns; the last column is a mask, 1 for an event and 0 for an empty
+slot, which is all zeros. The events fill the first slots. A row is finite and flat, so that any store can hold it:
 
     x = [e_11 ... e_1k 1 | e_21 ... e_2k 1 | ... | 0 ... 0 0],      x.reshape(n_max, k + 1)
 
@@ -31,7 +31,7 @@ PairDensity = Callable[[Array, Array], Array]
 
 @dataclass(frozen=True)
 class EventLayout:
-    """Where the events of a set lie in a row.   Args: columns of an event, with their units; n_max slots."""
+    """Layout of a set of events in a row.   Args: columns: of an event, with their units. n_max: slots."""
 
     columns: tuple[str, ...]
     n_max: int
@@ -118,7 +118,7 @@ def poisson_log_pmf(counts: ArrayLike, mean: ArrayLike) -> Array:
 
 
 def draw_counts(n: int, n_events: int | tuple[int, int], rng: np.random.Generator) -> Counts:
-    """Set sizes (n,) that say nothing of theta: all n_events, or log-uniform over the whole numbers of [low, high]."""
+    """Set sizes (n,) independent of theta: all n_events, or log-uniform over the whole numbers of [low, high]."""
     if isinstance(n_events, int):
         return np.full(n, n_events, dtype=np.int64)
     low, high = n_events
@@ -126,7 +126,7 @@ def draw_counts(n: int, n_events: int | tuple[int, int], rng: np.random.Generato
 
 
 def slots_for(mean: float) -> int:
-    """Slots that a Poisson number of the given mean overflows with a probability below 1e-9."""
+    """Number of slots that a Poisson number of the given mean exceeds with a probability below 1e-9."""
     return int(np.ceil(mean + 6.5 * np.sqrt(mean) + 12))
 
 
@@ -144,7 +144,7 @@ def require_count(name: str, value: Any, low: int = 1) -> int | tuple[int, int]:
 
 
 def checked_theta(prior: Prior, theta: ArrayLike) -> Array:
-    """theta (n, d), in the prior's support.   Raises: ShapeError, NonFiniteError or SupportError of sbi_phys."""
+    """Return theta as (n, d) in the prior's support.   Raises: ShapeError, NonFiniteError or SupportError of sbi_phys."""
     if hasattr(theta, "detach"):  # a torch tensor, without importing torch
         theta = theta.detach().cpu().numpy()
     inside = prior.contains(theta)

@@ -1,11 +1,10 @@
-r"""The expectation of the observables: theta -> probabilities of the energy bins and of the Xmax bins, fast and vectorised.
+r"""Expected observables of `SourceSpectrum`: theta -> probabilities of the energy bins and of the Xmax bins, vectorised.
 
-Injection, propagation, energy resolution and bins are linear, so that they are one matrix from the injected spectra to
-expected counts in windows of measured energy. The energy scale slides the windows: counts are tabulated for windows of
-0.1 in lgE that begin every 0.02, and their logarithm, which the resolution has smoothed, is interpolated at degree 5.
-The Xmax scale slides templates that are tabulated every 1 g/cm2 and interpolated linearly. Probabilities are accurate
-to 1e-3, and to 2e-3 in the corners of the prior (tested). The likelihood and the simulator call the same function, so
-that the likelihood is exact for the simulator.
+Injection, propagation, energy resolution and binning are linear, so one matrix maps the injected spectra to expected counts in windows of
+measured energy. The energy scale shifts the windows: counts are tabulated for windows of 0.1 in lgE that begin every 0.02, and their
+logarithm, smoothed by the resolution, is interpolated at degree 5. The Xmax scale shifts templates that are tabulated every 1 g/cm2 and
+interpolated linearly. Probabilities are accurate to 1e-3, and to 2e-3 in the corners of the prior (tested). Likelihood and simulator call
+the same function, so the likelihood is exact for the simulator.
 """
 
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ Array = NDArray[np.float64]
 LG_EDGES = np.round(np.arange(18.7, 20.25, 0.1), 6)  # 15 energy bins
 N_XMAX_WINDOWS = 13  # windows of 0.1 from 18.7 to 20.0: eight histograms of one, the last of five
 ENERGY_SCALE = np.log10(1.14)  # 1 sigma in lgE
-MAX_PULL = 5.0  # nuisances act up to +-5 sigma; beyond, they are held there (prior probability 6e-7)
+MAX_PULL = 5.0  # nuisances beyond +-5 sigma act as +-5 sigma (prior probability 6e-7)
 FLOOR = 1e-12  # probability added to every bin, so that no log-likelihood is -inf: 6e-8 events in all the spectrum
 _STEP, _PER_BIN = 0.02, 5  # spacing of the windows that the energy scale slides over: finer than the resolution, 0.034 at best
 _NODES = np.arange(-2, 4)  # neighbours in the interpolation, of degree 5
@@ -104,7 +103,7 @@ def _slide(table: Array, shift: Array, n_bins: int) -> Array:
 
 
 class SpectrumTable:
-    """What turns (gamma, R_cut, fractions) into the injected spectra of all species on the propagation grid.
+    """Injected spectra of all species on the propagation grid from (gamma, R_cut, fractions).
 
     Args: lg_energy (E_in,), lg(E/eV). convention of the fractions; lg_threshold, lg(E/eV), of the energy fractions.
     """
@@ -118,7 +117,7 @@ class SpectrumTable:
         """Injection (rows, species * E_in): the same as `propagation.injection` times the fractions at fixed energy."""
         out = np.multiply.outer(10.0 ** (18 - lg_rcut), self._minus_rigidity)
         out += 1.0
-        # the cutoff is held above e^-300: denormal numbers, which follow, slow the matrix product ten-fold
+        # the cutoff is limited to e^-300, because denormal numbers slow the matrix product by a factor of ten
         np.clip(out, -300.0, 0.0, out=out)
         cube = out.reshape(gamma.size, 5, -1)
         cube += ((1 - gamma)[:, None] * self._log_energy)[:, None, :]
@@ -163,7 +162,7 @@ class XmaxTable:
             row, lg_energy = first + min(w, 8), 18.75 + 0.1 * w
             for g, mass in enumerate(MASSES):
                 below, accepted = smeared_fraction(lg_energy, mass, model, data.acceptance[row], data.resolution[row], low, high)
-                # the first and the last bin take all that lies beyond them
+                # the first and the last bin include all showers beyond them
                 at = np.concatenate(
                     [np.zeros((shifts.size, 1)), below[inner - shifts[:, None] - low], np.full((shifts.size, 1), accepted)], axis=1
                 )
@@ -185,7 +184,7 @@ class XmaxTable:
     def shift(self, energy_shift: Array | None, pull: Array | None, rows: int) -> Array | None:
         """Shift of the measured Xmax (rows, 9) in g/cm2; None where no nuisance is on.
 
-        If energies are overestimated by a shift of lgE, the showers of a bin are of lower energy and so less deep.
+        If energies are overestimated by a shift of lgE, the showers of a bin have lower energies and are less deep.
         """
         if energy_shift is None and pull is None:
             return None
@@ -200,7 +199,7 @@ class XmaxTable:
     def probabilities(self, groups: Array, shift: Array | None) -> Array:
         """Probabilities of the bins (rows, 9, n_bins) from group counts per energy window (rows, 5, 13)."""
         weights = np.ascontiguousarray(groups.transpose(0, 2, 1), dtype=np.float64)
-        # one histogram's counts share a scale, which drops out; it is taken out before going to single precision
+        # the total of a histogram cancels; it is divided out before the conversion to single precision
         total = np.append(weights[:, :8].sum(axis=2), weights[:, 8:].sum(axis=(1, 2))[:, None], axis=1)
         total = np.maximum(total, _TINY)
         weights[:, :8] /= total[:, :8, None]
@@ -225,7 +224,7 @@ class XmaxTable:
 
 
 def with_floor(probability: Array) -> Array:
-    """(p + FLOOR) / sum over the last axis: a probability that is nowhere 0."""
+    """(p + FLOOR) / sum over the last axis, a probability that is nowhere 0."""
     probability += FLOOR
     probability /= probability.sum(axis=-1, keepdims=True)
     return probability

@@ -1,10 +1,10 @@
-"""The physicist's figures of `SourceSpectrum`: spectrum, Xmax moments, Xmax histograms, with posterior-predictive bands.
+"""Figures of `SourceSpectrum`: spectrum, Xmax moments and Xmax histograms with posterior-predictive bands.
 
-matplotlib is imported here only, by its object interface: no pyplot, no global settings. Colours are those of Okabe and
-Ito, which readers with colour-blindness can tell apart.
+Only this module imports matplotlib, through its object interface, without pyplot and global settings. The colours are those of Okabe
+and Ito, which are distinguishable for people with colour blindness.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,11 +15,10 @@ from matplotlib.ticker import MultipleLocator
 from numpy.typing import NDArray
 from scipy.special import chdtri
 
+from sbi_phys.priors import Observable
+from simulators.auger import AugerData
 from simulators.detector import AUGER_SD
 from simulators.expectation import ENERGY_SCALE, LG_EDGES
-
-if TYPE_CHECKING:
-    from simulators.source_spectrum import SourceSpectrum
 
 __all__ = ["poisson_interval", "source_figures", "xmax_moments"]
 
@@ -31,6 +30,26 @@ _COLOURS = ("#D55E00", "#E69F00", "#009E73", "#56B4E9", "#0072B2")
 _BAND95, _BAND68 = "#DCDCDC", "#AFAFAF"
 _MAX_ROWS = 2000
 _LEVELS = (2.5, 16.0, 50.0, 84.0, 97.5)
+
+
+class SourceModel(Protocol):
+    """What the figures need of a simulator; `SourceSpectrum` has it."""
+
+    settings: dict[str, Any]
+    observables: tuple[Observable, ...]
+    data: AugerData
+
+    def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
+        """Draw x (n, k)."""
+        ...
+
+    def group_counts(self, theta: Array) -> Array:
+        """Expected counts per mass group and energy bin (n, 5, 15)."""
+        ...
+
+    def pure_groups(self, theta: Array) -> tuple[Array, Array]:
+        """Mean lg(E/eV) (9,) and the shape of the Xmax histograms (5, 9, n_bins) of pure mass groups."""
+        ...
 
 
 def poisson_interval(counts: Array) -> tuple[Array, Array]:
@@ -53,7 +72,7 @@ def xmax_moments(counts: Array, edges: Array) -> tuple[Array, Array, Array, Arra
     return mean, sd, sd / np.sqrt(n), sd_error
 
 
-def source_figures(simulator: "SourceSpectrum", theta: Array, x_obs: Array, seed: int) -> list[Entry]:
+def source_figures(simulator: SourceModel, theta: Array, x_obs: Array, *, seed: int) -> list[Entry]:
     """All figures of the simulator: (name, title, caption, figure). See `SourceSpectrum.figures`."""
     rng = np.random.default_rng(np.random.SeedSequence(seed))
     rows = theta if theta.shape[0] <= _MAX_ROWS else theta[rng.choice(theta.shape[0], _MAX_ROWS, replace=False)]
@@ -68,7 +87,7 @@ def _steps(ax: Axes, edges: Array, low: Array, high: Array, colour: str) -> None
     ax.fill_between(edges, np.append(low, low[-1]), np.append(high, high[-1]), step="post", color=colour, linewidth=0)
 
 
-def _spectrum(simulator: "SourceSpectrum", theta: Array, replicas: Array, x_obs: Array) -> Entry:
+def _spectrum(simulator: SourceModel, theta: Array, replicas: Array, x_obs: Array) -> Entry:
     k = LG_EDGES.size - 1
     centres = 0.5 * (LG_EDGES[1:] + LG_EDGES[:-1])
     scale = 10.0 ** (3 * centres) / (AUGER_SD.exposure * np.diff(10.0**LG_EDGES)) / 1e37
@@ -123,7 +142,7 @@ def _energy_arrow(ax: Axes, lg_energy: float, y: float) -> None:
     ax.text(lg_energy, y * 1.9, "energy scale ±14 %", ha="center", va="bottom", fontsize="small")
 
 
-def _moments(simulator: "SourceSpectrum", theta: Array, replicas: Array, x_obs: Array) -> Entry:
+def _moments(simulator: SourceModel, theta: Array, replicas: Array, x_obs: Array) -> Entry:
     edges = np.array(simulator.observables[1].edges)
     start, size = LG_EDGES.size - 1, edges.size - 1
     mean, sd, mean_error, sd_error = xmax_moments(x_obs[start:].reshape(9, size), edges)
@@ -180,7 +199,7 @@ def _scale_arrow(ax: Axes, lg_energy: float, y: float, systematics: Array) -> No
     ax.text(20.02, y + up + low + 2, f"scale +{up:.0f} −{low:.0f} g/cm$^2$", ha="right", va="bottom", fontsize="small")
 
 
-def _histograms(simulator: "SourceSpectrum", replicas: Array, x_obs: Array) -> Entry:
+def _histograms(simulator: SourceModel, replicas: Array, x_obs: Array) -> Entry:
     edges = np.array(simulator.observables[1].edges)
     start, size = LG_EDGES.size - 1, edges.size - 1
     observed = x_obs[start:].reshape(9, size)

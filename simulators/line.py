@@ -5,12 +5,12 @@ r"""A line on a falling spectrum, event by event: theta = (f, m), the share of s
     exponential   B(e) proportional to exp(-e / scale)
     power         B(e) proportional to e^-index
 
-The number of events is fixed, or differs from set to set (log-uniform, whatever theta is), or is Poisson with a known
-background and so says something about f too (extended likelihood):
+The number of events is fixed, or varies between sets (log-uniform, independent of theta), or is Poisson with a known background and
+then depends on f (extended likelihood):
 
     nu(f) = n_background / (1 - f)
 
-The two shapes of background are two models of the same data: `log_likelihood` is exact for both.
+The two background shapes are two models of the same data, with an exact `log_likelihood` for both.
 """
 
 import math
@@ -29,7 +29,7 @@ __all__ = ["LineSearch"]
 
 Array = NDArray[np.float64]
 _LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)
-_PAIRS = 100_000  # of a theta and an event at a time: what is at work stays in the cache
+_PAIRS = 100_000  # pairs of a theta and an event computed at once, few enough to stay in the processor's cache
 
 
 class LineSearch:
@@ -48,6 +48,13 @@ class LineSearch:
         position_range: of the line, TeV; default the energy range.
         n_max: slots of a row; default as many as are needed.
     Raises: SimulatorSettingError.
+
+    >>> import numpy as np
+    >>> from simulators import LineSearch
+    >>> simulator = LineSearch(n_events=50)
+    >>> x = simulator.simulate([0.3, 4.0], np.random.default_rng(0))  # 30 % signal, line at 4 TeV
+    >>> x.shape, simulator.log_likelihood(x, [[0.3, 4.0], [0.3, 8.0]]).shape
+    ((1, 100), (2,))
     """
 
     def __init__(
@@ -113,7 +120,7 @@ class LineSearch:
         n = theta.shape[0]
         signal = rng.random((n,)) < theta[:, 0]
         v = rng.random((n,))
-        # both by their inverse distribution functions on the range
+        # both are drawn by their inverse distribution functions on the range
         lower, upper = (ndtr((end - theta[:, 1]) / self.sigma) for end in (self.low, self.high))
         line = theta[:, 1] + self.sigma * ndtri(lower + v * (upper - lower))
         events = np.where(signal, line, self._background_quantile(v))
@@ -143,7 +150,7 @@ class LineSearch:
         return total + poisson_log_pmf(counts, self.expected_events(theta)) if self.extended else total
 
     def _one_set(self, energy: Array, theta: Array) -> Array:
-        """Sum over the events at many theta (n,); what depends on theta alone is computed once per theta."""
+        """Sum over the events at many theta (n,); terms that depend on theta alone are computed once per theta."""
         step = max(1, _PAIRS // max(1, energy.size))
         parts = [theta[i : i + step, :, None] for i in range(0, theta.shape[0], step)]
         return np.concatenate([self._pairs(energy, part[:, 0], part[:, 1]).sum(axis=1) for part in parts])
@@ -175,7 +182,7 @@ class LineSearch:
         return self.low * np.exp(np.log1p(v * math.expm1(a * span)) / a)
 
     def _energies(self, energy: Array) -> Array:
-        slack = 1e-6 * self.high  # a store may keep energies in single precision
+        slack = 1e-6 * self.high  # a store may hold energies in single precision
         bad = ~((energy >= self.low - slack) & (energy <= self.high + slack))
         if bad.any():
             raise CountsError(

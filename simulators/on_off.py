@@ -1,4 +1,4 @@
-r"""On/off counting: a signal over a background that a second region measures.
+r"""On/off counting: a signal over a background that is measured in a second region.
 
     n_on ~ Pois(mu s + nu b),    n_off ~ Pois(tau nu b),    mu >= 0 the signal strength, nu the background's
 
@@ -6,8 +6,8 @@ The profile likelihood ratio has a closed form. With S = mu s and B = nu b, the 
 (1 + tau) B^2 + ((1 + tau) S - n - m) B - m S = 0 for n_on = n, n_off = m; the best fit with mu >= 0 is B = m / tau, S = n - m / tau,
 or S = 0 and B = (n + m) / (1 + tau) where n < m / tau.
 
-At mu = 0 half of the experiments have their best fit on the boundary, and the ratio is not chi-square distributed: a
-textbook case for confidence sets. s = 15, b = 70, tau = 1 are the numbers of arXiv:2107.03920.
+At mu = 0 half of the experiments have their best fit on the boundary, and the ratio is not chi-square distributed, which makes this a
+test case for confidence sets. The defaults s = 15, b = 70, tau = 1 are those of arXiv:2107.03920.
 
 Source: Li & Ma 1983, ApJ 272, 317; Rolke, Lopez & Conrad 2005, arXiv:physics/0403059.
 """
@@ -33,7 +33,14 @@ class OnOff:
     Priors: mu ~ U(0, mu_max), nu ~ U(nu_range).
 
     Args: s, b: expected signal and background in the on region at mu = nu = 1, events. tau: exposure of the off region over the
-    on region's. mu_max, nu_range: the priors' ends, without unit.   Raises: SimulatorSettingError.
+    on region's. mu_max, nu_range: ends of the priors, dimensionless.   Raises: SimulatorSettingError.
+
+    >>> from simulators import OnOff
+    >>> simulator = OnOff(s=15.0, b=70.0, tau=1.0)
+    >>> simulator.expected([1.0, 1.0])  # mu = nu = 1
+    array([[85., 70.]])
+    >>> simulator.profile_ratio([85, 70], 0.0).round(2)  # twice the log likelihood ratio against mu = 0
+    array([1.45])
     """
 
     def __init__(
@@ -74,7 +81,7 @@ class OnOff:
         return poisson_log_pmf(counts, mean).sum(axis=1)
 
     def best_fit(self, x: ArrayLike) -> Array:
-        """(mu, nu) >= 0 of highest likelihood for x (2,) or (n, 2) -> (n, 2); the priors' upper ends do not bound it."""
+        """(mu, nu) >= 0 of largest likelihood for x (2,) or (n, 2) -> (n, 2), without the priors' upper limits."""
         n, m = _counts(x).T
         above = n > m / self.tau
         signal = np.where(above, n - m / self.tau, 0.0)
@@ -82,13 +89,13 @@ class OnOff:
         return np.column_stack([signal / self.s, background / self.b])
 
     def profiled(self, x: ArrayLike, mu: ArrayLike) -> Array:
-        """The nu >= 0 of highest likelihood at signal strengths mu (n,) >= 0 or one number, for x (2,) or (n, 2) -> (n,)."""
+        """The nu >= 0 of largest likelihood at signal strengths mu (n,) >= 0 or one number, for x (2,) or (n, 2) -> (n,)."""
         n, m = _counts(x).T
         signal = _strengths(mu) * self.s
         k = 1 + self.tau
         a = n + m - k * signal
         root = np.sqrt(a**2 + 4 * k * m * signal)
-        # each sign of a through the sum that does not cancel
+        # for each sign of a, the form without cancellation
         with np.errstate(invalid="ignore", divide="ignore"):
             background = np.where(a >= 0, (a + root) / (2 * k), np.where(m * signal > 0, 2 * m * signal / (root - a), 0.0))
         return np.asarray(background / self.b)

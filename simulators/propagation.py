@@ -4,11 +4,11 @@ Injection per nucleus A of charge Z, at fraction f_A [Auger combined fit, arXiv:
 
     J_A(E) = J0 f_A (E/EeV)^-gamma f_cut,     f_cut = 1 if E < Z R_cut else exp(1 - E/(Z R_cut))
 
-taken per logarithmic bin, E^(1-gamma) f_cut at the bin's centre. Propagation is linear: the number of particles of a
-group that arrive in a logarithmic bin of energy is one product with the matrix K[A, E_in, group, E_out], which
-`scripts/build_propagation.py` collapses from CRPropa 3 simulations over distance and redshift. Two conventions of the
-fractions: 'fixed_energy' (f_A above, ratio of J_A at one energy below every cutoff) and 'energy' (the 2022 fit's: I_A,
-the share of A in the energy emitted above a threshold, I_A proportional to f_A * integral E^(1-gamma) f_cut dE).
+evaluated per logarithmic bin as E^(1-gamma) f_cut at the centre of the bin. Propagation is linear: the number of particles of a mass
+group that arrive in an energy bin is a product with the matrix K[A, E_in, group, E_out], which `scripts/build_propagation.py` computes
+from CRPropa 3 simulations by summing over distance and redshift. Two conventions of the fractions are available: 'fixed_energy' (f_A
+above, ratio of J_A at one energy below every cutoff) and 'energy' (that of the 2022 fit: I_A, the share of A in the energy emitted above
+a threshold, I_A proportional to f_A * integral E^(1-gamma) f_cut dE).
 """
 
 import hashlib
@@ -44,7 +44,7 @@ MASSES: Final = (1, 4, 14, 28, 56)
 EBL_MODELS: Final = ("Gilmore12", "Dominguez11", "Kneiske04")
 FRACTION_CONVENTIONS: Final = ("fixed_energy", "energy")
 _N_STORED = 125
-_JOIN = 5  # columns that are averaged where the matrix is continued below its grid
+_JOIN = 5  # columns averaged to continue the matrix below its grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ def _extend(matrix: Array, n_below: int) -> Array:
     n = n_below + _N_STORED
     out = np.zeros((5, n, 5, n))
     out[:, n_below:, :, n_below:] = matrix
-    # one column of the grid's lower end, moved along the diagonal; a few are averaged against Monte Carlo noise
+    # the lowest column, moved along the diagonal; a few are averaged to reduce Monte Carlo noise
     column = np.zeros((5, _N_STORED, 5))
     for c in range(_JOIN):
         column[:, : _N_STORED - c] += matrix[:, c:, :, c] / _JOIN

@@ -12,10 +12,10 @@ Steps 1 to 3 are one matrix product (`expectation`). The counts are
     energy bins       conditioned: multinomial(N_obs, p(theta));    parameter: Poisson(10^lg_n p(theta))
     Xmax histograms   multinomial(n_obs of the histogram, q(theta))
 
-with the *observed* totals. With lambda = c s_k(theta), a Poisson likelihood integrated over the normalisation c with the
-scale-free prior 1/c is the multinomial times 1/N: 'conditioned' is exactly the Poisson likelihood with the normalisation
-marginalised, and needs no parameter for it. The number of events per Xmax histogram says nothing about the sources
-(it is set by the fluorescence telescopes' on-time), so that it is conditioned on in both cases.
+with the *observed* totals. For lambda_k = c s_k(theta), the Poisson likelihood integrated over the normalisation c with the scale-free
+prior 1/c equals the multinomial times 1/N. 'conditioned' is therefore exactly the Poisson likelihood with the normalisation
+marginalised, and needs no parameter for it. The number of events per Xmax histogram depends on the on-time of the fluorescence
+telescopes and not on the sources, so it is conditioned on in both cases.
 """
 
 from collections.abc import Sequence
@@ -43,10 +43,10 @@ Array = NDArray[np.float64]
 _LATEX = {"h": "f_\\mathrm{H}", "he": "f_\\mathrm{He}", "n": "f_\\mathrm{N}", "si": "f_\\mathrm{Si}", "fe": "f_\\mathrm{Fe}"}
 _XMAX_LG_EDGES = np.append(LG_EDGES[:9], 20.0)
 LG_THRESHOLD = 17.8  # of the energy fractions, lg(E/eV)
-_CHUNK = 256  # rows at a time: the injection of a chunk stays in the cache, and memory is bounded
+_CHUNK = 256  # rows computed at once, few enough for the processor's cache
 
 # label, gamma, lg(R_cut/V), fractions at fixed energy of H, He, N, Si, Fe; Auger combined fit, arXiv:1612.07155.
-# The fractions of the SPG fit's first minimum still await a check against the paper's table; all other numbers had theirs.
+# The fractions of the SPG fit's first minimum have not been checked against the paper's table; all other numbers have.
 PUBLISHED_FITS: tuple[tuple[str, float, float, tuple[float, ...]], ...] = (
     ("Auger 2017, CTG, 1st minimum", -1.03, 18.21, (0.6794, 0.31, 0.01, 0.0006, 0.0)),
     ("Auger 2017, CTG, 2nd minimum", 0.87, 18.62, (0.0, 0.0, 0.88, 0.12, 0.0)),
@@ -81,6 +81,12 @@ class SourceSpectrum:
     Raises: SimulatorSettingError (a ValueError) for a setting out of range.
     Nuisances beyond +-5 act as +-5. Every bin's probability has a floor of 1e-12, the same in simulator and likelihood.
     Source: arXiv:1612.07155 (model), 2008.06486 (spectrum), 1409.4809 (Xmax).
+
+    >>> from simulators import SourceSpectrum
+    >>> simulator = SourceSpectrum(composition="fixed")
+    >>> theta = [[-1.03, 18.21]]  # spectral index, lg(R_cut/V)
+    >>> simulator.expected(theta).shape, simulator.log_likelihood(simulator.observed(), theta).shape
+    ((1, 15), (1,))
     """
 
     def __init__(
@@ -161,7 +167,7 @@ class SourceSpectrum:
         return f"SourceSpectrum({', '.join(f'{k}={v!r}' for k, v in self.settings.items())})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its settings: worker processes rebuild the tables instead of receiving megabytes."""
+        """Pickle the settings only, so that worker processes rebuild the tables instead of receiving megabytes."""
         return _rebuild, (self.settings,)
 
     def simulate(self, theta: ArrayLike, rng: np.random.Generator) -> Array:
@@ -212,14 +218,14 @@ class SourceSpectrum:
             out.append({"label": label, "source": "arXiv:1612.07155", "theta": theta})
         return out
 
-    def figures(self, theta: ArrayLike, x_obs: ArrayLike, seed: int = 0) -> list[tuple[str, str, str, "Figure"]]:
+    def figures(self, theta: ArrayLike, x_obs: ArrayLike, *, seed: int = 0) -> list[tuple[str, str, str, "Figure"]]:
         """Spectrum, Xmax moments and Xmax histograms with posterior-predictive bands: (name, title, caption, figure).
 
-        Args: theta (n, d), posterior draws. x_obs (k,). seed of the predictive simulations.   Raises: as `log_likelihood`.
+        Args: theta (n, d): posterior draws. x_obs (k,). seed: of the predictive simulations.   Raises: as `log_likelihood`.
         """
         from simulators.figures import source_figures
 
-        return source_figures(self, self._checked(theta), self.layout.check(x_obs)[0], seed)
+        return source_figures(self, self._checked(theta), self.layout.check(x_obs)[0], seed=seed)
 
     def group_counts(self, theta: ArrayLike) -> Array:
         """Expected counts per mass group at Earth and energy bin (n, 5, 15), folded, summing to the energy block of `expected`."""
@@ -250,7 +256,7 @@ class SourceSpectrum:
         return np.append(18.75 + 0.1 * np.arange(8), mean_last), self._xmax.probabilities(pure, None)
 
     def _checked(self, theta: ArrayLike) -> Array:
-        if hasattr(theta, "detach"):  # a torch tensor, without importing torch
+        if hasattr(theta, "detach"):  # a torch tensor
             theta = theta.detach().cpu().numpy()
         inside = self.prior.contains(theta)
         theta = np.atleast_2d(np.asarray(theta, dtype=np.float64))
@@ -305,7 +311,7 @@ def _chunks(n: int) -> list[slice]:
 
 
 def _rebin(counts: NDArray[np.int64], edges: Array, new: Array) -> Array:
-    """Sum counts into the bins `new`; what lies beyond joins the first and the last bin."""
+    """Sum counts into the bins `new`; the first and the last bin include all counts beyond them."""
     index = np.clip(np.searchsorted(new, edges[:-1] + 1e-9, side="right") - 1, 0, new.size - 2)
     return np.bincount(index, weights=counts, minlength=new.size - 1).astype(np.float64)
 

@@ -72,7 +72,7 @@ def gumbel_pdf(x: ArrayLike, mu: ArrayLike, sigma: ArrayLike, shape: ArrayLike) 
     """Density of Xmax at x, per g/cm2; all arguments broadcast."""
     x, mu, sigma, shape = _arrays(x, mu, sigma, shape)
     z = (x - mu) / sigma
-    # e^-z overflows far below the mode, where the density is 0 all the same
+    # e^-z overflows far below the mode, where the density is 0
     log_pdf = shape * np.log(shape) - gammaln(shape) - np.log(sigma) - shape * (z + np.exp(np.minimum(-z, 600.0)))
     return np.exp(log_pdf)
 
@@ -121,7 +121,7 @@ def smeared_fraction(
     Returns: C (high - low + 1,) and C(infinity), the accepted fraction.   Source: arXiv:1409.4809.
     """
     mu, sigma, shape = gumbel_parameters(lg_energy, mass, model)
-    # midpoint rule on a grid of 1 g/cm2, ten times finer than the resolution, over all of the distribution
+    # midpoint rule on a grid of 1 g/cm2, ten times finer than the resolution, over the whole distribution
     x = np.arange(200.0, 2400.0) + 0.5
     weight = gumbel_pdf(x, mu, sigma, shape) * acceptance(x, accept)
     sigma1, sigma2, k = np.asarray(resolution, dtype=np.float64)

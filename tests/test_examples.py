@@ -16,10 +16,10 @@ EXEMPT = (BaseException,)
 
 
 def public_objects() -> dict[str, object]:
-    """'folder.name' -> function or class, for every name of the public face and of the folders' faces."""
+    """'folder.name' -> function or class, for every name of the public face, of the folders' faces and of the simulators."""
     found = {}
-    for room in ("", *ORDER):
-        module = importlib.import_module(f"sbi_phys.{room}") if room else sp
+    for room in ("", *ORDER, "simulators"):
+        module = sp if not room else importlib.import_module(room if room == "simulators" else f"sbi_phys.{room}")
         for name in getattr(module, "__all__", []):
             thing = getattr(module, name)
             is_ours = callable(thing) and not isinstance(thing, types.ModuleType)

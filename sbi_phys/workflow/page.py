@@ -120,7 +120,7 @@ def _physics(run: Run) -> list[Block]:
     if not hasattr(run.simulator, "figures"):
         return []
     theta = run.read_draws("posterior.nc").flat[:2000]
-    made = run.simulator.figures(theta, run.observation, run.seed("figures") % 2**31)
+    made = run.simulator.figures(theta, run.observation, seed=run.seed("figures") % 2**31)
     blocks: list[Block] = [_draw(run, figure, name, caption, title) for name, title, caption, figure in made]
     save_figure(_side_by_side([run.path("figures", f"{name}.png") for name in ("corner", made[0][0])]), run.path("figures"), "overview")
     return blocks

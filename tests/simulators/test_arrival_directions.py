@@ -134,9 +134,9 @@ def test_catalogues():
     assert starbursts.weights.sum() == pytest.approx(1)
     strongest = [starbursts.names[i] for i in np.argsort(-starbursts.weights)[:4]]
     assert strongest == ["M82", "NGC4945", "NGC253", "NGC1068"]
-    random = random_catalogue(20, 1)
+    random = random_catalogue(20, seed=1)
     np.testing.assert_allclose(np.linalg.norm(random.directions, axis=1), 1)
-    np.testing.assert_array_equal(random.weights, random_catalogue(20, 1).weights)
+    np.testing.assert_array_equal(random.weights, random_catalogue(20, seed=1).weights)
 
 
 def test_a_damaged_catalogue(tmp_path):

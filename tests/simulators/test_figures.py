@@ -21,7 +21,7 @@ THETA = np.array([[1.4, 18.69, 0.18, 0.11, 0.48, 0.21, 0.02, 0.3, 1.2], [1.3, 18
 )
 def test_figures_have_names_captions_and_units(settings, theta, names):
     sim = SourceSpectrum(**settings)
-    figures = sim.figures(np.repeat(theta, 20, axis=0), sim.observed(), 0)
+    figures = sim.figures(np.repeat(theta, 20, axis=0), sim.observed(), seed=0)
     assert [f[0] for f in figures] == names
     for _, title, caption, figure in figures:
         assert title
@@ -37,7 +37,7 @@ def test_figures_have_names_captions_and_units(settings, theta, names):
 def test_same_seed_same_figure():
     sim = SourceSpectrum(composition="fixed")
     theta = np.repeat([[-1.0, 18.2]], 50, axis=0)
-    bands = [sim.figures(theta, sim.observed(), seed)[0][3].axes[1].lines[1].get_ydata() for seed in (1, 1, 2)]
+    bands = [sim.figures(theta, sim.observed(), seed=seed)[0][3].axes[1].lines[1].get_ydata() for seed in (1, 1, 2)]
     np.testing.assert_array_equal(bands[0], bands[1])
     assert np.abs(bands[0] - bands[2]).max() > 0
 
@@ -64,7 +64,7 @@ def test_figures_touch_no_global_state():
     code = (
         "import matplotlib; before = dict(dict.items(matplotlib.rcParams));"
         "from simulators import SourceSpectrum; s = SourceSpectrum(composition='fixed');"
-        "s.figures([[-1.0, 18.2]] * 5, s.observed(), 0);"
+        "s.figures([[-1.0, 18.2]] * 5, s.observed(), seed=0);"
         "import sys; print('matplotlib.pyplot' in sys.modules, dict(dict.items(matplotlib.rcParams)) == before)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

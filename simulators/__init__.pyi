@@ -1,0 +1,14 @@
+from .arrival_directions import ArrivalDirections as ArrivalDirections
+from .auger import AugerData as AugerData
+from .auger import load_auger as load_auger
+from .detector import BinnedDetector as BinnedDetector
+from .detector import DetectorResponse as DetectorResponse
+from .errors import CountsError as CountsError
+from .errors import SimulatorError as SimulatorError
+from .errors import SimulatorSettingError as SimulatorSettingError
+from .errors import TableError as TableError
+from .event_spectrum import EventSpectrum as EventSpectrum
+from .line import LineSearch as LineSearch
+from .muon_decay import MuonDecay as MuonDecay
+from .on_off import OnOff as OnOff
+from .source_spectrum import SourceSpectrum as SourceSpectrum
