@@ -1,4 +1,4 @@
-"""Samplers of a log density: importance sampling, Markov chains, Hamiltonian chains, grids. They see arrays and callables."""
+"""Samplers of a log density: importance sampling, Markov chains, Hamiltonian chains, grids. They take arrays and callables."""
 
 from sbi_phys.core.lazy import public_names
 

@@ -17,14 +17,14 @@ LogDensityAndGrad = Callable[[Array], tuple[Array, Array]]
 class CheckedDensity:
     """A log density (m, d) -> (m,), times `power`; checks and counts its values, and names the point in an error."""
 
-    def __init__(self, log_prob: LogDensity, dim: int) -> None:
-        """Take a log density of d = dim coordinates."""
-        self.log_prob, self.dim, self.n_evaluations, self.power = log_prob, dim, 0, 1.0
+    def __init__(self, log_prob: LogDensity, dim: int, *, name: str = "log_prob") -> None:
+        """Take a log density of d = dim coordinates, and its name in errors."""
+        self.log_prob, self.dim, self.n_evaluations, self.power, self.name = log_prob, dim, 0, 1.0, name
 
     def __call__(self, u: Array) -> Array:
         """Log density at u (m, d), times the power -> (m,).   Raises: ShapeError, NonFiniteError."""
-        values = as_array("log_prob(u)", self.log_prob(u), (u.shape[0],), finite=False)
-        require_log_density("log_prob", values, u)
+        values = as_array(f"{self.name}(u)", self.log_prob(u), (u.shape[0],), finite=False)
+        require_log_density(self.name, values, u)
         self.n_evaluations += values.size
         return self.power * values
 

@@ -22,7 +22,7 @@ from sbi_phys.core.checks import as_array, require_choice, require_int, require_
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for
-from sbi_phys.core.types import Array, Integers
+from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.samplers.density import LogDensity, require_log_density
 
 __all__ = ["ImportanceResult", "Proposal", "effective_size", "importance_sample", "pareto_smooth", "resample_indices"]
@@ -186,7 +186,7 @@ def _result(samples: Array, log_weights: Array, smooth: bool, n_requested: int) 
     )
 
 
-def effective_size(log_weights: Array) -> float:
+def effective_size(log_weights: ArrayLike) -> float:
     """Kish's effective sample size (sum w)^2 / sum w^2 of unnormalised log weights (n,); 0 if all are -inf.
 
     >>> import numpy as np
@@ -194,14 +194,15 @@ def effective_size(log_weights: Array) -> float:
     >>> round(sp.samplers.effective_size(np.log([1.0, 1.0, 2.0])), 3)
     2.667
     """
-    top = log_weights.max()
+    raw = np.asarray(log_weights, dtype=np.float64)
+    top = raw.max(initial=-np.inf)
     if not np.isfinite(top):
         return 0.0
-    w = np.exp(log_weights - top)
+    w = np.exp(raw - top)
     return float(w.sum() ** 2 / (w**2).sum())
 
 
-def pareto_smooth(log_weights: Array) -> tuple[Array, float]:
+def pareto_smooth(log_weights: ArrayLike) -> tuple[Array, float]:
     r"""Pareto-smoothed log weights (n,) and the tail shape k.
 
     The largest M = min(n/5, 3 sqrt(n)) weights are fitted by a generalised Pareto distribution and replaced by its quantiles,
@@ -258,7 +259,7 @@ def _fit_pareto(x: Array) -> tuple[float, float]:
     return (n * k + 5.0) / (n + 10), sigma
 
 
-def resample_indices(weights: Array, n: int, rng: np.random.Generator, *, method: str = "systematic") -> Integers:
+def resample_indices(weights: ArrayLike, n: int, rng: np.random.Generator, *, method: str = "systematic") -> Integers:
     """Indices (n,) drawn in proportion to weights (m,), in random order.
 
     Args: method, 'systematic' (least variance: row i comes floor or ceil of n w_i times) or 'multinomial' (independent draws).

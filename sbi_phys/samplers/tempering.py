@@ -73,7 +73,8 @@ def temper(
         n_draws: of a round; default 400 d, at least 1000, at most 4000.
         progress: shows rounds and powers.
 
-    Raises: DataError (the likelihood is zero at every draw of the prior).   Source: Cappe et al. 2004; Jasra et al. 2011.
+    Raises: SettingError, ShapeError, NonFiniteError (NaN or +inf, naming the point), DataError (the likelihood is zero at every draw of the
+    prior).   Source: Cappe et al. 2004; Jasra et al. 2011.
 
     >>> import numpy as np
     >>> import sbi_phys as sp
@@ -81,9 +82,11 @@ def temper(
     >>> found.power, bool(abs(found.u.mean() - 1) < 0.1)
     (1.0, True)
     """
-    n = min(4000, max(1000, 400 * dim)) if n_draws is None else n_draws
+    dim = require_int("dim", dim, low=1)
+    n = min(4000, max(1000, 400 * dim)) if n_draws is None else require_int("n_draws", n_draws, low=10)
+    density = CheckedDensity(log_likelihood, dim, name="log_likelihood")
     u = rng.standard_normal((4 * n, dim))
-    log_l, log_q = log_likelihood(u), standard_normal_log_prob(u)
+    log_l, log_q = density(u), standard_normal_log_prob(u)
     if np.isneginf(log_l).all():
         raise DataError(f"the likelihood is zero at all of {4 * n} draws of the prior; expected data that some theta can produce")
     power, stalls, rounds = 0.0, 0, 0
@@ -101,7 +104,7 @@ def temper(
                 efficiency = effective_size(log_w) / len(u)
                 return Tempered(u=u, proposal=mixture, efficiency=efficiency, power=power, n_rounds=rounds)
             u = mixture.sample(n, rng)
-            log_l, log_q = log_likelihood(u), mixture.log_prob(u)
+            log_l, log_q = density(u), mixture.log_prob(u)
 
 
 def _tempered(log_l: Array, power: float) -> Array:

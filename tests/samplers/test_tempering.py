@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.samplers.importance import importance_sample
 from sbi_phys.samplers.tempering import spread_start, temper
 
@@ -55,6 +55,16 @@ def test_zeros_are_left_out_and_all_zeros_refused():
     assert found.power == 1 and (found.u[:, 0] > 1).mean() > 0.5
     with pytest.raises(DataError, match="zero at all of 4000 draws"):
         temper(lambda u: np.full(len(u), -np.inf), 2, np.random.default_rng(0))
+
+
+def test_bad_input_of_tempering():
+    rng = np.random.default_rng(0)
+    with pytest.raises(NonFiniteError, match="log_likelihood is nan at u"):
+        temper(lambda u: np.full(len(u), np.nan), 2, rng)
+    with pytest.raises(ShapeError, match="log_likelihood"):
+        temper(lambda u: u, 2, rng)
+    with pytest.raises(SettingError, match="n_draws"):
+        temper(lambda u: u[:, 0], 2, rng, n_draws=1)
 
 
 def normal(u):
