@@ -9,8 +9,6 @@ from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.types import Array, ArrayLike
 
 __all__ = ["check_x", "normal_scores", "random_features", "standardised"]
-
-
 CLIP = 4.0  # a z-score beyond this belongs to a heavy tail; the normal score keeps its order
 
 

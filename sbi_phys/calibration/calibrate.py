@@ -43,12 +43,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Calibration", "calibrate"]
-
-
-_CHUNK_DRAWS = 200_000  # posterior draws made at once
+_CHUNK_DRAWS = 200_000  # posterior draws in one batch
 _REPLICAS, _REPLICA_DRAWS = 200, 1000  # of posterior SBC
 _FEATURE_ROWS = 5000
-# what each test is about, in the order of the page
+# the title of each test, in the order of the report page
 TITLES = {
     "sbc": "Ranks of single parameters (SBC)",
     "coverage": "Coverage of joint credible regions",
@@ -56,21 +54,28 @@ TITLES = {
     "tarp": "Regions about random points (TARP)",
     "pulls": "Pulls: mean and width",
     "pit_regression": "Ranks against x (PIT regression)",
-    "local_coverage": "Coverage in places",
+    "local_coverage": "Local coverage",
     "lc2st": "At the observation: L-C2ST",
     "posterior_sbc": "At the observation: posterior SBC",
     "misspecification": "Is the observation like the simulations?",
 }
 OF_THE_DATA = ("misspecification",)
-AT_THE_OBSERVATION = frozenset({"lc2st", "posterior_sbc"})  # what they find, the other tests may average away
+AT_THE_OBSERVATION = frozenset({"lc2st", "posterior_sbc"})  # a fault at the observation may cancel on average in the other tests
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """What `calibrate` found.
+    """Results of `calibrate`.
 
-    results: by name (`TITLES`), each with .pvalue, .summary() and .plot(). skipped: name -> why. n simulations, n_draws each.
+    results: by name of the test, each with .pvalue, .summary() and .plot(). skipped: name -> reason. n simulations, n_draws each.
     seconds: of the draws and of each test. names: of the parameters.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> found = sp.calibrate(rng.normal(size=(100, 20, 1)), (rng.normal(size=(100, 1)), None), names=["energy"])
+    >>> sorted(found.pvalues), found.names
+    (['intervals', 'local_coverage', 'pulls', 'sbc', 'tarp'], ('energy',))
     """
 
     names: tuple[str, ...]
@@ -82,27 +87,27 @@ class Calibration:
 
     @property
     def pvalues(self) -> dict[str, float]:
-        """p-value of each test of calibration, for itself."""
+        """p-value of each test of calibration, not corrected for their number."""
         return {name: float(r.pvalue) for name, r in self.results.items() if name not in OF_THE_DATA}
 
     @property
     def adjusted(self) -> dict[str, float]:
-        """Holm's p-values of the tests of calibration."""
+        """p-values of the tests of calibration after Holm's correction."""
         return holm(self.pvalues)
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """Tests that reject at 5 % after the correction."""
+        """Names of tests that reject at 5 % after the correction."""
         return tuple(name for name, p in self.adjusted.items() if p <= ALPHA)
 
     @property
     def passed(self) -> bool:
-        """Whether no test rejects; the observation's likeness to the simulations is not part of it."""
+        """Whether no test rejects; the check of the observation against the simulations is not included."""
         return not self.failed
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """The result of the tests of calibration in one sentence."""
         n_tests = len(self.pvalues)
         if self.passed:
             smallest = min(self.adjusted.values())
@@ -115,7 +120,7 @@ class Calibration:
 
     @property
     def likeness(self) -> str:
-        """One sentence on the observation, or nothing."""
+        """Whether the observation is like the simulations, in one sentence, or ''."""
         found = self.results.get("misspecification")
         if found is None:
             return ""
@@ -123,15 +128,15 @@ class Calibration:
         return f"The observation {words} (p = {found.pvalue:.3g})."
 
     def summary(self) -> str:
-        """Every result in words, the verdict first."""
+        """Return all results in words, the verdict first."""
         lines = [self.verdict, *([self.likeness] if self.likeness else []), ""]
         for name, result in self.results.items():
             lines += [f"{TITLES[name]} [{name}]", result.summary(), ""]
-        lines += [f"left out: {name}: {why}" for name, why in self.skipped.items()]
+        lines += [f"skipped: {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines).rstrip()
 
     def figures(self) -> "dict[str, Figure]":
-        """A figure for each result, by name."""
+        """Return one figure for each result, by name."""
         from matplotlib.figure import Figure
 
         made = {}
@@ -142,7 +147,7 @@ class Calibration:
         return made
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and words."""
+        """Return numbers and words in plain types."""
         return {
             "verdict": self.verdict, "likeness": self.likeness, "passed": self.passed, "failed": list(self.failed), "n": self.n,
             "n_draws": self.n_draws, "parameters": list(self.names), "pvalues": self.pvalues, "adjusted": self.adjusted,
@@ -170,27 +175,34 @@ def calibrate(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Calibration:
-    r"""Run every test of calibration that the given things allow.
+    r"""Run all calibration tests for which the inputs suffice.
 
     Args:
-        posterior: an estimator with `sample(x, n, seed)` (its `log_prob_draws`, `latent`, `embed` and `prior` are used if it has them);
-            or draws (n, l, d) of another tool, row by row those of `simulations`; or an ArviZ object whose posterior group has a
-            variable for each parameter, with a dimension for simulations beside chain and draw.
-        simulations: a simulator, to draw n new ones; or a store, or (theta (n, d), x (n, ...)), that the posterior has not been
-            trained on.
-        n: simulations, at most so many of those given.
-        n_draws: posterior draws for each (of an estimator).
-        x_obs: the observation, for the tests at it.
-        simulator: for the tests at the observation that make new simulations, where `simulations` is not one itself.
-        by: one or two parameters over whose posterior means coverage is mapped; default the first two.
-        names: of the parameters, where only arrays are given.
-        seed: of everything random.
+        posterior: an estimator with `sample(x, n, seed)` (its `log_prob_draws`, `latent`, `embed` and `prior` are used if present);
+            or draws (n, l, d) of another tool, in the order of `simulations`; or an ArviZ object whose posterior group has a
+            variable for each parameter, with a dimension for simulations in addition to chain and draw.
+        simulations: a simulator, to draw n new simulations; or a store, or (theta (n, d), x (n, ...)), not used in training.
+        n: number of simulations; of those given, at most so many are used.
+        n_draws: posterior draws for each simulation (of an estimator).
+        x_obs: the observation, for the tests at the observation.
+        simulator: for the tests at the observation that need new simulations, if `simulations` is not a simulator.
+        by: one or two parameters for the map of local coverage; default the first two.
+        names: of the parameters, if only arrays are given.
+        seed: of all random numbers.
         workers: processes for L-C2ST.
         progress: default none.
 
     Returns: Calibration.
     Raises: ShapeError, NonFiniteError, DataError (too few simulations), SettingError, StoreError.
-    Read: `.verdict`; then the first failed result's own summary.
+    Read: `.verdict` first, then the summary of the first failed test.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> x, noise = rng.normal(size=(2, 200, 1))
+    >>> found = sp.calibrate(x[:, None] + 0.5 * rng.normal(size=(200, 50, 1)), (x + noise, x))  # sd 0.5 in place of 1
+    >>> found.passed, found.results["sbc"].verdicts
+    (False, {'theta_0': 'overconfident'})
     """
     draw = _Drawn(posterior, simulations, n, n_draws, x_obs, names, seed)
     draw.simulator = simulator or draw.simulator
@@ -209,7 +221,7 @@ def calibrate(
 
 
 class _Drawn:
-    """Truths, observations and draws of one call, with the densities that the tests want."""
+    """True parameters, observations, draws and log densities of one call."""
 
     def __init__(self, posterior: Any, simulations: Any, n: int, n_draws: int, x_obs: Any, names: Any, seed: int) -> None:
         self.posterior, self.simulations, self.seed = posterior, simulations, require_int("seed", seed, low=0)
@@ -232,7 +244,7 @@ class _Drawn:
         task.advance(1, name)
 
     def make(self) -> None:
-        """Truths and observations, then draws in batches, then densities."""
+        """Simulate or read theta and x, then draw from the posterior in batches, then evaluate densities."""
         self.theta, self.x = self._pairs()
         if not self.is_estimator:
             draws = draws_from_arviz(self.posterior, self.names) if hasattr(self.posterior, "posterior") else self.posterior
@@ -312,7 +324,7 @@ def _run_tests(draw: _Drawn, by: Sequence[str] | None, workers: int, task: Task)
 
 
 def _column_names(draw: _Drawn) -> list[str] | None:
-    """Names of x's columns, from the observables that the posterior or the simulator knows."""
+    """Names of the columns of x, from the observables of the posterior or the simulator."""
     observables = getattr(draw.posterior, "observables", None) or getattr(draw.simulator, "observables", None)
     if observables is None or draw.x is None or draw.x.ndim != 2 or draw.x.shape[1] != sum(o.size for o in observables):
         return None
@@ -326,7 +338,7 @@ def _densities(draw: _Drawn) -> dict[str, tuple[Array, Array]] | None:
 
 
 def _features(draw: _Drawn, x: Array) -> Array:
-    """What the network makes of x, or x itself: both are functions of x alone."""
+    """Features of x from the network's embedding, or x itself: both are functions of x alone."""
     embed = getattr(draw.posterior, "embed", None)
     found: Array = np.asarray(embed(x)) if embed is not None else x.reshape(len(x), -1)
     return found
@@ -354,7 +366,7 @@ def _free_names(draw: _Drawn, latent: Array) -> Any:
 
 
 def _posterior_sbc(draw: _Drawn) -> Any:
-    """Replications of the observation: theta' from its posterior, x' from the simulator, ranks given both."""
+    """Posterior SBC with theta' from the posterior of the observation and x' from the simulator."""
     assert draw.x_obs is not None
     posterior, rng = draw.posterior, rng_for(draw.seed, "posterior sbc")
     draws = np.asarray(posterior.sample(draw.x_obs, _REPLICA_DRAWS, seed=seed_for(draw.seed, "posterior sbc")))

@@ -35,19 +35,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["ConformalRegions", "conformal_regions", "hpd_content"]
-
 SCORES = ("density", "hpd")
-MIN_TRAINING = 50  # below this a learned quantile is noise
+MIN_TRAINING = 50  # with fewer, a learned quantile is noise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ConformalRegions:
-    r"""Regions {theta: e(theta, x) <= threshold (+ learned quantile at x)} that hold a new truth with probability `guarantee`.
+    r"""Result of `conformal_regions`: {theta: e(theta, x) <= threshold (+ learned quantile at x)}, with coverage `guarantee`.
 
-    level, content asked for. score, 'density' (nats) or 'hpd' (content, 0 to 1 and beyond). threshold, of the score, or of its
-    excess over the learned quantile. n, simulations that fixed it. guarantee, k / (n + 1). interval (2,), 95 % range of the content
-    given these n simulations. scores (n,), their scores (less the quantile). raw, coverage of q's own regions of this content with
-    its error (2,), NaN without draws. quantile, the learned quantile or None. n_features, 0 without.
+    level, requested content. score, 'density' (nats) or 'hpd' (content, may exceed 1). threshold, of the score, or of its
+    excess over the learned quantile. n, simulations that determine it. guarantee, k / (n + 1). interval (2,), 95 % range of the content
+    given these n simulations. scores (n,), their scores (minus the quantile). raw, coverage of the regions of q of this content with
+    its error (2,), NaN without draws. quantile, the learned quantile or None. n_features, 0 without features.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> log_q = -0.5 * np.random.default_rng(0).normal(size=199) ** 2
+    >>> regions = sp.calibration.conformal_regions(log_q, level=0.9)
+    >>> regions.n, round(regions.guarantee, 3), regions.contains([0.0, -9.0])
+    (199, 0.9, array([ True, False]))
     """
 
     level: float
@@ -63,7 +69,7 @@ class ConformalRegions:
 
     @property
     def repaired(self) -> bool:
-        """True: a report marks what follows from this object as repaired."""
+        """True: reports mark results from this object as repaired."""
         return True
 
     @property
@@ -90,9 +96,9 @@ class ConformalRegions:
         return inside[:, 0] if flat else inside
 
     def mass(self, log_prob_draws: ArrayLike, features: ArrayLike | None = None) -> Array:
-        """Share of q's own mass in the region of each observation (m,), from draws' log q (m, l).
+        """Fraction of the mass of q in the region of each observation (m,), from log q of draws (m, l).
 
-        Raises: as `contains`.   Read: above `level` where q is too narrow and the region had to grow, below where it is too wide.
+        Raises: as `contains`.   Read: above `level` if q is too narrow and the region had to grow, below if q is too wide.
         """
         return self.contains(log_prob_draws, log_prob_draws if self.score == "hpd" else None, features).mean(axis=1)
 
@@ -106,23 +112,23 @@ class ConformalRegions:
 
     def summary(self) -> str:
         """Return the result in words."""
-        kind = "one density cut for all x" if self.score == "density" else "content of q adapted to each x"
+        kind = "one density threshold for all x" if self.score == "density" else "content of q adapted to each x"
         given = f", quantile learned from {self.n_features} features" if self.n_features else ""
         low, high = self.interval
         text = (
-            f"Conformal {100 * self.level:.3g} % regions (repaired; {kind}{given}), fixed by {self.n} held-out simulations: a new truth is "
+            f"Conformal {100 * self.level:.3g} % regions (repaired; {kind}{given}) from {self.n} held-out simulations: a new true value is "
             f"inside with probability {100 * self.guarantee:.1f} %, averaged over x; with these simulations between {100 * low:.1f} and "
             f"{100 * high:.1f} % (95 % range)"
         )
         if np.isfinite(self.raw[0]):
-            text += f"; q's own regions held {100 * self.raw[0]:.1f} +- {100 * self.raw[1]:.1f} %"
+            text += f"; the regions of q contained {100 * self.raw[0]:.1f} +- {100 * self.raw[1]:.1f} %"
         if self.score == "hpd" and not self.n_features:
             beyond = self.threshold > 1
-            text += "; they reach beyond all draws" if beyond else f"; they are q's regions of content {100 * self.threshold:.1f} %"
+            text += "; they extend beyond all draws" if beyond else f"; they are the regions of q of content {100 * self.threshold:.1f} %"
         return text
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the distribution of held-out scores with the threshold.   Read: the curve passes the threshold at `level`."""
+        """Draw the distribution of held-out scores with the threshold.   Read: the curve reaches `level` at the threshold."""
         return figures.calibration.conformal_scores(self, ax)
 
 
@@ -140,18 +146,26 @@ def conformal_regions(
     r"""Conformal highest-density regions from held-out simulations, P(theta in region) >= level for any q.
 
     Args:
-        log_prob_theta: (n,), log q(theta* | x) of simulations q was not trained on, normalised for score 'density'; -inf allowed.
-        log_prob_draws: (n, l), log q of draws; needed by score 'hpd', else only for the raw coverage in the summary.
-        level: content, in (0, 1); n >= level / (1 - level) simulations are needed to fix it.
-        score: 'density' or 'hpd', see the module docstring; 'hpd' allows any constant per x in log q.
+        log_prob_theta: (n,), log q(theta* | x) of simulations not used in training, normalised for score 'density'; -inf allowed.
+        log_prob_draws: (n, l), log q of draws; needed by score 'hpd', else only for the coverage of q in the summary.
+        level: content, in (0, 1); at least level / (1 - level) simulations are needed.
+        score: 'density' or 'hpd', see the module docstring; for 'hpd' log q needs no normalisation for each x.
         features: (n, k), x or a summary of it: makes the regions conditional on x.
-        train_share: with features, the share of simulations that learn the quantile; the others fix the threshold.
+        train_share: with features, the fraction of simulations that learn the quantile; the others determine the threshold.
         n_trees: of the gradient boosting.
-        seed: of that split.
+        seed: of the split and the trees.
 
     Returns: ConformalRegions.   Raises: ShapeError, NonFiniteError, DataError (too few simulations), SettingError.
     Source: Lei et al. 2018, arXiv:1604.04173; Romano et al. 2019, arXiv:1905.03222.
-    Read: holds on average over the prior the simulations came from; it repairs regions, not draws.
+    Read: the guarantee is an average over the prior of the simulations. It repairs regions, not draws.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> theta, draws = rng.normal(size=999), 0.5 * rng.normal(size=(999, 50))  # q = N(0, 0.5^2) is too narrow for N(0, 1)
+    >>> regions = sp.calibration.conformal_regions(-2 * theta**2, -2 * draws**2, level=0.9)
+    >>> round(regions.guarantee, 2), bool(regions.raw[0] < 0.8)
+    (0.9, True)
     """
     at_theta = _log_prob("log_prob_theta", log_prob_theta)
     if at_theta.ndim != 1:
@@ -168,11 +182,15 @@ def conformal_regions(
     n = values.size
     k = int(np.ceil((n + 1) * level * (1 - 1e-12)))
     if k > n:
-        raise DataError(f"{n} simulations fix the threshold; expected at least {int(np.ceil(level / (1 - level)))} for level {level:g}")
+        raise DataError(
+            f"{n} simulations are left for the threshold; expected at least {int(np.ceil(level / (1 - level)))} for level {level:g}"
+        )
     threshold = float(np.sort(values)[k - 1])
     if not np.isfinite(threshold):
         share = 100 * np.isinf(values).mean()
-        raise DataError(f"log_prob_theta is -inf for {share:.0f} % of truths; expected a q whose support holds at least {100 * level:g} %")
+        raise DataError(
+            f"log_prob_theta is -inf for {share:.0f} % of true values; expected a q whose support contains at least {100 * level:g} %"
+        )
     return ConformalRegions(
         level=level,
         score=score,
@@ -188,13 +206,19 @@ def conformal_regions(
 
 
 def hpd_content(log_prob: ArrayLike, log_prob_draws: ArrayLike) -> Array:
-    r"""Content of the smallest highest-density region that reaches each point, interpolated between draws -> (n, j).
+    r"""Content of the smallest highest-density region that contains each point, interpolated between draws -> (n, j).
 
     Args: log_prob (n, j), log q of j points per observation; -inf gives +inf. log_prob_draws (n, l), log q of l >= 2 draws.
-    Beyond the outermost draw it goes on, and below the innermost, by the distance in log q over the draws' sd of log q.
+    Beyond the outermost and innermost draws it continues by the distance in log q over the sd of log q of the draws.
     Raises: ShapeError, NonFiniteError, DataError (fewer than 2 draws, a density that is the same for all draws of an x).
     Source: Hyndman 1996, The American Statistician 50, 120 (regions from the draws' densities).
-    Read: uniform on (0, 1) for truths of a calibrated q, up to 1 / l.
+    Read: uniform on (0, 1) for true values of a calibrated q, up to 1 / l.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> draws = np.random.default_rng(0).normal(size=(1, 9999))  # of N(0, 1): the 68 % region ends at 1 sd
+    >>> np.round(sp.calibration.hpd_content([[-0.5]], -0.5 * draws**2), 1)
+    array([[0.7]])
     """
     points, at_draws = _log_prob("log_prob", log_prob), as_array("log_prob_draws", log_prob_draws, (None, None))
     if points.ndim != 2:
@@ -241,7 +265,7 @@ def _training_rows(n: int, share: float, seed: int) -> Mask:
     share = require_number("train_share", share, low=0, high=1, open_low=True, open_high=True)
     n_train = round(share * n)
     if n_train < MIN_TRAINING:
-        raise DataError(f"{n_train} of {n} simulations would learn the quantile; expected at least {MIN_TRAINING}")
+        raise DataError(f"train_share leaves {n_train} of {n} simulations to learn the quantile; expected at least {MIN_TRAINING}")
     chosen = np.zeros(n, dtype=bool)
     chosen[rng_for(seed, "conformal split").permutation(n)[:n_train]] = True
     return chosen
@@ -252,13 +276,13 @@ def _learn(features: Array, values: Array, level: float, n_trees: int, seed: int
 
     finite = np.isfinite(values)
     if not finite.any():
-        raise DataError("log_prob_theta is -inf for every truth; expected a q with some density at the truth")
+        raise DataError("log_prob_theta is -inf for every true value; expected a q with some density at true values")
     model = GradientBoostingRegressor(
         loss="quantile",
         alpha=level,
         n_estimators=require_int("n_trees", n_trees, low=1),
         max_depth=2,
-        # each leaf must hold enough truths on the far side of its quantile
+        # each leaf must contain enough true values beyond its quantile
         min_samples_leaf=max(10, int(np.ceil(3 / min(level, 1 - level)))),
         random_state=seed_for(seed, "conformal quantile") % 2**32,
     )

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Coverage", "coverage"]
-
-
 HPD = "highest-density regions"
 CENTRAL = "central intervals"
 

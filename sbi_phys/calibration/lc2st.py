@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sbi_phys.calibration._results import fault_words
+from sbi_phys.calibration._results import fault_words, shape_text
 from sbi_phys.calibration.inputs import check_names
 from sbi_phys.calibration.pvalues import ALPHA
 from sbi_phys.core.checks import as_array, as_real, require_choice, require_finite, require_int, require_same_rows
@@ -74,22 +74,29 @@ __all__ = [
 ]
 
 MIN_PAIRS = 50
-
 MIN_POINTS = 20
-
 FAR = 3.0  # sd of a component of x beyond which the classifier extrapolates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LC2ST:
-    r"""L-C2ST at one observation.
+    r"""Result of `lc2st`: the local classifier test at one observation.
 
-    statistic T(x_o) in [0, 1/4], and null (h,), the same of classifiers with nothing to learn. pvalue = (1 + #{null >= T}) / (h + 1).
+    statistic T(x_o) in [0, 1/4], and null (h,), the same for classifiers trained under the null. pvalue = (1 + #{null >= T}) / (h + 1).
     points (m, d), draws of q(. | x_o) (units of theta; of z if only latent variables are known), probability (m,) = d there, > 1/2
-    where q has too little mass; band (m, 2), 95 % of null classifiers at that point. shift (d,), q's mean - the corrected mean in sd of q;
-    width (d,), sd of q over the corrected sd; their errors from the null. Both are lower bounds where q hardly overlaps the posterior.
+    where q has too little mass; band (m, 2), 95 % of null classifiers at that point. shift (d,), mean of q - corrected mean in sd of q;
+    width (d,), sd of q over the corrected sd; their errors from the null. Both are lower bounds if q hardly overlaps the posterior.
     n, calibration pairs. n_components of x used; farthest, largest component of x_obs in sd of the calibration simulations.
     latent, whether points, shift and width are those of latent variables.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> theta = np.random.default_rng(0).normal(size=(200, 1))
+    >>> x = theta + np.random.default_rng(1).normal(size=(200, 1))
+    >>> latent = (theta - x / 2) * 2**0.5  # of the exact posterior N(x / 2, 1 / 2)
+    >>> result = sp.calibration.lc2st(None, None, x, [0.5], latent_theta=latent, n_null=19)
+    >>> result.null.shape, result.points.shape
+    ((19,), (1000, 1))
     """
 
     names: tuple[str, ...]
@@ -111,18 +118,18 @@ class LC2ST:
 
     @property
     def verdicts(self) -> dict[str, str]:
-        """What is wrong at x_obs per parameter: directions in which the classifier would move q by three standard errors or more."""
+        """What is wrong at x_obs, by parameter: deviations of three standard errors or more according to the classifier."""
         if self.pvalue > ALPHA:
             return dict.fromkeys(self.names, "calibrated")
-        # fault_words asks for two; there are two directions for every parameter
+        # fault_words uses two standard errors; two directions of every parameter are tested here
         sizes = zip(self.shift, 1.5 * self.shift_err, self.width, 1.5 * self.width_err, strict=True)
         words = {name: fault_words(*size) for name, size in zip(self.names, sizes, strict=True)}
         if all(word == "wrong shape" for word in words.values()):
             return words
-        return {name: "nothing seen" if word == "wrong shape" else word for name, word in words.items()}
+        return {name: "no deviation" if word == "wrong shape" else word for name, word in words.items()}
 
     def summary(self) -> str:
-        """Return the result in words: one line for the test, one line per parameter."""
+        """Return the result in words: one line for the test, one line for each parameter."""
         found = "q is not the posterior at x_obs" if self.pvalue <= ALPHA else "no deviation found at x_obs"
         over = self.statistic / max(float(np.median(self.null)), 1e-300)
         lines = [
@@ -131,16 +138,16 @@ class LC2ST:
         ]
         pad, room = max(map(len, self.names)), max(map(len, self.verdicts.values()))
         for j, (name, words) in enumerate(self.verdicts.items()):
-            shape = f"shift {self.shift[j]:+.2f} +- {self.shift_err[j]:.2f} sd  width x{self.width[j]:.2f} +- {self.width_err[j]:.2f}"
+            shape = shape_text(self.shift[j], self.shift_err[j], self.width[j], self.width_err[j])
             lines.append(f"  {name:<{pad}}  {words:<{room}}  {shape}")
         if self.latent:
-            lines.append("  directions are those of latent variables; with draws_obs and latent_obs they are those of parameters")
+            lines.append("  shift and width are those of latent variables; pass draws_obs and latent_obs to get those of parameters")
         if self.farthest > FAR:
             lines.append(f"  x_obs lies {self.farthest:.1f} sd from the calibration simulations: few or none are near it")
         return "\n".join(lines)
 
     def plot(self, ax: "Axes | None" = None, *, kind: str = "null", pair: tuple[int, int] = (0, 1)) -> "Axes":
-        """Draw kind 'null' (statistic against its null) or 'map' (where q has too much and too little mass; `pair` of parameters).
+        """Draw kind 'null' (statistic and its null) or 'map' (where q has too much and too little mass, for a `pair` of parameters).
 
         Raises: SettingError.
         """
@@ -154,7 +161,16 @@ class LC2ST:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LC2STModel:
-    """Classifiers of `train_lc2st`, observed and null; `.at(x_obs)` tests at an observation, as many as wanted."""
+    """Classifiers trained by `train_lc2st`, the observed and the null ones; `.at(x_obs)` tests at any observation.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> theta = np.random.default_rng(0).normal(size=(200, 1))
+    >>> x = theta + np.random.default_rng(1).normal(size=(200, 1))
+    >>> model = sp.calibration.train_lc2st(None, None, x, latent_theta=(theta - x / 2) * 2**0.5, n_null=19)
+    >>> [model.at(x_obs).statistic < 0.25 for x_obs in (-1.0, 0.0, 1.0)]
+    [True, True, True]
+    """
 
     names: tuple[str, ...]
     labels: tuple[str, ...]
@@ -175,7 +191,7 @@ class LC2STModel:
             x_obs: (k,), or a number if k = 1.
             draws_obs: (m, d), independent draws of q(. | x_obs), m >= 20 (1000 are enough); needed unless latent variables were given.
             latent_obs: (m, d), the latent variables that draws_obs were made from; with both, shift and width are those of theta.
-            n_points: how many z ~ N(0, I) are drawn where neither is given.
+            n_points: number of z ~ N(0, I) drawn if neither is given.
 
         Returns: LC2ST.   Raises: ShapeError, NonFiniteError, DataError, SettingError.
         """
@@ -249,7 +265,16 @@ def lc2st(
 
     Returns: LC2ST.   Raises: ShapeError, NonFiniteError, DataError, SettingError.
     Source: Linhart, Gramfort & Rodrigues 2023, arXiv:2306.03580.
-    Read: p < 0.05 = the posterior is wrong at or near x_obs; `.summary()` says in which direction, `.plot(kind="map")` where.
+    Read: p < 0.05 = the posterior is wrong at or near x_obs; `.summary()` gives the direction, `.plot(kind="map")` the location.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> theta = rng.normal(size=(200, 1))
+    >>> x = theta + rng.normal(size=(200, 1))
+    >>> narrow, at_obs = x / 2 + 0.3 * rng.normal(size=(200, 1)), 0.25 + 0.3 * rng.normal(size=(200, 1))  # sd 0.3 in place of 0.71
+    >>> bool(sp.calibration.lc2st(theta, narrow, x, [0.5], draws_obs=at_obs, n_null=19).pvalue < 0.1)
+    True
     """
     model = train_lc2st(
         theta,
@@ -284,14 +309,14 @@ def train_lc2st(
     r"""Train L-C2ST's classifier and its null on n >= 50 calibration simulations (1000 or more to find much).
 
     Args:
-        theta: (n, d), the values the simulations were made with; None with latent_theta.
-        draws: (n, d), one draw of q(. | x_i) each, or (n, l, d); n_ensemble draws are told from theta, the rest centre and scale both,
-            which adds much power. None with latent_theta.
-        x: (n, k), observations, or a summary of them: only their first `max_components` principal components are seen.
+        theta: (n, d), true parameters of the simulations; None with latent_theta.
+        draws: (n, d), one draw of q(. | x_i) each, or (n, l, d): n_ensemble draws are compared with theta, the others centre and scale
+            both, which adds much power. None with latent_theta.
+        x: (n, k), observations, or a summary of them: only their first `max_components` principal components are used.
         latent_theta: (n, d), z = f(theta; x), the flow's latent variables of theta, N(0, I) if q is right.
         names: d names, or Parameters.
         classifier: 'quadratic', logistic regression on {1, w, w w} x {1, u, u^2} (u: components of x); 'mlp'; or a scikit-learn
-            classifier with predict_proba. The first is the default for power and speed, see `lc2st_features`.
+            classifier with predict_proba. See the module docstring for the choice of the default.
         n_null: classifiers of the null, h; the smallest p is 1 / (h + 1).
         n_ensemble: classifiers averaged, each with its own draw as class 0.
         max_components: most components of x.
@@ -300,6 +325,14 @@ def train_lc2st(
 
     Returns: LC2STModel.   Raises: ShapeError, NonFiniteError, DataError (few rows, constant columns), SettingError.
     Source: Linhart, Gramfort & Rodrigues 2023, arXiv:2306.03580.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> theta = np.random.default_rng(0).normal(size=(200, 1))
+    >>> x = theta + np.random.default_rng(1).normal(size=(200, 1))
+    >>> narrow = (theta - x / 2) / 0.3  # latent variables of N(x / 2, 0.3^2), in place of N(x / 2, 0.5)
+    >>> bool(sp.calibration.train_lc2st(None, None, x, latent_theta=narrow, n_null=19).at([0.5]).pvalue < 0.1)
+    True
     """
     check_kind(classifier)
     n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
@@ -335,7 +368,7 @@ def _columns(name: str, value: ArrayLike, dim: int) -> Array:
 
 
 def _rows(theta: ArrayLike | None, draws: ArrayLike | None, latent: ArrayLike | None, n_ensemble: int) -> tuple[Array, Array | None]:
-    """Return truth and draws to be told apart (n, 1 + r, d), or latent variables (n, 1, d), and spare draws (n, s, d) or None."""
+    """Return true values and draws to be separated (n, 1 + r, d), or latent variables (n, 1, d), and spare draws (n, s, d) or None."""
     if latent is not None:
         z = as_real("latent_theta", latent)
         z = as_array("latent_theta", z[:, None] if z.ndim == 1 else z, (None, None))
@@ -376,7 +409,7 @@ def _enough(name: str, array: Array) -> None:
 
 
 def _moments(points: Array, probability: Array) -> tuple[Array, Array]:
-    """Shift and width (c, d) of q's draws (m, d) against the same draws weighted with d / (1 - d) of each of c classifiers (c, m)."""
+    """Shift and width (c, d) of draws (m, d) of q relative to the same draws weighted with d / (1 - d) of each of c classifiers (c, m)."""
     inside = np.clip(probability, 1e-6, 1 - 1e-6)
     weight = inside / (1 - inside)
     weight /= weight.sum(axis=1, keepdims=True)
@@ -387,11 +420,9 @@ def _moments(points: Array, probability: Array) -> tuple[Array, Array]:
     return -mean, 1 / np.sqrt(np.maximum(variance, 1e-12))
 
 
-X_LIMIT = 3.0  # components of x beyond so many sd are held at it: squares of outliers would steer the fit
-
-MAX_TERMS = 160  # time grows with their square
-
-W_LIMIT = 6.0  # the same for parameters; a standard normal value gets there once in 5e8
+X_LIMIT = 3.0  # components of x are clipped to so many sd, because squares of outliers would dominate the fit
+MAX_TERMS = 160  # time grows with the square of their number
+W_LIMIT = 6.0  # the same for parameters; a standard normal value reaches it once in 5e8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -413,7 +444,7 @@ class Reduction:
 
 
 def reduction(x: Array, max_components: int, rng: np.random.Generator, max_rows: int = 5000) -> Reduction:
-    """Principal components of the standardised columns, each scaled to unit variance; constant columns carry nothing.
+    """Principal components of the standardised columns, each scaled to unit variance; constant columns are ignored.
 
     Raises: DataError if no column varies.
     """
@@ -433,7 +464,7 @@ def reduction(x: Array, max_components: int, rng: np.random.Generator, max_rows:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Which products the polynomial has: u_a^2 beside u_a, and w_i w_j (i < j) times them rather than alone."""
+    """Products in the polynomial: whether u_a^2 is included, and whether w_i w_j (i < j) is multiplied with them."""
 
     squares: bool
     crossed: bool
@@ -445,17 +476,17 @@ class Terms:
 
 
 def affordable(n: int, dim: int, n_components: int) -> Terms:
-    """Return the richest terms that n rows determine, in the time that a hundred fits may take."""
+    """Return the largest set of terms that n rows determine and a hundred fits can afford."""
     options = [Terms(squares, crossed) for crossed in (True, False) for squares in (True, False)]
     return next((t for t in options if t.count(dim, n_components) <= min(n / 10, MAX_TERMS)), options[-1])
 
 
 def polynomial(w: Array, u: Array, terms: Terms) -> Array:
-    """Features {1, w_i, w_i w_j} x {1, u_a, u_a^2}, as far as `terms` go, of order one: w (n, d), u (n, c) -> (n, p)."""
+    """Features {1, w_i, w_i w_j} x {1, u_a, u_a^2}, restricted to `terms`, of order one: w (n, d), u (n, c) -> (n, p)."""
     w, u = np.clip(w, -W_LIMIT, W_LIMIT), np.clip(u, -X_LIMIT, X_LIMIT)
     n, one = w.shape[0], np.ones((w.shape[0], 1))
     i, j = np.triu_indices(w.shape[1], 1)
-    # centred and scaled to be orthonormal for standard normal w and u: one penalty then suits all
+    # centred and scaled to be orthonormal for standard normal w and u, so that one penalty suits all
     inner = [one, w, (w**2 - 1) / np.sqrt(2.0)]
     outer = np.concatenate([one, u, (u**2 - 1) / np.sqrt(2.0)] if terms.squares else [one, u], axis=1)
     pairs = w[:, i] * w[:, j]
@@ -465,9 +496,9 @@ def polynomial(w: Array, u: Array, terms: Terms) -> Array:
 
 
 def whitened(candidates: Array, spare: Array) -> Array:
-    """Candidates (n, r, d) less the mean of the spare draws (n, s, d) of the same row, over their Cholesky factor.
+    """Candidates (n, r, d) minus the mean of the spare draws (n, s, d) of the same row, divided by their Cholesky factor.
 
-    A little of the rows' mean variance is added to each row's: draws that are all copies of one value have no width to divide by.
+    A small part of the mean variance is added to each row, because draws that are all equal have zero width.
     Raises: DataError if a parameter has no width in any row.
     """
     mean = spare.mean(axis=1, keepdims=True)
@@ -484,7 +515,7 @@ def whitened(candidates: Array, spare: Array) -> Array:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Residuals:
-    """Parameters -> residual of a regression on the components of x, whitened: w = (theta - A(u)) over the Cholesky factor."""
+    """Parameters -> whitened residual of a regression on the components of x: w = (theta - A(u)) over the Cholesky factor."""
 
     coefficients: Array
     factor: Array
@@ -500,7 +531,7 @@ def _trend(u: Array) -> Array:
 
 
 def residuals(candidates: Array, u: Array) -> Residuals:
-    """Fit on all candidates (n, r, d) alike, truths and draws: exchanging them changes nothing.
+    """Fit on all candidates (n, r, d), true values and draws alike, so that exchanging them changes nothing.
 
     Raises: DataError if a parameter is constant.
     """
@@ -517,18 +548,18 @@ def residuals(candidates: Array, u: Array) -> Residuals:
     return Residuals(coefficients=coefficients, factor=factor)
 
 
-BLOCK = 10  # ensembles in one job; it costs some milliseconds to start
+BLOCK = 10  # ensembles in one job, because starting a job takes some milliseconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Classifier:
-    """Which classifier, and the terms of its polynomial: kind 'quadratic', 'mlp', or a scikit-learn classifier."""
+    """The kind of classifier ('quadratic', 'mlp', or a scikit-learn classifier) and the terms of its polynomial."""
 
     kind: Any
     terms: Terms
 
     def inputs(self, w: Array, u: Array) -> Array:
-        """Return what the classifier sees of parameters w (n, d) and components u (n, c)."""
+        """Return the classifier's inputs for parameters w (n, d) and components u (n, c)."""
         if isinstance(self.kind, str) and self.kind == "quadratic":
             return polynomial(w, u, self.terms)
         return np.concatenate([np.clip(w, -W_LIMIT, W_LIMIT), np.clip(u, -X_LIMIT, X_LIMIT)], axis=1)
@@ -540,7 +571,7 @@ class Classifier:
         inputs = np.concatenate([self.inputs(one, u), self.inputs(zero, u)])
         labels = np.repeat([1, 0], one.shape[0])
         estimator = _estimator(self.kind, seed)
-        # a network at its last iteration is one more classifier, and the null is made of the same ones
+        # a network that stops at its last iteration is a valid classifier, because the null uses the same kind
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             return estimator.fit(inputs, labels)
@@ -562,7 +593,7 @@ def _estimator(kind: Any, seed: int) -> Any:
 
 
 def check_kind(kind: Any) -> None:
-    """Raise SettingError for something that is neither a name nor a classifier with probabilities."""
+    """Raise SettingError unless `kind` is a known name or a classifier with probabilities."""
     if isinstance(kind, str):
         if kind not in ("quadratic", "mlp"):
             raise SettingError(f"classifier is {kind!r}; expected 'quadratic', 'mlp' or a scikit-learn classifier")
@@ -590,8 +621,8 @@ def _block(classifier: Classifier, rows: Array, u: Array, latent: bool, n_member
     from sklearn import config_context
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    # one thread of linear algebra each: matrices are small, and the numbers must not depend on the number of workers;
-    # inputs have been checked once, checking them again for every classifier takes longer than fitting it
+    # one BLAS thread each: matrices are small, and the numbers must not depend on the number of workers;
+    # inputs are already checked, and checking them again for every classifier takes longer than fitting it
     with threadpool_limits(1), config_context(assume_finite=True, skip_parameter_validation=True):
         return [_ensemble(classifier, rows, u, latent, n_members, index, seed) for index in block]
 
@@ -610,7 +641,7 @@ def _latent_rows(rows: Array, n_members: int, index: int, rng: np.random.Generat
 
 
 def _exchanged(rows: Array, index: int, rng: np.random.Generator) -> Array:
-    # whichever of truth and draws takes the truth's place is drawn anew in each row
+    # the candidate that takes the place of the true value is chosen at random in each row
     if index == 0:
         return rows
     each, chosen = np.arange(rows.shape[0]), rng.integers(0, rows.shape[1], rows.shape[0])

@@ -33,10 +33,12 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 from scipy.stats import beta, binom
 
-from sbi_phys.calibration.inputs import check_names, check_pairs, count_below, require_varying
-from sbi_phys.calibration.pvalues import ALPHA, chunks, combine, holm, smallest_pvalue
-from sbi_phys.core.checks import as_array, as_real, require_choice, require_finite, require_int
-from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.calibration._results import NamedTests
+from sbi_phys.calibration.coverage import CENTRAL, HPD, from_the_middle, level_steps
+from sbi_phys.calibration.inputs import check_log_probs, check_names, check_pairs, count_below, require_varying
+from sbi_phys.calibration.pvalues import ALPHA, chunks, combine, smallest_pvalue
+from sbi_phys.core.checks import as_real, require_choice, require_finite, require_int
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import AnyArray, Array, ArrayLike, Integers, Mask
@@ -46,33 +48,33 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Cells", "LocalCoverage", "candidate_ranks", "local_coverage", "make_cells", "read_by"]
-
-HPD = "highest-density regions"
-
-CENTRAL = "central intervals"
-
 N_NULL = 1999
-
 ONE_SIGMA = 0.6827
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LocalCoverage:
-    r"""Coverage of r kinds of region at m levels in c cells of q (1 or 2) quantities; n simulations, l draws.
+class LocalCoverage(NamedTests):
+    r"""Result of `local_coverage`: coverage of r kinds of region at m levels in c cells of q (1 or 2) quantities; n simulations, l draws.
 
-    by, by_labels (q), what the cells are made of; at, 'posterior', 'truth' or 'given'. names (r), the parameters whose central intervals
-    are judged, or the one entry of `kind` for joint regions. level (m,), multiples of 1/(l+1). cell_low, cell_high (c, q), edges in the
-    quantities' units. count (c,), rows. observed, expected (c, m, r), shares; low, high, Clopper-Pearson 68.3 % errors.
+    by, by_labels (q), the quantities that define the cells; at, 'posterior', 'truth' or 'given'. names (r), the parameters whose central
+    intervals are tested, or the one entry of `kind` for joint regions. level (m,), multiples of 1/(l+1). cell_low, cell_high (c, q), edges
+    in the quantities' units. count (c,), rows. observed, expected (c, m, r), fractions; low, high, Clopper-Pearson 68.3 % errors.
     z (c, m, r), (observed - expected) in its standard deviation; cell_pvalues, binomial (normal for at = 'truth'), not corrected.
     pvalues by name, of the whole map; pvalue, smallest times r.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(400, 1))
+    >>> result = sp.calibration.local_coverage(x + rng.normal(size=(400, 1)), x[:, None] + rng.normal(size=(400, 50, 1)), x)
+    >>> result.observed.shape, result.n, result.verdicts
+    ((8, 1, 1), 400, {'theta_0': 'calibrated'})
     """
 
     kind: str
     at: str
     by: tuple[str, ...]
     by_labels: tuple[str, ...]
-    names: tuple[str, ...]
-    labels: tuple[str, ...]
     n_draws: int
     level: Array
     cell_low: Array
@@ -84,8 +86,6 @@ class LocalCoverage:
     expected: Array
     z: Array
     cell_pvalues: Array
-    pvalues: dict[str, float]
-    pvalue: float
 
     @property
     def n(self) -> int:
@@ -95,59 +95,50 @@ class LocalCoverage:
     @property
     def worst(self) -> tuple[int, int, int]:
         """(cell, level, kind of region) whose own p-value is smallest."""
-        # equal p-values (0 by underflow) are told apart by z
+        # equal p-values (0 by underflow) are ordered by z
         order = np.lexsort((-np.abs(self.z).ravel(), self.cell_pvalues.ravel()))
         cell, level, region = np.unravel_index(int(order[0]), self.z.shape)
         return int(cell), int(level), int(region)
 
+    def _fault(self, j: int) -> str:
+        z = self.z[..., j]
+        large = np.abs(z) > -ndtri(ALPHA / (2 * z.size))  # corrected for the number of cells and levels
+        signs = {int(s) for s in np.sign(z[large])} or {int(np.sign(z.sum()))}
+        words = {frozenset({-1}): "overconfident", frozenset({1}): "underconfident"}.get(frozenset(signs), "over- and underconfident")
+        return f"{words} in places"
+
     @property
-    def verdicts(self) -> dict[str, str]:
-        """'calibrated', or what is wrong somewhere, per kind of region; Holm's correction keeps the family-wise error at 5 %."""
-        adjusted, out = holm(self.pvalues), {}
-        for r, name in enumerate(self.names):
-            # a cell is named as wrong by a threshold that pays for the number of cells
-            large = np.abs(self.z[..., r]) > _threshold(self.z[..., r].size)
-            signs = {int(s) for s in np.sign(self.z[..., r][large])} or {int(np.sign(self.z[..., r].sum()))}
-            words = {frozenset({-1}): "overconfident", frozenset({1}): "underconfident"}.get(frozenset(signs), "over- and underconfident")
-            out[name] = "calibrated" if adjusted[name] > ALPHA else f"{words} in places"
-        return out
+    def _of(self) -> str:
+        return {"posterior": "posterior mean of ", "truth": "true ", "given": ""}[self.at]
 
     def where(self, cell: int) -> str:
         """The cell in words: the range of each quantity."""
-        of = {"posterior": "posterior mean of ", "truth": "true ", "given": ""}[self.at]
         ends = zip(self.by, self.cell_low[cell], self.cell_high[cell], strict=True)
-        return " and ".join(f"{of}{name} in [{low:.4g}, {high:.4g}]" for name, low, high in ends)
+        return " and ".join(f"{self._of}{name} in [{low:.4g}, {high:.4g}]" for name, low, high in ends)
 
     def summary(self) -> str:
-        """Return the result in words: one line for all, one per kind of region, and the worst cell with its coverage and error."""
-        verdicts = self.verdicts
-        bad = sum(v != "calibrated" for v in verdicts.values())
-        head = "no cell stands out" if not bad else f"{bad} of {len(verdicts)} not calibrated everywhere"
-        of = {"posterior": "posterior mean of ", "truth": "true ", "given": ""}[self.at]
-        lines = [
-            f"Local coverage of {self.kind} over {of}{' and '.join(self.by)}"
-            f", {self.n} simulations in {self.count.size} cells: {head} (p = {self.pvalue:.3g})"
-        ]
-        pad = max(map(len, self.names))
-        lines += [f"  {name:<{pad}}  {verdicts[name]:<14}  p = {self.pvalues[name]:.3g}" for name in self.names]
+        """Return the result in words: one line for all, one for each kind of region, and the worst cell with its coverage and error."""
+        over = f"{self._of}{' and '.join(self.by)}"
+        subject = f"Local coverage of {self.kind} over {over}, {self.n} simulations in {self.count.size} cells"
+        lines = self._summary(subject, "no cell stands out", "not calibrated everywhere")
         c, m, r = self.worst
         got, low, high, right = (100 * a[c, m, r] for a in (self.observed, self.low, self.high, self.expected))
         p = min(1.0, self.cell_pvalues[c, m, r] * self.z.size)
         lines.append(
-            f"  worst: {self.where(c)}: {100 * self.level[m]:.0f} % regions ({self.names[r]}) hold {got:.0f} %"
+            f"  worst: {self.where(c)}: {100 * self.level[m]:.0f} % regions ({self.names[r]}) contain {got:.0f} %"
             f" (68 % errors {low:.0f} to {high:.0f}), expected {right:.0f} %;"
-            f" {self.count[c]} rows, p = {p:.2g} after correction for {self.z.size} looks"
+            f" {self.count[c]} rows, p = {p:.2g} after correction for {self.z.size} cells and levels"
         )
         if self.at == "truth":
             lines.append(
-                "  cells of the true value: even an exact posterior departs from the level; compare with `expected`, as the p-value does"
+                "  cells of the true value: even an exact posterior differs from the level; compare with `expected`, as the p-value does"
             )
         return "\n".join(lines)
 
     def plot(self, ax: "Axes | None" = None, *, name: str | None = None, level: float | None = None) -> "Axes":
-        """Draw the coverage of one kind of region at one level (default: where the worst cell is): a band plot, or for two a heat map.
+        """Draw the coverage of one kind of region at one level (default: that of the worst cell): a line, or for two quantities a map.
 
-        Raises: SettingError.   Read: outside the band, or red = holds the truth too seldom there; blue = too often.
+        Raises: SettingError.   Read: below the band, or red = overconfident there; above, or blue = underconfident.
         """
         _, m, r = self.worst
         if name is not None and name not in self.names:
@@ -175,27 +166,35 @@ def local_coverage(
     r"""Map of coverage, P(theta* in C_a(x) | s in cell), s one or two quantities.
 
     Args:
-        theta: (n, d), the values the simulations were made with, prior units; n >= 10.
+        theta: (n, d), true parameters of the simulations, prior units; n >= 10.
         draws: (n, l, d), independent posterior draws for each simulation, same units; l >= 2.
-        by: one or two names or columns of theta; or an array (n,) or (n, 2) of any function of x (its values must not know theta*).
+        by: one or two names or columns of theta; or an array (n,) or (n, 2) of any function of x (it must not depend on theta*).
         level: content a of the regions, one or several, in (0, 1); moved to the nearest multiple of 1/(l+1).
-        at: for `by` of theta, "posterior" (cells of the posterior mean) or "truth" (cells of the true value), see the module's text.
+        at: for `by` of theta, "posterior" (cells of the posterior mean) or "truth" (cells of the true value), see the module's docstring.
         names: d names, or Parameters.
         by_names: names of the columns of an array `by`.
-        log_prob_theta: (n,), and log_prob_draws (n, l): judge joint highest-density regions instead of each parameter's central interval.
+        log_prob_theta: (n,), with log_prob_draws (n, l): test joint highest-density regions instead of each parameter's central interval.
         log_prob_draws: see log_prob_theta.
-        n_bins: cells per quantity; default about n/50 from 2 to 10 for one, sqrt(n/25) from 2 to 8 for two. n >= 5 rows a cell.
-        seed: of the random places given to ties and of the simulated null.
+        n_bins: cells per quantity; default about n/50 from 2 to 10 for one, sqrt(n/25) from 2 to 8 for two. At least 5 rows per cell.
+        seed: for breaking ties and of the simulated null.
 
     Returns: LocalCoverage.
     Raises: ShapeError, NonFiniteError, DataError (few rows, one draw, constant quantities, `by` equal to theta), SettingError.
     Source: module docstring.   Read: p < 0.05 = coverage fails somewhere; the summary names the worst cell.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> x, theta = rng.normal(size=(2, 400, 1))
+    >>> draws = np.where(x < 0, 0.4, 1.0)[:, None] * rng.normal(size=(400, 50, 1))  # too narrow for negative x
+    >>> sp.calibration.local_coverage(theta, draws, x, names=["energy"]).verdicts
+    {'energy': 'overconfident in places'}
     """
     truth, samples = check_pairs(theta, draws)
     n_draws = samples.shape[1]
     plain, labels = check_names(names, samples.shape[2])
     columns, by_plain, by_labels, at = read_by(by, truth, samples, (plain, labels), at, by_names)
-    steps = _steps(level, n_draws)
+    steps = level_steps("level", level, n_draws)
     values, names_, labels_ = _regions(truth, samples, plain, labels, log_prob_theta, log_prob_draws)
     rng = rng_for(seed, "local coverage")
     cells = make_cells(columns, n_bins)
@@ -218,45 +217,28 @@ def local_coverage(
     )
 
 
-def _steps(level: float | ArrayLike, n_draws: int) -> Integers:
-    wanted = as_array("level", np.atleast_1d(np.asarray(level)), (None,))
-    if wanted.size == 0 or np.any((wanted <= 0) | (wanted >= 1)):
-        raise SettingError(f"level is {wanted.tolist()}; expected contents within (0, 1)")
-    return np.unique(np.clip(np.rint(wanted * (n_draws + 1)), 1, n_draws).astype(np.int64))
-
-
 def _regions(
     truth: Array, samples: Array, names: tuple[str, ...], labels: tuple[str, ...], at_truth: ArrayLike | None, at_draws: ArrayLike | None
 ) -> tuple[list[Array], tuple[str, ...], tuple[str, ...]]:
-    """What is ranked, truth in the first column and then the draws, (n, l + 1) for each kind of region."""
-    if (at_truth is None) != (at_draws is None):
-        missing = "log_prob_draws" if at_draws is None else "log_prob_theta"
-        raise SettingError(f"{missing} is None; expected both log_prob_theta (n,) and log_prob_draws (n, l), or neither")
+    """Values to rank, the true one in the first column and then the draws, (n, l + 1) for each kind of region."""
     n, n_draws, dim = samples.shape
-    if at_truth is None or at_draws is None:
+    densities = check_log_probs(at_truth, at_draws, n, n_draws)
+    if densities is None:
         for j, name in enumerate(names):
             require_varying(name, truth[:, j], samples[:, :, j])
         return [np.concatenate([truth[:, j, None], samples[:, :, j]], axis=1) for j in range(dim)], names, labels
-    first = as_array("log_prob_theta", at_truth, (n,), finite=False)
-    rest = as_array("log_prob_draws", at_draws, (n, n_draws), finite=False)
-    for name, array in (("log_prob_theta", first), ("log_prob_draws", rest)):
-        if np.isnan(array).any() or np.isposinf(array).any():
-            raise NonFiniteError(f"{name} has NaN or +Inf; expected log densities (finite or -Inf)")
-    if rest.min() == rest.max() == first.min() == first.max():
-        raise DataError(f"log_prob_theta and log_prob_draws are constant ({first[0]:g}); expected densities that differ between draws")
-    return [-np.concatenate([first[:, None], rest], axis=1)], (HPD,), (HPD,)
+    return [-np.concatenate([densities[0][:, None], densities[1]], axis=1)], (HPD,), (HPD,)
 
 
 def _places(values: Array, truth_alone: bool, central: bool, rng: np.random.Generator) -> Integers:
-    """Place 0..l of the truth (first column), or of every value were it the truth, from the middle of the region outwards."""
+    """Position 0..l of the true value (first column), or of every value if it were the true one, from the middle outwards."""
     rank = count_below(values[:, 0], values[:, 1:], rng)[:, None] if truth_alone else candidate_ranks(values, rng)
-    n_draws = values.shape[1] - 1
-    # ranks of a negative log density run outwards already; those of a parameter are numbered from the median
-    return np.where(2 * rank >= n_draws, 2 * rank - n_draws, n_draws - 2 * rank - 1) if central else rank
+    # ranks of a negative log density already increase outwards
+    return from_the_middle(rank, values.shape[1] - 1) if central else rank
 
 
 def _compare(cells: "Cells", held: Mask, level: Array) -> tuple[dict[str, AnyArray], Array]:
-    """Everything about single cells (fields of LocalCoverage), and the standard deviation of held - expected (c, m, r)."""
+    """Results of single cells (fields of LocalCoverage), and the standard deviation of held - expected (c, m, r)."""
     count = cells.sums(np.ones(held.shape[0]), 0).astype(np.int64)
     looks = held[:, 0].reshape(held.shape[0], -1)
     inside = np.stack([cells.sums(look, 0) for look in looks.T], axis=-1).reshape(count.size, *held.shape[2:])
@@ -280,13 +262,13 @@ def _compare(cells: "Cells", held: Mask, level: Array) -> tuple[dict[str, AnyArr
 
 
 def _expected(cells: "Cells", held: Mask, level: Array, count: Integers) -> tuple[Array, Array]:
-    """Share expected in each cell and the standard deviation of (held - expected) summed over the cell's rows -> (c, m, r) each."""
+    """Expected fraction in each cell and the standard deviation of (held - expected) summed over the rows of the cell -> (c, m, r) each."""
     if cells.fixed:
         share = np.broadcast_to(level[:, None], (count.size, *held.shape[2:])).copy()
         return share, np.sqrt(np.maximum(count, 1)[:, None, None] * share * (1 - share))
     share, sd = np.empty((2, count.size, *held.shape[2:]))
     for c in range(count.size):
-        within = cells.index == c  # (n, l + 1): this value, were it the truth, would lie in the cell
+        within = cells.index == c  # (n, l + 1): whether this value, if it were the true one, would lie in the cell
         for m in range(held.shape[2]):
             for r in range(held.shape[3]):
                 both = within & held[:, :, m, r]
@@ -308,7 +290,7 @@ def _pvalue(cells: "Cells", held: Mask, level: Array, found: dict[str, AnyArray]
     else:
         parts = []
         for b in chunks(N_NULL, held.shape[0]):
-            k = rng.integers(0, held.shape[1], (b, held.shape[0]))  # any of a row's values may be the truth
+            k = rng.integers(0, held.shape[1], (b, held.shape[0]))  # any value of a row may be the true one
             every = np.arange(held.shape[0])
             cell = (cells.index[every, k] + count.size * np.arange(b)[:, None]).ravel()
             hits = [np.bincount(cell, h[every, k].ravel(), minlength=b * count.size) for h in np.moveaxis(held, 2, 0)]
@@ -316,7 +298,7 @@ def _pvalue(cells: "Cells", held: Mask, level: Array, found: dict[str, AnyArray]
             apart = np.stack(hits, axis=-1) - np.tile(expected, (b, 1)) * rows[:, None]
             parts.append(_statistics(apart.reshape(b, *z.shape) / sd))
         simulated = np.concatenate(parts)
-    # Bonferroni over cells and levels needs no simulation: it takes over below what they resolve
+    # Bonferroni over cells and levels needs no simulation and gives p-values too small for the simulations
     tail = float(found["cell_pvalues"][..., r].min() * z.size)
     return smallest_pvalue(_statistics(z[None])[0], simulated, tail)
 
@@ -324,11 +306,6 @@ def _pvalue(cells: "Cells", held: Mask, level: Array, found: dict[str, AnyArray]
 def _statistics(z: Array) -> Array:
     flat = z.reshape(z.shape[0], -1)
     return np.stack([(flat**2).sum(axis=1), np.abs(flat).max(axis=1)], axis=-1)
-
-
-def _threshold(n_looks: int) -> float:
-    """|z| that the largest of n_looks exceeds with probability about ALPHA."""
-    return float(-ndtri(ALPHA / (2 * n_looks)))
 
 
 Names = tuple[tuple[str, ...], tuple[str, ...]]
@@ -346,11 +323,11 @@ class Cells:
 
     @property
     def fixed(self) -> bool:
-        """Whether a row's cell is the same whichever of its values is the truth."""
+        """Whether the cell of a row is the same for all its values."""
         return self.index.shape[1] == 1
 
     def sums(self, values: Array | Mask, candidate: int) -> AnyArray:
-        """Sum of values (n,) over the rows of each cell -> (c,), with that candidate (0: the truth) of each row."""
+        """Sum of values (n,) over the rows of each cell -> (c,), for that candidate (0: the true value) of each row."""
         return np.bincount(self.index[:, candidate], weights=values, minlength=self.low.shape[0])
 
 
@@ -406,16 +383,18 @@ def _given(by: object, truth: Array, names: tuple[str, ...], by_names: Sequence[
     require_finite("by", values)
     for j, name in enumerate(names):
         if any(np.array_equal(column, truth[:, j]) for column in values.T):
-            raise DataError(f"by has the true values of {name!r}; no posterior is calibrated given the truth: use by={name!r}, at='truth'")
+            raise DataError(
+                f"by has the true values of {name!r}; no posterior is calibrated given the true value: use by={name!r}, at='truth'"
+            )
     if by_names is None:
         by_names = ("by",) if values.shape[1] == 1 else ("by_0", "by_1")
     return values, check_names(by_names, values.shape[1])
 
 
 def make_cells(values: Array, n_bins: int | None) -> Cells:
-    """Cut values (n, k, q) into n_bins cells of equal numbers per quantity; the second is cut anew within each slice of the first.
+    """Divide values (n, k, q) into n_bins cells of equal numbers per quantity, the second separately within each slice of the first.
 
-    Tied values share a cell, so that a discrete quantity may have fewer.   Raises: SettingError, DataError (a constant quantity).
+    Tied values share a cell, so a discrete quantity may have fewer cells.   Raises: SettingError, DataError (a constant quantity).
     """
     n, _, q = values.shape
     if n_bins is None:
@@ -443,14 +422,14 @@ def _cut(values: Array, chosen: Mask, n_bins: int) -> tuple[Integers, Array]:
     inside = values[chosen]
     lowest = inside.min()
     cuts = np.quantile(inside, np.arange(1, n_bins) / n_bins, method="higher")
-    if np.any(cuts == lowest) and inside.max() > lowest:  # ties at the lower end: cut above them, or nothing lies below
+    if np.any(cuts == lowest) and inside.max() > lowest:  # ties at the lower end: the cut must lie above them
         cuts = np.where(cuts == lowest, inside[inside > lowest].min(), cuts)
     cuts = np.unique(cuts[cuts > lowest])
     return np.searchsorted(cuts, values, side="right").astype(np.int64), np.concatenate([[lowest], cuts, [inside.max()]])
 
 
 def candidate_ranks(values: Array, rng: np.random.Generator) -> Integers:
-    """Rank 0..l of each of the l + 1 values of every row among the others, ties in random order -> (n, l + 1)."""
+    """Rank 0..l of each of the l + 1 values of every row among the others, ties broken at random -> (n, l + 1)."""
     shuffle = rng.random(values.shape).argsort(axis=1)
     order = np.take_along_axis(values, shuffle, axis=1).argsort(axis=1, kind="stable")
     ranks = np.empty(values.shape, dtype=np.int64)

@@ -46,23 +46,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["FeatureSpace", "Misspecification", "feature_space", "misspecification"]
-
 MIN_SIMULATIONS = 40
-
 MAX_PERMUTED = 500  # simulations in the MMD of a set
-
 N_PERMUTATIONS = 999
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Misspecification:
-    r"""Observation(s) against simulations.
+    r"""Result of `misspecification`: observation(s) compared with simulations.
 
-    scores {name: (m,)} of the observations and held_out {name: (n,)} of held-out simulations, larger is stranger.
-    pvalues {name: p} of each score (a set: rank sum) and, of a set, 'mean', 'strangest' and 'mmd'. pvalue, of one observation the rank
-    of its smallest p, of a set the smallest times their number. each (m,), p-value of every observation by itself.
-    pulls (m, k), (feature - mean) / sd; conditional_pulls (m, k), the same given all other features (linear): where one is far out,
-    that feature does not fit the others. n_fit, n_held, simulations in the two halves; n_mixture, Gaussians in the learned density.
+    scores {name: (m,)} of the observations and held_out {name: (n,)} of held-out simulations, larger is more unusual.
+    pvalues {name: p} of each score (for a set: rank sum) and, for a set, 'mean', 'strangest' and 'mmd'. pvalue, for one observation the
+    rank of its smallest p, for a set the smallest times their number. each (m,), p-value of every observation by itself.
+    pulls (m, k), (feature - mean) / sd; conditional_pulls (m, k), the same given all other features (linear): a large value means that
+    the feature does not fit the others. n_fit, n_held, simulations in the two halves; n_mixture, Gaussians in the learned density.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> features = np.random.default_rng(0).normal(size=(200, 2))
+    >>> result = sp.calibration.misspecification(features, [0.0, 9.0], ["counts", "slope"])
+    >>> sorted(result.scores), bool(result.pulls[0, 1] > 5)
+    (['density', 'mahalanobis', 'neighbours'], True)
     """
 
     names: tuple[str, ...]
@@ -92,7 +96,7 @@ class Misspecification:
         lines += [f"  {name:<11}  p = {p:.3g}" for name, p in self.pvalues.items()]
         if self.n > 1:
             lines.append(
-                f"  strangest by itself: number {int(np.argmin(self.each))}, p = {self.each.min():.3g} before correction for {self.n}"
+                f"  most unusual by itself: number {int(np.argmin(self.each))}, p = {self.each.min():.3g} before correction for {self.n}"
             )
         if self.pvalue <= ALPHA:
             i = int(np.argmin(self.each))
@@ -102,7 +106,7 @@ class Misspecification:
         return "\n".join(lines)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the scores of held-out simulations as normal quantiles, and the observations among them."""
+        """Draw the scores of the observations among those of held-out simulations, as normal quantiles."""
         return figures.calibration.misspecification(self, ax)
 
 
@@ -121,14 +125,20 @@ def misspecification(
         features_sim: (n, k), features of simulations drawn from the prior (predictive), n >= 40; 1000 or more to find much.
         features_obs: (k,), or (m, k) for m independent observations.
         names: k names of features.
-        n_neighbours: neighbours whose distance is averaged.
-        max_simulations: most simulations used.
+        n_neighbours: number of neighbours whose distances are averaged.
+        max_simulations: maximum number of simulations used.
         seed: of the halves, the mixture and the permutations.
 
     Returns: Misspecification.   Raises: ShapeError, NonFiniteError, DataError (few rows, every feature constant), SettingError.
     Source: Schmitt et al. 2021, arXiv:2112.08866; see the module's docstring.
-    Read: p < 0.05 = no simulation looks like this; posteriors at this observation are extrapolations. Counts over decades should be
-    transformed (log, root) before: whitening is linear.
+    Read: p < 0.05 = hardly any simulation is like this observation, and the posterior there is an extrapolation. Counts that span decades
+        should be transformed first (log, square root), because whitening is linear.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> features = np.random.default_rng(0).normal(size=(200, 2))
+    >>> [bool(sp.calibration.misspecification(features, x_obs).pvalue < 0.05) for x_obs in ([0.0, 0.0], [9.0, 0.0])]
+    [False, True]
     """
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
@@ -138,7 +148,7 @@ def misspecification(
     order = rng_for(seed, "misspecification").permutation(n)
     fit, held = np.array_split(simulated[order[: require_int("max_simulations", max_simulations, low=MIN_SIMULATIONS)]], 2)
     n_neighbours = min(require_int("n_neighbours", n_neighbours, low=1), len(fit))
-    with threadpool_limits(1):  # the same numbers on any machine
+    with threadpool_limits(1):  # the numbers must not depend on the number of BLAS threads
         space = feature_space(fit, seed)
         held_out, scores = space.scores(held, n_neighbours), space.scores(observed, n_neighbours)
     each = _each(np.stack(list(held_out.values())), np.stack(list(scores.values())))
@@ -185,7 +195,7 @@ def _rank_pvalue(held_out: Array, observed: float) -> float:
 def _each(held_out: Array, scores: Array) -> Array:
     """p-value (m,) of each observation over all scores (s, m): the rank of its smallest p among those of held-out rows (s, n).
 
-    The observation and the held-out rows are ranked alike, so this is exact, where Bonferroni pays thrice for scores that agree.
+    The observation and the held-out rows are ranked alike, so this is exact; Bonferroni would be conservative for correlated scores.
     """
     found = []
     for own in scores.T:
@@ -195,9 +205,9 @@ def _each(held_out: Array, scores: Array) -> Array:
 
 
 def _set_pvalues(held_out: dict[str, Array], scores: dict[str, Array], whitened: Array, rng: np.random.Generator) -> dict[str, float]:
-    """Exact p-values of a set, first in the pooled rows: which of them are the observed ones is drawn anew.
+    """Exact permutation p-values of a set, whose rows are the first of the pooled rows.
 
-    'mean' is the distance of the set's mean from that of all; the others are one-sided rank sums of the scores.
+    'mean' is the distance of the mean of the set from that of all rows; the others are one-sided rank sums of the scores.
     """
     total = len(whitened)
     m = next(iter(scores.values())).size
@@ -208,18 +218,15 @@ def _set_pvalues(held_out: dict[str, Array], scores: dict[str, Array], whitened:
     return {name: float((t >= t[0] * (1 - 1e-9)).mean()) for name, t in statistics.items()}
 
 
-MIXTURE_DIM = 20  # leading components that the mixture sees: its covariances have the square of that many entries
-
+MIXTURE_DIM = 20  # leading components used by the mixture, whose covariances have the square of that many entries
 MIXTURES = (1, 2, 3, 5, 8, 12, 18)  # numbers of Gaussians that BIC chooses from
-
 MIXTURE_ROWS = 5000
-
-NO_WIDTH = 1e-6  # of the largest component: the simulations do not move in directions narrower than this
+NO_WIDTH = 1e-6  # relative to the largest component: the sd below which a direction counts as constant
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureSpace:
-    """Features (n, k) -> whitened components (n, c), scores and pulls; `rows` (n, c) are those of the simulations fitted."""
+    """Features (n, k) -> whitened components (n, c), scores and pulls; `rows` (n, c) are the components of the simulations."""
 
     mean: Array
     scale: Array
@@ -233,11 +240,11 @@ class FeatureSpace:
         return (x - self.mean) / self.scale
 
     def whiten(self, x: Array) -> Array:
-        """Return the components, of unit variance over the simulations fitted."""
+        """Return the components, of unit variance over the simulations."""
         return np.asarray(self._standard(x) @ self.axes)
 
     def scores(self, x: Array, n_neighbours: int) -> dict[str, Array]:
-        """Return {name: (n,)}, larger is stranger: mahalanobis, neighbours, density, and span if the simulations lie in a subspace."""
+        """Return {name: (n,)}, larger is more unusual: mahalanobis, neighbours, density, and span if the simulations lie in a subspace."""
         from sklearn.neighbors import NearestNeighbors
 
         w = self.whiten(x)
@@ -246,13 +253,13 @@ class FeatureSpace:
         found = {"mahalanobis": np.sqrt((w**2).sum(axis=1)), "neighbours": near, "density": density}
         if self.empty.shape[1]:
             away = np.sqrt(((self._standard(x) @ self.empty) ** 2).sum(axis=1))
-            # rounding must not rank rows that all lie in the subspace
+            # rows that lie in the subspace must not be ranked by rounding errors
             found["span"] = np.where(away < NO_WIDTH * np.sqrt(1 + (self._standard(x) ** 2).sum(axis=1)), 0.0, away)
-        # equal rows have equal scores whatever the size of the block they came in
+        # equal rows get equal scores for any size of the block in which they are computed
         return {name: np.round(score, 9) for name, score in found.items()}
 
     def pulls(self, x: Array) -> tuple[Array, Array]:
-        """Return (feature - mean) / sd (n, k), and the same given all other features, in the sd that they leave (linear)."""
+        """Return (feature - mean) / sd (n, k), and the same given all other features, in units of the residual sd (linear)."""
         standard = self._standard(x)
         left = np.diag(self.precision)
         conditional = standard @ self.precision / np.sqrt(np.where(left > 0, left, 1.0))
@@ -265,10 +272,10 @@ def feature_space(fit: Array, seed: int) -> FeatureSpace:
     varies = sd > 1e-12 * np.maximum(np.abs(fit).max(axis=0), 1e-300)
     if not varies.any():
         raise DataError("every feature is constant in the simulations; expected features that vary")
-    # a constant column has no sd: its own size, or 1, is the unit in which leaving it is counted
+    # a constant column has no sd: deviations from it are measured in units of its value, or 1
     scale = np.where(varies, sd, np.where(mean != 0, np.abs(mean), 1.0))
     standard = np.where(varies, (fit - mean) / scale, 0.0)
-    # singular values of the rows: their squares alone would lose directions of relative sd below 1e-8
+    # singular values of the rows, because the covariance matrix would lose directions of relative sd below 1e-8
     _, size, vector = np.linalg.svd(standard, full_matrices=True) if fit.shape[0] < fit.shape[1] else _thin(standard)
     size = np.concatenate([size, np.zeros(fit.shape[1] - size.size)]) / np.sqrt(fit.shape[0])
     moves = size > NO_WIDTH * size[0]
@@ -291,7 +298,7 @@ def _thin(standard: Array) -> tuple[Array, Array, Array]:
 
 
 def _mixture(rows: Array, seed: int) -> Any:
-    """Gaussian mixture with the number of components that BIC prefers; the search ends when two in a row are worse."""
+    """Gaussian mixture with the number of components of smallest BIC; the search ends when two in a row are worse."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 

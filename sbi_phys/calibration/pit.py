@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["PITRegression", "pit_regression"]
-
-
 N_NULL = 1999
 N_COMPONENTS = 20
 N_RANDOM = 50

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["PosteriorSBC", "posterior_sbc"]
-
 MIN_ROWS = 10
 LOW_ESS = 50.0  # with fewer effective draws a rank is too coarse to show a width that is 20 % off
 ENOUGH_PER_ROW = 20.0  # with so many effective draws per row, shared draws add less than 5 % to the variance of the curve

@@ -37,7 +37,14 @@ __all__ = ["PredictiveChecks", "PredictivePValue", "PriorPredictive", "predictiv
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictivePValue:
-    """Result of `predictive_pvalue`: pvalue with its binomial error, and the statistics t_rep (n,), t_obs (n,) or (1,), their unit."""
+    """Result of `predictive_pvalue`: pvalue with its binomial error, and the statistics t_rep (n,), t_obs (n,) or (1,), in their unit.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> result = sp.calibration.predictive_pvalue(np.arange(1.0, 100.0), 95.5)
+    >>> result.n, round(result.pvalue, 2), round(result.error, 3)
+    (99, 0.05, 0.022)
+    """
 
     pvalue: float
     error: float
@@ -52,15 +59,15 @@ class PredictivePValue:
     def summary(self) -> str:
         """Return the result in words."""
         if self.pvalue < 0.05:
-            words = "the data are more extreme than the model makes them: the model does not describe this statistic"
+            words = "the data are more extreme than the replicas: the model does not describe this statistic"
         elif self.pvalue > 0.95:
-            words = "the data lie closer to the model than its own replicas do: errors may be overstated"
+            words = "the data are closer to the model than its replicas are: errors may be overstated"
         else:
-            words = "the data look like the model's own"
+            words = "the data look like the replicas of the model"
         return f"Posterior predictive p = {self.pvalue:.3f} +- {self.error:.3f} ({self.n} replicas): {words}"
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw replicas against observation: a histogram for one observed value, pairs with the diagonal otherwise."""
+        """Draw replicas and observation: a histogram for one observed value, pairs with the diagonal otherwise."""
         return figures.calibration.predictive(self, ax)
 
 
@@ -69,11 +76,18 @@ def predictive_pvalue(t_rep: ArrayLike, t_obs: ArrayLike) -> PredictivePValue:
 
     Args:
         t_rep: (n,), the statistic of replicated data, e.g. the deviance of x_rep_i at theta_i; n >= 10.
-        t_obs: a number, or (n,) where the statistic depends on theta: that of the observed data at the same theta_i.
+        t_obs: a number, or (n,) if the statistic depends on theta: that of the observed data at the same theta_i.
 
     Returns: PredictivePValue.   Raises: ShapeError, NonFiniteError, DataError.
     Source: Gelman, Meng & Stern 1996, Statistica Sinica 6, 733.
-    Read: near 0 = the model fails at this statistic; it is conservative (data are used twice): 0.5 is its centre, not uniform.
+    Read: near 0 = the model does not describe this statistic. The test is conservative, because the data are used twice: p is closer to
+        0.5 than a uniform variable.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> replicas = np.random.default_rng(0).chisquare(10, size=500)  # chi-square of replicated data with 10 bins
+    >>> bool(sp.calibration.predictive_pvalue(replicas, 50.0).pvalue < 0.01)
+    True
     """
     replicas = as_array("t_rep", t_rep, (None,))
     if replicas.size < 10:
@@ -91,7 +105,16 @@ MIN_REPLICAS = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictiveChecks:
-    """Predictive p-values: checks {name: PredictivePValue} (one-sided, high), pvalues {name: p} (two-sided), pvalue (Bonferroni)."""
+    """Result of `predictive_checks`: predictive p-values of several statistics, from n replicas.
+
+    checks {name: PredictivePValue} (one-sided, high), pvalues {name: p} (two-sided), pvalue (Bonferroni).
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> replicas = np.random.default_rng(0).normal(size=(200, 6))
+    >>> sorted(sp.calibration.predictive_checks(replicas, np.zeros(6)).checks)
+    ['chi2', 'longest run', 'max |pull|', 'neighbours alike', 'total']
+    """
 
     checks: dict[str, PredictivePValue]
     pvalues: dict[str, float]
@@ -100,13 +123,13 @@ class PredictiveChecks:
 
     @property
     def verdicts(self) -> dict[str, str]:
-        """'like the replicas', or on which side the data lie, per statistic; Holm's correction at 5 %."""
+        """'like the replicas', or on which side the data lie, for each statistic; Holm's correction at 5 %."""
         adjusted = holm(self.pvalues)
         side = {name: "higher in the data" if check.pvalue < 0.5 else "lower in the data" for name, check in self.checks.items()}
         return {name: side[name] if adjusted[name] <= ALPHA else "like the replicas" for name in self.checks}
 
     def summary(self) -> str:
-        """Return the result in words: one line for all, one line per statistic."""
+        """Return the result in words: one line for all, one line for each statistic."""
         verdicts = self.verdicts
         bad = sum(v != "like the replicas" for v in verdicts.values())
         head = "the data look like the replicas" if not bad else f"{bad} of {len(verdicts)} statistics are unlike the replicas"
@@ -118,17 +141,23 @@ class PredictiveChecks:
         return "\n".join(lines)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the place of the data among the replicas, one row per statistic."""
+        """Draw the position of the data among the replicas, one row for each statistic."""
         return figures.calibration.predictive_checks(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PriorPredictive:
-    r"""Data against prior replicas.
+    r"""Result of `prior_predictive_check`: the data compared with replicas from the prior.
 
     names of the k columns; observed (k,); quantiles (k, 5) of the replicas at 2.5, 16, 50, 84, 97.5 %. pvalues {name: p}, two-sided,
-    one per column; blocks {name: p}, joint, of each block of columns; joint, of all columns. pvalue, of columns, blocks and joint
-    together. outside, names of columns in which the data lie beyond every replica.
+    one for each column; blocks {name: p}, joint, of each block of columns; joint, of all columns. pvalue, of columns, blocks and joint
+    together. outside, names of columns in which the data lie outside all replicas.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> replicas = np.random.default_rng(0).normal(size=(200, 2))
+    >>> sp.calibration.prior_predictive_check(replicas, [0.0, 9.0], ["counts", "slope"]).outside
+    ('slope',)
     """
 
     names: tuple[str, ...]
@@ -143,7 +172,7 @@ class PriorPredictive:
 
     def summary(self) -> str:
         """Return the result in words."""
-        head = "the prior makes data like these" if self.pvalue > ALPHA else "the prior hardly makes data like these"
+        head = "the prior produces such data" if self.pvalue > ALPHA else "the prior hardly produces such data"
         lines = [f"Prior predictive check, {self.n} replicas, {len(self.names)} columns: {head} (p = {self.pvalue:.3g}, corrected)"]
         lines.append(f"  all columns jointly  p = {self.joint:.3g}")
         lines += [f"  block {name}  p = {p:.3g}" for name, p in self.blocks.items()]
@@ -151,11 +180,11 @@ class PriorPredictive:
         if bad:
             lines.append(f"  columns unlike the replicas: {_some(bad)}")
         if self.outside:
-            lines.append(f"  columns beyond every replica: {_some(self.outside)}")
+            lines.append(f"  columns outside all replicas: {_some(self.outside)}")
         return "\n".join(lines)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the replicas' 68 and 95 % bands per column, in sd about their median, with the data."""
+        """Draw the 68 and 95 % bands of the replicas in each column, in sd about their median, and the data."""
         return figures.calibration.prior_predictive(self, ax)
 
 
@@ -167,8 +196,8 @@ def predictive_checks(
     Args:
         x_rep: (n, k), replicas, row i from p(x | theta_i); n >= 20.
         x_obs: (k,), the data.
-        statistics: {name: T}. T(x) takes (n, k) and returns (n,); with theta given T(x, theta) takes (n, k), (n, d), and the data are
-            put to it once per theta_i. Default: total (sum over columns), max |pull|, chi2 (sum of squared pulls), longest run
+        statistics: {name: T}. T(x) takes (n, k) and returns (n,). With theta, T(theta, x) takes (n, d) and (n, k), and is evaluated for
+            the data at every theta_i. Default: total (sum over columns), max |pull|, chi2 (sum of squared pulls), longest run
             (of neighbouring columns with pulls of one sign) and neighbours alike
             (mean product of neighbouring pulls); the last two with k >= 5.
         theta: (n, d), the parameters of the replicas, for statistics that depend on them.
@@ -176,7 +205,13 @@ def predictive_checks(
     Returns: PredictiveChecks.
     Raises: ShapeError, NonFiniteError (also of a statistic's values), DataError (few replicas), SettingError (not callable).
     Source: Gelman, Meng & Stern 1996, Statistica Sinica 6, 733.
-    Read: small p = the model does not make this statistic; a long run or neighbours alike = a trend that the model lacks.
+    Read: small p = the model does not describe this statistic; a long run or neighbours alike = a trend that the model lacks.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> replicas = np.random.default_rng(0).normal(size=(500, 6))
+    >>> sp.calibration.predictive_checks(replicas, np.full(6, 3.0), {"mean": lambda x: x.mean(axis=1)}).verdicts
+    {'mean': 'higher in the data'}
     """
     replicas, data = _replicas("x_rep", x_rep, x_obs)
     pairs: Mapping[str, tuple[Array, Array | float]] = _default_statistics(replicas, data)
@@ -197,20 +232,27 @@ def prior_predictive_check(
     names: Sequence[str | Parameter] | None = None,
     blocks: Mapping[str, ArrayLike] | None = None,
 ) -> PriorPredictive:
-    r"""Is the observation among those that the prior makes? Per column, per block of columns, and jointly.
+    r"""Test whether the observation is among those that prior and simulator produce: by column, by block of columns, and jointly.
 
-    Column p-values are two-sided ranks among the replicas. Joint ones rank sum_j pull_j^2 over the columns (or the block), whitened
-    with the covariance of replicas and data together where n >= 20 k, else by sd alone; the data being one more row, ranks are exact.
+    The p-values of columns are two-sided ranks among the replicas. The joint ones rank sum_j pull_j^2 over the columns (or the block),
+    whitened with the covariance of replicas and data together if n >= 20 k, else by the sd alone. The data are treated as one more row, so
+    the ranks are exact.
 
     Args:
         x_prior: (n, k), x ~ p(x | theta), theta ~ p(theta); n >= 20.
         x_obs: (k,), the data.
         names: k names of columns.
-        blocks: {name: indices of columns, or k booleans}, e.g. spectrum and composition.
+        blocks: {name: indices of columns, or k booleans}, e.g. spectrum and composition bins.
 
     Returns: PriorPredictive.   Raises: ShapeError, NonFiniteError, DataError, SettingError (a block with no such column).
     Source: Box 1980, J. R. Stat. Soc. A 143, 383.
-    Read: small p = prior and simulator hardly reach the data: widen the prior or mend the simulator before inference.
+    Read: small p = prior and simulator hardly produce such data: widen the prior or correct the simulator before inference.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> replicas = np.random.default_rng(0).normal(size=(200, 2))
+    >>> bool(sp.calibration.prior_predictive_check(replicas, [9.0, 9.0]).pvalue < 0.05)
+    True
     """
     replicas, data = _replicas("x_prior", x_prior, x_obs)
     n, k = replicas.shape
@@ -221,7 +263,7 @@ def prior_predictive_check(
     rows = np.concatenate([data[None], replicas])
     chosen = {str(name): _joint(rows[:, _columns(str(name), block, k)]) for name, block in (blocks or {}).items()}
     joint = _joint(rows)
-    # the columns count as one test in the whole, so that many columns do not drown the joint one
+    # all columns together count as one test, so that many columns do not outweigh the joint test
     return PriorPredictive(
         names=plain,
         observed=data,
@@ -248,14 +290,14 @@ def _replicas(name: str, x: ArrayLike, x_obs: ArrayLike) -> tuple[Array, Array]:
 
 def _values(name: str, statistic: Statistic, replicas: Array, data: Array, theta: ArrayLike | None) -> tuple[Array, Array | float]:
     if not callable(statistic):
-        raise SettingError(f"statistic {name!r} is {type(statistic).__name__}; expected a function of x (n, k)")
+        raise SettingError(f"statistic {name!r} is a {type(statistic).__name__}; expected a function of x (n, k)")
     n = len(replicas)
     if theta is None:
         t_rep, t_obs = statistic(replicas), statistic(data[None])
         return as_array(f"statistic {name!r}", t_rep, (n,)), as_array(f"statistic {name!r} of the data", t_obs, (1,))[0]
     parameters = as_real("theta", theta)
     parameters = as_array("theta", parameters[:, None] if parameters.ndim == 1 else parameters, (n, None), note="one row per replica")
-    t_rep, t_obs = statistic(replicas, parameters), statistic(np.repeat(data[None], n, axis=0), parameters)
+    t_rep, t_obs = statistic(parameters, replicas), statistic(parameters, np.repeat(data[None], n, axis=0))
     return as_array(f"statistic {name!r}", t_rep, (n,)), as_array(f"statistic {name!r} of the data", t_obs, (n,))
 
 
@@ -263,7 +305,7 @@ def _pulls(rows: Array) -> Array:
     centred = rows - rows.mean(axis=0)
     sd = centred.std(axis=0)
     varies = sd > 1e-12 * np.maximum(np.abs(rows).max(axis=0), 1e-300)
-    # a column with the same value in replicas and data has no pull
+    # the pull of a column with the same value in replicas and data is 0
     return np.where(varies, centred, 0.0) / np.where(varies, sd, 1.0)
 
 

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Pulls", "pulls"]
-
-
 MIN_DRAWS = 10  # pulls with a standard deviation from fewer draws have no meaningful variance
 N_NULL = 999
 

@@ -15,7 +15,6 @@ import numpy as np
 from sbi_phys.core.types import Array
 
 __all__ = ["ALPHA", "chunks", "combine", "holm", "smallest_pvalue"]
-
 ALPHA = 0.05  # significance level of the verdicts in words; p-values do not depend on it
 
 

@@ -66,18 +66,24 @@ MIN_EVENTS = 20
 
 REFERENCE, NUMERATOR, BALANCE = "E_ref[r]", "E_num[1/r]", "E_num[d] + E_ref[d]"
 
-MOST_TRAINED = 100_000  # events of a sample that the trees are trained on: more cost time and show no more
-
-FEW = 50  # effective events below which a mean of r says little
+MOST_TRAINED = 100_000  # maximum number of events of a sample for training the trees; more take time without effect
+FEW = 50  # with fewer effective events a mean of r has little meaning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeanRatio:
-    """Means that are 1 for the exact ratio, for m values of theta (m = 1 for one ratio). All without unit.
+    """Result of `mean_ratio`: means that are 1 for the exact ratio, for m values of theta (m = 1 for one ratio); dimensionless.
 
     names (m,). mean {quantity: (m,)} with error {quantity: (m,)}, standard errors, for 'E_ref[r]', 'E_num[1/r]' and
     'E_num[d] + E_ref[d]', d = r / (1 + r). n_effective (m, 2), (sum r)^2 / sum r^2 of the reference, and of 1/r of the numerator.
     each {quantity: (m,)}, p-values; pvalues, the smallest of each quantity times m; pvalue, of all.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> numerator, reference = np.random.default_rng(0).normal(size=(2, 500)) + [[1.0], [0.0]]
+    >>> result = sp.calibration.mean_ratio(numerator - 0.5, reference - 0.5)  # log r = x - 1/2 of N(1, 1) and N(0, 1)
+    >>> list(result.mean), bool(abs(result.mean["E_ref[r]"][0] - 1) < 0.3)
+    (['E_ref[r]', 'E_num[1/r]', 'E_num[d] + E_ref[d]'], True)
     """
 
     names: tuple[str, ...]
@@ -97,21 +103,29 @@ class MeanRatio:
         pad = max(map(len, self.names))
         for i, name in enumerate(self.names):
             parts = [f"{q} = {self.mean[q][i]:.4f} +- {self.error[q][i]:.4f}" for q in self.mean]
-            few = f"  (only {self.n_effective[i].min():.0f} events carry a mean)" if self.n_effective[i].min() < FEW else ""
+            few = f"  (only {self.n_effective[i].min():.0f} events dominate a mean)" if self.n_effective[i].min() < FEW else ""
             lines.append(f"  {name:<{pad}}  " + "  ".join(parts) + few)
         return "\n".join(lines)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the three means with their errors around 1, one place per theta."""
+        """Draw the three means with their errors around 1, one position for each theta."""
         return figures.calibration.mean_ratio(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reliability:
-    """Reliability curve of a classifier: b bins of about equally many events.
+    """Result of `reliability`: reliability curve of a classifier in b bins of about equal numbers of events.
 
-    predicted (b,), mean of p in the bin; observed (b,), share of numerator events; band (b, 2), of the share, all bins together 95 %,
-    exact binomial. count (b,), events. error, mean |observed - predicted| over events. each (b,), p-values; pvalue, the smallest times b.
+    predicted (b,), mean of p in the bin; observed (b,), fraction of numerator events; band (b, 2), of that fraction, 95 % for all bins
+    together, exact binomial. count (b,), events. error, mean |observed - predicted| over events. each (b,), p-values; pvalue, the smallest
+    times b.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> numerator, reference = np.random.default_rng(0).normal(size=(2, 1000)) + [[1.0], [0.0]]
+    >>> result = sp.calibration.reliability(numerator - 0.5, reference - 0.5, n_bins=5)
+    >>> result.verdict, result.predicted.shape
+    ('calibrated', (5,))
     """
 
     predicted: Array
@@ -137,21 +151,28 @@ class Reliability:
         worst = int(np.argmin(self.each))
         return (
             f"Reliability, {self.count.sum()} events in {self.count.size} bins: {self.verdict} (p = {self.pvalue:.3g}); mean deviation"
-            f" {self.error:.4f}, worst bin {self.observed[worst]:.3f} where {self.predicted[worst]:.3f} is said"
+            f" {self.error:.4f}, worst bin {self.observed[worst]:.3f} where {self.predicted[worst]:.3f} is predicted"
         )
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the observed share against the predicted one.   Read: flatter than the diagonal = overconfident."""
+        """Draw the observed fraction against the predicted one.   Read: flatter than the diagonal = overconfident."""
         return figures.calibration.reliability(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReweightingAUC:
-    """How well a second classifier tells the reweighted reference from the numerator; `float(result)` is the area.
+    """Result of `reweighting_auc`: how well a second classifier separates reweighted reference and numerator; `float(result)` is the area.
 
-    auc with error, 0.5 = alike. before with before_error, without weights. pvalue, one-sided, of auc <= 0.5; 1 where fewer than 50
-    effective events (of few test events, a quarter of them) carry the weight: they can not look like the numerator, whatever r is.
-    n_numerator, n_reference, test events; n_effective, (sum r)^2 / sum r^2 of the reference's.
+    auc with error, 0.5 = equal. before with before_error, without weights. pvalue, one-sided, of auc <= 0.5; 1 if fewer than 50
+    effective events (of few test events, a quarter of them) dominate the weight, because these cannot look like the numerator for any r.
+    n_numerator, n_reference, test events; n_effective, (sum r)^2 / sum r^2 of the reference.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> numerator, reference = np.random.default_rng(0).normal(size=(2, 1000, 1)) + [[[1.0]], [[0.0]]]
+    >>> result = sp.calibration.reweighting_auc(numerator, reference, reference[:, 0] - 0.5)
+    >>> bool(result.before > 0.65), bool(float(result) < 0.6)
+    (True, True)
     """
 
     auc: float
@@ -169,8 +190,8 @@ class ReweightingAUC:
     def summary(self) -> str:
         """Return the result in words."""
         words = "no difference found" if self.pvalue > ALPHA else "different"
-        few = f"; only {self.n_effective:.0f} reference events carry the weight" if self.n_effective < FEW else ""
-        words = "not judged" if self.n_effective < min(FEW, self.n_reference / 4) else words
+        few = f"; only {self.n_effective:.0f} reference events dominate the weight" if self.n_effective < FEW else ""
+        words = "not tested" if self.n_effective < min(FEW, self.n_reference / 4) else words
         return (
             f"Reweighting AUC {self.auc:.4f} +- {self.error:.4f} (p = {self.pvalue:.3g}), {self.before:.4f} without weights, "
             f"{self.n_numerator} numerator and {self.n_reference} reference events: {words}{few}"
@@ -183,7 +204,15 @@ class ReweightingAUC:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RatioCheck:
-    """All checks of one ratio. pvalue: the smallest of theirs, times three."""
+    """Result of `check_ratio`: all checks of one ratio. pvalue: the smallest of the three, times three.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> numerator, reference = np.random.default_rng(0).normal(size=(2, 1000)) + [[1.0], [0.0]]
+    >>> result = sp.calibration.check_ratio(numerator - 0.5, reference - 0.5, numerator[:, None], reference[:, None])
+    >>> result.reliability.verdict, bool(result.pvalue > 0.001)
+    ('calibrated', True)
+    """
 
     mean: MeanRatio
     reliability: Reliability
@@ -209,8 +238,14 @@ def mean_ratio(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, *, names:
 
     Returns: MeanRatio.   Raises: ShapeError, NonFiniteError, DataError (fewer than 20 events).
     Source: arXiv:1506.02169, 2208.13624; p-values: Hall 1992.
-    Read: E_ref[r] > 1 says that r is too large somewhere. Means carried by few events (`n_effective`) say little, and only ever that
-    they are too large: trust the third then.
+    Read: E_ref[r] > 1 means that r is too large somewhere. A mean dominated by few events (`n_effective`) can only be found too large;
+        use the third mean then.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> numerator, reference = np.random.default_rng(0).normal(size=(2, 500)) + [[1.0], [0.0]]
+    >>> bool(sp.calibration.mean_ratio(numerator, reference).pvalue < 1e-4)  # log r = x is too large by 1/2
+    True
     """
     one, zero = log_ratios("log_r_numerator", log_r_numerator), log_ratios("log_r_reference", log_r_reference, low=True)
     if len(one) != len(zero):
@@ -239,17 +274,23 @@ def mean_ratio(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, *, names:
 
 
 def reliability(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, n_bins: int = 20) -> Reliability:
-    r"""Reliability curve of p(x) = n1 r / (n1 r + n0), the probability that an event of the pooled sample is from the numerator.
+    r"""Reliability curve of p(x) = n1 r / (n1 r + n0), the probability that an event of the pooled sample comes from the numerator.
 
     Args:
         log_r_numerator: (n1,), log r of held-out numerator events, nats.
         log_r_reference: (n0,), of held-out reference events; -inf allowed.
-        n_bins: bins of equally many events (fewer where p takes few values).
+        n_bins: bins of equal numbers of events (fewer if p takes few values).
 
     Returns: Reliability.   Raises: ShapeError, NonFiniteError, DataError, SettingError.
     Source: arXiv:1506.02169; bands: binomial, Bonferroni over bins.
-    Read: observed nearer to one half than predicted = overconfident. A right curve says that r is right for what the network has seen of
-    x, not that it has seen everything: that is what `reweighting_auc` is for.
+    Read: observed closer to one half than predicted = overconfident. A correct curve means that r is right for the information that the
+        network uses; whether it uses all information in x is tested by `reweighting_auc`.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> numerator, reference = np.random.default_rng(0).normal(size=(2, 1000)) + [[1.0], [0.0]]
+    >>> sp.calibration.reliability(3 * (numerator - 0.5), 3 * (reference - 0.5)).verdict  # log r is x - 1/2
+    'overconfident'
     """
     one, zero = single_ratio("log_r_numerator", log_r_numerator), single_ratio("log_r_reference", log_r_reference, low=True)
     n_bins = require_int("n_bins", n_bins, low=2)
@@ -261,7 +302,7 @@ def reliability(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, n_bins: 
     count = np.bincount(cell)
     predicted, hits = np.bincount(cell, p) / count, np.bincount(cell, label)
     clipped = np.clip(predicted, 1e-15, 1 - 1e-15)
-    # the sum of unequal Bernoulli variables is narrower than the binomial of their mean: the test is on the safe side
+    # the sum of unequal Bernoulli variables is narrower than the binomial of their mean: the test is conservative
     tails = np.minimum(binom.cdf(hits, count, clipped), binom.sf(hits - 1, count, clipped))
     each = np.minimum(1.0, 2 * tails)
     share = ALPHA / (2 * used.size)
@@ -278,18 +319,24 @@ def reliability(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, n_bins: 
     )
 
 
-def reweighting_auc(x_numerator: ArrayLike, x_reference: ArrayLike, log_r_reference: ArrayLike, seed: int = 0) -> ReweightingAUC:
+def reweighting_auc(x_numerator: ArrayLike, x_reference: ArrayLike, log_r_reference: ArrayLike, *, seed: int = 0) -> ReweightingAUC:
     r"""Area under the ROC curve of a classifier of numerator events against reference events with weights r(x).
 
     Args:
         x_numerator: (n1, k), held-out numerator events (with theta among the columns, if r depends on it).
         x_reference: (n0, k), held-out reference events.
-        log_r_reference: (n0,), log r of these, nats; -inf is weight 0. Only the weights' ratios matter.
+        log_r_reference: (n0,), log r of these, nats; -inf is weight 0. Only ratios of weights matter.
         seed: of the halves and the trees.
 
     Returns: ReweightingAUC.   Raises: ShapeError, NonFiniteError, DataError (fewer than 20 events, no weight).
     Source: arXiv:1506.02169, section 3; variance: DeLong et al. 1988 with weights.
-    Read: 0.5 = the reweighted reference is the numerator as far as trees can see; p small = it is not.
+    Read: 0.5 = the trees cannot separate the reweighted reference from the numerator; p small = they can.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> numerator, reference = np.random.default_rng(0).normal(size=(2, 1000, 1)) + [[[1.0]], [[0.0]]]
+    >>> bool(sp.calibration.reweighting_auc(numerator, reference, np.zeros(1000), seed=1).pvalue < 1e-4)  # r = 1 is wrong
+    True
     """
     one, zero = (as_array(name, x, (None, None)) for name, x in (("x_numerator", x_numerator), ("x_reference", x_reference)))
     if one.shape[1] != zero.shape[1] or one.shape[1] == 0:
@@ -309,7 +356,7 @@ def reweighting_auc(x_numerator: ArrayLike, x_reference: ArrayLike, log_r_refere
     areas = []
     for name, weight in (("weighted", w), ("plain", np.ones_like(w))):
         if not weight[train[1]].sum() > 0 or not weight[test[1]].sum() > 0:
-            raise DataError("the weight lies on so few reference events that one half has none; expected more reference events")
+            raise DataError("one half of the reference events has no weight; expected more reference events with log_r above -inf")
         predict = _trees(one[train[0]], zero[train[1]], weight[train[1]], seed_for(seed, "trees", name) % 2**32)
         areas.append(_weighted_auc(predict(one[test[0]]), predict(zero[test[1]]), weight[test[1]]))
     (auc, error), (before, before_error) = areas
@@ -330,18 +377,26 @@ def reweighting_auc(x_numerator: ArrayLike, x_reference: ArrayLike, log_r_refere
 def check_ratio(
     log_r_numerator: ArrayLike, log_r_reference: ArrayLike, x_numerator: ArrayLike, x_reference: ArrayLike, *, seed: int = 0
 ) -> RatioCheck:
-    """All checks of one ratio: the arguments of `mean_ratio`, `reliability` and `reweighting_auc`.
+    """All checks of one ratio: `mean_ratio`, `reliability` and `reweighting_auc`.
 
     Args: log_r_numerator (n1,), log_r_reference (n0,), nats; x_numerator (n1, k), x_reference (n0, k), the same events; seed.
     Raises: ShapeError, NonFiniteError, DataError.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> numerator, reference = np.random.default_rng(0).normal(size=(2, 1000)) + [[1.0], [0.0]]
+    >>> log_r = lambda x: 2 * (x - 0.5)  # the exact one is x - 1/2
+    >>> result = sp.calibration.check_ratio(log_r(numerator), log_r(reference), numerator[:, None], reference[:, None])
+    >>> bool(result.pvalue < 1e-3)
+    True
     """
     mean, curve = mean_ratio(log_r_numerator, log_r_reference), reliability(log_r_numerator, log_r_reference)
-    auc = reweighting_auc(x_numerator, x_reference, log_r_reference, seed)
+    auc = reweighting_auc(x_numerator, x_reference, log_r_reference, seed=seed)
     return RatioCheck(mean=mean, reliability=curve, auc=auc, pvalue=min(1.0, 3 * min(mean.pvalue, curve.pvalue, auc.pvalue)))
 
 
 def log_ratios(name: str, value: ArrayLike, *, low: bool = False) -> Array:
-    """Log ratios as (m, n), finite but for -inf where `low`."""
+    """Log ratios as (m, n), finite, or -inf if `low`."""
     array = as_real(name, value)
     array = array[None] if array.ndim == 1 else array
     if array.ndim != 2 or array.shape[0] == 0:
@@ -356,19 +411,19 @@ def log_ratios(name: str, value: ArrayLike, *, low: bool = False) -> Array:
 
 
 def single_ratio(name: str, value: ArrayLike, *, low: bool = False) -> Array:
-    """One log ratio an event, (n,), checked as in `log_ratios`.   Raises: ShapeError, NonFiniteError, DataError."""
+    """One log ratio for each event, (n,), checked as in `log_ratios`.   Raises: ShapeError, NonFiniteError, DataError."""
     if np.ndim(value) != 1:
         raise ShapeError(f"{name} has shape {np.shape(value)}; expected (n,), one ratio at a time")
     return log_ratios(name, value, low=low)[0]
 
 
 def _exp(log_r: Array) -> Array:
-    """e^log_r, cut where its cube would overflow: so large a term fails every check as it is."""
+    """e^log_r, limited so that its cube does not overflow; such a large term fails every check anyway."""
     return np.exp(np.minimum(log_r, 200.0))
 
 
 def _mean(values: Array) -> tuple[float, float, float]:
-    """Mean, standard error and p-value of mean 1: by Hall's transformation, or for too large a mean alone where few events carry it."""
+    """Mean, standard error and p-value of mean 1: by Hall's transformation, or one-sided if few events dominate the mean."""
     n, mean, sd = values.size, float(values.mean()), float(values.std(ddof=1))
     if sd <= 1e-12 * abs(mean):
         return mean, 0.0, float(abs(mean - 1) < 1e-9)
@@ -391,7 +446,7 @@ def _effective(weights: Array) -> float:
 
 
 def _trees(one: Array, zero: Array, weight: Array, seed: int) -> Callable[[Array], Array]:
-    """Probability of the numerator as learned by boosted trees, a function of rows."""
+    """Probability of the numerator learned by boosted trees, as a function of rows."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
@@ -415,20 +470,25 @@ def _weighted_auc(one: Array, zero: Array, weight: Array) -> tuple[float, float]
     return auc, float(np.sqrt(variance))
 
 
-FEWEST = 25  # events of either sample in a block
-
+FEWEST = 25  # smallest number of events of either sample in a block
 _RATIO = 4  # between the sizes of blocks that are tried
-
 _FOLDS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RatioCalibration:
-    """Monotone correction of log r for one theta: log r + correction(log r), linear between b blocks, constant beyond them.
+    """Result of `recalibrate_ratio`: log r + correction(log r) for one theta, linear between b blocks, constant beyond them.
 
     score (b,), log of the mean r of the block's reference events; value (b,), log of the ratio of event rates in it, with error (b,);
-    count (b, 2), numerator and reference events. before, the reliability that was repaired, on the same events; pvalue, its own: whether
-    a repair was needed.
+    count (b, 2), numerator and reference events. before, the reliability before the repair, on the same events; pvalue, of that
+    reliability: whether a repair was needed.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> numerator, reference = np.random.default_rng(0).normal(size=(2, 1000)) + [[1.0], [0.0]]
+    >>> repair = sp.calibration.recalibrate_ratio(numerator, reference)  # log r = x is too large by 1/2
+    >>> np.round(repair.apply([0.0]) - repair.apply([5.0]) + 5, 0).shape, repair.count.sum()
+    ((1,), 2000)
     """
 
     score: Array
@@ -439,7 +499,7 @@ class RatioCalibration:
     pvalue: float
 
     def apply(self, log_r: ArrayLike) -> Array:
-        """Calibrated log r, of any shape, nats. Beyond the outer blocks, where nothing was measured, the correction stays as it is.
+        """Calibrated log r, of any shape, nats. The correction is constant beyond the outer blocks.
 
         Raises: NonFiniteError.
         """
@@ -465,15 +525,22 @@ def recalibrate_ratio(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, *,
     r"""Isotonic regression of the label on log r for one theta: the ratio of event rates in blocks of the score.
 
     Args:
-        log_r_numerator: (n1,), log r of numerator events, nats, neither trained on nor checked on later.
-        log_r_reference: (n0,), of reference events likewise.
-        min_events: of either sample in a block; neighbouring blocks are joined until they have as many. None: as many as the events
-            themselves ask for, by cross-validation; where r is right but for a factor that is one block.
+        log_r_numerator: (n1,), log r of numerator events, nats, used neither in training nor in a later check.
+        log_r_reference: (n0,), log r of reference events, likewise.
+        min_events: of either sample in a block; neighbouring blocks are joined until they have as many. None: chosen by cross-validation;
+            if r is right up to a factor this gives one block.
 
     Returns: RatioCalibration, whose `apply` corrects log r.
     Raises: ShapeError, NonFiniteError, DataError (fewer events than min_events), SettingError.
     Source: arXiv:1506.02169.
-    Read: the correction is as noisy as the blocks are small (`error`); a good reliability curve needs none.
+    Read: the correction is noisier for smaller blocks (`error`); a good reliability curve needs no correction.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> numerator, reference = np.random.default_rng(0).normal(size=(2, 1000)) + [[1.0], [0.0]]
+    >>> repair = sp.calibration.recalibrate_ratio(numerator, reference)  # log r = x is too large by 1/2
+    >>> bool(abs(repair.apply([0.5])[0]) < 0.25)
+    True
     """
     one, zero = single_ratio("log_r_numerator", log_r_numerator), single_ratio("log_r_reference", log_r_reference)
     least = FEWEST if min_events is None else require_int("min_events", min_events, low=1)
@@ -508,7 +575,7 @@ def _blocks(one: Array, zero: Array, level: Array, least: int) -> tuple[Array, A
 
 
 def _chosen(one: Array, zero: Array) -> int:
-    """Events a block: the most whose cross entropy on events left out is not worse, by a standard error, than that of the best."""
+    """Events per block: the largest number whose held-out cross entropy is within one standard error of the best."""
     sizes = [min(one.size, zero.size)]
     while sizes[-1] > _RATIO * FEWEST:
         sizes.append(sizes[-1] // _RATIO)
@@ -532,7 +599,7 @@ def _chosen(one: Array, zero: Array) -> int:
 
 
 def _joined(level: Array, label: Array, least: int) -> Integers:
-    """Block of each event: levels joined from below until a block holds `least` events of either sample."""
+    """Block of each event: levels joined from below until a block contains `least` events of each sample."""
     _, first = np.unique(level, return_inverse=True)
     counts = np.stack([np.bincount(first, label), np.bincount(first, 1 - label)], axis=1)
     to = np.zeros(len(counts), dtype=np.int64)
@@ -542,5 +609,5 @@ def _joined(level: Array, label: Array, least: int) -> Integers:
         held = held + count
         if held.min() >= least:
             held, current = np.zeros(2), current + 1
-    # what is left above the last full block belongs to it
+    # events above the last complete block belong to it
     return np.minimum(to, max(current - 1, 0))[first]

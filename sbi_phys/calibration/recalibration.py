@@ -61,17 +61,23 @@ __all__ = [
 ]
 
 LEVELS = np.arange(1, 100) / 100
-
 METHODS = ("isotonic", "beta")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RankRecalibration:
-    r"""Monotone map of each parameter's levels, v -> the level of q at which a recalibrated v lies.
+    r"""Result of `recalibrate_ranks`: monotone map of each parameter's levels, v -> the level of q at which a recalibrated v lies.
 
-    scores (n, d), sorted normal scores of held-out truths in q. shape (d, 2), a and b of the beta CDF, NaN for 'isotonic'.
-    level (99,), ecdf (99, d) of q's own PITs, band (99, 2), simultaneous 95 % band of a calibrated one. tolerance: with 95 %
-    probability the recalibrated PITs' distribution is within this of uniform at all levels ('isotonic'). bounds (d, 2).
+    scores (n, d), sorted normal scores of held-out true values in q. shape (d, 2), a and b of the beta CDF, NaN for 'isotonic'.
+    level (99,), ecdf (99, d) of the PITs of q, band (99, 2), simultaneous 95 % band of a calibrated posterior. tolerance: with 95 %
+    probability the distribution of the recalibrated PITs is within this of uniform at all levels ('isotonic'). bounds (d, 2).
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> repair = sp.calibration.recalibrate_ranks(rng.normal(size=(500, 1)), 0.5 * rng.normal(size=(500, 50, 1)))
+    >>> repair.apply(0.5 * rng.normal(size=(3, 50, 1))).shape, repair.repaired, repair.label
+    ((3, 50, 1), True, 'repaired: recalibrated ranks')
     """
 
     names: tuple[str, ...]
@@ -93,7 +99,7 @@ class RankRecalibration:
 
     @property
     def repaired(self) -> bool:
-        """True: a report marks what follows from this object as repaired."""
+        """True: reports mark results from this object as repaired."""
         return True
 
     @property
@@ -116,9 +122,9 @@ class RankRecalibration:
         return np.asarray(np.interp(z, knots, scores) + scores.std() * beyond, dtype=np.float64)
 
     def apply(self, draws: ArrayLike) -> Array:
-        r"""Draws (m, l, d) of the recalibrated posterior: same order in every parameter, other values.
+        r"""Draws (m, l, d) of the recalibrated posterior, in the same order in every parameter.
 
-        Args: draws (m, l, d) of q for any observations; l >= 2, best as many as in the fit.
+        Args: draws (m, l, d) of q for any observations; l >= 2, preferably as many as in the fit.
         Raises: ShapeError, NonFiniteError, DataError, SupportError (a draw outside `bounds`).
         """
         samples = as_real("draws", draws)
@@ -139,21 +145,19 @@ class RankRecalibration:
         return from_line(out, self.bounds)
 
     def summary(self) -> str:
-        """Return the result in words: one line for all, one line per parameter with q's own shift and width."""
-        how = (
-            f"uniform within {self.tolerance:.3f} at all levels (95 %)"
-            if self.method == "isotonic"
-            else "uniform as far as a beta CDF fits"
-        )
-        lines = [f"Recalibrated ranks (repaired; {self.method}, {self.n} held-out simulations x {self.n_draws} draws): new ranks are {how}"]
+        """Return the result in words: one line for all, one line for each parameter with the shift and width of q."""
+        how = f"within {self.tolerance:.3f} at all levels (95 %)" if self.method == "isotonic" else "if a beta CDF fits"
+        lines = [
+            f"Recalibrated ranks (repaired; {self.method}, {self.n} held-out simulations x {self.n_draws} draws): new ranks are uniform {how}"
+        ]
         pad = max(map(len, self.names))
         for j, name in enumerate(self.names):
             shift, width = -self.scores[:, j].mean(), 1 / self.scores[:, j].std()
-            lines.append(f"  {name:<{pad}}  undoes a shift of {shift:+.2f} sd and a width x{width:.2f}")
+            lines.append(f"  {name:<{pad}}  corrects a shift of {shift:+.2f} sd and a width x{width:.2f}")
         return "\n".join(lines)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the held-out PITs' ECDF, the map that is undone, with the band of a calibrated posterior."""
+        """Draw the ECDF of the held-out PITs, which the map inverts, with the band of a calibrated posterior."""
         return figures.calibration.rank_map(self, ax)
 
 
@@ -165,19 +169,27 @@ def recalibrate_ranks(
     method: str = "isotonic",
     bounds: ArrayLike | None = None,
 ) -> RankRecalibration:
-    r"""Monotone recalibration of each parameter's PIT, F'(t) = R(F(t)) with R the PITs' own distribution.
+    r"""Monotone recalibration of each parameter's PIT, F'(t) = R(F(t)) with R the distribution of the PITs.
 
     Args:
-        theta: (n, d), truths of simulations q was not trained on; n >= 10, better 1000.
+        theta: (n, d), true parameters of simulations not used in training; n >= 10, better 1000.
         draws: (n, l, d), draws of q for each.
         names: d names, or Parameters.
-        method: 'isotonic', R is the PITs' ECDF (which is its own isotonic fit), with exact levels; 'beta', a beta CDF by maximum
-            likelihood, smoother where n is small, right only as far as the PITs follow it.
-        bounds: (d, 2), the prior's ends, +-inf where there is none: draws are moved on a logit or log scale and stay inside.
+        method: 'isotonic', R is the ECDF of the PITs, with exact levels; 'beta', a beta CDF by maximum likelihood, smoother for small n,
+            right only if the PITs follow it.
+        bounds: (d, 2), the ends of the prior, +-inf for none: draws are moved on a logit or log scale and stay inside.
 
     Returns: RankRecalibration.   Raises: ShapeError, NonFiniteError, DataError, SettingError, SupportError.
     Source: Kuleshov, Fenner & Ermon 2018, arXiv:1807.00263.
-    Read: marginals only, and on average over x; n held-out simulations leave an error of `tolerance`, about 1.5 / sqrt(n).
+    Read: repairs marginals only, on average over x; n held-out simulations leave an error of `tolerance`, about 1.5 / sqrt(n).
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> theta, draws = rng.normal(size=(1000, 1)), 0.5 * rng.normal(size=(1000, 50, 1))  # N(0, 0.5^2) in place of N(0, 1)
+    >>> repair = sp.calibration.recalibrate_ranks(theta, draws)
+    >>> bool(0.8 < repair.apply(draws).std() < 1.2)
+    True
     """
     truth, samples = check_pairs(theta, draws)
     plain, labels = check_names(names, truth.shape[1])
@@ -206,7 +218,7 @@ def recalibrate_ranks(
 
 
 def normal_scores(theta: ArrayLike, draws: ArrayLike) -> Array:
-    r"""Phi^-1 of each truth's level among its draws (n, d), interpolated between draws and continued beyond them by their sd.
+    r"""Phi^-1 of the level of each true value among its draws (n, d), interpolated between draws, continued beyond them by their sd.
 
     Args: theta (n, d). draws (n, l, d).   Raises: ShapeError, NonFiniteError, DataError (draws that are all equal).
     Read: N(0, 1) for a calibrated q, up to 1 / l.
@@ -216,7 +228,7 @@ def normal_scores(theta: ArrayLike, draws: ArrayLike) -> Array:
     sd = _spread(ordered)
     n_draws = ordered.shape[1]
     places = _places(n_draws)
-    right = np.clip((ordered < truth[:, None]).sum(axis=1), 1, n_draws - 1)[:, None]  # the draw at or above the truth
+    right = np.clip((ordered < truth[:, None]).sum(axis=1), 1, n_draws - 1)[:, None]  # the draw at or above the true value
     low, high = (np.take_along_axis(ordered, i, axis=1)[:, 0] for i in (right - 1, right))
     share = np.clip((truth - low) / np.where(high > low, high - low, 1.0), 0, 1)
     inner = places[right[:, 0] - 1] * (1 - share) + places[right[:, 0]] * share
@@ -229,7 +241,10 @@ def _places(n_draws: int) -> Array:
 
 
 def _spread(ordered: Array) -> Array:
-    sd = ordered.std(axis=1)
+    return _require_width(ordered.std(axis=1))
+
+
+def _require_width(sd: Array) -> Array:
     if not np.all(sd > 0):
         row, column = np.argwhere(~(sd > 0))[0]
         raise DataError(f"draws of row {row}, column {column} are all equal; expected draws that differ")
@@ -246,16 +261,22 @@ def _quantiles(ordered: Array, places: Array, target: Array) -> Array:
 
 
 CRITERIA = ("coverage", "score")
-
-RANGE = (1e-2, 1e2)  # factors searched
+RANGE = (1e-2, 1e2)  # range of factors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Tempering:
-    r"""Widening by a factor, with its standard error from n held-out simulations.
+    r"""Result of `temper`: widening by a factor, with its standard error from n held-out simulations.
 
-    by, 'coverage' or 'score'. grid (g,), factors; content (g,), mean share of draws nearer than the truth at each, 1/2 is right,
-    with content_error (standard error at the chosen factor). raw, that share without widening. bounds (d, 2).
+    by, 'coverage' or 'score'. grid (g,), factors; content (g,), mean fraction of draws closer than the true value at each, 1/2 is right,
+    with content_error (standard error at the chosen factor). raw, that fraction without widening. bounds (d, 2).
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> repair = sp.calibration.temper(rng.normal(size=(500, 1)), 0.5 * rng.normal(size=(500, 50, 1)))
+    >>> repair.apply(rng.normal(size=(3, 50, 1))).shape, repair.repaired, bool(repair.error < 0.3)
+    ((3, 50, 1), True, True)
     """
 
     factor: float
@@ -271,7 +292,7 @@ class Tempering:
 
     @property
     def repaired(self) -> bool:
-        """True: a report marks what follows from this object as repaired."""
+        """True: reports mark results from this object as repaired."""
         return True
 
     @property
@@ -280,7 +301,7 @@ class Tempering:
         return f"repaired: widened x{self.factor:.2f}"
 
     def apply(self, draws: ArrayLike) -> Array:
-        """Draws (m, l, d), each observation's moved away from their mean by the factor.
+        """Draws (m, l, d), moved away from the mean of each observation by the factor.
 
         Raises: ShapeError, NonFiniteError, SupportError (a draw outside `bounds`).
         """
@@ -295,7 +316,7 @@ class Tempering:
         """Return the result in words."""
         away = abs(self.factor - 1) / self.error
         words = "q is too narrow" if self.factor > 1 else "q is too wide"
-        words = words if away > 2 else "no widening is called for"
+        words = words if away > 2 else "no widening is needed"
         how = "mean coverage is right" if self.by == "coverage" else "the expected log score is largest"
         return (
             f"Widening (repaired): x{self.factor:.3f} +- {self.error:.3f} about the mean, where {how} ({self.n} held-out simulations x "
@@ -303,23 +324,30 @@ class Tempering:
         )
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the mean content at the truth against the factor.   Read: it crosses 1/2 where coverage is right."""
+        """Draw the mean content at the true value against the factor.   Read: it crosses 1/2 where coverage is right."""
         return figures.calibration.tempering_curve(self, ax)
 
 
 def temper(theta: ArrayLike, draws: ArrayLike, *, by: str = "coverage", bounds: ArrayLike | None = None) -> Tempering:
-    r"""Factor by which draws are moved away from their mean so that held-out truths lie among them as they should.
+    r"""Factor by which draws are moved away from their mean to give held-out true values the right coverage.
 
     Args:
-        theta: (n, d), truths of simulations q was not trained on; n >= 10.
+        theta: (n, d), true parameters of simulations not used in training; n >= 10.
         draws: (n, l, d), draws of q for each; l >= d + 3.
         by: 'coverage' (default, robust against outliers) or 'score' (largest expected Gaussian log score).
-        bounds: (d, 2), the prior's ends, +-inf where there is none: widened on a logit or log scale, draws stay inside.
+        bounds: (d, 2), the ends of the prior, +-inf for none: draws are moved on a logit or log scale and stay inside.
 
     Returns: Tempering.
     Raises: ShapeError, NonFiniteError, DataError (too few draws, degenerate draws), SettingError, SupportError, ConvergenceError.
     Source: Dawid & Sebastiani 1999, Annals of Statistics 27, 65.
-    Read: factor within two errors of 1 = nothing to repair; bias inflates the factor, look at SBC's shift first.
+    Read: factor within two errors of 1 = nothing to repair. A bias increases the factor: check the shift from SBC first.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> rng = np.random.default_rng(0)
+    >>> theta, draws = rng.normal(size=(1000, 1)), 0.5 * rng.normal(size=(1000, 50, 1))  # N(0, 0.5^2) in place of N(0, 1)
+    >>> bool(abs(sp.calibration.temper(theta, draws).factor - 2) < 0.4)
+    True
     """
     truth, samples = check_pairs(theta, draws)
     by = require_choice("by", by, CRITERIA)
@@ -366,17 +394,16 @@ def _distances(truth: Array, samples: Array) -> tuple[Array, Array]:
         raise DataError(f"draws has {n_draws} draws per simulation; expected at least {dim + 3} for the covariance of {dim} parameters")
     centred = samples - samples.mean(axis=1, keepdims=True)
     covariance = np.einsum("nlj,nlk->njk", centred, centred) / (n_draws - 1)
-    scale = np.sqrt(np.einsum("njj->nj", covariance))
-    if not np.all(scale > 0):
-        row, column = np.argwhere(~(scale > 0))[0]
-        raise DataError(f"draws of row {row}, column {column} are all equal; expected draws that differ")
+    scale = _require_width(np.sqrt(np.einsum("njj->nj", covariance)))
     try:
         root = np.linalg.cholesky(covariance / (scale[:, :, None] * scale[:, None, :]))
     except np.linalg.LinAlgError as err:
-        raise DataError("draws lie on a plane (one parameter follows from the others); expected free parameters, leave one out") from err
+        raise DataError(
+            "draws lie on a plane (one parameter is a function of the others); expected independent parameters, leave one out"
+        ) from err
     both = np.concatenate([(truth - samples.mean(axis=1))[:, None], centred], axis=1) / scale[:, None]
     squared = (np.linalg.solve(root, both.swapaxes(1, 2)) ** 2).sum(axis=1)
-    # a draw's distance from the other l - 1, from its distance from all l: their mean and covariance without it are rank-one updates
+    # the distance of a draw from the other l - 1 follows from its distance from all l by a rank-one update of mean and covariance
     own = squared[:, 1:]
     room = np.maximum(1 - n_draws * own / (n_draws - 1) ** 2, 1e-12)
     left_out = own * n_draws**2 * (n_draws - 2) / (n_draws - 1) ** 3 / room
@@ -384,14 +411,14 @@ def _distances(truth: Array, samples: Array) -> tuple[Array, Array]:
 
 
 def _content(ordered: Array, distance: Array) -> Array:
-    """Share of ordered draws (n, l) nearer than a distance (n,)."""
+    """Fraction of ordered draws (n, l) closer than a distance (n,)."""
     return np.asarray(((ordered < distance[:, None]).sum(axis=1) + 0.5) / (ordered.shape[1] + 1), dtype=np.float64)
 
 
 def _half(contents: Callable[[float], Array]) -> float:
     low, high = np.log(RANGE)
     if not contents(low).mean() > 0.5 > contents(high).mean():
-        raise ConvergenceError(f"no factor within {RANGE} puts the mean coverage at one half: the draws do not surround the truths at all")
+        raise ConvergenceError(f"no factor within {RANGE} gives a mean coverage of one half: the draws do not surround the true values")
     return float(brentq(lambda v: contents(v).mean() - 0.5, low, high, xtol=1e-6))
 
 
@@ -402,11 +429,17 @@ def mix_draws(posteriors: Sequence[ArrayLike], weights: ArrayLike | None = None,
         posteriors: K arrays (n, l_k, d), the same observations in the same order.
         weights: (K,), >= 0, default equal; normalised here.
         n_draws: l of the result, default the largest for which no draw is used twice.
-        seed: of which draws are taken and of their order.
+        seed: of the selection and order of draws.
 
-    Shares are w_k l rounded, the rounding at random per observation, so that each draw comes from member k with probability w_k.
+    Member k contributes w_k l draws, rounded at random for each observation, so that each draw comes from member k with probability w_k.
     Raises: ShapeError, NonFiniteError, DataError, SettingError.   Source: Hermans et al. 2021, arXiv:2110.06581 (ensembles).
     Read: wider than its members where they disagree.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> a, b = np.zeros((3, 40, 1)), np.ones((3, 40, 1))
+    >>> sp.calibration.mix_draws([a, b], n_draws=20).sum(axis=1).ravel()
+    array([10., 10., 10.])
     """
     members = [as_array(f"posteriors[{k}]", p, (None, None, None)) for k, p in enumerate(posteriors)]
     if not members:
@@ -426,7 +459,7 @@ def mix_draws(posteriors: Sequence[ArrayLike], weights: ArrayLike | None = None,
     edges = np.concatenate([[0.0], np.cumsum(share)]) * l_out
     edges[-1] = l_out
     for i in range(out.shape[0]):
-        # one random offset rounds all shares at once: member k gets w_k l up to one, and w_k l on average
+        # one random offset rounds all numbers at once: member k gets w_k l up to one, and w_k l on average
         counts = np.diff(np.floor(edges + rng.random())).astype(int)
         row = np.concatenate([m[i, rng.permutation(m.shape[1])[:c]] for m, c in zip(members, counts, strict=True)])
         out[i] = row[rng.permutation(l_out)]
@@ -434,7 +467,7 @@ def mix_draws(posteriors: Sequence[ArrayLike], weights: ArrayLike | None = None,
 
 
 def check_bounds(bounds: ArrayLike | None, dim: int) -> Array:
-    """Return bounds (d, 2), low and high; None is none at all.   Raises: ShapeError, NonFiniteError, SettingError (low >= high)."""
+    """Return bounds (d, 2), low and high; None means no bounds.   Raises: ShapeError, NonFiniteError, SettingError (low >= high)."""
     if bounds is None:
         return np.tile([-np.inf, np.inf], (dim, 1))
     edges = as_real("bounds", bounds)
@@ -448,7 +481,10 @@ def check_bounds(bounds: ArrayLike | None, dim: int) -> Array:
 
 
 def to_line(name: str, values: Array, bounds: Array) -> Array:
-    """Map values (..., d) to the whole line.   Raises: SupportError for a value at or beyond its bounds."""
+    """Map values (..., d) between their bounds to the real line: log((t - a) / (b - t)), or +-log|t - end| with one end.
+
+    Raises: SupportError for a value at or beyond its bounds.
+    """
     out = np.array(values, dtype=np.float64)
     for j, (low, high) in enumerate(bounds):
         column = values[..., j]
@@ -465,7 +501,7 @@ def to_line(name: str, values: Array, bounds: Array) -> Array:
 
 
 def from_line(values: Array, bounds: Array) -> Array:
-    """Map values (..., d) back between their bounds."""
+    """Map values (..., d) from the real line back between their bounds; inverse of `to_line`."""
     out = np.array(values, dtype=np.float64)
     for j, (low, high) in enumerate(bounds):
         column = values[..., j]

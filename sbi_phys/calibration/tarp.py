@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["TARP", "tarp"]
-
-
 OFFSET = 1.0  # c, in units of the regression's error: large enough to detect a bias, small enough to detect a wrong width
 WOBBLE = 0.5  # size of g in the same units: it makes r depend on x where the mean of theta does not
 FIRST_BLOCK = 50  # rows whose references use no regression

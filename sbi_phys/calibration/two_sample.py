@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["C2ST", "MMD", "MarginalKS", "c2st", "marginal_ks", "mmd"]
-
 N_FOLDS = 5
 ENOUGH = 2000  # draws of each sample from which C2ST is comparable with published numbers
 MIN_DRAWS = 5

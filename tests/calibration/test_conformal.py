@@ -48,7 +48,7 @@ def test_threshold_is_the_order_statistic_of_the_definition(n, level, seed):
     log_q = np.random.default_rng(seed).standard_normal(n)
     k = next(k for k in range(1, n + 2) if k / (n + 1) >= level - 1e-12)
     if k > n:
-        with pytest.raises(DataError, match="simulations fix the threshold"):
+        with pytest.raises(DataError, match="simulations are left for the threshold"):
             conformal_regions(log_q, level=level)
         return
     regions = conformal_regions(log_q, level=level)
@@ -113,7 +113,7 @@ def test_some_truths_without_density_are_outside_and_many_are_an_error():
     log_q[:5] = -np.inf
     assert np.isfinite(conformal_regions(log_q).threshold)
     log_q[:20] = -np.inf
-    with pytest.raises(DataError, match="-inf for 20 % of truths"):
+    with pytest.raises(DataError, match="-inf for 20 % of true values"):
         conformal_regions(log_q)
 
 
@@ -154,7 +154,7 @@ def test_bad_input():
         hpd_content(p.log_prob_theta[:, None], p.log_prob_draws[:, :1])
     with pytest.raises(ShapeError, match="rows differ"):
         hpd_content(p.log_prob_theta[:10, None], p.log_prob_draws)
-    with pytest.raises(DataError, match="would learn the quantile"):
+    with pytest.raises(DataError, match="to learn the quantile"):
         conformal_regions(p.log_prob_theta, features=p.x, train_share=0.1)
     with pytest.raises(ShapeError, match="features"):
         conformal_regions(p.log_prob_theta, features=p.x[:10])

@@ -116,11 +116,11 @@ def test_own_statistics_with_and_without_parameters():
     x = theta + rng.standard_normal((300, 4))
     plain = predictive_checks(x, np.zeros(4), {"largest": lambda x: x.max(axis=1)})
     assert plain.checks["largest"].pvalue == pytest.approx((1 + (x.max(axis=1) >= 0).sum()) / 301)
-    deviance = predictive_checks(x, np.full(4, 9.0), {"deviance": lambda x, t: ((x - t) ** 2).sum(axis=1)}, theta)
+    deviance = predictive_checks(x, np.full(4, 9.0), {"deviance": lambda t, x: ((x - t) ** 2).sum(axis=1)}, theta)
     assert deviance.checks["deviance"].t_obs.shape == (300,)
     assert deviance.pvalues["deviance"] == pytest.approx(2 / 301)
     assert deviance.verdicts == {"deviance": "higher in the data"}
-    assert predictive_checks(x, np.zeros(4), {"first": lambda x, t: x[:, 0] - t[:, 0]}, theta[:, 0]).n == 300
+    assert predictive_checks(x, np.zeros(4), {"first": lambda t, x: x[:, 0] - t[:, 0]}, theta[:, 0]).n == 300
 
 
 def test_constant_columns_ties_and_few_columns():
@@ -158,7 +158,7 @@ def test_prior_check_sees_columns_that_do_not_go_together():
     assert result.joint < 0.005
     assert result.blocks["ends"] < 0.005 < result.blocks["last"]
     assert "hardly" in result.summary()
-    assert "makes data like these" in prior_predictive_check(x, [0.8, 0.8, 0.8]).summary()
+    assert "the prior produces such data" in prior_predictive_check(x, [0.8, 0.8, 0.8]).summary()
 
 
 @pytest.mark.parametrize("k", [3, 60])
@@ -202,7 +202,7 @@ def test_bad_statistics_and_blocks():
     with pytest.raises(NonFiniteError, match="statistic 'a'"):
         predictive_checks(x, np.zeros(3), {"a": lambda x: x[:, 0] * np.nan})
     with pytest.raises(ShapeError, match="theta"):
-        predictive_checks(x, np.zeros(3), {"a": lambda x, t: x[:, 0]}, np.zeros((49, 1)))
+        predictive_checks(x, np.zeros(3), {"a": lambda t, x: x[:, 0]}, np.zeros((49, 1)))
     for block in ([3], [], [0.5], [-1], [True, False]):
         with pytest.raises(SettingError, match="block 'b'"):
             prior_predictive_check(x, np.zeros(3), blocks={"b": block})

@@ -189,7 +189,7 @@ def test_weighted_area_is_scikit_learns():
 
 
 def test_an_area_that_few_events_carry_is_not_judged():
-    """The exact ratio of samples far apart: a handful of events can not look like the numerator."""
+    """The exact ratio of samples far apart: a handful of events cannot look like the numerator."""
     rng = np.random.default_rng(20)
     one, zero, _, log_r = events(rng, n1=300, n0=300, shift=4.0)
     result = reweighting_auc(one, zero, log_r)

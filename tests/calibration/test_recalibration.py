@@ -142,7 +142,7 @@ def test_exact_posterior_is_left_alone_within_the_tolerance():
     fixed = recalibrate_ranks(p.theta, p.draws, ["gamma"])
     assert np.sqrt(np.mean((fixed.apply(p.draws) - p.draws) ** 2)) < 0.1 * p.draws.std(axis=1).mean()
     assert np.abs(fixed.ecdf[:, 0] - fixed.level).max() < fixed.tolerance < 1.5 / np.sqrt(2000)
-    assert "gamma  undoes a shift" in fixed.summary()
+    assert "gamma  corrects a shift" in fixed.summary()
 
 
 @pytest.mark.parametrize("d", [1, 7])
@@ -244,7 +244,7 @@ def test_widening_of_the_too_wide_and_of_bounded_parameters():
 def test_exact_posterior_needs_no_widening():
     p = oracles.gaussian(np.random.default_rng(5), n=1000, dim=2)
     fixed = temper(p.theta, p.draws)
-    assert "no widening is called for" in fixed.summary()
+    assert "no widening is needed" in fixed.summary()
     assert fixed.content[np.argmin(np.abs(fixed.grid - fixed.factor))] == pytest.approx(0.5, abs=0.01)
     assert np.all(np.diff(fixed.content) <= 0)
 
