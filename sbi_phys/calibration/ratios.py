@@ -487,8 +487,8 @@ class RatioCalibration:
     >>> import sbi_phys as sp
     >>> numerator, reference = np.random.default_rng(0).normal(size=(2, 1000)) + [[1.0], [0.0]]
     >>> repair = sp.calibration.recalibrate_ratio(numerator, reference)  # log r = x is too large by 1/2
-    >>> np.round(repair.apply([0.0]) - repair.apply([5.0]) + 5, 0).shape, repair.count.sum()
-    ((1,), 2000)
+    >>> repair.apply([0.0, 1.0]).shape, int(repair.count.sum())
+    ((2,), 2000)
     """
 
     score: Array

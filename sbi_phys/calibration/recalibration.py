@@ -147,9 +147,8 @@ class RankRecalibration:
     def summary(self) -> str:
         """Return the result in words: one line for all, one line for each parameter with the shift and width of q."""
         how = f"within {self.tolerance:.3f} at all levels (95 %)" if self.method == "isotonic" else "if a beta CDF fits"
-        lines = [
-            f"Recalibrated ranks (repaired; {self.method}, {self.n} held-out simulations x {self.n_draws} draws): new ranks are uniform {how}"
-        ]
+        what = f"repaired; {self.method}, {self.n} held-out simulations x {self.n_draws} draws"
+        lines = [f"Recalibrated ranks ({what}): new ranks are uniform {how}"]
         pad = max(map(len, self.names))
         for j, name in enumerate(self.names):
             shift, width = -self.scores[:, j].mean(), 1 / self.scores[:, j].std()
