@@ -73,7 +73,7 @@ def test_exact_posterior_at_the_truth_departs_from_the_level_as_expected():
     assert observed[4:6].min() > 0.93
     np.testing.assert_allclose(observed, expected, atol=4 * np.sqrt(0.25 / 2000))
     assert result.pvalue > 1e-3
-    assert "even an exact posterior departs from the level" in result.summary()
+    assert "even an exact posterior differs from the level" in result.summary()
     given_x = local_coverage(theta, draws, x, n_bins=10)
     np.testing.assert_allclose(given_x.observed, given_x.level[0], atol=4 * np.sqrt(0.09 / 2000))
 
