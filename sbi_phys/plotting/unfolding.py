@@ -243,12 +243,12 @@ def _limits(parts: list[tuple[Array, Array]]) -> tuple[float, float]:
 
 @house_style()
 def stress(result: "Validation") -> "Figure":
-    """Bias for other truths than the expected one, in quoted errors; grey: what is asked."""
+    """Bias for other truths than the expected one, in quoted errors; grey: the criterion."""
     names = list(next(iter(result.methods.values())).stress)
     figure = new_figure(6.2, 1.2 + 1.7 * len(names))
     panels = np.atleast_1d(figure.subplots(len(names), 1))
     for ax, name in zip(panels, names, strict=True):
-        bound = result.asked.stress
+        bound = result.criteria.stress
         ax.axhspan(-bound, bound, color=BAND, linewidth=0)
         ax.axhline(0, **TRUTH_LINE)
         for m, x, look in _places(result):
@@ -261,10 +261,10 @@ def stress(result: "Validation") -> "Figure":
 
 @house_style()
 def pulls(result: "Validation") -> "Figure":
-    """Mean pull over toys with its error and, thin, one standard deviation of the pulls; grey: what is asked of the mean."""
+    """Mean pull over toys with its error and, thin, one standard deviation of the pulls; grey: the criterion of the mean."""
     figure = new_figure(6.2, 4.2)
     ax = figure.add_subplot()
-    bound = result.asked.bias
+    bound = result.criteria.bias
     ax.axhspan(-bound, bound, color=BAND, linewidth=0, label=rf"|mean| $\leq$ {bound:g}")
     ax.axhline(0, **TRUTH_LINE)
     for one in (-1, 1):
@@ -286,15 +286,15 @@ def pulls(result: "Validation") -> "Figure":
 
 @house_style()
 def coverage(result: "Validation") -> "Figure":
-    """Coverage of the intervals of 68 and 95 % by bin; grey: all bins of a right method, in 95 % of calls; dotted: what is asked."""
+    """Coverage of the intervals of 68 and 95 % by bin; grey: range of a correct method's bins in 95 % of calls; dotted: criteria."""
     figure = new_figure(6.2, 4.6)
     ax = figure.add_subplot()
     n, t = result.n_toys, result.truth.size
-    for level, asked in ((ONE_SIGMA, result.asked.coverage), (0.95, result.asked.coverage_95)):
+    for level, bound in ((ONE_SIGMA, result.criteria.coverage), (0.95, result.criteria.coverage_95)):
         low, high = band_counts(n, [level], 1 - ALPHA / t)[0] / n
         ax.axhspan(low, high, color=BAND, linewidth=0)
         ax.axhline(level, **TRUTH_LINE)
-        ax.axhline(asked, color=PALETTE[1], linewidth=0.8, linestyle=":")
+        ax.axhline(bound, color=PALETTE[1], linewidth=0.8, linestyle=":")
     for m, x, look in _places(result):
         for width, label in ((1.0, m.name), (TWO_SIGMA, None)):
             share = m.toys.covered(width).mean(axis=0)

@@ -1,12 +1,18 @@
-"""Unfolding: from what was measured back to what was true, with full covariance and the prior's share of it.
+"""Unfolding: the spectrum before the detector from the measured one, with its full covariance.
 
-response        Response: matrix with efficiency, fakes, background and its own noise, from pairs or from a resolution
-binned          ibu (iterative Bayes) · tikhonov (regularised least squares) · forward_fold (parametric flux)
-                bayesian_unfold (posterior over spectra); all four take and give histograms of hist and boost-histogram
-unbinned        omnifold (weights for all truth events) · FlowUnfolder (event by event) · bootstrap_omnifold, bootstrap_flow
-                ForwardUnfolder (p(reco | truth) learned, then the truth fitted: no simulated spectrum is remembered)
-proof           validate (closure, stress, toys, bottom line, prior) · event_pit
-data            read_pairs, response_from_store (simulation stores)
+response            the response matrix with efficiency, fakes, background and its own noise; `pairs` fills it from a store
+measurement         a measured spectrum with its response, by name or from a CSV file
+ibu                 iterative Bayesian unfolding, with a rule that chooses the number of iterations
+tikhonov            regularised least squares
+folding             forward folding: fit of a parametric flux
+bayes, spectrum     fully Bayesian unfolding with a smoothness prior; the same model as a simulator
+omnifold_weights    OmniFold: weights for simulated events
+flow                unfolding event by event with an invertible network
+forward             p(reco | truth) learned, then the truth fitted: the simulated spectrum does not enter
+replicas            bootstrap errors of the learned methods
+validation, checks  closure, stress, coverage, bottom line, dependence on the prior, ranks of event posteriors
+
+The binned methods take and give histograms of hist and boost-histogram too (`histograms`).
 """
 
 from sbi_phys.core.lazy import public_names

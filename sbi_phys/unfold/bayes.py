@@ -290,6 +290,11 @@ class BayesianUnfold:
     chi2, their Poisson deviance (or distance by the covariance given) from the measured ones; effective, parameters used (mean deviance
     minus deviance at the mean). predictive_pvalue, share of replicas of the data that lie farther from their spectrum than the data do.
     reference (t,), the spectrum whose ratio is smooth. r_hat (p,), n_effective, converged, message: of the chains.
+
+    >>> from sbi_phys.unfold import bayesian_unfold
+    >>> posterior = bayesian_unfold([90, 60], [[0.8, 0.2], [0.1, 0.7]], n_draws=200, seed=1)
+    >>> posterior.intervals(0.9).shape, bool((posterior.errors > 5).all())
+    ((2, 2), True)
     """
 
     samples: Array
@@ -422,6 +427,11 @@ def bayesian_unfold(
     Source: Choudalakis 2012, arXiv:1201.4612.
     Read: bins are correlated, so use draws for whatever is computed from the spectrum; a predictive p-value near 0 says that no smooth
         spectrum describes the counts (response or background wrong).
+
+    >>> from sbi_phys.unfold import bayesian_unfold
+    >>> posterior = bayesian_unfold([90, 60], [[0.8, 0.2], [0.1, 0.7]], n_draws=200, seed=1)
+    >>> posterior.samples.shape, posterior.converged
+    ((200, 2), True)
     """
     resp, data, covariance = _inputs(counts, response, counts_covariance, background)
     warn_few(data, resp.n_truth)

@@ -452,11 +452,17 @@ TWO_SIGMA = float(-ndtri(0.025))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Criteria:
-    """What is asked of an unfolding. Biases in units of the quoted error, coverages as probabilities.
+    """Limits of the tests of an unfolding. Biases in units of the quoted error, coverages as probabilities.
 
     bias: of closure, and of the mean pull over toys, worst bin. stress: bias for other truths, worst bin. coverage, coverage_95: of
     the intervals of 68.3 and 95 %, worst bin. average: of those of 68.3 %, mean over bins. prior: spread between priors, worst bin.
     bottom_line: chi2 unfolded over measured. degenerate: share of toys with a quoted error near 0, worst bin.
+
+    >>> from sbi_phys.unfold import Criteria, tikhonov, validate
+    >>> matrix = [[0.8, 0.1, 0.0], [0.2, 0.8, 0.2], [0.0, 0.1, 0.8]]
+    >>> strict = Criteria(bias=1e-12)
+    >>> validate(lambda n, r: tikhonov(n, r, 10.0), matrix, [100, 160, 40], criteria=strict, n_toys=20).passed
+    False
     """
 
     bias: float = 0.5
@@ -477,7 +483,7 @@ class Criteria:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """One test: its number, what is asked of it, whether that is met (None: a p-value decides, or it is for information), in words."""
+    """One test: its number, the criterion, whether it is met (None: a p-value decides, or the number is for information), words."""
 
     name: str
     value: float
@@ -493,11 +499,11 @@ def _worst(values: Array, response: Response) -> tuple[int, float, str]:
 
 
 def noiseless_checks(
-    first: Closure, stress: Mapping[str, Closure], lines: Mapping[str, BottomLine], asked: Criteria, response: Response
+    first: Closure, stress: Mapping[str, Closure], lines: Mapping[str, BottomLine], criteria: Criteria, response: Response
 ) -> list[Check]:
     """Closure, stress closures and bottom lines."""
     checks = []
-    for name, found, bound in [("closure", first, asked.bias)] + [(f"stress: {k}", c, asked.stress) for k, c in stress.items()]:
+    for name, found, bound in [("closure", first, criteria.bias)] + [(f"stress: {k}", c, criteria.stress) for k, c in stress.items()]:
         at, value, place = _worst(found.pull, response)
         words = f"largest bias {found.pull[at]:+.2f} sigma in {place}"
         checks.append(Check(name=name, value=value, criterion=f"|bias| <= {bound:g} sigma in every bin", met=value <= bound, words=words))
@@ -508,30 +514,30 @@ def noiseless_checks(
             Check(
                 name=f"bottom line: {name}",
                 value=line.ratio,
-                criterion=f"chi2 unfolded / measured <= {asked.bottom_line:g}",
-                met=bool(line.ratio <= asked.bottom_line) if told else None,
+                criterion=f"chi2 unfolded / measured <= {criteria.bottom_line:g}",
+                met=bool(line.ratio <= criteria.bottom_line) if told else None,
                 words=words,
             )
         )
     return checks
 
 
-def toy_checks(toys: Toys, asked: Criteria, response: Response, observed: float | None) -> list[Check]:
+def toy_checks(toys: Toys, criteria: Criteria, response: Response, observed: float | None) -> list[Check]:
     """Mean pull, coverages, errors near zero, refolded deviances; `observed`: that of the measured counts."""
     n, n_bins = toys.n, toys.truth.size
     pull, error = toys.mean_pull, toys.mean_pull_err
     at, value, place = _worst(pull, response)
-    tails = [_t_tail(abs(m) - asked.bias, e, n) for m, e in zip(pull, error, strict=True)]
+    tails = [_t_tail(abs(m) - criteria.bias, e, n) for m, e in zip(pull, error, strict=True)]
     checks = [
         Check(
             name="mean pull",
             value=value,
-            criterion=f"|mean pull| <= {asked.bias:g} in every bin",
+            criterion=f"|mean pull| <= {criteria.bias:g} in every bin",
             pvalue=min(1.0, n_bins * min(tails)),
             words=f"largest {pull[at]:+.2f} +- {error[at]:.2f} in {place}",
         )
     ]
-    for name, width, bound in (("68", 1.0, asked.coverage), ("95", TWO_SIGMA, asked.coverage_95)):
+    for name, width, bound in (("68", 1.0, criteria.coverage), ("95", TWO_SIGMA, criteria.coverage_95)):
         share = toys.covered(width).mean(axis=0)
         low = int(share.argmin())
         words = (
@@ -554,15 +560,15 @@ def toy_checks(toys: Toys, asked: Criteria, response: Response, observed: float 
         Check(
             name="coverage of 68 % intervals, mean of bins",
             value=float(each.mean()),
-            criterion=f">= {asked.average:g}",
-            pvalue=_t_tail(asked.average - float(each.mean()), error_each, n),
+            criterion=f">= {criteria.average:g}",
+            pvalue=_t_tail(criteria.average - float(each.mean()), error_each, n),
             words=f"{each.mean():.3f} +- {error_each:.3f}; {ONE_SIGMA:.3f} is meant",
         )
     )
-    return [*checks, *_spread_checks(toys, asked, response), *_refolded_checks(toys, response, observed)]
+    return [*checks, *_spread_checks(toys, criteria, response), *_refolded_checks(toys, response, observed)]
 
 
-def _spread_checks(toys: Toys, asked: Criteria, response: Response) -> list[Check]:
+def _spread_checks(toys: Toys, criteria: Criteria, response: Response) -> list[Check]:
     _, value, place = _worst(toys.degenerate, response)
     words = f"{100 * value:.1f} % of toys in {place}: no counts reach it; merge bins there" if value > 0 else "none"
     quoted = np.sqrt(np.mean(toys.errors**2, axis=0))
@@ -572,8 +578,8 @@ def _spread_checks(toys: Toys, asked: Criteria, response: Response) -> list[Chec
         Check(
             name="quoted errors near zero",
             value=value,
-            criterion=f"share of toys <= {asked.degenerate:g} in every bin",
-            met=value <= asked.degenerate,
+            criterion=f"share of toys <= {criteria.degenerate:g} in every bin",
+            met=value <= criteria.degenerate,
             words=words,
         ),
         Check(
@@ -613,12 +619,12 @@ def _refolded_checks(toys: Toys, response: Response, observed: float | None) -> 
     return checks
 
 
-def prior_check(found: Priors, asked: Criteria, response: Response) -> Check:
+def prior_check(found: Priors, criteria: Criteria, response: Response) -> Check:
     """Spread between priors."""
     _, value, place = _worst(found.spread, response)
     words = f"{', '.join(found.names)}: furthest apart in {place}"
     return Check(
-        name="priors apart", value=value, criterion=f"<= {asked.prior:g} sigma in every bin", met=value <= asked.prior, words=words
+        name="priors apart", value=value, criterion=f"<= {criteria.prior:g} sigma in every bin", met=value <= criteria.prior, words=words
     )
 
 

@@ -76,6 +76,16 @@ class FlowUnfolder(LearnedUnfolder):
     After `fit`: history, one record per iteration; weights (n,), of all simulated truths: `np.histogram(truth, weights=unfolder.weights)`
     is the spectrum unfolded with the last network, in counts, corrected for efficiency (the nominal weights without data); data_weights
     (m,), of the data events: as given, times their probability to be signal.
+
+    >>> import numpy as np
+    >>> from sbi_phys.training import TrainConfig
+    >>> from sbi_phys.unfold import FlowUnfolder
+    >>> rng, quick = np.random.default_rng(1), TrainConfig(max_epochs=1)
+    >>> truth = rng.normal(size=120)
+    >>> reco, data = truth + 0.3 * rng.normal(size=120), rng.uniform(-1.5, 1.5, size=100)
+    >>> unfolder = FlowUnfolder(flow="affine", config=quick, device="cpu").fit(truth, reco, data)
+    >>> unfolder.sample(data, 3).shape, unfolder.weights.shape
+    ((100, 3, 1), (120,))
     """
 
     history: tuple[UnfoldIteration, ...] = ()
@@ -242,6 +252,16 @@ def bootstrap_flow(
     Args: n_replicas: >= 2; 3 n_replicas + 1 unfoldings of n_iterations trainings each. The others: as in `FlowUnfolder` and its `fit`.
     Returns: WeightReplicas.   Raises: what `FlowUnfolder` raises.   Source: `replicas`.
     Read: `.histogram(truth, edges)` gives the unfolded spectrum with covariances from data, simulation and training apart.
+
+    >>> import numpy as np
+    >>> from sbi_phys.training import TrainConfig
+    >>> from sbi_phys.unfold import bootstrap_flow
+    >>> rng, quick = np.random.default_rng(1), TrainConfig(max_epochs=1)
+    >>> truth = rng.normal(size=200)
+    >>> reco, data = truth + 0.3 * rng.normal(size=200), rng.uniform(-1.5, 1.5, size=100)
+    >>> replicas = bootstrap_flow(truth, reco, data, n_replicas=2, flow="affine", config=quick, device="cpu")
+    >>> replicas.histogram(truth, [-3, 0, 3]).total.shape
+    (2, 2)
     """
     n_replicas, seed = require_int("n_replicas", n_replicas, low=2), require_int("seed", seed, low=0)
     own = as_weights("weights", weights, len(as_columns("truth", truth)), "truth")

@@ -56,6 +56,11 @@ def broken_power_law(lg_energy: Array, theta: Array) -> Array:
     """J(E) of theta (2 + 2 b,) at lg(E/eV) (n,), in the unit of J0 (1/(eV km2 sr yr)).
 
     Source: arXiv:2008.06486.
+
+    >>> import numpy as np
+    >>> from sbi_phys.unfold import broken_power_law
+    >>> broken_power_law(np.array([18.5, 19.5]), np.array([-18.0, 3.0]))
+    array([1.e-18, 1.e-21])
     """
     n_breaks = theta.size // 2 - 1
     gammas, breaks = theta[1 : n_breaks + 2], theta[n_breaks + 2 :]
@@ -67,7 +72,14 @@ def broken_power_law(lg_energy: Array, theta: Array) -> Array:
 
 
 def bin_integral(flux: Flux, edges: Array, theta: Array) -> Array:
-    """Integral of J dE over bins with edges in lg(E/eV), (n,) = int J(E) E ln10 dlgE."""
+    """Integral of J dE over bins with edges in lg(E/eV), (n,) = int J(E) E ln10 dlgE.
+
+    >>> import numpy as np
+    >>> from sbi_phys.unfold import bin_integral, broken_power_law
+    >>> edges = np.array([18.5, 18.6, 18.7])
+    >>> bin_integral(broken_power_law, edges, np.array([-18.0, 3.0])).round(3)
+    array([0.584, 0.368])
+    """
     u, w = np.polynomial.legendre.leggauss(POINTS)
     cuts = np.linspace(edges[:-1], edges[1:], PANELS + 1).T
     low, high = cuts[:, :-1, None], cuts[:, 1:, None]
@@ -83,6 +95,13 @@ class ForwardFold:
     names (p). values, errors (p,), covariance_parameters (p, p), from Hesse. minos (p, 2), lower (negative) and upper errors, or None.
     correction (r,) = c_i. counts (r,) = c_i N_i, true events in the reco bins; covariance (r, r); jacobian (r, r) = dU/dN.
     flux (r,) and flux_covariance (r, r), 1/(eV km2 sr yr) for an exposure in km2 sr yr. refolded (r,). chi2, Poisson deviance.
+
+    >>> import numpy as np
+    >>> from sbi_phys.unfold import Response, forward_fold
+    >>> response = Response.from_resolution(np.linspace(18.2, 19.8, 17), np.linspace(18.5, 19.5, 11), resolution=0.05, exposure=1.0)
+    >>> fit = forward_fold([3660, 2310, 1460, 921, 581, 367, 231, 146, 92, 58], response)
+    >>> fit.counts.shape, fit.ndf, fit.pvalue > 0.01
+    ((10,), 8, True)
     """
 
     names: tuple[str, ...]
@@ -168,6 +187,13 @@ def forward_fold(
     Raises: ShapeError, NonFiniteError, DataError, SettingError (edges, exposure or start missing), ConvergenceError, SbiPhysError
         (iminuit is not installed).
     Source: arXiv:2008.06486.
+
+    >>> import numpy as np
+    >>> from sbi_phys.unfold import Response, forward_fold
+    >>> response = Response.from_resolution(np.linspace(18.2, 19.8, 17), np.linspace(18.5, 19.5, 11), resolution=0.05, exposure=1.0)
+    >>> fit = forward_fold([3660, 2310, 1460, 921, 581, 367, 231, 146, 92, 58], response)
+    >>> fit.names, round(float(fit.values[1]), 1)
+    (('lg_j0', 'gamma_1'), 3.0)
     """
     truth_edges, reco_edges, area = _axes(response, exposure)
     values, own = counts_of(counts, response)

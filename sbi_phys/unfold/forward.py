@@ -87,6 +87,17 @@ class UnfoldedTruth:
 
     points (s, d). weights (s,), counts corrected for efficiency. replicas (n_replicas, s), of bootstrapped data. log_likelihood (k + 1,),
     of the start and after every iteration, up to a constant.
+
+    >>> import numpy as np
+    >>> from sbi_phys.training import TrainConfig
+    >>> from sbi_phys.unfold import ForwardUnfolder
+    >>> rng, quick = np.random.default_rng(1), TrainConfig(max_epochs=1)
+    >>> truth = rng.normal(size=120)
+    >>> reco, data = truth + 0.3 * rng.normal(size=120), rng.uniform(-1.5, 1.5, size=100)
+    >>> unfolder = ForwardUnfolder(flow="affine", config=quick, device="cpu").fit(truth, reco)
+    >>> result = unfolder.unfold(data, support=32, n_iterations=3, n_replicas=5)
+    >>> round(result.total), result.replicas.shape
+    (100, (5, 32))
     """
 
     points: Array
@@ -156,6 +167,17 @@ class DensityFit:
 
     names (p). values, errors (p,), covariance (p, p), from Hesse. log_likelihood. efficiency, mean over the fitted density; total and
     total_error, number of true events: measured over efficiency, with the errors of both.
+
+    >>> import numpy as np
+    >>> from sbi_phys.training import TrainConfig
+    >>> from sbi_phys.unfold import ForwardUnfolder
+    >>> rng, quick = np.random.default_rng(1), TrainConfig(max_epochs=1)
+    >>> truth = rng.normal(size=120)
+    >>> reco, data = truth + 0.3 * rng.normal(size=120), rng.uniform(-1.5, 1.5, size=100)
+    >>> unfolder = ForwardUnfolder(flow="affine", config=quick, device="cpu").fit(truth, reco)
+    >>> fit = unfolder.fit_density(data, lambda t, phi: np.exp(-0.5 * (t[:, 0] - phi[0]) ** 2), [0.0], ["mean"])
+    >>> fit.names, round(fit.total)
+    (('mean',), 100)
     """
 
     names: tuple[str, ...]
@@ -377,6 +399,16 @@ class ForwardUnfolder(LearnedUnfolder):
     EmbeddingConfig. n_ensemble: networks, whose densities are averaged. device: 'auto' takes CUDA where there is one. config: of every
     training; None chooses batches and epochs from the number of events.
     Raises: SettingError.
+
+    >>> import numpy as np
+    >>> from sbi_phys.training import TrainConfig
+    >>> from sbi_phys.unfold import ForwardUnfolder
+    >>> rng, quick = np.random.default_rng(1), TrainConfig(max_epochs=1)
+    >>> truth = rng.normal(size=120)
+    >>> reco, data = truth + 0.3 * rng.normal(size=120), rng.uniform(-1.5, 1.5, size=100)
+    >>> unfolder = ForwardUnfolder(flow="affine", config=quick, device="cpu").fit(truth, reco)
+    >>> unfolder.response([-1, 0, 1], [-2, -1, 0, 1, 2]).matrix.shape
+    (4, 2)
     """
 
     losses: tuple[float, ...] = ()
@@ -441,7 +473,7 @@ class ForwardUnfolder(LearnedUnfolder):
             out = np.where((owner == m)[:, :, None], drawn, out)
         return self._reco_scale[0] + self._reco_scale[1] * out
 
-    def log_prob(self, reco: ArrayLike, truth: ArrayLike) -> Array:
+    def log_likelihood(self, reco: ArrayLike, truth: ArrayLike) -> Array:
         """log q(reco | truth) of paired rows reco (n, k), truth (n, d) -> (n,), in the reco's units.   Raises: as `efficiency`."""
         r, t = self._check("reco", reco, self._reco_scale), self._check("truth", truth, self._truth_scale)
         if len(r) != len(t):

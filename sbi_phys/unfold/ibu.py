@@ -256,6 +256,12 @@ class StoppingRule:
 
     coverage: least coverage of the 68.3 % interval in the worst bin. bias: largest |mean pull| in the worst bin. tilt: factor, first
     to last bin, by which the priors of the toys are tilted either way, 1 = only the prior in use. n_toys per prior. max_iterations.
+
+    >>> from sbi_phys.unfold import StoppingRule, ibu
+    >>> rule = StoppingRule(bias=0.2, n_toys=100)
+    >>> result = ibu([90, 60], [[0.8, 0.2], [0.1, 0.7]], "bias", rule=rule)
+    >>> result.stopping.met, result.n_iterations < 30
+    (True, True)
     """
 
     coverage: float = 0.60
@@ -279,6 +285,12 @@ class Stopping:
     kind, "coverage" or "bias". chosen, iterations; met, False if even the last did not do. iterations (k,). coverage (k, n_truth) and
     mean_pull (k, n_truth) of the worst of the priors in each bin. truth (n_truth,), of the toys. bias (n_truth,), unfolded expectation
     minus truth of the prior in use, counts; spread (n_truth,), half the difference between the two tilted priors, counts.
+
+    >>> from sbi_phys.unfold import StoppingRule, ibu
+    >>> result = ibu([90, 60], [[0.8, 0.2], [0.1, 0.7]], "coverage", rule=StoppingRule(n_toys=100))
+    >>> stopping = result.stopping
+    >>> stopping.chosen == result.n_iterations, stopping.coverage.shape == (stopping.iterations.size, 2)
+    (True, True)
     """
 
     kind: str
@@ -440,6 +452,11 @@ class IBU:
     (the worst pattern of signs counts; for a smooth change see `tilt_remaining`). refolded (r,), expected counts. chi2 and ndf = r:
     refolded against measured, Poisson deviance, or with the covariance of the counts if one was given. stopping, scan of the rule or None.
     expected (r,), the smooth counts that covariance_data was taken at, None = the measured ones. jacobian is that at the measured ones.
+
+    >>> from sbi_phys.unfold import ibu
+    >>> result = ibu([90, 60], [[0.8, 0.2], [0.1, 0.7]], n_iterations=50)
+    >>> result.refolded.round(), result.covariance.shape, result.history.shape
+    (array([90., 60.]), (2, 2), (51, 2))
     """
 
     counts: Array
@@ -555,6 +572,13 @@ def ibu(
     Warns: UserWarning for fewer events than truth bins, or if no number of iterations meets the rule.
     Source: D'Agostini 1995, NIM A 362, 487; Jacobian as in Adye 2011, arXiv:1105.1160, for any efficiency and response.
     Read: prior_remaining and tilt_remaining tell which bins the data have not reached; use the full covariance, not its diagonal alone.
+
+    >>> from sbi_phys.unfold import ibu
+    >>> result = ibu([90, 60], [[0.8, 0.2], [0.1, 0.7]], n_iterations=50)
+    >>> result.counts.round()
+    array([94., 72.])
+    >>> result.errors.round()
+    array([13., 12.])
     """
     resp = _with_background(as_response(response), background)
     values, own = counts_of(counts, resp)

@@ -54,6 +54,15 @@ class Measurement:
     variations: words -> measurement with a constant of the detector changed by what it may be wrong.
 
     Raises: ShapeError, NonFiniteError, DataError, SettingError.
+
+    >>> from pathlib import Path
+    >>> from sbi_phys.unfold import read_measurement
+    >>> rows = ["lg_e_low,lg_e_high,counts", "18.5,18.6,400", "18.6,18.7,250", "18.7,18.8,160"]
+    >>> _ = Path("counts.csv").write_text(chr(10).join(rows))
+    >>> measurement = read_measurement("counts.csv", resolution=0.1)
+    >>> import numpy as np
+    >>> measurement.within(np.ones(measurement.fine_edges.size - 1)).matrix.shape
+    (3, 3)
     """
 
     name: str
@@ -175,6 +184,11 @@ def load_measurement(spec: str, settings: Mapping[str, Any] | None = None) -> Me
     A class needs counts, reco_edges, truth_edges and response(edges) -> (r, n); exposure, title, source, unit, start, n_breaks, published,
     target, alternatives, variations and note are optional.
     Raises: SettingError (unknown name, module, class or setting), DataError, ShapeError.
+
+    >>> from sbi_phys.unfold import load_measurement
+    >>> auger = load_measurement("auger")
+    >>> auger.counts.shape == auger.centres.shape, "Auger" in auger.title
+    (True, True)
     """
     path = NAMED.get(spec, spec)
     module_name, colon, class_name = path.partition(":")
@@ -240,6 +254,14 @@ def read_measurement(path: str | Path, resolution: str | float, exposure: float 
 
     Args: resolution, sigma(E)/E of the true energy: a number, or a CSV with columns lg_e, sigma (linear in between, flat outside).
     exposure, km2 sr yr.   Raises: DataError (file, columns, rows: named), SettingError, ShapeError.
+
+    >>> from pathlib import Path
+    >>> from sbi_phys.unfold import read_measurement
+    >>> rows = ["lg_e_low,lg_e_high,counts", "18.5,18.6,400", "18.6,18.7,250", "18.7,18.8,160"]
+    >>> _ = Path("counts.csv").write_text(chr(10).join(rows))
+    >>> measurement = read_measurement("counts.csv", resolution=0.1)
+    >>> measurement.counts, measurement.truth_edges.size > 4
+    (array([400., 250., 160.]), True)
     """
     file = Path(path)
     table = _table(file, _COLUMNS)

@@ -219,6 +219,16 @@ class OmniFold:
     factors` of the reconstructed events, with the background, is what the data look like if the result is right.
     nominal (n,). truth (n, d). truth_pass (n,). history: one record per iteration. smooth: whether step 2's ratio was a quadratic form
     and what the evidence asked for beyond it. seed.
+
+    >>> import numpy as np
+    >>> from sbi_phys.training import TrainConfig
+    >>> from sbi_phys.unfold import omnifold
+    >>> rng, quick = np.random.default_rng(1), TrainConfig(max_epochs=1)
+    >>> truth = rng.normal(size=120)
+    >>> reco, data = truth + 0.3 * rng.normal(size=120), rng.uniform(-1.5, 1.5, size=100)
+    >>> result = omnifold(truth, reco, data, 1, config=quick, device="cpu")
+    >>> result.n_iterations, 0.5 < result.effective_sample_size <= 1
+    (1, True)
     """
 
     weights: Array
@@ -309,6 +319,16 @@ def omnifold(
     Returns: OmniFold.   Raises: ShapeError, NonFiniteError, DataError (too few events, efficiency 0, no overlap, negative weights),
     SettingError. Warns, naming the place, where data lie outside the simulation and where nothing is reconstructed.
     Source: arXiv:1911.09107.   Read: `np.histogram(truth, weights=result.weights)` is the unfolded spectrum; errors: `bootstrap_omnifold`.
+
+    >>> import numpy as np
+    >>> from sbi_phys.training import TrainConfig
+    >>> from sbi_phys.unfold import omnifold
+    >>> rng, quick = np.random.default_rng(1), TrainConfig(max_epochs=1)
+    >>> truth = rng.normal(size=120)
+    >>> reco, data = truth + 0.3 * rng.normal(size=120), rng.uniform(-1.5, 1.5, size=100)
+    >>> result = omnifold(truth, reco, data, 1, config=quick, device="cpu")
+    >>> result.weights.shape, round(result.weights.sum())
+    ((120,), 100)
     """
     events = check_events(truth, reco, data, reco_pass, truth_pass, data_weights, weights, background, background_weights)
     settings = check_settings(n_iterations, n_ensemble, device, config, network, fit_fakes, smooth)
@@ -464,6 +484,16 @@ def bootstrap_omnifold(
     Args: n_replicas: >= 2; 3 n_replicas + 1 unfoldings are run, one after the other. The others are those of `omnifold`.
     Returns: WeightReplicas.   Raises: what `omnifold` raises.   Source: `replicas`.
     Read: `.histogram(truth[:, 0], edges)` gives unfolded counts with covariances from data, simulation and training apart.
+
+    >>> import numpy as np
+    >>> from sbi_phys.training import TrainConfig
+    >>> from sbi_phys.unfold import bootstrap_omnifold
+    >>> rng, quick = np.random.default_rng(1), TrainConfig(max_epochs=1)
+    >>> truth = rng.normal(size=120)
+    >>> reco, data = truth + 0.3 * rng.normal(size=120), rng.uniform(-1.5, 1.5, size=100)
+    >>> replicas = bootstrap_omnifold(truth, reco, data, 1, n_replicas=2, config=quick, device="cpu")
+    >>> replicas.data.shape
+    (2, 120)
     """
     n_replicas, seed = require_int("n_replicas", n_replicas, low=2), require_int("seed", seed, low=0)
     events = check_events(truth, reco, data, reco_pass, truth_pass, data_weights, weights, background, background_weights)

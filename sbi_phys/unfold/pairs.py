@@ -31,7 +31,18 @@ _NOT_FINITE = 1  # status of a row whose x is not finite
 
 
 class Pairs(NamedTuple):
-    """truth (n, d), reco (n, k), in the store's units; weights (n,); reco_pass (n,): where False, reco means nothing (0)."""
+    """truth (n, d), reco (n, k), in the store's units; weights (n,); reco_pass (n,): where False, reco means nothing (0).
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> energy = np.linspace(0.01, 3.99, 400)
+    >>> np.savez("pairs.npz", energy=energy, signal=energy + np.random.default_rng(1).normal(0, 0.3, 400))
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 0.0, 4.0)])
+    >>> store = sp.store.import_store("pairs.npz", "pairs", prior=prior, observables=[sp.Observable("signal", 1)])
+    >>> truth, reco, weights, reco_pass = sp.unfold.read_pairs(store, "energy", "signal")
+    >>> bool(reco_pass.all()), float(weights.sum())
+    (True, 400.0)
+    """
 
     truth: Array
     reco: Array
@@ -56,6 +67,16 @@ def read_pairs(
     Returns: Pairs: `FlowUnfolder().fit(p.truth, p.reco, weights=p.weights, reco_pass=p.reco_pass)`.
     Raises: SettingError (a name that the store has not: lists those it has), DataError (failed rows, negative weights), NonFiniteError,
         StoreError.
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> energy = np.linspace(0.01, 3.99, 400)
+    >>> np.savez("pairs.npz", energy=energy, signal=energy + np.random.default_rng(1).normal(0, 0.3, 400))
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 0.0, 4.0)])
+    >>> store = sp.store.import_store("pairs.npz", "pairs", prior=prior, observables=[sp.Observable("signal", 1)])
+    >>> pairs = sp.unfold.read_pairs(store, "energy", "signal")
+    >>> pairs.truth.shape, pairs.reco.shape
+    ((400, 1), (400, 1))
     """
     parts = list(_parts(store, truth, reco, weights, reco_pass, failed))
     if not parts:
@@ -83,6 +104,15 @@ def response_from_store(
         exposure, km2 sr yr.
     Returns: Response with n_simulated, truth and fakes.
     Raises: as `read_pairs`; ShapeError (more than one column), DataError (no overlap, empty bins: named).
+
+    >>> import numpy as np
+    >>> import sbi_phys as sp
+    >>> energy = np.linspace(0.01, 3.99, 400)
+    >>> np.savez("pairs.npz", energy=energy, signal=energy + np.random.default_rng(1).normal(0, 0.3, 400))
+    >>> prior = sp.BoxPrior([sp.Parameter("energy", 0.0, 4.0)])
+    >>> store = sp.store.import_store("pairs.npz", "pairs", prior=prior, observables=[sp.Observable("signal", 1)])
+    >>> sp.unfold.response_from_store(store, "energy", "signal", [0, 2, 4], [-1, 1, 3, 5]).matrix.shape
+    (3, 2)
     """
     source = store if isinstance(store, Store) else Store(store)
     edges_t, edges_r = check_edges("truth_edges", truth_edges), check_edges("reco_edges", reco_edges)

@@ -69,6 +69,16 @@ class StatisticCovariance:
     """A statistic (q,) of the unfolded weights with its covariances (q, q), by source.
 
     values (q,), with all events. data, simulation, training (q, q). total = data + simulation, either with a training's noise in it.
+
+    >>> import numpy as np
+    >>> from sbi_phys.unfold import WeightReplicas
+    >>> varied = np.random.default_rng(1).poisson(1.0, (10, 100)).astype(float)
+    >>> replicas = WeightReplicas(
+    ...     weights=np.ones(100), truth_pass=np.ones(100, dtype=bool), data=varied, simulation=varied, training=varied
+    ... )
+    >>> found = replicas.histogram(np.linspace(0, 1, 100), [0, 0.5, 1])
+    >>> found.values, found.error.shape
+    (array([50., 50.]), (2,))
     """
 
     values: Array
@@ -93,6 +103,15 @@ class WeightReplicas:
 
     weights (n,), with all events. truth_pass (n,): has a truth. data, simulation, training (n_replicas, n): one source varied.
     A simulated event that a replica left out has weight 0 there.
+
+    >>> import numpy as np
+    >>> from sbi_phys.unfold import WeightReplicas
+    >>> varied = np.random.default_rng(1).poisson(1.0, (10, 100)).astype(float)
+    >>> replicas = WeightReplicas(
+    ...     weights=np.ones(100), truth_pass=np.ones(100, dtype=bool), data=varied, simulation=varied, training=varied
+    ... )
+    >>> replicas.n_replicas, replicas.covariance(np.sum).total.shape
+    (10, (1, 1))
     """
 
     weights: Array

@@ -53,6 +53,15 @@ class Response:
     background (n_reco,), counts. exposure, km2 sr yr, used by `forward_fold` alone.
 
     Raises: ShapeError (bins that do not match), NonFiniteError, DataError (empty column or row, negative, efficiency above 1: named).
+
+    >>> import numpy as np
+    >>> from sbi_phys.unfold import Response
+    >>> edges = np.linspace(0, 4, 5)
+    >>> response = Response.from_resolution(edges, edges, resolution=0.4, efficiency=0.8)
+    >>> response.matrix.shape, response.efficiency.round(2)
+    ((4, 4), array([0.67, 0.8 , 0.8 , 0.67]))
+    >>> response.fold([100, 80, 60, 40]).round()
+    array([65., 64., 48., 29.])
     """
 
     matrix: Array

@@ -298,6 +298,14 @@ class SpectrumModel:
     smoothness = 1 / sigma. level_sd, tilt_sd: of the mean of log(n / reference) and of its slope over half of the range; they make up the
     range of spectra that a network has to learn, so no wider than needed.
     Raises: SettingError, ShapeError, NonFiniteError, DataError.
+
+    >>> import numpy as np
+    >>> from sbi_phys.unfold import Response, SpectrumModel
+    >>> model = SpectrumModel(Response([[0.8, 0.2], [0.1, 0.7]]), reference=[100.0, 80.0])
+    >>> rng = np.random.default_rng(1)
+    >>> theta = model.prior.sample(5, rng)
+    >>> model.spectrum(theta).shape, model.simulate(theta, rng).shape
+    ((5, 2), (5, 2))
     """
 
     def __init__(

@@ -46,6 +46,14 @@ class TikhonovScan:
     strength tau. chi2 of the data. penalty |L x|^2. curvature of the L-curve (log chi2, log penalty), largest at its corner.
     global_correlation, mean over bins of sqrt(1 - 1 / (V_ii (V^-1)_ii)). effective, trace of dn_folded/dN: free parameters.
     method and chosen: by what, and at which index.
+
+    >>> import numpy as np
+    >>> from sbi_phys.unfold import Response, tikhonov
+    >>> edges = np.linspace(0, 6, 7)
+    >>> response = Response.from_resolution(edges, edges, resolution=0.5)
+    >>> result = tikhonov([40, 90, 150, 160, 90, 35], response, method="l_curve", n_strengths=20)
+    >>> result.scan.strength.shape, bool(result.scan.strength[result.scan.chosen] == result.strength)
+    ((20,), True)
     """
 
     strength: Array
@@ -68,6 +76,14 @@ class Tikhonov:
 
     counts (t,), may be negative. covariance (t, t) = covariance_data + covariance_response. jacobian (t, r) = dn/dN at fixed weights.
     strength tau; scan, or None if tau was given. refolded (r,). chi2 with the covariance of the data; effective, its free parameters.
+
+    >>> import numpy as np
+    >>> from sbi_phys.unfold import Response, tikhonov
+    >>> edges = np.linspace(0, 6, 7)
+    >>> response = Response.from_resolution(edges, edges, resolution=0.5)
+    >>> result = tikhonov([40, 90, 150, 160, 90, 35], response, strength=0.1)
+    >>> result.strength, result.scan is None, result.covariance.shape
+    (0.1, True, (6, 6))
     """
 
     counts: Array
@@ -139,7 +155,7 @@ def tikhonov(
     method: str = "global_correlation",
     counts_covariance: ArrayLike | None = None,
     background: ArrayLike | None = None,
-    n_scan: int = 60,
+    n_strengths: int = 60,
 ) -> Tikhonov:
     r"""Unfold by least squares with a curvature penalty, min chi2(n) + tau^2 |L (n / p)|^2.
 
@@ -151,11 +167,19 @@ def tikhonov(
         method: "global_correlation" (smallest mean) or "l_curve" (largest curvature).
         counts_covariance: (r, r); None = Poisson.
         background: (r,), expected counts that are no signal; None = the response's own.
-        n_scan: points of the scan.
+        n_strengths: of the scan.
 
     Returns: Tikhonov.
     Raises: ShapeError, NonFiniteError, DataError, SettingError (fewer reco than truth bins, a matrix of lower rank).
     Source: Hocker & Kartvelishvili 1996, hep-ph/9509307; Schmitt 2012, arXiv:1205.6201.
+
+    >>> import numpy as np
+    >>> from sbi_phys.unfold import Response, tikhonov
+    >>> edges = np.linspace(0, 6, 7)
+    >>> response = Response.from_resolution(edges, edges, resolution=0.5)
+    >>> result = tikhonov([40, 90, 150, 160, 90, 35], response)
+    >>> result.counts.shape, bool(abs(result.refolded.sum() / 565 - 1) < 0.02)
+    ((6,), True)
     """
     resp = as_response(response)
     if background is not None:
@@ -175,13 +199,13 @@ def tikhonov(
         shape = resp.truth if resp.truth is not None and (resp.truth > 0).all() else np.ones(resp.n_truth)
     p = scaled_prior(data, shape, resp)
     require_choice("method", method, METHODS)
-    n_scan = require_int("n_scan", n_scan, low=10, high=10_000)
+    n_strengths = require_int("n_strengths", n_strengths, low=10, high=10_000)
     tau = 0.0 if strength is None else require_number("strength", strength, low=0)
     found: TikhonovScan | None = None
     problem = _problem(data, resp, p, given if given is not None else np.diag(np.maximum(data, 1.0)))
     for last in (True,) if given is not None else (False, True):
         if strength is None:
-            found = _scan(problem, p, method, n_scan)
+            found = _scan(problem, p, method, n_strengths)
             tau = float(found.strength[found.chosen])
         ratio, slope = problem.solve(tau)
         if not last:  # expected instead of observed counts, half a count at the least

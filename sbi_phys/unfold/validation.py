@@ -79,7 +79,16 @@ MAX_PAIRS = 10  # of truth quantities whose products are ranked
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EventPIT:
-    """Ranks of the events' truths: `sbc` of each quantity and of products of two; `regression` of ranks on reco, or None."""
+    """Ranks of the events' truths: `sbc` of each quantity and of products of two; `regression` of ranks on reco, or None.
+
+    >>> import numpy as np
+    >>> from sbi_phys.unfold import event_pit
+    >>> rng = np.random.default_rng(1)
+    >>> truth, draws = rng.normal(size=200), rng.normal(size=(200, 50))
+    >>> result = event_pit(truth, draws)
+    >>> result.sbc.ranks.shape, result.regression is None
+    ((200, 1), True)
+    """
 
     sbc: SBC
     regression: PITRegression | None
@@ -115,6 +124,13 @@ def event_pit(
     Raises: ShapeError, NonFiniteError, DataError (fewer than 10 events or 2 draws), SettingError.
     Source: arXiv:1804.06788, 2102.10473.
     Read: p < 0.05 = the event posteriors are wrong; the summary says whether they are shifted, too narrow, or wrong in correlation.
+
+    >>> import numpy as np
+    >>> from sbi_phys.unfold import event_pit
+    >>> rng = np.random.default_rng(1)
+    >>> truth, draws = rng.normal(size=200), rng.normal(size=(200, 50))
+    >>> event_pit(truth, draws).pvalue > 0.01, event_pit(truth + 1, draws).pvalue > 0.01
+    (True, False)
     """
     theta, samples = check_pairs(truth, draws)
     plain, _ = check_names(names if names is not None else [f"truth_{j}" for j in range(theta.shape[1])], theta.shape[1])
@@ -133,7 +149,7 @@ EVENTS = "event posteriors"
 
 
 class Row(NamedTuple):
-    """One line of the table: passed is None where nothing is asked; pvalue, corrected, where toys decide."""
+    """One line of the table: passed is None where there is no criterion; pvalue, corrected, where toys decide."""
 
     name: str
     value: float
@@ -148,7 +164,7 @@ class MethodValidation:
     """What was found of one method.
 
     checks, each test with its own number. closure; stress and bottom_lines, by the name of the other truth; toys. counts, the answer to
-    the measured counts with its error, or None. priors, scan: None unless asked. warned: what the method warned of, and how often.
+    the measured counts with its error, or None. priors, scan: None unless given. warned: what the method warned of, and how often.
     """
 
     name: str
@@ -202,15 +218,20 @@ class MethodValidation:
 class Validation:
     """What `validate` found.
 
-    methods, by name. response, truth (t,), n_toys, asked: what it was found with. events: ranks of event posteriors, or None. seconds, by
-    method.
+    methods, by name. response, truth (t,), n_toys, criteria: as passed. events: ranks of event posteriors, or None. seconds, by method.
+
+    >>> from sbi_phys.unfold import tikhonov, validate
+    >>> matrix = [[0.8, 0.1, 0.0], [0.2, 0.8, 0.2], [0.0, 0.1, 0.8]]
+    >>> report = validate(lambda n, r: tikhonov(n, r, 0.0), matrix, [400, 300, 200], n_toys=50)
+    >>> report.passed, [row.name for row in report.table()][:2]
+    (True, ['closure', 'stress: tilt up'])
     """
 
     methods: Mapping[str, MethodValidation]
     response: Response
     truth: Array
     n_toys: int
-    asked: Criteria
+    criteria: Criteria
     events: EventPIT | None
     seconds: Mapping[str, float] = field(compare=False)
 
@@ -266,7 +287,7 @@ class Validation:
         """Plain numbers and words."""
         return {
             "verdict": self.verdict, "passed": self.passed, "failed": list(self.failed), "n_toys": self.n_toys,
-            "asked": asdict(self.asked), "truth": self.truth.tolist(), "seconds": dict(self.seconds),
+            "criteria": asdict(self.criteria), "truth": self.truth.tolist(), "seconds": dict(self.seconds),
             "rows": [{k: _plain(v) for k, v in row._asdict().items()} for row in self.table()],
             "bins": {name: _bins(m) for name, m in self.methods.items()},
             "warned": {name: dict(m.warned) for name, m in self.methods.items()},
@@ -324,7 +345,7 @@ def validate(
     priors: Mapping[str, Unfold] | Mapping[str, Mapping[str, Unfold]] | None = None,
     scan: Mapping[float, Unfold] | Mapping[str, Mapping[float, Unfold]] | None = None,
     events: EventPIT | None = None,
-    asked: Criteria | None = None,
+    criteria: Criteria | None = None,
     n_toys: int = 200,
     seed: int = 0,
     progress: Progress | None = None,
@@ -340,7 +361,7 @@ def validate(
         priors: variants of the method by the name of their prior; with several methods, one such mapping by the name of each method.
         scan: variants by strength of the regularisation (iterations, tau), likewise.
         events: result of `event_pit` for a method that works event by event.
-        asked: the criteria; Criteria() by default.
+        criteria: Criteria() by default.
         n_toys: at least 20; 200 see a coverage to 0.03.
         seed: of the toys.
         progress: default none.
@@ -349,14 +370,20 @@ def validate(
     Raises: ShapeError (a method with other bins), NonFiniteError, DataError, SettingError; a method's own errors, with a note of the place.
     Source: Cousins, May & Sun 2016, arXiv:1607.07038 (bottom line); the others are common practice.
     Read: `.verdict`, then the rows that fail. A method that passes closure and fails stress repeats its prior.
+
+    >>> from sbi_phys.unfold import tikhonov, validate
+    >>> matrix = [[0.8, 0.1, 0.0], [0.2, 0.8, 0.2], [0.0, 0.1, 0.8]]
+    >>> report = validate(lambda n, r: tikhonov(n, r, 0.0), matrix, [400, 300, 200], n_toys=50)
+    >>> print(report.verdict)
+    method: passes all 15 tests.
     """
     named = _methods(methods)
-    call = _call(response, truth, counts, alternatives, asked, n_toys, seed)
+    call = _call(response, truth, counts, alternatives, criteria, n_toys, seed)
     if events is not None and not isinstance(events, EventPIT):
         raise SettingError(f"events is a {type(events).__name__}; expected what event_pit(truth, draws) returns")
     found, seconds = _test_all(call, named, _by_method("priors", priors, named), _by_method("scan", scan, named), progress)
     return Validation(
-        methods=found, response=call.response, truth=call.truth, n_toys=call.n_toys, asked=call.asked, events=events, seconds=seconds
+        methods=found, response=call.response, truth=call.truth, n_toys=call.n_toys, criteria=call.criteria, events=events, seconds=seconds
     )
 
 
@@ -395,13 +422,14 @@ def _call(
     truth: ArrayLike,
     counts: ArrayLike | None,
     alternatives: Mapping[str, ArrayLike] | None,
-    asked: Criteria | None,
+    criteria: Criteria | None,
     n_toys: int,
     seed: int,
 ) -> "_Call":
-    resp, criteria = as_response(response), asked or Criteria()
-    if not isinstance(criteria, Criteria):
-        raise SettingError(f"asked is a {type(asked).__name__}; expected Criteria(...)")
+    resp = as_response(response)
+    limits = Criteria() if criteria is None else criteria
+    if not isinstance(limits, Criteria):
+        raise SettingError(f"criteria is a {type(criteria).__name__}; expected Criteria(...)")
     nature = _check_truth("truth", truth, resp)
     given = default_alternatives(nature) if alternatives is None else alternatives
     return _Call(
@@ -409,7 +437,7 @@ def _call(
         truth=nature,
         counts=None if counts is None else check_counts(counts, resp.n_reco, resp.reco_edges),
         others={str(name): _check_truth(f"alternative {name!r}", other, resp) for name, other in given.items()},
-        asked=criteria,
+        criteria=limits,
         n_toys=require_int("n_toys", n_toys, low=20),
         seed=require_int("seed", seed, low=0),
     )
@@ -423,7 +451,7 @@ class _Call:
     truth: Array
     counts: Array | None
     others: dict[str, Array]
-    asked: Criteria
+    criteria: Criteria
     n_toys: int
     seed: int
 
@@ -431,7 +459,7 @@ class _Call:
         self, method: Method, priors: Mapping[str, Unfold] | None, scan: Mapping[float, Unfold] | None, task: Task
     ) -> MethodValidation:
         """Ask one method everything."""
-        resp, asked = self.response, self.asked
+        resp, criteria = self.response, self.criteria
         first = closure(method, resp, self.truth, "the folded truth")
         stress = {name: closure(method, resp, other, f"the folded alternative {name!r}") for name, other in self.others.items()}
         lines = {name: bottom_line(method, resp, first, other, f"hypothesis {name!r}") for name, other in self.others.items()}
@@ -442,11 +470,11 @@ class _Call:
         if self.counts is not None:
             answer = method.ask(self.counts, resp, "the measured counts")
             observed = distance(self.counts, resp.fold(answer.counts))
-        checks = noiseless_checks(first, stress, lines, asked, resp) + toy_checks(toys, asked, resp, observed)
+        checks = noiseless_checks(first, stress, lines, criteria, resp) + toy_checks(toys, criteria, resp, observed)
         compared = None
         if priors is not None:
             compared = compare_priors(priors, self.counts if self.counts is not None else resp.fold(self.truth), resp)
-            checks.append(prior_check(compared, asked, resp))
+            checks.append(prior_check(compared, criteria, resp))
         scanned = None
         if scan is not None:
             scanned = scan_strengths(scan, resp, self.truth, self.others, min(self.n_toys, SCAN_TOYS), self.seed, task)

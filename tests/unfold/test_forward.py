@@ -60,10 +60,10 @@ def test_density_is_that_of_the_detector(flat):
     rng = rng_for(1, "pairs")
     truth = rng.uniform(-2, 3, 3000)
     reco = truth + SMEAR * rng.standard_normal(3000)
-    apart = norm.logpdf(reco, truth, SMEAR) - flat.log_prob(reco, truth)
+    apart = norm.logpdf(reco, truth, SMEAR) - flat.log_likelihood(reco, truth)
     assert -3 * apart.std() / 55 < apart.mean() < 0.02  # a divergence: positive, and small
     grid = np.linspace(-6, 7, 3001)
-    assert np.trapezoid(np.exp(flat.log_prob(grid, np.full(3001, 0.3))), grid) == pytest.approx(1, abs=2e-3)
+    assert np.trapezoid(np.exp(flat.log_likelihood(grid, np.full(3001, 0.3))), grid) == pytest.approx(1, abs=2e-3)
     drawn = flat.sample([[0.3], [2.0]], 4000, seed=1)
     assert drawn.shape == (2, 4000, 1)
     np.testing.assert_allclose(drawn[:, :, 0].mean(axis=1), [0.3, 2.0], atol=0.06)
@@ -98,7 +98,7 @@ def test_learned_response_in_bayesian_unfolding(flat, data):
     """The spectrum within its errors, unfolded with the learned matrix."""
     edges, reco = np.linspace(-2.2, 2.6, 9), np.linspace(-4, 4.4, 22)
     counts = np.histogram(data, reco)[0]
-    found = bayesian_unfold(counts, flat.response(edges, reco), n_draws=1000, seed=2)
+    found = bayesian_unfold(counts, flat.response(edges, reco), n_draws=250, seed=2)
     truth = 12_000 * np.diff(norm.cdf(edges, MEAN, SD))
     pull = (found.counts - truth) / found.errors
     assert np.abs(pull).max() < 3.5 and (np.abs(pull) < 1.5).mean() >= 0.5

@@ -81,7 +81,7 @@ def test_the_scan_finds_a_strength_that_covers(method):
     expected = made.fold(TRUTH)
     pulls = []
     for i in range(60):
-        found = tikhonov(rng_for(i, "scan", method).poisson(expected), made, prior=np.full(10, 1.0), method=method, n_scan=30)
+        found = tikhonov(rng_for(i, "scan", method).poisson(expected), made, prior=np.full(10, 1.0), method=method, n_strengths=30)
         pulls.append((found.counts - TRUTH) / found.errors)
     assert np.abs(np.mean(pulls, axis=0)).max() < 1.0
     assert 0.7 < np.std(pulls, axis=0).mean() < 1.3

@@ -304,7 +304,7 @@ def test_bad_methods_are_named(method, error, words) -> None:
         ({"scan": {"x": {1.0: oracle.inversion}}}, SettingError, "scan has method 'x'"),
         ({"scan": {"x": oracle.inversion}}, SettingError, "strength is 'x'"),
         ({"events": 3}, SettingError, "events is a int"),
-        ({"asked": 3}, SettingError, "asked is a int"),
+        ({"criteria": 3}, SettingError, "criteria is a int"),
     ],
 )
 def test_bad_input_is_named(options, error, words) -> None:
