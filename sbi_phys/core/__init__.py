@@ -1,1 +1,1 @@
-"""What every other folder needs: errors, checks of arguments, random numbers, progress, files, versions, devices."""
+"""Errors, checks of arguments, random numbers, progress, files, versions and devices, for all other folders."""

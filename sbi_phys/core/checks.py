@@ -1,4 +1,4 @@
-"""Checks on what a user passes: shapes, finiteness, ranges. One place that words the errors."""
+"""Checks of arguments: shapes, finite values, ranges. The wording of the errors is the same everywhere."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ __all__ = [
 def as_real(name: str, value: Any) -> Array:
     """Return `value` (numpy, torch, list; any shape) as float64; integers and booleans are widened.
 
-    Raises: DataError for complex, object or text dtypes and for what numpy cannot read at all.
+    Raises: DataError for complex, object or text dtypes and for objects that numpy cannot read.
     """
     if hasattr(value, "detach"):  # a torch tensor, on any device, without importing torch here
         value = value.detach().cpu().numpy()
@@ -120,7 +120,7 @@ def require_choice(name: str, value: Any, choices: Iterable[str]) -> str:
 
 
 def require_known(what: str, keys: Iterable[str], known: Iterable[str]) -> None:
-    """Raise SettingError for the first key that is not known, suggesting the nearest."""
+    """Raise SettingError for the first unknown key, suggesting the nearest."""
     options = tuple(known)
     for key in keys:
         if key not in options:

@@ -1,4 +1,4 @@
-"""Where networks run: `device="auto"` takes CUDA where there is one."""
+"""Device of networks: `device="auto"` means CUDA where it is available, else the CPU."""
 
 import torch
 
@@ -16,5 +16,5 @@ def resolve_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, TypeError) as err:
         raise SettingError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from err
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise SettingError(f"device is {device!r}, but torch {torch.__version__} sees no CUDA device; expected 'auto' or 'cpu' here")
+        raise SettingError(f"device is {device!r}, but torch {torch.__version__} finds no CUDA device; expected 'auto' or 'cpu' here")
     return resolved

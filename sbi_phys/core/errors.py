@@ -1,4 +1,4 @@
-"""Exception classes, all under `SbiPhysError`: every message names the thing, what was got and what was expected."""
+"""Exception classes, all derived from `SbiPhysError`. Every message says the name, the value that was got and what was expected."""
 
 __all__ = [
     "ConvergenceError",
@@ -18,7 +18,7 @@ __all__ = [
 
 
 class SbiPhysError(Exception):
-    """Base class: `except SbiPhysError` catches everything this package raises on purpose."""
+    """Base class of all errors that this package raises."""
 
 
 class ShapeError(SbiPhysError, ValueError):
@@ -26,7 +26,7 @@ class ShapeError(SbiPhysError, ValueError):
 
 
 class NonFiniteError(SbiPhysError, ValueError):
-    """An array holds NaN or Inf where only finite values make sense."""
+    """An array holds NaN or Inf where finite values are required."""
 
 
 class SupportError(SbiPhysError, ValueError):
@@ -34,7 +34,7 @@ class SupportError(SbiPhysError, ValueError):
 
 
 class DataError(SbiPhysError, ValueError):
-    """Data are empty, too few, of the wrong dtype, or an input table is malformed."""
+    """Data are empty, too few or of the wrong dtype, or an input table is malformed."""
 
 
 class SettingError(SbiPhysError, ValueError):
@@ -42,19 +42,19 @@ class SettingError(SbiPhysError, ValueError):
 
 
 class StoreError(SbiPhysError):
-    """A simulation store is missing, truncated, foreign, of a newer schema, or made with other settings."""
+    """A simulation store is missing, damaged, of another schema, or made with other settings."""
 
 
 class SimulatorMismatchError(SbiPhysError):
-    """A simulator is not the one that a store, model or run was made with, or it breaks the protocol."""
+    """A simulator differs from that of a store, model or run, or does not follow the protocol."""
 
 
 class ModelFileError(SbiPhysError):
-    """A model or checkpoint file is missing, truncated, or not one of ours."""
+    """A model or checkpoint file is missing, truncated, or of another format."""
 
 
 class RunFolderError(SbiPhysError):
-    """A run folder was made with other settings, or holds files that are not a run's."""
+    """A run folder was made with other settings, or holds files that do not belong to a run."""
 
 
 class WriteError(SbiPhysError, OSError):

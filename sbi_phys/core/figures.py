@@ -1,6 +1,7 @@
-"""The one place through which results reach their figures, which live in a folder above them.
+"""Access of results to their figures, which are in a later folder, `sbi_phys.plotting`.
 
-`figures.calibration.rank_ecdf(result, ax)` loads `sbi_phys.plotting.calibration` when it is called: matplotlib stays out of numeric code.
+`figures.calibration.rank_ecdf(result, ax)` imports `sbi_phys.plotting.calibration` at the call, so that numerical code does not
+import matplotlib.
 """
 
 import importlib
@@ -10,7 +11,7 @@ __all__ = ["figures"]
 
 
 class _Figures:
-    """Modules of `sbi_phys.plotting` as attributes, each imported when it is used."""
+    """Modules of `sbi_phys.plotting` as attributes, each imported at its first use."""
 
     def __getattr__(self, name: str) -> ModuleType:
         return importlib.import_module(f"sbi_phys.plotting.{name}")

@@ -21,7 +21,7 @@ __all__ = ["AsideFile", "open_aside", "sync_folder", "write_aside"]
 
 
 class AsideFile(io.FileIO):
-    """A binary file that keeps its first write error and ignores later writes.
+    """A binary file that keeps its first write error in `failure` and ignores later writes.
 
     HDF5 cannot close a file whose writes fail: it keeps the handle and reports the error again when the interpreter ends.
     `open_aside` therefore raises the error only after the library has closed the file.

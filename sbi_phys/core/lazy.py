@@ -1,7 +1,7 @@
-"""Public names of a package that load when they are first used, so that `import sbi_phys` is quick and needs no torch.
+"""Lazy import of the public names of a package, so that `import sbi_phys` is quick and does not import torch.
 
-The names stand in the stub file beside the package's `__init__.py` (SPEC 1, https://scientific-python.org/specs/spec-0001):
-type checkers and this module read the same list.
+The names are listed in the stub `__init__.pyi` of the package, for this module and for type checkers
+(SPEC 1, https://scientific-python.org/specs/spec-0001).
 """
 
 from collections.abc import Callable

@@ -8,15 +8,15 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def format_interval(median: float, low: float, high: float, unit: str = "") -> str:
-    """'18.21 +0.05 -0.04 lg V' from a median and the interval's ends; digits by the Particle Data Group's rule on the smaller error."""
+    """Return '18.21 +0.05 -0.04 lg V' of a median and the ends of its interval, with `decimals` digits."""
     digits = decimals(median - low, high - median)
     text = f"{fixed(median, digits)} +{fixed(high - median, digits)} {MINUS}{fixed(median - low, digits)}"
     return f"{text} {unit}" if unit else text
 
 
 def decimals(below: float, above: float) -> int:
-    """Digits after the point that errors `below` and `above` support, by the Particle Data Group's rule."""
-    # The smaller error decides, unless it is under a fifth of the larger: at the edge of a prior it can vanish.
+    """Return the digits after the point for errors `below` and `above`, by the rule of the Particle Data Group."""
+    # The smaller error decides, but at least a fifth of the larger: at the edge of a prior the smaller one can vanish.
     scale = max(min(below, above), max(below, above) / 5)
     if not math.isfinite(scale) or scale <= 0:
         return 4
@@ -29,7 +29,7 @@ def decimals(below: float, above: float) -> int:
 
 
 def fixed(value: float, digits: int, *, sign: bool = False) -> str:
-    """Fixed-point text with a true minus sign and no '-0.00'."""
+    """Return fixed-point text with a minus sign (U+2212) and without '-0.00'."""
     if not math.isfinite(value):
         return str(value)
     text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"

@@ -1,13 +1,13 @@
-"""Progress of long calls: a two-method protocol, bars on a terminal, plain lines in a log, nothing by default.
+"""Progress of long calls: a protocol, bars on a terminal, plain lines in a log; default none.
 
     with progress.task("simulate", total=n_rows) as task:
         for shard in todo:
             ...
             task.advance(shard.rows, text="3 failed")
 
-Tasks nest (stages, then epochs within a stage) and may be advanced from several threads. A task shows something
-only inside its `with` block; an exception that leaves the block closes the display first, so that the traceback is
-printed on a clean terminal with its cursor. Nothing is imported from rich until something is drawn.
+Tasks nest (stages, then epochs within a stage) and may be advanced from several threads. A task is shown only inside its
+`with` block; an exception closes the display before it leaves the block, so that the traceback is printed on a clean terminal.
+The package rich is imported at the first drawing.
 """
 
 import math
@@ -29,22 +29,22 @@ __all__ = ["NO_PROGRESS", "LineProgress", "NoProgress", "Progress", "RichProgres
 
 
 class Task(Protocol):
-    """One piece of work with a known or unknown total, in any unit: rows, epochs, steps."""
+    """A piece of work with a known or unknown total, in any unit: rows, epochs, steps."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
     def advance(self, n: float = 1, text: str = "") -> None:
-        """Add `n` to what is done; `text` (a loss, a count of failures) replaces the last one unless empty."""
+        """Add `n` to the completed amount; `text` (a loss, a count of failures) replaces the last text unless empty."""
 
     def update(self, completed: float, text: str = "") -> None:
-        """Set what is done to `completed`, e.g. after a resume; `text` as in `advance`."""
+        """Set the completed amount, e.g. after a resume; `text` as in `advance`."""
 
 
 @runtime_checkable
 class Progress(Protocol):
-    """Anything that opens tasks."""
+    """An object that opens tasks."""
 
     def task(self, description: str, total: float | None) -> Task:
         """Return a task to be used in a `with` block; total None: unknown."""
@@ -66,7 +66,7 @@ class _NoTask:
 
 
 class NoProgress:
-    """Shows nothing."""
+    """Displays nothing."""
 
     def task(self, description: str, total: float | None) -> Task:
         """Return a task that does nothing."""
@@ -86,7 +86,7 @@ def or_none(progress: Progress | None) -> Progress:
 
 
 def seconds_text(seconds: float) -> str:
-    """Return h:mm:ss or m:ss for a time in seconds, '-:--' where it is not known."""
+    """Return h:mm:ss or m:ss of a time in seconds, '-:--' if it is not finite."""
     if not math.isfinite(seconds):
         return "-:--"
     minutes, rest = divmod(round(max(seconds, 0.0)), 60)
@@ -94,7 +94,7 @@ def seconds_text(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-# An update this soon after the start tells what an earlier run did: it counts as done, but not as speed.
+# An update within this time after the start gives the work of an earlier run: it is completed, but not part of the rate.
 _RESUME_S = 0.5
 
 
@@ -149,10 +149,17 @@ class _LineTask:
 
 
 class LineProgress:
-    """Plain lines for logs: one every `interval_s` seconds a task, and one when it ends, with rate and time left.
+    """Plain lines for logs: for each task one line every `interval_s` seconds and one at its end, with rate and time left.
 
-    Args: stream, default stderr, looked up when a line is written; interval_s >= 0, in seconds; clock, seconds.
+    Args: stream: default stderr. interval_s: >= 0, in seconds. clock: function that returns seconds.
     Raises: SettingError.
+
+    >>> import io, sbi_phys as sp
+    >>> log = io.StringIO()
+    >>> with sp.LineProgress(log).task("simulate", total=200) as task:
+    ...     task.advance(200)
+    >>> log.getvalue().startswith("simulate: 200/200 (100 %)")
+    True
     """
 
     def __init__(self, stream: TextIO | None = None, *, interval_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -172,7 +179,7 @@ class LineProgress:
 
 
 class _RichTask:
-    """A task of `RichProgress` on a terminal: a bar that lives while its `with` block runs."""
+    """A task of `RichProgress` on a terminal: a bar that is shown while its `with` block runs."""
 
     def __init__(self, owner: "RichProgress", description: str, total: float | None) -> None:
         self._owner, self._description, self._total = owner, description, total
@@ -194,7 +201,7 @@ class _RichTask:
             if kind is not None:
                 bars.update(task_id, text=f"stopped by {kind.__name__}")
             elif self._nested:
-                bars.remove_task(task_id)  # an epoch's bar makes room for the next; a stage's stays
+                bars.remove_task(task_id)  # the bar of an epoch is removed, that of a stage stays
         finally:
             self._owner.release()
 
@@ -212,10 +219,16 @@ class _RichTask:
 
 
 class RichProgress:
-    """Bars on a terminal with elapsed time and time left; plain lines where the stream is no terminal.
+    """Bars on a terminal with elapsed time and time left; plain lines where the stream is not a terminal.
 
-    Args: stream, default stderr; interval_s, seconds between lines without a terminal; terminal: None asks the stream.
+    Args: stream: default stderr. interval_s: seconds between lines without a terminal. terminal: whether the stream is a
+    terminal, default as the stream says.
     Raises: SettingError.
+
+    >>> import io, sbi_phys as sp
+    >>> progress = sp.RichProgress(io.StringIO())
+    >>> progress.is_terminal
+    False
     """
 
     def __init__(self, stream: TextIO | None = None, *, interval_s: float = 10.0, terminal: bool | None = None) -> None:
@@ -228,7 +241,7 @@ class RichProgress:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether bars are drawn; else lines are written."""
+        """Whether bars are drawn, not lines written."""
         return (self._stream or sys.stderr).isatty() if self._terminal is None else self._terminal
 
     def task(self, description: str, total: float | None) -> Task:
@@ -275,7 +288,7 @@ def _make_bars(stream: TextIO, terminal: bool | None) -> "rich.progress.Progress
         rp.TimeRemainingColumn(),
         rp.TextColumn("{task.fields[text]}", markup=False),
         console=Console(file=stream, force_terminal=terminal),
-        # the caller's own prints stay where they are sent: a library does not take over its user's stdout
+        # output of the caller is not redirected
         redirect_stdout=False,
         redirect_stderr=False,
     )

@@ -1,4 +1,4 @@
-"""Which code made a file: version of this package and, where it runs from a checkout, the commit. Nothing of the machine."""
+"""Version of this package and, in a checkout, the commit, as they are recorded in files."""
 
 import functools
 import json
@@ -6,41 +6,36 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["__version__", "git_commit", "git_state", "package_version"]
+__all__ = ["__version__", "git_commit", "git_state"]
 
 __version__ = "0.2.0"
 
 
-def package_version() -> str:
-    """Version of this package, as it stands in files."""
-    return __version__
-
-
 @functools.cache
 def git_commit() -> str:
-    """Commit of the code, '' where it is not known.
+    """Return the commit of the code, '' where it is not known.
 
-    Read from the files of the checkout, once a process: a worker on a machine without git must write the same bytes.
+    Read from the files of the checkout, not by the program git, so that a worker without git writes the same bytes.
     """
     root = Path(__file__).resolve().parents[2]
     return _commit(root) if (root / ".git").exists() else _installed_commit()
 
 
 def git_state() -> str:
-    """Commit of the code, with '+' behind it where the package's own files differ from that commit (asked of git, if it is there)."""
+    """Return the commit of the code, followed by '+' where git finds that files of the package differ from it."""
     commit, folder = git_commit(), Path(__file__).resolve().parents[1]
     if not commit or not (folder.parent / ".git").exists():
         return commit
     command = ["git", "--no-optional-locks", "-C", str(folder), "status", "--porcelain", "--untracked-files=no", "--", "."]
     try:
         found = subprocess.run(command, capture_output=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):  # no git here, or a folder that belongs to another user
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or the folder belongs to another user
         return commit
     return commit + ("+" if found.stdout.strip() else "")
 
 
 def _commit(root: Path) -> str:
-    """Commit that HEAD of a checkout points to; also where .git is a file, as in a linked working tree."""
+    """Return the commit of HEAD of a checkout, also where .git is a file, as in a linked working tree."""
     try:
         git = root / ".git"
         if git.is_file():
@@ -61,7 +56,7 @@ def _commit(root: Path) -> str:
 
 
 def _installed_commit() -> str:
-    """Commit that pip installed from, where that was a repository."""
+    """Return the commit that pip installed from, '' if it was not a repository."""
     try:
         text = metadata.distribution("sbi_phys").read_text("direct_url.json")
         return str(json.loads(text or "{}").get("vcs_info", {}).get("commit_id", ""))

@@ -1,7 +1,7 @@
-"""Seeded generators from (seed, *key): every random number follows from one integer and the place it is used at.
+"""Random generators from (seed, *key): every random number follows from one integer and a key that names its purpose.
 
-Keys keep streams apart without a counter: the generator of shard 7 is the same whether one worker or eight run,
-and whether the shards before it were made in this process or read from disk.
+Keys give independent streams without a counter: the generator of shard 7 is the same for any number of workers, and whether
+the shards before it were made in this process or read from disk.
 """
 
 import zlib
@@ -18,7 +18,7 @@ __all__ = ["key_number", "rng_for", "seed_for", "torch_rng_for"]
 
 
 def key_number(part: int | str) -> int:
-    """Return a key part as a non-negative integer; text goes through CRC-32, which is the same on every platform."""
+    """Return a part of a key as an integer >= 0; of text its CRC-32, which is the same on every platform."""
     if isinstance(part, str):
         return zlib.crc32(part.encode())
     return require_int("key", part, low=0)
@@ -37,12 +37,12 @@ def rng_for(seed: int, *key: int | str) -> np.random.Generator:
 
 
 def seed_for(seed: int, *key: int | str) -> int:
-    """Return a 63-bit integer that follows from (seed, *key), for libraries that take only an integer."""
+    """Return a 63-bit integer from (seed, *key), for libraries that take only an integer."""
     return int(_sequence(seed, key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def torch_rng_for(seed: int, *key: int | str, device: "torch.device | str" = "cpu") -> "torch.Generator":
-    """Return the torch generator of (seed, *key) on `device`; the global torch generator is never touched."""
+    """Return the torch generator of (seed, *key) on `device`; the global torch generator is not used."""
     import torch
 
     return torch.Generator(device=device).manual_seed(seed_for(seed, *key))

@@ -1,4 +1,4 @@
-"""Array types for annotations. At run time they are plain names, so that `help()` shows `theta: ArrayLike` and not numpy's union of types.
+"""Array types for annotations. At run time they are classes without content, so that `help()` shows `theta: ArrayLike`.
 
 ArrayLike: anything that `numpy.asarray` takes, torch tensors included. Array: float64. Integers: int64. Mask: bool. AnyArray: any dtype.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
     AnyArray = NDArray[Any]
 else:
-    # a class of the module `builtins` is shown by its bare name
+    # help() shows a class of the module `builtins` by its bare name
     AnyArray, Array, ArrayLike, Integers, Mask = (
         type(name, (), {"__module__": "builtins", "__doc__": "A name for annotations; see sbi_phys.core.types."}) for name in __all__
     )

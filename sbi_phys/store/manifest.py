@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from sbi_phys.core.errors import SettingError, StoreError
-from sbi_phys.core.provenance import git_state, package_version
+from sbi_phys.core.provenance import __version__, git_state
 from sbi_phys.core.types import Array
 from sbi_phys.store._encoding import read_label
 from sbi_phys.store.locks import LOCK_FILE, array_jobs, is_lock_file
@@ -84,7 +84,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     values = {
         "format": FORMAT,
         "schema": SCHEMA,
-        "package_version": package_version(),
+        "package_version": __version__,
         "git": git_state(),
         "n": manifest.n,
         "theta_sha256": manifest.theta_sha256,

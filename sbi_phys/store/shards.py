@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from sbi_phys.core.errors import StoreError
 from sbi_phys.core.files import AsideFile, open_aside
-from sbi_phys.core.provenance import git_commit, package_version
+from sbi_phys.core.provenance import __version__, git_commit
 from sbi_phys.core.types import AnyArray, Array
 from sbi_phys.store._encoding import (
     MOST_RANGES,
@@ -61,7 +61,6 @@ __all__ = [
     "Header",
     "ShardData",
     "open_shard",
-    "package_version",
     "read_arrays",
     "read_facts",
     "require_place",
@@ -349,7 +348,7 @@ def _shared(header: str) -> tuple[dict[str, Any], list[str]]:
     """Return the attributes that all shards of a store share, encoded and as JSON, from the header as JSON."""
     values = json.loads(header)
     parameters = _parameters(values["prior"])
-    facts = {"format": FORMAT, "schema": SCHEMA, "package_version": package_version(), "git": git_commit(), "complete": True}
+    facts = {"format": FORMAT, "schema": SCHEMA, "package_version": __version__, "git": git_commit(), "complete": True}
     facts |= {f"parameter_{what}s": [p[what] for p in parameters] for what in ("name", "unit")}
     facts["parameter_latex"] = [p["latex"] for p in parameters]
     encoded = {name: attribute(value) for name, value in (facts | values).items()}
@@ -379,7 +378,7 @@ def _require_ours(attributes: Any, path: Path) -> None:
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
         made = plain(attributes.get("package_version"))
-        advice = f"it was written by sbi_phys {made}, update this one ({package_version()})" if newer else "it cannot be read"
+        advice = f"it was written by sbi_phys {made}, update this one ({__version__})" if newer else "it cannot be read"
         raise StoreError(f"{path} has schema {schema}; expected {SCHEMA}: {advice}")
     if not attributes.get("complete", 0):
         raise StoreError(f"{path} is not marked complete; delete it and run the same simulate call again")

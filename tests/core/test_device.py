@@ -13,7 +13,7 @@ def test_auto_takes_cuda_where_there_is_one(monkeypatch, there):
 
 
 @pytest.mark.parametrize(
-    ("device", "message"), [("gpu", "expected 'auto', 'cpu', 'cuda'"), (None, "expected"), ("cuda:0", "sees no CUDA device")]
+    ("device", "message"), [("gpu", "expected 'auto', 'cpu', 'cuda'"), (None, "expected"), ("cuda:0", "finds no CUDA device")]
 )
 def test_a_bad_device_is_named(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -4,7 +4,7 @@ import pytest
 
 import sbi_phys
 from sbi_phys.core import provenance
-from sbi_phys.core.provenance import git_commit, git_state, package_version
+from sbi_phys.core.provenance import __version__, git_commit, git_state
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -16,7 +16,7 @@ def checkout(root, head):
 
 
 def test_the_version_is_that_of_the_package():
-    assert package_version() == sbi_phys.__version__
+    assert __version__ == sbi_phys.__version__
 
 
 def test_commit_and_state_of_this_code():

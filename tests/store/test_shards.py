@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sbi_phys.core.errors import StoreError
 from sbi_phys.core.files import AsideFile
-from sbi_phys.core.provenance import git_commit, package_version
+from sbi_phys.core.provenance import __version__, git_commit
 from sbi_phys.store.shards import open_shard, read_arrays, read_facts, shard_name, verify_shard, write_shard
 from tests.store.helpers import HEADER, PRIOR, digests, rows
 
@@ -26,7 +26,7 @@ def test_a_shard_gives_back_what_was_written(tmp_path):
         header, facts = read_facts(file, path)
         got = read_arrays(file, path)
     assert header == HEADER
-    assert {**facts, "checksum": ""} == {"shard": 7, "rows": 40, "n_failed": 3, "package_version": package_version(), "checksum": ""}
+    assert {**facts, "checksum": ""} == {"shard": 7, "rows": 40, "n_failed": 3, "package_version": __version__, "checksum": ""}
     np.testing.assert_array_equal(got.theta, data.theta)
     np.testing.assert_array_equal(got.x, data.x)
     assert got.x.dtype == np.float32 and got.theta.dtype == np.float64
@@ -203,5 +203,5 @@ def test_a_file_has_its_name_only_when_it_is_complete(tmp_path, monkeypatch):
 def test_files_say_which_code_made_them(tmp_path):
     write_shard(tmp_path / shard_name(0), HEADER, 0, rows())
     with h5py.File(tmp_path / shard_name(0)) as file:
-        assert file.attrs["package_version"].decode() == package_version()
+        assert file.attrs["package_version"].decode() == __version__
         assert file.attrs["git"].decode() == git_commit()
