@@ -1,6 +1,6 @@
 r"""Training with several processes or GPUs started by `torchrun`, and the sums between them.
 
-    torchrun --nproc-per-node 2 -m sbi_phys.workflow.cli train run.toml --out runs/mine
+    torchrun --nproc-per-node 2 -m sbi_phys train run.toml --out runs/mine
 
 Each rank computes the gradient of its share of a batch, and one all-reduce averages the gradients. The weights of a network are one
 vector here (`_optimizer.FlatAdamW`), so this corresponds to DistributedDataParallel with a single bucket. Backend: nccl on CUDA, gloo

@@ -1,27 +1,25 @@
 """The command line `sbi-phys`: every command works on one run folder and takes a TOML file, flags, or both.
 
 sbi-phys demo --out runs/demo              the main job on the Auger data
-sbi-phys train run.toml --out runs/mine    up to a stage, for settings of one's own
-sbi-phys report --out runs/mine            whatever is still missing
+sbi-phys train run.toml --out runs/mine    up to a stage, with your own settings
+sbi-phys report --out runs/mine            the stages that are still missing
 
-torchrun --nproc-per-node 2 -m sbi_phys.workflow.cli train run.toml --out runs/mine     several processes or GPUs train together
+torchrun --nproc-per-node 2 -m sbi_phys train run.toml --out runs/mine     several processes or GPUs train together
 """
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sbi_phys.core.errors import SbiPhysError, SettingError
+from sbi_phys.core.errors import SettingError
+from sbi_phys.workflow._console import Debug, plain_errors, prepare_process
 from sbi_phys.workflow.cli_limits import register as register_limits
 from sbi_phys.workflow.cli_store import array_job
 from sbi_phys.workflow.cli_store import register as register_store
-from sbi_phys.workflow.cli_unfold import register
+from sbi_phys.workflow.cli_unfold import register as register_unfold
 
 if TYPE_CHECKING:
     from sbi_phys.workflow.settings import Config
@@ -29,27 +27,26 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-_HELP = "Simulation-based inference with proof. Every command works on one run folder and takes a TOML file, flags, or both."
+_HELP = "Simulation-based inference with calibration tests. Every command works on one run folder and takes a TOML file, flags, or both."
 app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings; those of the run folder if it has them.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder; made if missing, taken up if begun.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder; made if missing, continued if begun.")]
 Simulator = Annotated[str | None, typer.Option(help="Simulator as package.module:Class.")]
 Number = Annotated[int | None, typer.Option("--n", help="Simulations to draw from the prior.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Any setting; may be repeated.")]
-Quick = Annotated[bool, typer.Option("--quick", help="The same stages on less of everything.")]
-Seed = Annotated[int | None, typer.Option(help="Every random number follows from it.")]
+Quick = Annotated[bool, typer.Option("--quick", help="The same stages at reduced size.")]
+Seed = Annotated[int | None, typer.Option(help="Determines every random number.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N")]
 Workers = Annotated[int | None, typer.Option(help="Processes that simulate; 0 is one per core.")]
 Scheduler = Annotated[str | None, typer.Option(help="Dask scheduler whose workers simulate: tcp://host:port.")]
 Cluster = Annotated[str | None, typer.Option(help="TOML file of a batch system (HTCondor, Slurm, ...) whose jobs simulate.")]
 Shards = Annotated[
     str | None,
-    typer.Option("--shards", metavar="START:STOP", help="With simulate: these alone (0:64; 3/100), beside other jobs on the folder."),
+    typer.Option("--shards", metavar="START:STOP", help="With simulate: only these shards (0:64; 3/100), while other jobs write others."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="With calibrate: status 3 if a test fails.")]
 Method = Annotated[str | None, typer.Option(help="With train and infer: npe (default), nle or nre.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
@@ -64,17 +61,17 @@ def demo(
 ) -> None:
     """Run the main job: sources of ultra-high-energy cosmic rays from the Auger data."""
     flags = {"run.seed": seed, "run.device": device, "run.workers": workers}
-    with _plain_errors(debug), resources.as_file(resources.files("sbi_phys") / "configs" / "demo.toml") as path:
+    with plain_errors(debug), resources.as_file(resources.files("sbi_phys.workflow") / "configs" / "demo.toml") as path:
         _run(path, out, flags, changes, quick, "report")
 
 
-# command -> the stage it runs up to, and what it says of itself; all take the same file and flags
+# command -> the stage it runs up to, and its help; all take the same file and flags
 _COMMANDS = {
     "simulate": ("simulate", "Draw simulations from the prior into the run folder's store."),
-    "train": ("train", "Train the amortised network, simulating first what is missing."),
+    "train": ("train", "Train the amortised network, after the simulations that are missing."),
     "infer": ("compare", "Infer the parameters behind the observation: amortised, in rounds, refined, and by exact Markov chains."),
-    "calibrate": ("calibrate", "Test the amortised network on held-out simulations, by every test there is."),
-    "report": ("report", "Run whatever is missing and write summary.json and report.html."),
+    "calibrate": ("calibrate", "Test the amortised network on held-out simulations by every calibration test."),
+    "report": ("report", "Run the stages that are missing and write summary.json and report.html."),
 }
 
 
@@ -99,17 +96,17 @@ def _stage_command(
     flags = {"simulator.spec": simulator, "simulate.n": n, "run.seed": seed, "run.device": device, "run.workers": workers}
     flags |= {"run.scheduler": scheduler, "run.cluster": cluster}
     until, _ = _COMMANDS[str(context.info_name)]
-    with _plain_errors(debug):
+    with plain_errors(debug):
         until = _by_method(str(context.info_name), until, method)
         _run(config, out, flags, changes, quick, until, shards)
         if until == "calibrate":
-            _judge(out, strict)
+            _report_calibration(out, strict)
         elif strict:
-            raise SettingError(f"--strict was given to {until}; expected it with calibrate alone")
+            raise SettingError(f"--strict was given to {until}; expected it only with calibrate")
 
 
 def _by_method(command: str, until: str, method: str | None) -> str:
-    """The stage that a command runs up to with --method; likelihood and ratio have stages of their own.   Raises: SettingError."""
+    """The stage that a command runs up to with --method; likelihood and ratio have their own stages.   Raises: SettingError."""
     from sbi_phys.core.checks import require_choice
 
     if method is None or require_choice("--method", method, ("npe", "nle", "nre")) == "npe":
@@ -119,8 +116,8 @@ def _by_method(command: str, until: str, method: str | None) -> str:
     return f"{command}_{method}"
 
 
-def _judge(out: Path, strict: bool) -> None:
-    """Say what the tests found; with --strict, leave with status 3 if one of them fails."""
+def _report_calibration(out: Path, strict: bool) -> None:
+    """Print the result of the tests; with --strict, exit with status 3 if one of them fails."""
     import json
 
     found = json.loads((out / "calibration.json").read_text(encoding="utf-8")) if (out / "calibration.json").is_file() else None
@@ -161,30 +158,26 @@ def main() -> None:
 def _run(
     path: Path | None, out: Path, flags: dict[str, Any], changes: list[str] | None, quick: bool, until: str, shards: str | None = None
 ) -> None:
-    # threads that wait should sleep: spinning, they slow a step thirty-fold on a machine that has anything else to do
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # heavy imports only now: --help and a misspelt flag answer at once
+    prepare_process()
+    # heavy imports come late, so that --help and a misspelt flag answer at once
     from sbi_phys.core.progress import RichProgress
     from sbi_phys.training.ranks import started_by_torchrun
-    from sbi_phys.workflow.stages import run_stages, train_together
+    from sbi_phys.workflow.stages import run_stages, train_distributed
 
-    # a simulator of one's own lies in the working directory, which a console script does not search by itself
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     config = settings(path, out, flags, changes, quick)
     if shards is not None:
         array_job(config, out, shards, until)
         return
     if started_by_torchrun():
-        train_together(config, out, until, progress=RichProgress())
+        train_distributed(config, out, until, progress=RichProgress())
         return
-    # a learned likelihood or ratio is compared with whatever else the folder has
+    # a learned likelihood or ratio is compared with the other posteriors of the folder
     stages = [until, "methods"] if until in ("infer_nle", "infer_nre") else [until]
-    _say(run_stages(config, out, stages, progress=RichProgress()), until)
+    _print_result(run_stages(config, out, stages, progress=RichProgress()), until)
 
 
 def settings(path: Path | None, out: Path, flags: dict[str, Any], changes: list[str] | None, quick: bool) -> "Config":
-    """The settings of a command: the file (or those of the run folder), cut down by --quick, then --set, then the other flags.
+    """The settings of a command: the file (or those of the run folder), reduced by --quick, then --set, then the other flags.
 
     Raises: SettingError.
     """
@@ -204,7 +197,7 @@ def settings(path: Path | None, out: Path, flags: dict[str, Any], changes: list[
     return config.override({key: value for key, value in flags.items() if value is not None})
 
 
-def _say(run: "Run", until: str) -> None:
+def _print_result(run: "Run", until: str) -> None:
     if until in ("infer_nle", "infer_nre"):
         typer.echo(run.numbers(until)["words"])
         typer.echo(f"{run.path(f'posterior_{until[-3:]}.nc')} has the draws; sbi-phys report shows them beside the others")
@@ -214,7 +207,7 @@ def _say(run: "Run", until: str) -> None:
         return
     import json
 
-    from sbi_phys.workflow.verdicts import verdicts
+    from sbi_phys.workflow.inference_page import verdicts
 
     found = json.loads(run.path("summary.json").read_text(encoding="utf-8"))
     for verdict in verdicts(found):
@@ -224,25 +217,9 @@ def _say(run: "Run", until: str) -> None:
     )
 
 
-@contextmanager
-def _plain_errors(debug: bool) -> Iterator[None]:
-    """Turn this package's errors into one line and status 1, and Ctrl-C into advice and status 130."""
-    try:
-        yield
-    except SbiPhysError as err:
-        if debug:
-            raise
-        typer.echo(f"sbi-phys: {type(err).__name__}: {err}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        command = " ".join(["sbi-phys", *sys.argv[1:]])
-        typer.echo(f"\nstopped; what is finished is kept, and the same command goes on from there:\n  {command}", err=True)
-        raise typer.Exit(130) from None
-
-
-register_limits(app, _plain_errors)
-register(app, _plain_errors)
-register_store(app, _plain_errors)
+register_limits(app)
+register_unfold(app)
+register_store(app)
 
 if __name__ == "__main__":
     main()

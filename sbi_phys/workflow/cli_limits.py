@@ -1,6 +1,6 @@
 """The command `sbi-phys limits`: confidence sets that cover, for counts and for a trained run.
 
-sbi-phys limits counting --n 3 --background 1.2 --level 0.9          Feldman and Cousins, beside Wilks' and CLs
+sbi-phys limits counting --n 3 --background 1.2 --level 0.9          Feldman and Cousins, and Wilks' and CLs
 sbi-phys limits counting --n 12 --off 20 --tau 4                     the background counted off source
 sbi-phys limits runs/mine --parameter gamma                          WALDO from the run's posterior
 sbi-phys limits runs/mine --parameter gamma --statistic nre          the learned ratio, also nle and exact
@@ -8,24 +8,19 @@ sbi-phys limits runs/mine --parameter gamma --parameter lg_rcut      a joint set
 """
 
 import json
-import os
-import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sbi_phys.core.errors import SettingError
+from sbi_phys.workflow._console import Debug, plain_errors, prepare_process
 
 __all__ = ["counting", "register"]
 
-Guard = Callable[[bool], AbstractContextManager[None]]
-
 What = Annotated[str, typer.Argument(metavar="counting|RUN", help="counting, or the folder of a trained run.")]
 Levels = Annotated[list[float] | None, typer.Option("--level", help="Confidence level; may be repeated. 0.9; of a run 0.683 and 0.9.")]
-Kind = Annotated[str | None, typer.Option(help="two-sided (default), upper or lower.")]
+Kind = Annotated[str | None, typer.Option(help="interval (default), upper or lower.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")]
 Number = Annotated[int | None, typer.Option("--n", help="Counts on source; with a run, simulations for the critical values (5000).")]
 Background = Annotated[float | None, typer.Option(help="counting: known background.")]
@@ -34,14 +29,13 @@ Tau = Annotated[float | None, typer.Option(help="counting: exposure off source o
 Parameters = Annotated[list[str] | None, typer.Option("--parameter", help="RUN: parameter of interest; two for a joint set.")]
 Statistic = Annotated[str | None, typer.Option(help="RUN: waldo (default), nre, nle or exact.")]
 Value = Annotated[float | None, typer.Option(help="RUN: say the p-value of this value.")]
-Physical = Annotated[str | None, typer.Option(help="RUN: ends of the range that are bounds of nature: none, low, high or both.")]
+Physical = Annotated[str | None, typer.Option(help="RUN: ends of the range that are physical bounds: none, low, high or both.")]
 Open = Annotated[bool, typer.Option("--open", help="RUN: an end that runs into the simulated range becomes infinite.")]
 Critical = Annotated[str | None, typer.Option(help="RUN: regression of the critical values: auto, splines-6, boosting, ...")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def register(app: typer.Typer, plain_errors: Guard) -> None:
-    """Add the command to an app; `plain_errors(debug)` is the context that words its errors."""
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
 
     @app.command()
     def limits(
@@ -68,7 +62,7 @@ def register(app: typer.Typer, plain_errors: Guard) -> None:
             of_a_run |= {"--open": open_ends or None, "--critical": critical}
             _refuse(what, of_a_run if what == "counting" else of_counts)
             if what == "counting":
-                rows = counting(n, levels or [0.9], kind or "two-sided", background, off, tau)
+                rows = counting(n, levels or [0.9], kind or "interval", background, off, tau)
                 typer.echo(json.dumps(rows) if as_json else _counting_text(rows))
                 return
             _of_a_run(
@@ -92,7 +86,7 @@ def counting(n: int | None, levels: list[float], kind: str, background: float | 
     """Intervals of a counting experiment by every method that applies, as plain values.   Raises: SettingError, DataError."""
     from sbi_phys.core.checks import require_choice
 
-    require_choice("--kind", kind, ("two-sided", "upper", "lower"))
+    require_choice("--kind", kind, ("interval", "upper", "lower"))
     if n is None:
         raise SettingError("--n is not given; expected the counts on source")
     if (background is None) == (off is None) or (off is None) != (tau is None):
@@ -132,8 +126,7 @@ def _known(n: int, background: float, level: float, kind: str) -> dict[str, tupl
 def _counted(n: int, off: int, tau: float, level: float, kind: str) -> dict[str, tuple[float, float]]:
     from sbi_phys.confidence import on_off, on_off_wilks
 
-    words = "interval" if kind == "two-sided" else kind
-    return {"profile construction": on_off(n, off, tau, level, kind=words), "Wilks": on_off_wilks(n, off, tau, level, kind=words)}
+    return {"profile construction": on_off(n, off, tau, level, kind=kind), "Wilks": on_off_wilks(n, off, tau, level, kind=kind)}
 
 
 def _sensitivity(background: float, level: float) -> float:
@@ -162,18 +155,15 @@ def _counting_text(found: dict[str, Any]) -> str:
 
 
 def _of_a_run(folder: Path, asked: dict[str, Any], as_json: bool) -> None:
-    # threads that wait should sleep: spinning, they slow a step thirty-fold on a machine that has anything else to do
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    prepare_process()
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     from sbi_phys.core.progress import RichProgress
-    from sbi_phys.workflow.limits import find_limits, open_run
-    from sbi_phys.workflow.limits_tasks import LimitsSettings
-    from sbi_phys.workflow.run import null_safe
+    from sbi_phys.workflow.limits import find_limits
+    from sbi_phys.workflow.run import Run, null_safe
+    from sbi_phys.workflow.settings import LimitsSettings
 
-    run = open_run(folder, RichProgress())
+    run = Run.open(folder, RichProgress())
     if not asked["parameters"]:
         raise SettingError(f"--parameter is not given; expected one of {', '.join(run.names)}")
     settings = LimitsSettings(**{key: value for key, value in asked.items() if value is not None})

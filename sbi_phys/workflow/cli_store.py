@@ -12,14 +12,13 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sbi_phys.core.errors import RunFolderError, SettingError
+from sbi_phys.workflow._console import Debug, plain_errors
 
 if TYPE_CHECKING:
     from sbi_phys.store.info import Info
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["array_job", "register"]
 
-Guard = Callable[[bool], AbstractContextManager[None]]
-
 Folder = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
 Folders = Annotated[list[Path], typer.Argument(metavar="STORE STORE...", help="Two stores or more.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the new store; must not be there yet.")]
@@ -37,7 +34,6 @@ Rows = Annotated[int | None, typer.Option("--shard-size", help="Rows of a shard 
 Watch = Annotated[bool, typer.Option("--watch", help="Again and again, until the store is complete.")]
 Interval = Annotated[float, typer.Option("--interval", min=0.05, help="Seconds between looks.")]
 Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def array_job(config: "Config", out: Path, shards: str, until: str) -> None:
@@ -95,14 +91,14 @@ def _join_run(config: "Config", out: Path) -> "Run":
     raise AssertionError("the last try returns or raises")
 
 
-def register(app: typer.Typer, guard: Guard) -> None:
-    """Add the commands to the application; `guard(debug)` turns errors into one line."""
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
     store = typer.Typer(help="Look after simulation stores.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
     @store.command()
     def info(folder: Folder, watch: Watch = False, interval: Interval = 2.0, as_json: Json = False, debug: Debug = False) -> None:
         """Print rows, gaps, failures by reason, bytes, rate and time left; works while another process writes."""
-        with guard(debug):
+        with plain_errors(debug):
             from sbi_phys.store.info import store_info, watch_store
 
             if not watch:
@@ -115,7 +111,7 @@ def register(app: typer.Typer, guard: Guard) -> None:
     @store.command()
     def verify(folder: Folder, as_json: Json = False, debug: Debug = False) -> None:
         """Read everything and compare it with the checksums; status 1 if a file is missing, damaged or foreign."""
-        with guard(debug):
+        with plain_errors(debug):
             from sbi_phys.core.progress import RichProgress
             from sbi_phys.store.check import check_store
 
@@ -124,17 +120,17 @@ def register(app: typer.Typer, guard: Guard) -> None:
             if not found.ok:
                 raise typer.Exit(1)
 
-    _register_changes(store, guard)
+    _register_changes(store)
     app.add_typer(store, name="store")
 
 
-def _register_changes(store: typer.Typer, guard: Guard) -> None:
+def _register_changes(store: typer.Typer) -> None:
     """Add the commands that write."""
 
     @store.command()
     def repair(folder: Folder, debug: Debug = False) -> None:
         """Move broken files into the folder `broken`; the same simulate call makes these shards again."""
-        with guard(debug):
+        with plain_errors(debug):
             from sbi_phys.core.progress import RichProgress
             from sbi_phys.store.check import ranges_text, repair_store
 
@@ -147,7 +143,7 @@ def _register_changes(store: typer.Typer, guard: Guard) -> None:
     @store.command()
     def merge(folders: Folders, out: Out, shard_size: Rows = None, debug: Debug = False) -> None:
         """Make one store of several of the same simulator and prior."""
-        with guard(debug):
+        with plain_errors(debug):
             from sbi_phys.core.progress import RichProgress
             from sbi_phys.store.info import store_info
             from sbi_phys.store.merge import merge_stores

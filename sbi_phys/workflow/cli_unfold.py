@@ -5,25 +5,20 @@ sbi-phys unfold package.module:Class --out runs/mine                     a probl
 sbi-phys unfold --input counts.csv --resolution 0.15 --out runs/mine     counts in bins of lg(E/eV)
 """
 
-import os
-import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sbi_phys.core.errors import SettingError
+from sbi_phys.workflow._console import Debug, plain_errors, prepare_process
 
 if TYPE_CHECKING:
     from sbi_phys.unfold.measurement import Measurement
-    from sbi_phys.workflow.unfold import UnfoldRun
-    from sbi_phys.workflow.unfold_tasks import UnfoldSettings
+    from sbi_phys.workflow.settings import UnfoldSettings
+    from sbi_phys.workflow.unfold_run import UnfoldRun
 
 __all__ = ["register"]
-
-Guard = Callable[[bool], AbstractContextManager[None]]
 
 Problem = Annotated[str | None, typer.Argument(metavar="[PROBLEM]", help="auger, or package.module:Class; none with --input.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder; made if missing, taken up if begun.")]
@@ -37,11 +32,10 @@ Toys = Annotated[int | None, typer.Option(help="Toys of the stopping rule of ite
 Quick = Annotated[bool, typer.Option("--quick", help="The same on fewer toys, events and replicas.")]
 Seed = Annotated[int | None, typer.Option(help="Every random number follows from it.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, or problem.KEY; may be repeated.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def register(app: typer.Typer, plain_errors: Guard) -> None:
-    """Add the command to an app; `plain_errors(debug)` is the context that words its errors."""
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
 
     @app.command()
     def unfold(
@@ -59,21 +53,17 @@ def register(app: typer.Typer, plain_errors: Guard) -> None:
     ) -> None:
         """Unfold a measured spectrum by every method: auger is the 2020 spectrum of the Pierre Auger Observatory."""
         with plain_errors(debug):
-            own, asked = _asked(problem, counts, resolution, exposure, changes)
+            own, source = _measurement(problem, counts, resolution, exposure, changes)
             settings = unfold_settings(quick, {"n_toys": toys, "seed": seed}, changes)
-            run = _work(own, out, settings, methods, asked)
-            _say(run)
+            run = _work(own, out, settings, methods, source)
+            _print_result(run)
 
 
-def _asked(
+def _measurement(
     problem: str | None, file: Path | None, resolution: str | None, exposure: float | None, changes: list[str] | None
 ) -> tuple["Measurement", dict[str, Any]]:
     """The measurement, and how it was named.   Raises: SettingError, DataError, ShapeError."""
-    # threads that wait should sleep: spinning, they slow a step thirty-fold on a machine that has anything else to do
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # a problem of one's own lies in the working directory, which a console script does not search by itself
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    prepare_process()
     from sbi_phys.unfold.measurement import load_measurement, read_measurement
 
     own = {key.removeprefix("problem."): value for key, value in _parsed(changes) if key.startswith("problem.")}
@@ -95,17 +85,11 @@ def _asked(
 
 def unfold_settings(quick: bool, flags: dict[str, Any], changes: list[str] | None) -> "UnfoldSettings":
     """Settings of a command: defaults, cut down by --quick, then --set, then the other flags.   Raises: SettingError."""
-    from dataclasses import fields
+    from sbi_phys.workflow.settings import UnfoldSettings
 
-    from sbi_phys.core.checks import require_known
-    from sbi_phys.workflow.unfold import QUICK
-    from sbi_phys.workflow.unfold_tasks import UnfoldSettings
-
-    values: dict[str, Any] = dict(QUICK) if quick else {}
-    values |= {key: value for key, value in _parsed(changes) if not key.startswith("problem.")}
-    values |= {key: value for key, value in flags.items() if value is not None}
-    require_known("--set", values, [f.name for f in fields(UnfoldSettings)])
-    return UnfoldSettings(**values)
+    settings = UnfoldSettings().quick() if quick else UnfoldSettings()
+    settings = settings.override({key: value for key, value in _parsed(changes) if not key.startswith("problem.")})
+    return settings.override({key: value for key, value in flags.items() if value is not None})
 
 
 def _parsed(changes: list[str] | None) -> list[tuple[str, Any]]:
@@ -114,7 +98,7 @@ def _parsed(changes: list[str] | None) -> list[tuple[str, Any]]:
     return [parse_override(text) for text in changes or ()]
 
 
-def _work(measurement: "Measurement", out: Path, settings: "UnfoldSettings", methods: str | None, asked: dict[str, Any]) -> "UnfoldRun":
+def _work(measurement: "Measurement", out: Path, settings: "UnfoldSettings", methods: str | None, source: dict[str, Any]) -> "UnfoldRun":
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     from sbi_phys.core.progress import RichProgress
@@ -124,13 +108,13 @@ def _work(measurement: "Measurement", out: Path, settings: "UnfoldSettings", met
     chosen = tuple(METHODS) if methods is None else tuple(name.strip() for name in methods.split(",") if name.strip())
     # one BLAS thread: the matrices are small, and the numbers must not depend on the number of cores
     with threadpool_limits(limits=1, user_api="blas"):
-        return unfold_spectrum(measurement, out, settings, chosen, asked=asked, progress=RichProgress())
+        return unfold_spectrum(measurement, out, settings, chosen, source=source, progress=RichProgress())
 
 
-def _say(run: "UnfoldRun") -> None:
+def _print_result(run: "UnfoldRun") -> None:
     """Print verdicts and a line for each method; status 1 if one of them had no answer."""
-    from sbi_phys.workflow.unfold import deviations
     from sbi_phys.workflow.unfold_page import verdicts
+    from sbi_phys.workflow.unfold_run import deviations
 
     away = deviations(run)
     for name, found in run.found.items():

@@ -11,29 +11,27 @@ limits/            simulations, one .json a call, named by parameters and statis
 limits.json, .csv  all of them                                          figures/limits_*, figures/coverage_*
 """
 
-import csv
-import io
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 from scipy.special import chdtri, ndtri
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from sbi_phys.confidence import LF2I, CoverageMap, coverage_map, lf2i
+from sbi_phys.confidence import LF2I, CoverageMap, RefinedLRT, coverage_map, lf2i, posterior_moments, waldo
 from sbi_phys.confidence.inputs import find_name, require_within
-from sbi_phys.core.errors import RunFolderError, SettingError, SupportError
-from sbi_phys.core.progress import Progress, or_none
-from sbi_phys.core.types import Array
-from sbi_phys.workflow.learn import simulations
-from sbi_phys.workflow.limits_tasks import STATISTICS, LimitsSettings, make_statistic, require_model
+from sbi_phys.core.errors import SettingError, SupportError
+from sbi_phys.core.types import Array, Integers
+from sbi_phys.estimators.base import load
+from sbi_phys.plotting.limits import coverage_figure, limits_figure
+from sbi_phys.workflow.inference import simulations
 from sbi_phys.workflow.run import Run, versions
-from sbi_phys.workflow.settings import Config
+from sbi_phys.workflow.settings import STATISTICS, LimitsSettings
 
-__all__ = ["COLUMNS", "STATISTICS", "Found", "LimitsSettings", "find_limits", "open_run"]
+__all__ = ["COLUMNS", "LimitsResult", "Scan", "find_limits"]
 
 
 COLUMNS = (
@@ -45,6 +43,79 @@ PLANE = 60  # of one along each of two
 BLOCK = 500  # data sets between two signs of life
 TESTED = 4  # one in so many simulations is kept for the coverage
 ALL_PROFILED = 3  # parameters up to which critical values are learned as a function of them all
+DRAWS = 400  # of a posterior, for its mean and covariance
+
+
+def require_model(run: Run, settings: LimitsSettings) -> None:
+    """Refuse a statistic that the folder, the simulator or the number of parameters does not allow.   Raises: SettingError."""
+    if settings.statistic == "exact":
+        if not callable(getattr(run.simulator, "log_likelihood", None)):
+            raise SettingError(f"--statistic is 'exact', but {run.config.simulator.spec} has no log_likelihood; expected waldo, nre or nle")
+    else:
+        file, method = {"waldo": ("model.pt", "npe")}.get(settings.statistic, (f"model_{settings.statistic}.pt", settings.statistic))
+        if not run.path(file).is_file():
+            raise SettingError(
+                f"--statistic is {settings.statistic!r}, but {run.path(file)} is not there; expected it trained: "
+                f"sbi-phys train --method {method} --out {run.folder}"
+            )
+    if settings.statistic != "waldo" and run.simulator.prior.free_dim != len(run.names):
+        raise SettingError(
+            f"--statistic is {settings.statistic!r} with the parameters {', '.join(run.names)}, some of them fixed by the others; expected "
+            "waldo: a likelihood's maximum is searched for in a box"
+        )
+
+
+class PosteriorWaldo:
+    """WALDO of the parameters of interest from an amortised posterior; nuisances at their best values given psi, were it Gaussian."""
+
+    def __init__(self, run: Run, order: list[int], interest: int, low: Array, high: Array, kind: str) -> None:
+        self.npe = load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device)
+        self.seed, self.order, self.interest = run.seed("limits", "waldo"), order, interest
+        self.low, self.high, self.kind = low, high, kind
+
+    def prepare(self, data: Any) -> tuple[Array, Array]:
+        """Posterior mean (n, d) and covariance (n, d, d), once for any number of psi."""
+        return posterior_moments(self.npe.sample(np.asarray(data), DRAWS, seed=self.seed)[..., self.order])
+
+    def __call__(self, data: Any, psi: Any) -> Array:
+        """Values (n,) at psi (interest,) or row by row; further columns are left out."""
+        mean, spread = data if isinstance(data, tuple) else self.prepare(data)
+        k = self.interest
+        return waldo(mean[:, :k], spread[:, :k, :k], np.atleast_1d(psi)[..., :k], self.kind)
+
+    def repeated(self, data: Any, m: int) -> tuple[Array, Array]:
+        """Moments of one data set m times, from the same draws."""
+        mean, spread = self.prepare(data)
+        return np.repeat(mean, m, axis=0), np.repeat(spread, m, axis=0)
+
+    def nuisance(self, data: Any, psi: Any) -> Array:
+        """E[nu | x, psi] (n, d - interest) of a Gaussian posterior, within the box."""
+        mean, spread = data if isinstance(data, tuple) else self.prepare(data)
+        k = self.interest
+        gain = np.linalg.solve(spread[:, :k, :k], (np.atleast_1d(psi)[..., :k] - mean[:, :k])[..., None])
+        best = mean[:, k:] + (spread[:, k:, :k] @ gain)[..., 0]
+        return np.clip(best, self.low[k:], self.high[k:])
+
+
+def make_statistic(run: Run, settings: LimitsSettings, order: list[int], low: Array, high: Array) -> Any:
+    """The test statistic over the box low..high (d,), parameters in this order, those of interest first."""
+    k = len(settings.parameters)
+    kind = "two-sided" if settings.kind == "interval" else settings.kind
+    if settings.statistic == "waldo":
+        return PosteriorWaldo(run, order, k, low, high, kind)
+    back = np.argsort(order)
+    if settings.statistic == "exact":
+        density: Any = run.simulator.log_likelihood  # type: ignore[attr-defined]
+    else:
+        model = load(run.path(f"model_{settings.statistic}.pt"), simulator=run.simulator, device=run.config.run.device)
+        density = model.log_likelihood if settings.statistic == "nle" else model.log_ratio
+    rows = partial(_rows, density, back)
+    names = tuple(run.names[i] for i in order)
+    return RefinedLRT(log_likelihood=rows, low=low, high=high, names=names, interest=k, kind=kind)
+
+
+def _rows(density: Any, back: Integers, x: Array, theta: Array) -> Array:
+    return np.asarray(density(x, theta[:, back]), dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,7 +128,7 @@ class Scan:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Found:
+class LimitsResult:
     """Sets, the scan of the observation, Wilks' critical values, the coverage of both by level; and the numbers of the file."""
 
     settings: LimitsSettings
@@ -69,14 +140,7 @@ class Found:
     numbers: dict[str, Any]
 
 
-def open_run(folder: Path, progress: Progress | None = None) -> Run:
-    """The run in a folder.   Raises: RunFolderError where there is none."""
-    if not (folder / "config.toml").is_file():
-        raise RunFolderError(f"{folder} has no config.toml; expected the folder of a run, as sbi-phys train --out {folder} makes it")
-    return Run(folder, Config.read(folder / "config.toml"), or_none(progress))
-
-
-def find_limits(run: Run, settings: LimitsSettings) -> Found:
+def find_limits(run: Run, settings: LimitsSettings) -> LimitsResult:
     """Simulate, learn critical values, find the sets of the observation, test their coverage; write files and figures.
 
     Raises: SettingError (an unknown parameter, no such model in the folder), SupportError (a set that reaches the end of what was
@@ -107,7 +171,9 @@ def find_limits(run: Run, settings: LimitsSettings) -> Found:
     scan = _scan(found, observed, settings.levels, highest)
     numbers = _numbers(run, settings, found, scan, (coverage, wilks_coverage), wilks)
     numbers["seconds"] = round(time.perf_counter() - begin, 3)
-    result = Found(settings=settings, sets=found, scan=scan, wilks=wilks, coverage=coverage, wilks_coverage=wilks_coverage, numbers=numbers)
+    result = LimitsResult(
+        settings=settings, sets=found, scan=scan, wilks=wilks, coverage=coverage, wilks_coverage=wilks_coverage, numbers=numbers
+    )
     _write(run, result)
     return result
 
@@ -169,7 +235,7 @@ def _coverage(
     at = np.concatenate([theta[:, :k], best], axis=1)[:, :dim]
     own, theirs, wilks = {}, {}, {}
     for level in settings.levels:
-        wilks[level] = float(chdtri(k, 1 - level)) if settings.kind == "two-sided" else float(ndtri(level)) ** 2
+        wilks[level] = float(chdtri(k, 1 - level)) if settings.kind == "interval" else float(ndtri(level)) ** 2
         own[level] = coverage_map(theta[:, :dim], q <= sets.critical(at, level), level, names=names)
         theirs[level] = coverage_map(theta[:, :dim], q <= wilks[level], level, names=names)
     return own, theirs, wilks
@@ -274,35 +340,31 @@ def _extent(axis: Array, inside: Any) -> list[float] | None:
     return [float(axis[inside].min()), float(axis[inside].max())] if inside.any() else None
 
 
-def _write(run: Run, found: Found) -> None:
-    from sbi_phys.plotting.figures import save_figure
-    from sbi_phys.plotting.limits import coverage_figure, limits_figure
-
+def _write(run: Run, found: LimitsResult) -> None:
     name = found.settings.name
     labels = [run.simulator.parameters[find_name(p, run.names)].label for p in found.settings.parameters]
     figure = limits_figure(
         found.scan.axes, found.scan.q, found.scan.critical, found.wilks, labels, title=STATISTICS[found.settings.statistic]
     )
-    save_figure(figure, run.path("figures"), f"limits_{name}")
-    save_figure(coverage_figure(found.coverage, found.wilks_coverage), run.path("figures"), f"coverage_{name}")
+    run.save_figure(figure, f"limits_{name}")
+    run.save_figure(coverage_figure(found.coverage, found.wilks_coverage), f"coverage_{name}")
     run.write_json(f"limits/{name}.json", found.numbers | {"versions": versions()})
     every = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.path("limits").glob("*.json"))]
     run.write_json("limits.json", {"limits": every})
-    run.write_text("limits.csv", _table(every))
+    run.write_csv("limits.csv", COLUMNS, _rows_of(every))
     run.forget("report")
 
 
-def _table(every: list[dict[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+def _rows_of(every: list[dict[str, Any]]) -> list[list[Any]]:
+    """Rows of limits.csv: one for each call, level and parameter; an empty set and an infinite end stay empty."""
+    rows = []
     for one in every:
         for row in one["levels"]:
             for parameter in one["parameters"]:
                 ends, wilks = (row[key][parameter] or ["", ""] for key in ("set", "wilks"))
-                writer.writerow(
+                rows.append(
                     [" ".join(one["parameters"]), one["statistic"], one["kind"], row["level"], parameter, *ends, *wilks]
                     + [row[key] for key in ("coverage", "coverage_error", "coverage_pvalue", "wilks_coverage")]
                     + [one["n_simulations"]]
                 )
-    return out.getvalue()
+    return rows

@@ -1,8 +1,13 @@
-r"""Stage `methods`: posterior, likelihood and ratio on one observation, and each against the exact answer where there is one.
+r"""Stages of a learned likelihood (NLE) and ratio (NRE), and their comparison with the posterior network on one observation.
 
-exact       a grid for one or two free parameters, else the Markov chains of stage `reference`, if they were run
-ratios      learned against exact log r = log p(x | theta) - log p(x) at held-out pairs, p(x) by a grid; with more parameters the
-            difference of ln L between the true theta and one a posterior's width away, which needs no p(x)
+train_nle, train_nre    store  ->  q(x | theta) or r(x | theta)
+infer_nle, infer_nre    theta ~ q(x_o | theta) p(theta), or r(x_o | theta) p(theta)
+methods                 every posterior against the exact one where that is known: a grid for one or two free parameters, else the Markov
+                        chains of stage `reference`; and learned against exact log r = log p(x | theta) - log p(x) at held-out pairs,
+                        p(x) by a grid. With more parameters the difference of ln L between the true theta and one a posterior's width
+                        away is compared, which does not need p(x).
+
+These stages run on request; their files are their own, and those of the posterior network do not change.
 """
 
 from typing import Any
@@ -14,24 +19,115 @@ from sbi_phys.calibration.ratios import reliability
 from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError
 from sbi_phys.core.types import Array
 from sbi_phys.estimators.base import load
+from sbi_phys.estimators.density_sampling import PosteriorDraws
 from sbi_phys.estimators.nle import NLE
 from sbi_phys.estimators.nre import NRE
-from sbi_phys.plotting.figures import save_figure
+from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.plotting.methods import PairRatios, methods_figure, ratios_figure
 from sbi_phys.report.tables import shift_table
+from sbi_phys.samplers.diagnostics import split_r_hat
 from sbi_phys.samplers.grid import grid_posterior
-from sbi_phys.workflow.infer import LogTarget, log_target
-from sbi_phys.workflow.learn import simulations
-from sbi_phys.workflow.likelihoods import METHODS, TITLES
+from sbi_phys.store.store import Store
+from sbi_phys.workflow.inference import LogTarget, estimator_settings, log_target, simulations
 from sbi_phys.workflow.run import Run
 
-__all__ = ["exact_draws", "methods"]
+__all__ = [
+    "METHODS", "TITLES", "exact_draws", "infer_nle", "infer_nre", "methods", "require_converged", "train_nle", "train_nre",
+]  # fmt: skip
 
+# method -> the file with its draws
+METHODS = {"npe": "posterior_amortised.nc", "nle": "posterior_nle.nc", "nre": "posterior_nre.nc"}
+TITLES = {"npe": "NPE, posterior", "nle": "NLE, likelihood", "nre": "NRE, ratio"}
 
+MOST_R_HAT, LEAST_EFFECTIVE = 1.02, 100  # worse than that, chains have not met, or describe no posterior
+_PARTS = 4  # of independent draws, to be held against one another as chains are
 _EDGE = 8.0  # in u: nothing of the prior lies beyond
 _C2ST_DRAWS = 2000
 _CELLS = (1_600, 5_000, 40_000)  # of the grid under one p(x), at each of its levels: more where the posterior is narrow
 _LEAST_CURVE = 40  # pairs of each kind for a reliability curve
+
+
+def train_nle(run: Run, numbers: dict[str, Any]) -> None:
+    """Train the likelihood on the store; an interrupted training continues from its checkpoint."""
+    layers = run.config.methods.nle_layers
+    flow: Any = "auto" if layers is None else FlowConfig(n_layers=layers, hidden=32)
+    nle = NLE(run.simulator.prior, seed=run.seed("train_nle"), flow=flow, **estimator_settings(run))
+    _train(run, nle, "nle")
+    numbers |= _training(nle) | {"n_layers": nle.flow.n_layers}
+
+
+def train_nre(run: Run, numbers: dict[str, Any]) -> None:
+    """Train the ratio on the store; an interrupted training continues from its checkpoint."""
+    nre = NRE(run.simulator.prior, seed=run.seed("train_nre"), loss=run.config.methods.nre_loss, **estimator_settings(run))
+    _train(run, nre, "nre")
+    numbers |= _training(nre) | {"loss": nre.loss}
+
+
+def _train(run: Run, model: NLE | NRE, name: str) -> None:
+    run.path("training").mkdir(exist_ok=True)
+    model.fit(
+        Store(run.path("simulations")), memory=run.config.run.memory or None, checkpoint=run.path("training", name), progress=run.progress
+    )
+    model.save(run.path(f"model_{name}.pt"))
+
+
+def _training(model: NLE | NRE) -> dict[str, Any]:
+    return {
+        "validation_loss": [min(record["valid"] for record in member) for member in model.history],
+        "epochs": [len(member) for member in model.history],
+        "device": str(model.device),
+    }
+
+
+def infer_nle(run: Run, numbers: dict[str, Any]) -> None:
+    """Draw from the posterior of the observation by the learned likelihood."""
+    _infer(run, "nle", numbers)
+
+
+def infer_nre(run: Run, numbers: dict[str, Any]) -> None:
+    """Draw from the posterior of the observation by the learned ratio."""
+    _infer(run, "nre", numbers)
+
+
+def _infer(run: Run, method: str, numbers: dict[str, Any]) -> None:
+    model = load(run.path(f"model_{method}.pt"), simulator=run.simulator, device=run.config.run.device)
+    sampler, title = run.config.methods.sampler, method.upper()
+    try:
+        found = model.posterior(
+            run.observation, run.config.infer.n_draws, seed=run.seed(f"infer_{method}"), method=sampler, progress=run.progress
+        )
+    except ConvergenceError as err:
+        others = "hmc" if sampler != "hmc" else "emcee"
+        raise ConvergenceError(f"the posterior by {title} was not sampled: {err}; try --set methods.sampler={others}") from err
+    numbers |= require_converged(title, found)
+    run.write_draws(METHODS[method], found.theta, {"method": TITLES[method], **numbers})
+
+
+def require_converged(title: str, found: PosteriorDraws) -> dict[str, Any]:
+    """Return the numbers that draws are judged by: split R-hat by free parameter, effective draws, Pareto k.
+
+    Of independent draws (importance sampling, a grid) R-hat is that of four parts of them.   Raises: ConvergenceError.
+    """
+    r_hat, chains = np.asarray(found.r_hat), True
+    if not np.isfinite(r_hat).all():
+        n, chains = len(found.theta) // _PARTS, False
+        r_hat = split_r_hat(found.theta[: n * _PARTS].reshape(_PARTS, n, -1))
+    # independent draws have no memory that R-hat could find: a part that differs is then chance, and their weights say more
+    if (chains and r_hat.max() > MOST_R_HAT) or found.n_effective < LEAST_EFFECTIVE:
+        raise ConvergenceError(
+            f"the posterior by {title} is not to be trusted: split R-hat {r_hat.max():.3f}, {found.n_effective:.0f} effective draws; "
+            f"expected at most {MOST_R_HAT} and at least {LEAST_EFFECTIVE}. {found.message}"
+        )
+    return {
+        "n_draws": len(found.theta),
+        "sampler": found.method,
+        "r_hat": r_hat,
+        "n_effective": found.n_effective,
+        "pareto_k": found.pareto_k,
+        "evaluations": found.evaluations,
+        "log_evidence": found.log_evidence,
+        "words": found.summary(),
+    }
 
 
 def methods(run: Run, numbers: dict[str, Any]) -> None:
@@ -46,7 +142,7 @@ def methods(run: Run, numbers: dict[str, Any]) -> None:
     numbers["exact_posterior"] = None if exact is None else _moments(run, exact)
     label = None if exact is None else (f"exact ({name})", exact)
     figure = methods_figure({TITLES[m]: theta for m, theta in found.items()}, run.simulator.parameters, label, truth=run.truth)
-    save_figure(figure, run.path("figures"), "methods")
+    run.save_figure(figure, "methods")
     numbers["ratios"] = _ratios(run)
 
 
@@ -105,7 +201,7 @@ def _ratios(run: Run) -> dict[str, Any]:
     pairs = _whole(run, models, theta, x) if whole else _differences(run, models, theta, x)
     if not pairs:
         return {"skipped": "the learned densities are not finite at held-out pairs"}
-    save_figure(ratios_figure({TITLES[m]: p for m, p in pairs.items()}, difference=not whole), run.path("figures"), "ratios")
+    run.save_figure(ratios_figure({TITLES[m]: p for m, p in pairs.items()}, difference=not whole), "ratios")
     out: dict[str, Any] = {"n": n, "what": "log r" if whole else "difference of ln L"}
     for method, p in pairs.items():
         out[method] = {"rms": p.rms, "mean": float(np.mean(p.learned - p.exact)), "exact_sd": float(p.exact.std())}

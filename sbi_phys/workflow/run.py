@@ -1,49 +1,55 @@
-"""A run folder: one set of settings, stages that leave a record when they are finished, files that are whole or absent.
+"""Run folders: settings, records of finished stages, and files that are complete or absent.
 
-config.toml     settings; a run with others is refused      posterior.nc            the answer
+An inference run (`Run`), to which unfoldings have an analogue in `unfold_run`:
+
+config.toml     settings; a run with others is refused      posterior.nc            final posterior draws
 simulations/    the store                                   posterior_amortised.nc  before rounds and refinement
 rounds/         stores of the truncated rounds              reference.nc            exact MCMC
 training/       checkpoints of the training                 calibration.json  figures/  summary.json  report.html
 model.pt        the amortised network                       stages/  one record a stage: seconds, versions, numbers
-model_nle.pt, model_nre.pt, posterior_nle.nc, posterior_nre.nc, posterior_exact.nc, limits/, limits.json, limits.csv  where asked for
+model_nle.pt, model_nre.pt, posterior_nle.nc, posterior_nre.nc, posterior_exact.nc, limits/, limits.json, limits.csv  on request
 
-A file is written aside and renamed, so a run that is killed anywhere goes on with the next stage, shard or epoch.
+A file is written under a temporary name and renamed: an interrupted run continues with the next stage, shard or epoch.
 """
 
+import csv
 import hashlib
+import io
 import json
 import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from sbi_phys.core.errors import DataError, RunFolderError, SbiPhysError, SettingError
 from sbi_phys.core.files import open_aside, write_aside
-from sbi_phys.core.progress import NoProgress, Progress
+from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.provenance import __version__
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array
+from sbi_phys.plotting.style import save_figure
 from sbi_phys.report.arviz import attributes, chains_to_dict, group, read_netcdf, to_inference_data, write_netcdf
+from sbi_phys.report.html import FigureBlock
 from sbi_phys.simulation.protocol import Simulator, load_simulator
 from sbi_phys.workflow.settings import Config
 
-__all__ = ["Draws", "Run", "null_safe", "versions"]
+__all__ = ["Draws", "Run", "RunFolder", "null_safe", "versions"]
 
 _PACKAGES = ("torch", "nflows", "numpy", "scipy", "h5py", "arviz", "emcee", "scikit-learn", "matplotlib")
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Draws of one posterior as they stand in a NetCDF file: theta (chains, n, d) in the parameters' units, and notes."""
+    """Draws of one posterior, read from a NetCDF file: theta (chains, n, d) in the parameters' units, and notes."""
 
     chains: Array
     notes: dict[str, Any]
@@ -54,47 +60,143 @@ class Draws:
         return self.chains.reshape(-1, self.chains.shape[-1])
 
 
-@dataclass
-class Run:
-    """A folder, its settings, its simulator and a display: what every stage gets.
+class RunFolder:
+    """A folder with settings, files that are complete or absent, records of finished stages, and figures.
 
-    Args: folder: made if missing. config. progress.
-    Raises: RunFolderError (made with other settings, or not a run's), SettingError, SimulatorMismatchError.
+    Args: folder: made by `begin` if missing. progress: display of the stages.
+    Raises: RunFolderError for a path that is a file, or a folder with files but without settings.
     """
 
-    folder: Path
-    config: Config
-    progress: Progress = field(default_factory=NoProgress)
+    SETTINGS_FILE: ClassVar[str]
+    RECORDS: ClassVar[str]
 
-    def __post_init__(self) -> None:
-        """Check the folder against the settings; nothing is written yet."""
-        self.folder = Path(self.folder)
-        path = self.path("config.toml")
-        if path.exists():
-            self._require_same(Config.read(path))
+    def __init__(self, folder: str | Path, progress: Progress | None = None) -> None:
+        self.folder, self.progress = Path(folder), or_none(progress)
+        if self.path(self.SETTINGS_FILE).exists():
+            self._require_same_settings(self.path(self.SETTINGS_FILE))
         elif self.folder.exists() and not self.folder.is_dir():
             raise RunFolderError(f"{self.folder} is a file; expected a folder, new or of an earlier run")
         elif self.folder.exists() and (foreign := sorted(p.name for p in self.folder.iterdir())):
             shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
-            raise RunFolderError(f"{self.folder} holds {shown} and no config.toml; expected an empty folder or one of an earlier run")
+            raise RunFolderError(
+                f"{self.folder} holds {shown} and no {self.SETTINGS_FILE}; expected an empty folder or one of an earlier run"
+            )
+
+    def _require_same_settings(self, path: Path) -> None:
+        """Raise RunFolderError if the settings in the folder are others than those of this run."""
+        raise NotImplementedError
+
+    def _settings_text(self) -> str:
+        """The text of the settings file."""
+        raise NotImplementedError
+
+    def _refuse(self, key: str, got: str, expected: str) -> None:
+        raise RunFolderError(
+            f"{self.folder} was made with other settings: {key} is {got} there, expected {expected}; "
+            f"take another folder, or the settings in its {self.SETTINGS_FILE}"
+        )
 
     def begin(self) -> None:
         """Make the folder and write the settings into it.   Raises: RunFolderError."""
         try:
-            self.path("stages").mkdir(parents=True, exist_ok=True)
-            if not self.path("config.toml").exists():
-                self.write_text("config.toml", self.config.to_toml())
+            self.path(self.RECORDS).mkdir(parents=True, exist_ok=True)
+            if not self.path(self.SETTINGS_FILE).exists():
+                self.write_text(self.SETTINGS_FILE, self._settings_text())
         except OSError as err:
-            raise RunFolderError(f"{self.folder} can not be made: {err.strerror}; expected a place to write to") from err
+            raise RunFolderError(f"{self.folder} cannot be made: {err.strerror}; expected a folder to write to") from err
 
-    def _require_same(self, stored: Config) -> None:
-        difference = self.config.first_difference(stored)
+    def path(self, *parts: str) -> Path:
+        """A path in the folder."""
+        return self.folder.joinpath(*parts)
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """The record that a finished stage left, or None.   Raises: RunFolderError."""
+        path = self.path(self.RECORDS, f"{stage}.json")
+        if not path.is_file():
+            return None
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as err:
+            raise RunFolderError(f"{path} is not JSON: {err}; delete it to run the stage again") from err
+        return content
+
+    def write_record(self, stage: str, content: dict[str, Any]) -> None:
+        """Write the record of a stage: the last file that a stage writes, so that it marks the stage as finished."""
+        self.write_json(f"{self.RECORDS}/{stage}.json", content)
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file."""
+        return write_aside(self.path(name), text, make_folder=True)
+
+    def write_json(self, name: str, content: Any) -> Path:
+        """Write JSON; what is not finite becomes null."""
+        return self.write_text(name, json.dumps(null_safe(content), indent=1, ensure_ascii=False) + "\n")
+
+    def write_csv(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+        """Write a table as CSV."""
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows([header, *rows])
+        return self.write_text(name, out.getvalue())
+
+    def write_array(self, name: str, array: Array) -> Path:
+        """Write a plain .npy file."""
+        with open_aside(self.path(name), make_folder=True) as file:
+            np.save(file, array, allow_pickle=False)
+        return self.path(name)
+
+    def read_array(self, name: str) -> Array:
+        """Read what `write_array` wrote."""
+        array: Array = np.load(self.path(name), allow_pickle=False)
+        return array
+
+    def save_figure(self, figure: Any, name: str) -> None:
+        """Write a matplotlib figure to figures/ as PNG and PDF."""
+        save_figure(figure, self.path("figures"), name)
+
+    def figure_block(self, name: str, caption: str, alt: str, width: int | None = None) -> FigureBlock:
+        """A figure of figures/ as a block of the report page, `width` pixels wide at most."""
+        return FigureBlock(self.path("figures", f"{name}.png"), caption, alt, pdf=f"figures/{name}.pdf", max_width=width)
+
+    def draw(self, figure: Any, name: str, caption: str, alt: str, width: int | None = None) -> FigureBlock:
+        """Write a figure and return its block."""
+        self.save_figure(figure, name)
+        return self.figure_block(name, caption, alt, width)
+
+
+class Run(RunFolder):
+    """The folder of an inference run, with its settings and simulator: what every stage gets.
+
+    Args: folder: made by `begin` if missing. config. progress.
+    Raises: RunFolderError (made with other settings, or not a run's), SettingError, SimulatorMismatchError.
+
+    >>> import sbi_phys as sp
+    >>> run = sp.workflow.Run("runs/new", sp.workflow.Config())
+    >>> run.record("train") is None, run.path("model.pt").exists()
+    (True, False)
+    """
+
+    SETTINGS_FILE = "config.toml"
+    RECORDS = "stages"
+
+    def __init__(self, folder: str | Path, config: Config, progress: Progress | None = None) -> None:
+        self.config = config
+        super().__init__(folder, progress)
+
+    @classmethod
+    def open(cls, folder: Path, progress: Progress | None = None) -> Self:
+        """The run in a folder, with the settings that stand there.   Raises: RunFolderError where there is none."""
+        if not (folder / cls.SETTINGS_FILE).is_file():
+            raise RunFolderError(f"{folder} has no config.toml; expected the folder of a run, as sbi-phys train --out {folder} makes it")
+        return cls(folder, Config.read(folder / cls.SETTINGS_FILE), progress)
+
+    def _require_same_settings(self, path: Path) -> None:
+        difference = self.config.first_difference(Config.read(path))
         if difference is not None:
             key, expected, got = difference
-            raise RunFolderError(
-                f"{self.folder} was made with other settings: {key} is {got!r} there, expected {expected!r}; "
-                "take another folder, or the settings in its config.toml"
-            )
+            self._refuse(key, repr(got), repr(expected))
+
+    def _settings_text(self) -> str:
+        return self.config.to_toml()
 
     @cached_property
     def simulator(self) -> Simulator:
@@ -113,10 +215,6 @@ class Run:
     def names(self) -> list[str]:
         """Parameter names, in the order of theta's columns."""
         return [p.name for p in self.simulator.parameters]
-
-    def path(self, *parts: str) -> Path:
-        """A path in the folder."""
-        return self.folder.joinpath(*parts)
 
     def seed(self, *key: int | str) -> int:
         """The integer seed of a place in the run."""
@@ -162,30 +260,15 @@ class Run:
         try:
             return np.load(source, allow_pickle=False) if source.endswith(".npy") else np.loadtxt(source, delimiter=",", ndmin=1).ravel()
         except (OSError, ValueError) as err:
-            raise DataError(
-                f"infer.observation {source!r} can not be read: {err}; expected a .npy, .csv or .txt file with one row"
-            ) from err
-
-    # records of finished stages
-
-    def record(self, stage: str) -> dict[str, Any] | None:
-        """The record that a finished stage left, or None."""
-        path = self.path("stages", f"{stage}.json")
-        if not path.is_file():
-            return None
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as err:
-            raise RunFolderError(f"{path} is not JSON: {err}; delete it to run the stage again") from err
-        return content
+            raise DataError(f"infer.observation {source!r} cannot be read: {err}; expected a .npy, .csv or .txt file with one row") from err
 
     def numbers(self, stage: str) -> dict[str, Any]:
         """The numbers of a finished stage, {} if it has not run."""
         return dict((self.record(stage) or {}).get("numbers", {}))
 
     def forget(self, stage: str) -> None:
-        """Delete a stage's record: it will run again."""
-        self.path("stages", f"{stage}.json").unlink(missing_ok=True)
+        """Delete the record of a stage: it will run again."""
+        self.path(self.RECORDS, f"{stage}.json").unlink(missing_ok=True)
 
     @contextmanager
     def recording(self, stage: str) -> Iterator[dict[str, Any]]:
@@ -194,8 +277,8 @@ class Run:
         begin = time.perf_counter()
         yield numbers
         settings = json.dumps(null_safe(self.config.to_dict()), sort_keys=True)
-        self.write_json(
-            f"stages/{stage}.json",
+        self.write_record(
+            stage,
             {
                 "stage": stage,
                 "seconds": round(time.perf_counter() - begin, 3),
@@ -206,29 +289,8 @@ class Run:
         )
 
     def note(self, stage: str, facts: dict[str, Any]) -> None:
-        """Add to the record of a stage that is finished."""
-        self.write_json(f"stages/{stage}.json", (self.record(stage) or {}) | facts)
-
-    # files, whole or absent
-
-    def write_text(self, name: str, text: str) -> Path:
-        """Write a text file aside and rename it."""
-        return write_aside(self.path(name), text, make_folder=True)
-
-    def write_json(self, name: str, content: Any) -> Path:
-        """Write JSON; what is not finite becomes null."""
-        return self.write_text(name, json.dumps(null_safe(content), indent=1, ensure_ascii=False) + "\n")
-
-    def write_array(self, name: str, array: Array) -> Path:
-        """Write a plain .npy file."""
-        with open_aside(self.path(name), make_folder=True) as file:
-            np.save(file, array, allow_pickle=False)
-        return self.path(name)
-
-    def read_array(self, name: str) -> Array:
-        """Read what `write_array` wrote."""
-        array: Array = np.load(self.path(name), allow_pickle=False)
-        return array
+        """Add to the record of a finished stage."""
+        self.write_record(stage, (self.record(stage) or {}) | facts)
 
     def write_draws(self, name: str, theta: Array, notes: dict[str, Any], **groups: dict[str, Any]) -> None:
         """Write draws (n, d) or chains (c, n, d) as an ArviZ file, with the observation beside them."""

@@ -1,13 +1,15 @@
-"""Settings of a run: one TOML file, one frozen dataclass per table; an unknown key is an error that suggests the right one.
+"""Settings of inference, unfolding and limits: frozen dataclasses, read from TOML; an unknown key is an error that suggests the right one.
+
+An inference run (`Config`) has one dataclass per table of its TOML file:
 
     [run] title seed device workers          [rounds]    truncated sequential rounds
     [simulator] spec settings                [infer]     observation, draws, importance refinement
     [simulate] n shard_size                  [reference] exact MCMC
     [estimator] ensemble, scaling            [calibrate] held-out simulations
     [flow] [embedding] [train]               [check]     posterior predictive
-                                             [methods]   learned likelihood and ratio beside the posterior
+                                             [methods]   learned likelihood and ratio
 
-The tables [flow], [embedding] and [train] *are* the dataclasses that the networks and the training loop take.
+The tables [flow], [embedding] and [train] are the dataclasses that the networks and the training loop take.
 """
 
 import dataclasses
@@ -15,13 +17,14 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import tomli_w
 
+from sbi_phys.confidence.inputs import check_levels
 from sbi_phys.core.checks import require_choice, require_int, require_known, require_number
 from sbi_phys.core.errors import SettingError
 from sbi_phys.estimators.density_sampling import METHODS as SAMPLERS
@@ -32,16 +35,93 @@ from sbi_phys.store.layout import Layout
 from sbi_phys.training.loop import TrainConfig
 
 __all__ = [
-    "CalibrateSettings", "CheckSettings", "Config", "EstimatorSettings", "InferSettings", "MethodsSettings", "ReferenceSettings",
-    "RoundsSettings", "RunSettings", "SimulateSettings", "SimulatorSettings", "parse_override",
+    "STATISTICS", "CalibrateSettings", "CheckSettings", "Config", "EstimatorSettings", "InferSettings", "LimitsSettings", "MethodsSettings",
+    "ReferenceSettings", "RoundsSettings", "RunSettings", "Settings", "SimulateSettings", "SimulatorSettings", "UnfoldSettings",
+    "parse_override",
 ]  # fmt: skip
+
+
+class Settings:
+    """Base of all settings: a frozen dataclass whose fields are values, or tables that are dataclasses themselves.
+
+    A subclass sets QUICK, the largest value of a setting in a run with --quick, and FREE, settings that may differ when a run is
+    continued because the results do not depend on them.
+    """
+
+    QUICK: ClassVar[Mapping[str, Any]] = {}
+    FREE: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain values and nested tables, as TOML gives them.   Raises: SettingError."""
+        return _build(cls, "", values)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a TOML file.   Raises: SettingError if it is missing, not TOML, or has a wrong key or value."""
+        try:
+            with open(path, "rb") as file:
+                tables = tomllib.load(file)
+        except OSError as err:
+            raise SettingError(f"cannot read the configuration {str(path)!r}: {err.strerror}; expected a TOML file") from err
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+            raise SettingError(f"{path} is not TOML: {err}") from err
+        try:
+            return cls.from_dict(tables)
+        except SettingError as err:
+            raise SettingError(f"{path}: {err}") from err
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values and nested tables; None is left out, because TOML cannot represent it."""
+        plain: dict[str, Any] = _plain(self)
+        return plain
+
+    def to_toml(self) -> str:
+        """The TOML text that `read` turns back into these settings."""
+        return tomli_w.dumps(self.to_dict())
+
+    def override(self, changes: Mapping[str, Any]) -> Self:
+        """Return a copy with other values, e.g. `{"train.batch_size": 256}`.   Raises: SettingError."""
+        known, values = typing.get_type_hints(type(self)), self.to_dict()
+        for key, value in changes.items():
+            *parents, last = key.split(".")
+            if not parents and last not in known and any(dataclasses.is_dataclass(kind) for kind in known.values()):
+                raise SettingError(f"setting {key!r} names no table; expected table.key, such as train.batch_size")
+            require_known("the configuration", [(*parents, last)[0]], _fields(type(self)))
+            target = values
+            for parent in parents:
+                target = target.setdefault(parent, {})
+            target[last] = value
+        return type(self).from_dict(values)
+
+    def quick(self) -> Self:
+        """Return a copy for a run of the same stages at reduced size; a setting that is smaller already stays."""
+        now = self.flat()
+        # max_epochs = 0 leaves the number to the training loop; every other 0 switches something off and stays
+        return self.override({k: cap for k, cap in self.QUICK.items() if now[k] > cap or (k.endswith("max_epochs") and now[k] == 0)})
+
+    def flat(self) -> dict[str, Any]:
+        """One level: {"train.batch_size": 512, ...}."""
+        out: dict[str, Any] = {}
+        for name, value in self.to_dict().items():
+            is_table = dataclasses.is_dataclass(getattr(self, name))
+            out |= {f"{name}.{key}": inner for key, inner in value.items()} if is_table else {name: value}
+        return out
+
+    def first_difference(self, other: "Settings") -> tuple[str, Any, Any] | None:
+        """Return (key, mine, theirs) of the first setting that makes the two runs different, or None."""
+        mine, theirs = self.flat(), other.flat()
+        for key in dict.fromkeys([*mine, *theirs]):
+            if key not in self.FREE and mine.get(key) != theirs.get(key):
+                return key, mine.get(key), theirs.get(key)
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSettings:
-    """What holds for the whole run.
+    """Settings of the whole run.
 
-    Args: title of the report. seed: every random number of the run follows from it. device: 'auto', 'cpu', 'cuda', ...
+    Args: title of the report. seed: determines every random number of the run. device: 'auto', 'cpu', 'cuda', ...
     workers: processes for the simulation, 0 for one per core (the data do not depend on it).
     memory: bytes that training rows may take, 0 for half of the machine's: more are streamed.
     scheduler: address of a Dask scheduler whose workers simulate. cluster: path of a cluster file (`clusters`) instead.
@@ -220,8 +300,8 @@ class MethodsSettings:
     """Learned likelihood (`--method nle`) and ratio (`--method nre`), their draws, and how they are compared.
 
     Args: nle_layers: couplings behind the conditional Gaussian; not given, none for four or more counts, else 3. nre_loss: 'carl',
-    'nre-c' or 'bnre'. sampler: 'auto', 'importance', 'emcee', 'hmc' or 'grid'. n_pairs: most held-out pairs at which ratios are held
-    against exact ones.   Raises: SettingError.
+    'nre-c' or 'bnre'. sampler: 'auto', 'importance', 'emcee', 'hmc' or 'grid'. n_pairs: most held-out pairs at which ratios are compared
+    with exact ones.   Raises: SettingError.
     """
 
     nle_layers: int | None = None
@@ -238,33 +318,37 @@ class MethodsSettings:
         require_int("methods.n_pairs", self.n_pairs, low=0)
 
 
-# What a run is cut down to by --quick: the same stages on less of everything. A smaller setting stays as it is.
-_QUICK = {
-    "simulate.n": 40_000,
-    "estimator.n_ensemble": 1,
-    "train.max_epochs": 6,
-    "rounds.n_rounds": 1,
-    "rounds.n": 12_000,
-    "rounds.max_epochs": 12,
-    "infer.n_draws": 2_000,
-    "infer.n_refine": 40_000,
-    "reference.n_draws": 2_000,
-    "reference.max_steps": 16_000,
-    "calibrate.n": 100,
-    "calibrate.n_draws": 200,
-    "check.n": 200,
-    "methods.n_pairs": 50,
-}
-# Settings that change where or how fast a run is made, and not what it means: they may differ when a run is taken up again.
-_FREE = ("run.device", "run.workers", "run.scheduler", "run.cluster")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
-    """All settings of a run; `Config.read(path)` and `.write(path)` speak TOML.
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """All settings of an inference run, one dataclass per table of the TOML file.
 
     Raises: SettingError for an unknown table or key, a value of the wrong type or outside its range.
+
+    >>> import sbi_phys as sp
+    >>> config = sp.workflow.Config().override({"simulate.n": 500, "run.seed": 3})
+    >>> config.simulate.n, config.run.seed
+    (500, 3)
+    >>> config.first_difference(sp.workflow.Config())[0]
+    'run.seed'
     """
+
+    QUICK: ClassVar[Mapping[str, Any]] = {
+        "simulate.n": 40_000,
+        "estimator.n_ensemble": 1,
+        "train.max_epochs": 6,
+        "rounds.n_rounds": 1,
+        "rounds.n": 12_000,
+        "rounds.max_epochs": 12,
+        "infer.n_draws": 2_000,
+        "infer.n_refine": 40_000,
+        "reference.n_draws": 2_000,
+        "reference.max_steps": 16_000,
+        "calibrate.n": 100,
+        "calibrate.n_draws": 200,
+        "check.n": 200,
+        "methods.n_pairs": 50,
+    }
+    FREE: ClassVar[tuple[str, ...]] = ("run.device", "run.workers", "run.scheduler", "run.cluster")
 
     run: RunSettings = field(default_factory=RunSettings)
     simulator: SimulatorSettings = field(default_factory=SimulatorSettings)
@@ -280,70 +364,109 @@ class Config:
     check: CheckSettings = field(default_factory=CheckSettings)
     methods: MethodsSettings = field(default_factory=MethodsSettings)
 
-    @classmethod
-    def from_dict(cls, tables: Mapping[str, Any]) -> Self:
-        """Build from nested tables, as TOML gives them.   Raises: SettingError."""
-        kinds = typing.get_type_hints(cls)
-        require_known("the configuration", tables, kinds)
-        return cls(**{name: _table(name, values, kinds[name]) for name, values in tables.items()})
 
-    @classmethod
-    def read(cls, path: str | Path) -> Self:
-        """Read a TOML file.   Raises: SettingError if it is missing, not TOML, or has a wrong key or value."""
-        try:
-            with open(path, "rb") as file:
-                tables = tomllib.load(file)
-        except OSError as err:
-            raise SettingError(f"cannot read the configuration {str(path)!r}: {err.strerror}; expected a TOML file") from err
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-            raise SettingError(f"{path} is not TOML: {err}") from err
-        try:
-            return cls.from_dict(tables)
-        except SettingError as err:
-            raise SettingError(f"{path}: {err}") from err
+@dataclass(frozen=True, kw_only=True)
+class UnfoldSettings(Settings):
+    """Settings of `sbi-phys unfold`.
 
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Nested tables of plain values; what is None is left out, as TOML has no word for it."""
-        return {
-            table.name: {k: _plain(v) for k, v in _items(getattr(self, table.name)) if v is not None} for table in dataclasses.fields(self)
-        }
+    Args: seed. n_toys, coverage: toys per prior of the stopping rule of iterative Bayes, and the coverage that it requires in the worst
+    bin. n_breaks: breaks of the fitted flux, -1 for the number of the problem. n_simulated: events of the learned methods, with
+    omnifold_iterations, flow_iterations and omnifold_replicas, flow_replicas (replicas of the data, for their covariance).
+    bayes_samples: posterior draws of the spectrum. bayes_smoothness: 1/sigma of the curvature of log n, 0 to learn it from the data.
+    validate_toys: toys on which the binned methods are tested, 0 for none.   Raises: SettingError.
 
-    def to_toml(self) -> str:
-        """The TOML text that `read` turns back into this configuration."""
-        return tomli_w.dumps(self.to_dict())
+    >>> import sbi_phys as sp
+    >>> sp.workflow.UnfoldSettings().quick().omnifold_replicas
+    2
+    """
 
-    def override(self, changes: Mapping[str, Any]) -> Self:
-        """Return a copy with other values, e.g. `{"train.batch_size": 256}`.   Raises: SettingError."""
-        tables = self.to_dict()
-        for key, value in changes.items():
-            name, dot, rest = key.partition(".")
-            if not dot:
-                raise SettingError(f"setting {key!r} names no table; expected table.key, such as train.batch_size")
-            require_known("the configuration", [name], tables)
-            target = tables[name]
-            *parents, last = rest.split(".")
-            for parent in parents:
-                target = target.setdefault(parent, {})
-            target[last] = value
-        return type(self).from_dict(tables)
+    QUICK: ClassVar[Mapping[str, Any]] = {
+        "n_simulated": 8_192,
+        "omnifold_replicas": 2,
+        "flow_iterations": 1,
+        "flow_replicas": 2,
+        "bayes_samples": 1_000,
+        "validate_toys": 40,
+    }
 
-    def quick(self) -> Self:
-        """Return a copy cut down: the same stages on less of everything."""
-        now = self.flat()
-        # zero epochs leave the number to the training loop; every other zero switches something off and stays
-        return self.override({k: cap for k, cap in _QUICK.items() if now[k] > cap or (k.endswith("max_epochs") and now[k] == 0)})
+    seed: int = 0
+    n_toys: int = 300
+    coverage: float = 0.60
+    n_breaks: int = -1
+    n_simulated: int = 16_384
+    omnifold_iterations: int = 4
+    omnifold_replicas: int = 10
+    flow_iterations: int = 2
+    flow_replicas: int = 4
+    bayes_samples: int = 4_000
+    bayes_smoothness: float = 0.0
+    validate_toys: int = 100
 
-    def flat(self) -> dict[str, Any]:
-        """One level: {"train.batch_size": 512, ...}."""
-        return {f"{table}.{key}": value for table, values in self.to_dict().items() for key, value in values.items()}
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        lowest = {"seed": 0, "n_toys": 50, "n_breaks": -1, "n_simulated": 1000, "bayes_samples": 100, "validate_toys": 0}
+        for name, low in lowest.items():
+            require_int(name, getattr(self, name), low=low)
+        for name in ("omnifold_iterations", "flow_iterations"):
+            require_int(name, getattr(self, name), low=1)
+        for name in ("omnifold_replicas", "flow_replicas"):
+            require_int(name, getattr(self, name), low=2)
+        require_number("coverage", self.coverage, low=0, high=0.68, open_low=True)
+        require_number("bayes_smoothness", self.bayes_smoothness, low=0)
+        if 0 < self.validate_toys < 20:
+            raise SettingError(f"validate_toys is {self.validate_toys}; expected 0 for none, or at least 20")
 
-    def first_difference(self, other: "Config") -> tuple[str, Any, Any] | None:
-        """Return (key, mine, theirs) of the first setting that makes the two runs different, or None."""
-        mine, theirs = self.flat(), other.flat()
-        for key in dict.fromkeys([*mine, *theirs]):
-            if key not in _FREE and mine.get(key) != theirs.get(key):
-                return key, mine.get(key), theirs.get(key)
-        return None
+
+STATISTICS = {"waldo": "WALDO from the posterior", "nre": "learned ratio", "nle": "learned likelihood", "exact": "exact likelihood ratio"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsSettings(Settings):
+    """Settings of one call of `sbi-phys limits RUN`.
+
+    Args: parameters: one name, or two for a joint set. statistic: 'waldo', 'nre', 'nle' or 'exact'. levels. kind: 'interval', 'upper'
+    or 'lower', the last two for one parameter. n: simulations. physical: 'none', 'low', 'high' or 'both': ends of the first parameter's
+    range that are physical bounds, where a set may stop. open_ends: an end that reaches the simulated range becomes infinite instead
+    of an error. value: of the parameter, to get its p-value. critical: regression of the critical values, as in
+    `learn_critical_values`.   Raises: SettingError.
+
+    >>> import sbi_phys as sp
+    >>> sp.workflow.LimitsSettings(parameters=("gamma",), kind="upper").name
+    'gamma_waldo_upper'
+    """
+
+    parameters: tuple[str, ...]
+    statistic: str = "waldo"
+    levels: tuple[float, ...] = (0.683, 0.9)
+    kind: str = "interval"
+    n: int = 5_000
+    physical: str = "none"
+    open_ends: bool = False
+    value: float | None = None
+    critical: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check names and ranges."""
+        if len(self.parameters) not in (1, 2) or len(set(self.parameters)) != len(self.parameters):
+            raise SettingError(f"parameters are {', '.join(self.parameters) or 'none'}; expected one name, or two different ones")
+        require_choice("--statistic", self.statistic, STATISTICS)
+        object.__setattr__(self, "levels", check_levels(self.levels))
+        require_choice("--kind", self.kind, ("interval", "upper", "lower"))
+        require_choice("--physical", self.physical, ("none", "low", "high", "both"))
+        if self.kind != "interval" and len(self.parameters) > 1:
+            raise SettingError(f"--kind is {self.kind!r}; expected 'interval' with two parameters")
+        if self.kind != "interval" and min(self.levels) <= 0.5:
+            raise SettingError(f"--level is {min(self.levels):g}; expected more than 0.5 for a one-sided limit")
+        require_int("--n", self.n, low=400)
+        if self.value is not None:
+            require_number("--value", self.value)
+            if len(self.parameters) > 1:
+                raise SettingError("--value was given with two parameters; expected it with one")
+
+    @property
+    def name(self) -> str:
+        """Name of the files of this call."""
+        return "_".join((*self.parameters, self.statistic, *(() if self.kind == "interval" else (self.kind,))))
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -357,26 +480,32 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
-def _items(table: Any) -> Iterable[tuple[str, Any]]:
-    return ((f.name, getattr(table, f.name)) for f in dataclasses.fields(table))
+def _fields(kind: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind)]
 
 
 def _plain(value: Any) -> Any:
+    """Dataclasses and dicts as dicts without None, tuples as lists."""
+    if dataclasses.is_dataclass(value):
+        value = {name: getattr(value, name) for name in _fields(type(value))}
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
     return {k: _plain(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
-def _table(name: str, values: Any, kind: type) -> Any:
+def _build(kind: Any, table: str, values: Any) -> Any:
+    """The dataclass `kind` from plain values; `table` is its name in messages, '' for the whole."""
     if not isinstance(values, Mapping):
-        raise SettingError(f"{name} is {values!r}; expected a table [{name}]")
+        raise SettingError(f"{table} is {values!r}; expected a table [{table}]")
     hints = typing.get_type_hints(kind)
-    require_known(f"[{name}]", values, hints)
-    return kind(**{key: _value(f"{name}.{key}", value, hints[key]) for key, value in values.items()})
+    require_known(f"[{table}]" if table else "the configuration", values, _fields(kind))
+    return kind(**{key: _value(f"{table}.{key}" if table else key, value, hints[key]) for key, value in values.items()})
 
 
 def _value(name: str, value: Any, hint: Any) -> Any:
     """Return `value` as the annotated type, or raise SettingError; whole numbers pass as floats, lists as tuples."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, name, value)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         options = [a for a in args if a is not type(None)]

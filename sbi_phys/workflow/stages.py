@@ -1,8 +1,9 @@
-"""The main job as a row of stages over a run folder; each leaves its files and a record, and is skipped when both are there.
+"""The stages of an inference run and the runner that executes them.
 
 simulate -> train -> infer -> rounds -> refine -> reference -> compare -> calibrate -> check -> report
 
-Beside them, when they are asked for: simulate -> train_nle -> infer_nle, simulate -> train_nre -> infer_nre, and methods, which compares.
+On request also simulate -> train_nle -> infer_nle, simulate -> train_nre -> infer_nre, and `methods`, which compares the methods. Each
+stage writes its files and then a record; it is skipped when both exist.
 """
 
 import os
@@ -23,110 +24,112 @@ from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.simulation.processes import start_worker
 from sbi_phys.simulation.protocol import check_simulator
 from sbi_phys.training.ranks import process_group
-from sbi_phys.workflow.infer import infer, refine, rounds
-from sbi_phys.workflow.learn import simulate, train, train_along
-from sbi_phys.workflow.likelihoods import infer_nle, infer_nre, train_nle, train_nre
-from sbi_phys.workflow.methods import methods
-from sbi_phys.workflow.page import report
-from sbi_phys.workflow.proof import calibrate, check
-from sbi_phys.workflow.reference import compare, reference
+from sbi_phys.workflow import inference, methods
+from sbi_phys.workflow.inference_page import report
 from sbi_phys.workflow.run import Run
 from sbi_phys.workflow.settings import Config
 
-__all__ = ["ALL", "FURTHER", "STAGES", "Run", "Stage", "run_stages", "train_together"]
+__all__ = ["DEFAULT", "STAGES", "ConcurrentStages", "Stage", "run_stages", "train_distributed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage: what it does, the stages whose files it reads, the files it leaves, and whether it may run beside others.
+    """A stage of a run.
 
-    sees: stages whose files it reads where they are there: it does not wait for them, and is out of date when they run again.
+    work: the function that does it, with the run and a dict for its numbers. needs: stages that must be finished before. optional:
+    stages whose files it reads if they exist; it is out of date when they run again. outputs: its files. concurrent: it may run in a
+    process of its own while the caller runs other stages.
     """
 
     work: Callable[[Run, dict[str, Any]], None]
     needs: tuple[str, ...] = ()
-    leaves: tuple[str, ...] = ()
-    beside: bool = False
-    sees: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    concurrent: bool = False
 
 
+# in the order of execution
 STAGES: dict[str, Stage] = {
-    "simulate": Stage(simulate, leaves=("simulations",)),
-    "train": Stage(train, needs=("simulate",), leaves=("model.pt",)),
-    "infer": Stage(infer, needs=("train",), leaves=("posterior_amortised.nc",)),
-    "rounds": Stage(rounds, needs=("infer",)),
-    "refine": Stage(refine, needs=("rounds",), leaves=("posterior.nc",)),
-    "reference": Stage(reference, needs=("infer",), beside=True),
-    "compare": Stage(compare, needs=("refine", "reference")),
-    "calibrate": Stage(calibrate, needs=("train",)),
-    "check": Stage(check, needs=("refine",)),
-    "report": Stage(report, needs=("compare", "calibrate", "check"), leaves=("summary.json", "report.html"), sees=("methods",)),
+    "simulate": Stage(inference.simulate, outputs=("simulations",)),
+    "train": Stage(inference.train, needs=("simulate",), outputs=("model.pt",)),
+    "infer": Stage(inference.infer, needs=("train",), outputs=("posterior_amortised.nc",)),
+    "rounds": Stage(inference.rounds, needs=("infer",)),
+    "refine": Stage(inference.refine, needs=("rounds",), outputs=("posterior.nc",)),
+    "reference": Stage(inference.reference, needs=("infer",), concurrent=True),
+    "compare": Stage(inference.compare, needs=("refine", "reference")),
+    "calibrate": Stage(inference.calibrate, needs=("train",)),
+    "check": Stage(inference.check, needs=("refine",)),
+    "train_nle": Stage(methods.train_nle, needs=("simulate",), outputs=("model_nle.pt",)),
+    "infer_nle": Stage(methods.infer_nle, needs=("train_nle",), outputs=("posterior_nle.nc",)),
+    "train_nre": Stage(methods.train_nre, needs=("simulate",), outputs=("model_nre.pt",)),
+    "infer_nre": Stage(methods.infer_nre, needs=("train_nre",), outputs=("posterior_nre.nc",)),
+    "methods": Stage(methods.methods, optional=("infer", "infer_nle", "infer_nre", "reference")),
+    "report": Stage(report, needs=("compare", "calibrate", "check"), outputs=("summary.json", "report.html"), optional=("methods",)),
 }
-# what runs only when it is asked for, or was run before
-FURTHER: dict[str, Stage] = {
-    "train_nle": Stage(train_nle, needs=("simulate",), leaves=("model_nle.pt",)),
-    "infer_nle": Stage(infer_nle, needs=("train_nle",), leaves=("posterior_nle.nc",)),
-    "train_nre": Stage(train_nre, needs=("simulate",), leaves=("model_nre.pt",)),
-    "infer_nre": Stage(infer_nre, needs=("train_nre",), leaves=("posterior_nre.nc",)),
-    "methods": Stage(methods, sees=("infer", "infer_nle", "infer_nre", "reference")),
-}
-ALL = {**{name: stage for name, stage in STAGES.items() if name != "report"}, **FURTHER, "report": STAGES["report"]}
+# the stages that `report` needs; the others run on request
+DEFAULT = ("simulate", "train", "infer", "rounds", "refine", "reference", "compare", "calibrate", "check", "report")
 
 
 def run_stages(config: Config, folder: str | Path, until: Iterable[str] = ("report",), *, progress: Progress | None = None) -> Run:
-    """Run the stages that `until` names and all that they need, skipping those already finished in the folder.
+    """Run the stages named in `until` and all stages that they need, skipping those that the folder has finished.
 
     Args: config. folder: made if missing; one made with other settings is refused. until: names of stages.
-    Returns: the run, whose files are complete up to there.
+    Returns: the run, whose files are complete up to these stages.
     Raises: SettingError, RunFolderError, SimulatorMismatchError, StoreError, DataError, TrainingError, ConvergenceError.
+
+    >>> import sbi_phys as sp
+    >>> sp.workflow.run_stages(sp.workflow.Config(), "runs/new")
+    Traceback (most recent call last):
+    ...
+    sbi_phys.core.errors.SettingError: simulator.spec is empty; expected 'package.module:Class'
     """
     run = Run(Path(folder), config, or_none(progress))
-    wanted = _with_needs([require_choice("stage", name, ALL) for name in until])
+    wanted = _with_needs([require_choice("stage", name, STAGES) for name in until])
     if "report" in wanted and run.record("methods") is None and any(run.record(name) for name in ("infer_nle", "infer_nre")):
-        wanted = _with_needs([*wanted, "methods"])  # out of date, and the page has a place for it
-    _foresee(run, wanted)
+        wanted = _with_needs([*wanted, "methods"])  # the comparison is out of date, and the page shows it
+    _check_inputs(run, wanted)
     run.begin()
     # one BLAS thread: the matrices are small, and the numbers must not depend on the number of cores
-    with threadpool_limits(limits=1, user_api="blas"), Beside(run.folder, config) as beside:
+    with threadpool_limits(limits=1, user_api="blas"), ConcurrentStages(run.folder, config) as concurrent:
         for i, name in enumerate(wanted):
             for other in wanted[i + 1 :]:
-                if ALL[other].beside and not _finished(run, other) and all(_finished(run, need) for need in ALL[other].needs):
+                if STAGES[other].concurrent and not _finished(run, other) and all(_finished(run, need) for need in STAGES[other].needs):
                     _forget_dependents(run, other)
-                    beside.begin(other)
+                    concurrent.begin(other)
             if _finished(run, name):
                 continue
             with run.progress.task(f"[{i + 1}/{len(wanted)}] {name}", None) as task:
-                if name in beside:
+                if name in concurrent:
                     task.advance(0, "in a process of its own")
                     begin = time.perf_counter()
-                    beside.wait(name)
+                    concurrent.wait(name)
                     run.note(name, {"waited": round(time.perf_counter() - begin, 3)})
                     continue
                 _forget_dependents(run, name)
-                _work(run, name)
+                _execute(run, name)
     return run
 
 
-def _work(run: Run, name: str) -> None:
+def _execute(run: Run, name: str) -> None:
     with run.recording(name) as numbers:
-        ALL[name].work(run, numbers)
+        STAGES[name].work(run, numbers)
 
 
-def work_alone(folder: Path, config: Config, name: str) -> None:
-    """One stage of a run, in a process that has nothing else to do."""
-    _work(Run(folder, config), name)
+def run_in_process(folder: Path, config: Config, name: str) -> None:
+    """Run one stage in a process of its own."""
+    _execute(Run(folder, config), name)
 
 
 def _forget_dependents(run: Run, name: str) -> None:
-    """What was made from this stage's former files is out of date, also if this run is cut short."""
+    """Delete the records of stages that use this one: their files are out of date, also if this run is interrupted."""
     for later in _dependents(name):
         run.forget(later)
 
 
-class Beside:
-    """Stages at work in processes of their own, while the caller goes on: at most one for each further core.
+class ConcurrentStages:
+    """Stages that run in processes of their own while the caller continues: at most one for each further core.
 
-    Leaving the context by an error or Ctrl-C ends them; a stage that was cut short left no record and is done again.
+    An error or Ctrl-C within the context ends them; an interrupted stage has no record and runs again.
     """
 
     def __init__(self, folder: Path, config: Config) -> None:
@@ -146,44 +149,44 @@ class Beside:
         return name in self._pools
 
     def begin(self, name: str) -> None:
-        """Start a stage, if there is a core for it and it is not at work already."""
+        """Start a stage, if a core is free and it is not running yet."""
         cores = self._config.run.workers or len(os.sched_getaffinity(0))
         if name in self._pools or len(self._pools) + 1 >= cores:
             return
         pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start_worker)
-        self._pools[name] = pool, pool.submit(work_alone, self._folder, self._config, name)
+        self._pools[name] = pool, pool.submit(run_in_process, self._folder, self._config, name)
 
     def wait(self, name: str) -> None:
         """Return when a stage is finished.   Raises: what it raised; RunFolderError if its process died."""
         try:
             self._pools[name][1].result()
         except BrokenExecutor as err:
-            raise RunFolderError(f"the process of stage {name} died ({err}); the same command does it again") from err
+            raise RunFolderError(f"the process of stage {name} died ({err}); the same command runs it again") from err
 
 
-def train_together(config: Config, folder: str | Path, until: str = "train", *, progress: Progress | None = None) -> None:
-    """Stage `train` in every process that torchrun started; the first simulates before and writes the files.
+def train_distributed(config: Config, folder: str | Path, until: str = "train", *, progress: Progress | None = None) -> None:
+    """Run stage `train` in every process that torchrun started; the first one also simulates and writes the files.
 
-    Raises: SettingError for another stage (the others gain nothing from more processes), and as `run_stages`.
+    Raises: SettingError for another stage (more processes do not speed it up), and as `run_stages`.
     """
     if until != "train":
-        raise SettingError(f"the stage is {until!r} under torchrun; expected 'train': run the others in a single process")
+        raise SettingError(f"the stage is {until!r} under torchrun; expected 'train'; the other stages run in a single process")
     with process_group(config.run.device) as ranks:
         if ranks.first:
             run_stages(config, folder, ["simulate"], progress=progress)
         ranks.wait()
         run = Run(Path(folder), config)
         done = _finished(run, "train")
-        ranks.wait()  # all have looked before the first writes
+        ranks.wait()  # every process has checked before the first one writes
         if ranks.first:
             run_stages(config, folder, ["train"], progress=progress)
         elif not done:
             with threadpool_limits(limits=1, user_api="blas"):
-                train_along(run)
+                inference.fit_network(run)
 
 
-def _foresee(run: Run, wanted: list[str]) -> None:
-    """Meet now what would otherwise go wrong minutes later, before anything is written."""
+def _check_inputs(run: Run, wanted: list[str]) -> None:
+    """Raise errors of simulator, device and observation before anything is written."""
     check_simulator(run.simulator)
     if {"train", "train_nle", "train_nre"} & set(wanted):
         resolve_device(run.config.run.device)
@@ -192,7 +195,7 @@ def _foresee(run: Run, wanted: list[str]) -> None:
 
 
 def _finished(run: Run, name: str) -> bool:
-    return run.record(name) is not None and all(run.path(file).exists() for file in ALL[name].leaves)
+    return run.record(name) is not None and all(run.path(file).exists() for file in STAGES[name].outputs)
 
 
 def _with_needs(names: Iterable[str]) -> list[str]:
@@ -201,17 +204,17 @@ def _with_needs(names: Iterable[str]) -> list[str]:
     while todo:
         name = todo.pop()
         needed.add(name)
-        todo += ALL[name].needs
-    return [name for name in ALL if name in needed]
+        todo += STAGES[name].needs
+    return [name for name in STAGES if name in needed]
 
 
 def _dependents(name: str) -> list[str]:
-    """Stages whose files follow from this one's, by what they need or see."""
+    """Stages that use the files of this one, directly or through others."""
     found: set[str] = set()
     todo = [name]
     while todo:
         now = todo.pop()
-        new = {other for other, stage in ALL.items() if now in (*stage.needs, *stage.sees)} - found
+        new = {other for other, stage in STAGES.items() if now in (*stage.needs, *stage.optional)} - found
         found |= new
         todo += new
-    return [other for other in ALL if other in found]
+    return [other for other in STAGES if other in found]

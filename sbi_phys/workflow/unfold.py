@@ -1,221 +1,34 @@
-"""`sbi-phys unfold`: a measured spectrum by every method, kept in a folder that the same command takes up again.
+"""`sbi-phys unfold`: unfold a measured spectrum by every method in one folder, which the same command continues.
 
-settings.json   problem and settings; a folder made with others is refused     spectrum.csv    every method, bin by bin
-methods/        one .npz and one .json a method: what a rerun does not repeat    unfolding.json  every number, seeds, versions, seconds
-figures/        PNG and PDF                                                      unfolding.nc    spectra as an ArviZ file
-validation.json tests on toys                                                    report.html     the page
-
-A file is written aside and renamed; a method's .json comes last, so that a method is done or is done again.
+The binned methods are tested on toys with a known truth: the fitted spectrum, folded with the response of the real data. The settings
+that the data chose (iterations, strength) are fixed for the toys, and so is the prior's share of the covariance, scaled with the counts:
+the tests describe the choice of this run.
 """
 
-import csv
-import io
 import json
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbi_phys.core.errors import ConvergenceError, DataError, RunFolderError, TrainingError
-from sbi_phys.core.files import open_aside, write_aside
-from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.errors import ConvergenceError, DataError, TrainingError
+from sbi_phys.core.progress import Progress
+from sbi_phys.core.rng import seed_for
 from sbi_phys.core.types import Array
-from sbi_phys.plotting.figures import save_figure
 from sbi_phys.plotting.style import house_style
-from sbi_phys.unfold.folding import bin_integral, broken_power_law
+from sbi_phys.unfold import ibu, tikhonov
 from sbi_phys.unfold.measurement import Measurement
-from sbi_phys.workflow.run import null_safe, versions
-from sbi_phys.workflow.unfold_methods import METHODS, chi2_of, require_methods
-from sbi_phys.workflow.unfold_tasks import TITLES, Answer, Task, UnfoldSettings
+from sbi_phys.unfold.response import Response
+from sbi_phys.unfold.validation import validate
+from sbi_phys.workflow.settings import UnfoldSettings
+from sbi_phys.workflow.unfold_methods import METHODS, TITLES, Task, require_methods
+from sbi_phys.workflow.unfold_page import write_page
+from sbi_phys.workflow.unfold_run import COLUMNS, MethodResult, UnfoldRun, summary, table_rows, write_spectra
 
-__all__ = ["COLUMNS", "QUICK", "Found", "UnfoldRun", "unfold_spectrum"]
-
-
-QUICK = {
-    "n_simulated": 8_192,
-    "omnifold_replicas": 2,
-    "flow_iterations": 1,
-    "flow_replicas": 2,
-    "bayes_samples": 1_000,
-    "validate_toys": 40,
-}
-COLUMNS = (
-    "method", "lg_e_low", "lg_e_high", "counts", "unfolded", "error", "error_low", "error_high", "refolded", "flux", "flux_error",
-    "flux_error_low", "flux_error_high", "correction", "published_flux", "published_correction",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """Answer of one method as it stands in the folder: its arrays (see `Answer`), and its record."""
-
-    name: str
-    arrays: dict[str, Array]
-    record: dict[str, Any]
-
-    @property
-    def title(self) -> str:
-        """The method in words."""
-        return TITLES[self.name]
-
-    @property
-    def counts(self) -> Array:
-        """Unfolded counts (r,)."""
-        return self.arrays["counts"]
-
-    @property
-    def covariance(self) -> Array:
-        """Covariance (r, r)."""
-        return self.arrays["covariance"]
-
-    @property
-    def errors(self) -> Array:
-        """Errors below and above (2, r): of the central 68 % of the draws where there are any, else the standard error both ways."""
-        if "samples" in self.arrays:
-            low, high = np.quantile(self.arrays["samples"], [0.158655, 0.841345], axis=0)
-            return np.maximum(np.stack([self.counts - low, high - self.counts]), 0.0)
-        return np.stack([np.sqrt(np.diag(self.covariance))] * 2)
-
-    @property
-    def correlation(self) -> Array:
-        """Correlation matrix (r, r); 0 where an error is 0."""
-        sd = np.sqrt(np.diag(self.covariance))
-        scale = np.outer(sd, sd)
-        return np.divide(self.covariance, scale, out=np.zeros_like(scale), where=scale > 0)
-
-
-@dataclass
-class UnfoldRun:
-    """A folder with a measurement, its settings and what the methods have said so far.   Raises: RunFolderError."""
-
-    folder: Path
-    measurement: Measurement
-    settings: UnfoldSettings
-    asked: dict[str, Any]
-    found: dict[str, Found] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    validation: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Refuse a folder that was made with other settings, or by something else; nothing is written yet."""
-        self.folder = Path(self.folder)
-        path = self.path("settings.json")
-        if path.is_file():
-            self._require_same(path)
-        elif self.folder.exists() and not self.folder.is_dir():
-            raise RunFolderError(f"{self.folder} is a file; expected a folder, new or of an earlier unfolding")
-        elif self.folder.exists() and (foreign := sorted(p.name for p in self.folder.iterdir())):
-            shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
-            raise RunFolderError(
-                f"{self.folder} holds {shown} and no settings.json; expected an empty folder or one of an earlier unfolding"
-            )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything that the answers depend on."""
-        m = self.measurement
-        made: dict[str, Any] = null_safe(
-            {**self.asked, **asdict(self.settings), "counts": m.counts, "reco_edges": m.reco_edges, "truth_edges": m.truth_edges}
-        )
-        return made
-
-    def _require_same(self, path: Path) -> None:
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as err:
-            raise RunFolderError(f"{path} is not JSON: {err}; take another folder") from err
-        mine = json.loads(json.dumps(self.identity))
-        for key in dict.fromkeys([*mine, *stored]):
-            if mine.get(key) != stored.get(key):
-                got, expected = (str(value)[:60] for value in (stored.get(key), mine.get(key)))
-                raise RunFolderError(
-                    f"{self.folder} was made with other settings: {key} is {got} there, expected {expected}; take another folder"
-                )
-
-    def path(self, *parts: str) -> Path:
-        """A path in the folder."""
-        return self.folder.joinpath(*parts)
-
-    def begin(self) -> None:
-        """Make the folder and write the settings into it.   Raises: RunFolderError."""
-        try:
-            self.path("methods").mkdir(parents=True, exist_ok=True)
-            self.write_json("settings.json", self.identity)
-        except OSError as err:
-            raise RunFolderError(f"{self.folder} can not be made: {err.strerror}; expected a place to write to") from err
-
-    def write_text(self, name: str, text: str) -> Path:
-        """Write a text file aside and rename it."""
-        return write_aside(self.path(name), text, make_folder=True)
-
-    def write_json(self, name: str, content: Any) -> Path:
-        """Write JSON; what is not finite becomes null."""
-        return self.write_text(name, json.dumps(null_safe(content), indent=1, ensure_ascii=False) + "\n")
-
-    def read(self, name: str) -> Found | None:
-        """What a method left in the folder, None if it has not finished.   Raises: RunFolderError."""
-        record, arrays = self.path("methods", f"{name}.json"), self.path("methods", f"{name}.npz")
-        if not (record.is_file() and arrays.is_file()):
-            return None
-        try:
-            with np.load(arrays, allow_pickle=False) as file:
-                values = {key: np.asarray(file[key]) for key in file.files}
-            return Found(name=name, arrays=values, record=json.loads(record.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError) as err:
-            raise RunFolderError(f"{record} or {arrays.name} can not be read: {err}; delete both to run the method again") from err
-
-    def keep(self, name: str, answer: Answer, seconds: float, warned: list[str]) -> Found:
-        """Write what a method said: figures, arrays, and last its record."""
-        for title, axes in answer.figures.items():
-            save_figure(axes.figure, self.path("figures"), f"{name}_{title}")
-        chi2, ndf = chi2_of(self.measurement, answer)
-        arrays = {"counts": answer.counts, "covariance": answer.covariance, "refolded": answer.refolded, **answer.arrays}
-        arrays |= {f"covariance_{part}": value for part, value in answer.parts.items()}
-        if answer.samples is not None:
-            arrays["samples"] = answer.samples
-        record = {
-            "method": name,
-            "title": TITLES[name],
-            "seconds": round(seconds, 3),
-            "chi2": chi2,
-            "ndf": ndf,
-            "effective": answer.effective,
-            "words": answer.words,
-            "numbers": answer.numbers,
-            "warnings": warned,
-            "figures": [f"{name}_{title}" for title in answer.figures],
-            "versions": versions(),
-        }
-        with open_aside(self.path("methods", f"{name}.npz"), make_folder=True) as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        self.write_json(f"methods/{name}.json", record)
-        found = self.read(name)
-        if found is None:
-            raise RunFolderError(f"{self.path('methods', f'{name}.json')} vanished while it was written")
-        return found
-
-    def spectrum(self, parameters: str = "parameters") -> Array:
-        """Expected counts (f,) in fine true bins of the fitted flux, or of the best power law ("power_law")."""
-        theta = self.found["folding"].arrays[parameters]
-        return self.measurement.exposure * bin_integral(broken_power_law, self.measurement.fine_edges, theta)
-
-    def flux(self, counts: Array) -> Array:
-        """Flux of counts (..., r), 1/(km2 sr yr eV) for an exposure in km2 sr yr."""
-        return counts / self.measurement.per_flux
-
-    def correction(self, name: str) -> Array:
-        """Unfolded over measured (r,); NaN where nothing was measured."""
-        n = self.measurement.counts
-        return np.divide(self.found[name].counts, n, out=np.full(n.size, np.nan), where=n > 0)
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Time of each method, and of the tests."""
-        spent = {name: float(found.record["seconds"]) for name, found in self.found.items()}
-        return spent | ({"validate": self.validation["seconds"]} if "seconds" in self.validation else {})
+__all__ = ["unfold_spectrum", "validate_on_toys"]
 
 
 def unfold_spectrum(
@@ -224,48 +37,45 @@ def unfold_spectrum(
     settings: UnfoldSettings | None = None,
     methods: tuple[str, ...] = tuple(METHODS),
     *,
-    asked: dict[str, Any] | None = None,
+    source: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> UnfoldRun:
-    """Unfold by every method asked for, test the binned ones, and write tables, figures, files and the page.
+    """Unfold by every method asked for, test the binned ones on toys, and write tables, figures and the page.
 
-    Args: measurement. folder: made if missing, taken up if begun. settings. methods: names out of METHODS; 'folding' is always done.
-    asked: how the measurement was named, kept with the settings.
-    Returns: the run, whose files are complete; `failed` has the methods that could not answer.
-    Raises: SettingError, RunFolderError, DataError, ConvergenceError (forward folding failed: nothing else can begin).
+    Args: measurement. folder: made if missing, continued if begun. settings. methods: names of METHODS; 'folding' always runs.
+    source: how the measurement was named, kept with the settings.
+    Returns: the run, whose files are complete; `failed` has the methods without a result.
+    Raises: SettingError, RunFolderError, DataError, ConvergenceError (forward folding failed, which the other methods need).
     """
-    from sbi_phys.workflow.unfold_page import write_page
-
     wanted = require_methods(methods)
-    bars = or_none(progress)
-    run = UnfoldRun(Path(folder), measurement, settings or UnfoldSettings(), dict(asked or {"problem": measurement.name}))
-    # what an earlier run has finished stays on the page
+    run = UnfoldRun(Path(folder), measurement, settings or UnfoldSettings(), dict(source or {"problem": measurement.name}), progress)
+    # methods that an earlier run has finished stay on the page
     names = [name for name in METHODS if name in wanted or run.path("methods", f"{name}.json").is_file()]
-    _ = measurement.fine  # a response that is none is found before anything is written
+    _ = measurement.fine  # an invalid response is found before anything is written
     run.begin()
     for i, name in enumerate(names):
-        with bars.task(f"[{i + 1}/{len(names)}] {TITLES[name]}", None):
-            known = run.read(name)
+        with run.progress.task(f"[{i + 1}/{len(names)}] {TITLES[name]}", None):
+            known = run.read_method(name)
             if known is not None:
                 run.found[name] = known
                 continue
-            _ask(run, name, progress)
+            _run_method(run, name)
     if run.settings.validate_toys:
-        with bars.task("tests on toys", None):
-            run.validation = _validated(run, progress)
-    with bars.task("tables, figures, page", None):
-        run.write_text("spectrum.csv", table(run))
+        with run.progress.task("tests on toys", None):
+            run.validation = _validation(run)
+    with run.progress.task("tables, figures, page", None):
+        run.write_csv("spectrum.csv", COLUMNS, table_rows(run))
         run.write_json("unfolding.json", summary(run))
         write_spectra(run)
         write_page(run)
     return run
 
 
-def _ask(run: UnfoldRun, name: str, progress: Progress | None) -> None:
+def _run_method(run: UnfoldRun, name: str) -> None:
     flat = np.ones(run.measurement.fine_edges.size - 1)
     spectrum, prior = (flat, flat) if name == "folding" else (run.spectrum(), run.spectrum("power_law"))
     theta = np.zeros(0) if name == "folding" else run.found["folding"].arrays["parameters"]
-    task = Task(measurement=run.measurement, settings=run.settings, spectrum=spectrum, prior=prior, theta=theta, progress=progress)
+    task = Task(measurement=run.measurement, settings=run.settings, spectrum=spectrum, prior=prior, theta=theta, progress=run.progress)
     begin = time.perf_counter()
     try:
         with warnings.catch_warnings(record=True) as caught, house_style():
@@ -277,13 +87,11 @@ def _ask(run: UnfoldRun, name: str, progress: Progress | None) -> None:
         run.failed[name] = f"{type(err).__name__}: {err}"
         return
     words = list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning | RuntimeWarning)))
-    run.found[name] = run.keep(name, answer, time.perf_counter() - begin, words)
+    run.found[name] = run.write_method(name, answer, time.perf_counter() - begin, words)
 
 
-def _validated(run: UnfoldRun, progress: Progress | None) -> dict[str, Any]:
-    """Tests of the binned methods on toys of the fitted spectrum, once: kept in validation.json with their figures."""
-    from sbi_phys.workflow.unfold_proof import prove
-
+def _validation(run: UnfoldRun) -> dict[str, Any]:
+    """Tests of the binned methods on toys of the fitted spectrum, read from validation.json if they were made before."""
     path = run.path("validation.json")
     wanted: list[str] = [name for name in ("ibu", "tikhonov") if name in run.found]
     if path.is_file():
@@ -293,105 +101,74 @@ def _validated(run: UnfoldRun, progress: Progress | None) -> dict[str, Any]:
     if not wanted:
         return {}
     begin = time.perf_counter()
-    found = prove(run, wanted, progress)
+    found = validate_on_toys(run, wanted)
     found["seconds"] = round(time.perf_counter() - begin, 3)
     run.write_json("validation.json", found)
     return found
 
 
-def table(run: UnfoldRun) -> str:
-    """The CSV text: one line for each method and bin; what is not known stays empty."""
+Unfold = Callable[[Array, Response], Any]
+
+
+class _Result(NamedTuple):
+    """What a test needs of a method."""
+
+    counts: Array
+    covariance: Array
+
+
+def validate_on_toys(run: UnfoldRun, names: list[str]) -> dict[str, Any]:
+    """Test the methods by name -> verdict, rows and words, with the figures saved as validate_<name>."""
     m = run.measurement
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    nothing = np.full(m.counts.size, np.nan)
-    for name, found in run.found.items():
-        low, high = found.errors
-        error = np.sqrt(np.diag(found.covariance))
-        columns = (
-            m.reco_edges[:-1], m.reco_edges[1:], m.counts, found.counts, error, low, high, found.arrays["refolded"],
-            run.flux(found.counts), run.flux(error), run.flux(low), run.flux(high), run.correction(name),
-            m.published.get("flux", nothing), m.published.get("correction", nothing),
-        )  # fmt: skip
-        for row in zip(*columns, strict=True):
-            writer.writerow([name, *("" if not np.isfinite(v) else repr(float(v)) for v in row)])
-    return out.getvalue()
-
-
-def deviations(run: UnfoldRun) -> dict[str, dict[str, float]]:
-    """Of every method: largest |correction / published - 1| within the target's range, and in which bin; {} without published ones."""
-    m = run.measurement
-    if "correction" not in m.published or m.target is None:
-        return {}
-    low, high, _ = m.target
-    inside = (m.centres > low) & (m.centres < high)
-    out = {}
-    for name in run.found:
-        away = np.where(inside, np.nan_to_num(np.abs(run.correction(name) / m.published["correction"] - 1)), 0.0)
-        out[name] = {"worst": float(away.max()), "at": float(m.centres[int(away.argmax())])}
-    return out
-
-
-def summary(run: UnfoldRun) -> dict[str, Any]:
-    """Every number, for unfolding.json."""
-    m = run.measurement
-    known = ("counts", "covariance", "refolded", "samples")
-    methods = {
-        name: {
-            **found.record,
-            "counts": found.counts,
-            "errors": found.errors,
-            "covariance": found.covariance,
-            "correlation": found.correlation,
-            "refolded": found.arrays["refolded"],
-            "flux": run.flux(found.counts),
-            "flux_errors": run.flux(found.errors),
-            "correction": run.correction(name),
-            "arrays": {key: value for key, value in found.arrays.items() if key not in known},
-        }
-        for name, found in run.found.items()
-    }
-    return {
-        "title": m.title,
-        "source": m.source,
-        **run.identity,
-        "exposure": m.exposure,
-        "published": dict(m.published),
-        "target": m.target,
-        "methods": methods,
-        "failed": run.failed,
-        "corrections_against_published": deviations(run),
-        "validation": run.validation,
-        "seconds": run.seconds | {"total": sum(run.seconds.values())},
-        "versions": versions(),
-    }
-
-
-def write_spectra(run: UnfoldRun) -> Path:
-    """Write unfolding.nc: draws flux_<method> where a method has them; counts_, point_flux_ and covariance_<method> of every method.
-
-    Without any draws the first method's Gaussian takes their place, which the attribute `gaussian` says.
-    """
-    from sbi_phys.report.arviz import spectra_to_inference_data, write_netcdf
-
-    m = run.measurement
-    draws = {name: found.arrays["samples"] for name, found in run.found.items() if "samples" in found.arrays}
-    gaussian = []
-    if not draws:
-        name, found = next(iter(run.found.items()))
-        rng = np.random.default_rng(np.random.SeedSequence(run.settings.seed))
-        draws, gaussian = {name: rng.multivariate_normal(found.counts, found.covariance, 2000)}, [name]
-    constants: dict[str, Array] = {"lg_e_low": m.reco_edges[:-1], "lg_e_high": m.reco_edges[1:]}
-    for name, found in run.found.items():
-        point = {"counts": found.counts, "point_flux": run.flux(found.counts), "covariance": found.covariance}
-        constants |= {f"{key}_{name}": value for key, value in point.items()}
-    constants |= {f"published_{key}": value for key, value in m.published.items()}
-    data = spectra_to_inference_data(
-        {f"flux_{name}": run.flux(value) for name, value in draws.items()},
-        constants,
-        {"counts": m.counts},
-        lg_energy=m.centres,
-        attrs=null_safe({"settings": run.identity, "versions": versions(), "gaussian": gaussian, "seconds": run.seconds}),
+    response, truth = m.within(run.spectrum()), m.coarse(run.spectrum())[m.inner]
+    prior = m.coarse(run.spectrum("power_law"))[m.inner]
+    found = validate(
+        {run.found[name].title: _AT_FIXED_SETTINGS[name](run.found[name], prior) for name in names},
+        response,
+        truth,
+        counts=m.counts,
+        n_toys=run.settings.validate_toys,
+        seed=seed_for(run.settings.seed, "unfold", "validate"),
+        progress=run.progress,
     )
-    return write_netcdf(run.path("unfolding.nc"), data)
+    with house_style():
+        figures = found.figures()
+    for name, figure in figures.items():
+        run.save_figure(figure, f"validate_{name}")
+    return {
+        "methods": names,
+        "n_toys": run.settings.validate_toys,
+        "verdict": found.verdict,
+        "passed": found.passed,
+        "failed": list(found.failed),
+        "summary": found.summary(),
+        "rows": [
+            {"name": r.name, "value": r.value, "criterion": r.criterion, "passed": r.passed, "words": r.words, "pvalue": r.pvalue}
+            for r in found.table()
+        ],
+        "figures": [f"validate_{name}" for name in figures],
+    }
+
+
+def _ibu(found: MethodResult, prior: Array) -> Unfold:
+    k = int(found.record["numbers"]["n_iterations"])
+    relative = found.arrays["covariance_prior"] / np.outer(found.counts, found.counts)
+
+    def unfold(counts: Array, response: Response) -> _Result:
+        answer = ibu(counts, response, k, prior, errors="expected")
+        return _Result(answer.counts, answer.covariance + relative * np.outer(answer.counts, answer.counts))
+
+    return unfold
+
+
+def _tikhonov(found: MethodResult, prior: Array) -> Unfold:
+    strength = float(found.record["numbers"]["strength"])
+
+    def unfold(counts: Array, response: Response) -> _Result:
+        answer = tikhonov(counts, response, strength, prior)
+        return _Result(answer.counts, answer.covariance)
+
+    return unfold
+
+
+_AT_FIXED_SETTINGS: dict[str, Callable[[MethodResult, Array], Unfold]] = {"ibu": _ibu, "tikhonov": _tikhonov}

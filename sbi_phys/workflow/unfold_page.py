@@ -1,17 +1,14 @@
 """The page of an unfolding: what was asked, the spectrum, corrections against the published ones, how good it is, how it was made."""
 
-from typing import Any
-
 import numpy as np
 from scipy.special import chdtrc
 
 from sbi_phys.core.numbers import MINUS
 from sbi_phys.core.types import Array
-from sbi_phys.plotting.figures import save_figure
 from sbi_phys.plotting.unfolding import corrections_figure, correlations_figure, flux_figure, refolded_figure
-from sbi_phys.report.html import Block, Code, Details, FigureBlock, KeyValues, Section, Table, Text, Verdict, render_report
-from sbi_phys.workflow.unfold import UnfoldRun, deviations
-from sbi_phys.workflow.unfold_tasks import TITLES
+from sbi_phys.report.html import Block, Code, Details, KeyValues, Section, Table, Text, Verdict, render_report
+from sbi_phys.workflow.unfold_methods import TITLES
+from sbi_phys.workflow.unfold_run import UnfoldRun, deviations
 
 __all__ = ["verdicts", "write_page"]
 
@@ -84,15 +81,6 @@ def _apart(run: UnfoldRun) -> tuple[str, float, float]:
     return max(found, key=lambda row: row[1])
 
 
-def _draw(run: UnfoldRun, figure: Any, name: str, caption: str, alt: str, width: int | None = None) -> FigureBlock:
-    save_figure(figure, run.path("figures"), name)
-    return _figure(run, name, caption, alt, width)
-
-
-def _figure(run: UnfoldRun, name: str, caption: str, alt: str, width: int | None = None) -> FigureBlock:
-    return FigureBlock(run.path("figures", f"{name}.png"), caption, alt, pdf=f"figures/{name}.pdf", max_width=width)
-
-
 def _question(run: UnfoldRun) -> list[Block]:
     m = run.measurement
     low, high = m.reco_edges[0], m.reco_edges[-1]
@@ -119,7 +107,7 @@ def _question(run: UnfoldRun) -> list[Block]:
             )
         )
         caption = "Response of the measured bins, logarithmic: probability of a measured bin for a true one; line: efficiency."
-        out.append(_figure(run, "ibu_response", caption, "response matrix, diagonal band that narrows towards high energies", 560))
+        out.append(run.figure_block("ibu_response", caption, "response matrix, diagonal band that narrows towards high energies", 560))
     return out
 
 
@@ -137,7 +125,7 @@ def _spectrum(run: UnfoldRun) -> list[Block]:
     )
     figure = flux_figure(m.reco_edges, flux, published, unit=m.unit)
     return [
-        _draw(run, figure, "flux", caption, "flux times E cubed of every method with the published points and their ratio"),
+        run.draw(figure, "flux", caption, "flux times E cubed of every method with the published points and their ratio"),
         _flux_table(run),
         Text("`spectrum.csv` has every method bin by bin, `unfolding.json` every number with the covariances, `unfolding.nc` the draws."),
     ]
@@ -173,7 +161,7 @@ def _corrections(run: UnfoldRun) -> list[Block]:
     )
     caption = "Unfolded over measured counts. Above about lgE 19.5 methods that do not assume a form of the flux follow the fluctuations."
     out: list[Block] = [
-        _draw(run, figure, "corrections", caption, "correction factors against energy and their distance from published ones")
+        run.draw(figure, "corrections", caption, "correction factors against energy and their distance from published ones")
     ]
     out += _constants(run)
     away = deviations(run)
@@ -255,16 +243,14 @@ def _quality(run: UnfoldRun) -> list[Block]:
         )
     header = ("Method", "Refolded chi2", "Parameters used", "ndf", "chi2 / ndf", "Median error")
     out: list[Block] = [
-        _draw(
-            run,
+        run.draw(
             refolded_figure(m.reco_edges, m.counts, refolded, chi2),
             "refolded",
             "Measured counts against what each unfolded spectrum folds back to; legend: Poisson deviance over degrees of freedom.",
             "pulls of the measured counts from the refolded ones",
         ),
         Table(header, tuple(rows), "Degrees of freedom: bins less the parameters that the answer has used up, where they are known"),
-        _draw(
-            run,
+        run.draw(
             correlations_figure(m.reco_edges, {found.title: found.correlation for found in run.found.values()}),
             "correlations",
             "Correlation of the unfolded bins. Those of OmniFold and of the flow come from a few replicas of the data and are noisy.",
@@ -276,7 +262,7 @@ def _quality(run: UnfoldRun) -> list[Block]:
         "tikhonov_scan": ("Tikhonov: curvature against chi-square over the strengths; marked: smallest mean global correlation.", "scan"),
         "folding_fit": ("Forward folding: fitted flux with its error, and the corrected counts.", "fit"),
     }
-    shown = [_figure(run, name, *captions[name], 520) for f in run.found.values() for name in f.record["figures"] if name in captions]
+    shown = [run.figure_block(name, *captions[name], 520) for f in run.found.values() for name in f.record["figures"] if name in captions]
     words: list[Block] = [Code(found.record["words"], found.title) for found in run.found.values() if found.record["words"]]
     warned = [f"- {found.title}: {text}" for found in run.found.values() for text in found.record["warnings"]]
     if warned:
@@ -295,7 +281,7 @@ def _tests(run: UnfoldRun) -> list[Block]:
         )
         for row in found["rows"]
     ]
-    figures = [_figure(run, name, name.removeprefix("validate_"), name.replace("_", " "), 760) for name in found["figures"]]
+    figures = [run.figure_block(name, name.removeprefix("validate_"), name.replace("_", " "), 760) for name in found["figures"]]
     return [
         Text(
             f"{found['n_toys']} toys of the fitted spectrum, folded with the response of the data and unfolded with the settings that the "

@@ -69,7 +69,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]
 @pytest.mark.slow
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     small = ["simulate.n=600", "simulate.shard_size=200", "train.max_epochs=2", "flow.n_layers=1", "embedding.hidden=8"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sbi_phys.workflow.cli"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sbi_phys"]
     options = ["--simulator", "tests.toys:LinearGaussian", "--out", str(tmp_path / "run"), "--device", "cpu", "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for stage in ("train", "report"):

@@ -52,7 +52,7 @@ def test_a_counted_background():
         (["--n", -3, "--background", 1], "DataError: n has -3; expected whole numbers"),
         (["--n", 3, "--background", -1], "background has -1"),
         (["--n", 3, "--background", 1, "--level", 2], "level is 2"),
-        (["--n", 3, "--background", 1, "--kind", "both"], "--kind is 'both'; expected one of two-sided, upper, lower"),
+        (["--n", 3, "--background", 1, "--kind", "both"], "--kind is 'both'; expected one of interval, upper, lower"),
         (["--n", 3, "--background", 1, "--parameter", "mu"], "--parameter was given with counting"),
     ],
 )

@@ -15,9 +15,10 @@ from sbi_phys.estimators.density_sampling import PosteriorDraws
 from sbi_phys.plotting.methods import PairRatios
 from sbi_phys.store.store import Store
 from sbi_phys.workflow.cli import app
-from sbi_phys.workflow.likelihoods import require_converged
+from sbi_phys.workflow.methods import require_converged
+from sbi_phys.workflow.run import Run
 from sbi_phys.workflow.settings import Config
-from sbi_phys.workflow.stages import FURTHER, Run, run_stages
+from sbi_phys.workflow.stages import DEFAULT, STAGES, run_stages
 from tests.toys import LinearGaussian
 
 TINY = {
@@ -121,12 +122,12 @@ def test_a_second_call_does_nothing_and_a_lost_file_is_made_again(tmp_path, made
     run = run_stages(config(), folder, ["infer_nle"])
     assert (folder / "model_nle.pt").stat().st_mtime_ns == before
     assert np.array_equal(run.read_draws("posterior_nle.nc").chains, made.read_draws("posterior_nle.nc").chains)
-    assert run.record("methods") is None and all(run.record(name) for name in FURTHER if name != "methods")
+    assert run.record("methods") is None and all(run.record(name) for name in set(STAGES) - set(DEFAULT) if name != "methods")
 
 
 def test_the_default_row_knows_nothing_of_them(tmp_path):
     run = run_stages(config(), tmp_path / "run", ["train"])
-    assert not any(run.record(name) for name in FURTHER)
+    assert not any(run.record(name) for name in set(STAGES) - set(DEFAULT))
     assert not list(run.folder.glob("model_*.pt"))
 
 
@@ -209,7 +210,7 @@ def test_joint_set_by_waldo_from_the_posterior(made):
     words = ["--parameter", "t0", "--parameter", "t1", "--open", "--level", "0.9"]
     result = sbi_phys("limits", made.folder, *words, *FAST)
     assert result.exit_code == 0, result.stderr
-    assert "t0, t1: WALDO from the posterior, two-sided, 800 simulations" in result.stdout and "coverage" in result.stdout
+    assert "t0, t1: WALDO from the posterior, interval, 800 simulations" in result.stdout and "coverage" in result.stdout
     (row,) = json.loads((made.folder / "limits" / "t0_t1_waldo.json").read_text())["levels"]
     assert abs(row["coverage"] - 0.9) < 4 * row["coverage_error"]
     assert all(row["set"][name][0] < row["set"][name][1] for name in ("t0", "t1"))
@@ -217,11 +218,11 @@ def test_joint_set_by_waldo_from_the_posterior(made):
 
 def test_the_page_shows_what_was_run(made):
     from sbi_phys.report.html import render_report
-    from sbi_phys.workflow.methods_page import sections
+    from sbi_phys.workflow.inference_page import method_sections
 
     run = Run(made.folder, made.config)
-    assert sections(run)[0].title == "Posterior, likelihood and ratio"
-    render_report(made.folder / "further.html", "title", "subtitle", sections(run), verdicts=[], footer="")
+    assert method_sections(run)[0].title == "Posterior, likelihood and ratio"
+    render_report(made.folder / "further.html", "title", "subtitle", method_sections(run), verdicts=[], footer="")
     text = (made.folder / "further.html").read_text(encoding="utf-8")
     assert "NLE, likelihood" in text and "exact (grid)" in text
 
@@ -232,7 +233,7 @@ def test_the_page_shows_what_was_run(made):
         (["--parameter", "t2"], "there is no parameter 't2'; expected one of t0, t1"),
         ([], "--parameter is not given; expected one of t0, t1"),
         (["--parameter", "t0", "--statistic", "waldi"], "--statistic is 'waldi'.*did you mean 'waldo'"),
-        (["--parameter", "t0", "--parameter", "t1", "--kind", "upper"], "--kind is 'upper'; expected 'two-sided' with two parameters"),
+        (["--parameter", "t0", "--parameter", "t1", "--kind", "upper"], "--kind is 'upper'; expected 'interval' with two parameters"),
         (["--parameter", "t0", "--physical", "low"], "t0 is not bounded there"),
         (["--parameter", "t0", "--background", "3"], "--background was given with .*; expected it with limits counting"),
         (["--parameter", "t1", "--value", "9", "--open", *FAST], "SupportError: .*t1 = 9 lies beyond what was simulated"),

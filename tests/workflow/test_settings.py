@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sbi_phys.core.errors import SettingError
-from sbi_phys.workflow.settings import _QUICK, Config, parse_override
+from sbi_phys.workflow.settings import Config, parse_override
 
 
 def test_defaults_survive_the_way_through_toml(tmp_path):
@@ -106,11 +106,11 @@ def test_quick_only_ever_cuts_down():
     full = Config().override({"simulate.n": 500_000, "rounds.n_rounds": 3, "calibrate.n": 20})
     quick, before = full.quick().flat(), full.flat()
     assert quick["calibrate.n"] == 20 and quick["rounds.n_rounds"] == 1
-    assert quick["train.max_epochs"] == _QUICK["train.max_epochs"]  # 0, the automatic choice, counts as many
-    assert all(quick[key] == before[key] for key in before if key not in _QUICK)
+    assert quick["train.max_epochs"] == Config.QUICK["train.max_epochs"]  # 0, the automatic choice, counts as many
+    assert all(quick[key] == before[key] for key in before if key not in Config.QUICK)
     assert full.quick().quick() == full.quick()
     assert Config().quick().rounds.n_rounds == 0  # what is switched off stays off
-    assert set(_QUICK) <= set(before)
+    assert set(Config.QUICK) <= set(before)
 
 
 def test_first_difference_names_key_and_values_but_not_device_or_workers():

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 from sbi_phys.core.errors import DataError, RunFolderError, SettingError
-from sbi_phys.workflow.run import null_safe
+from sbi_phys.workflow.inference_page import seconds, verdicts
+from sbi_phys.workflow.run import Run, null_safe
 from sbi_phys.workflow.settings import Config
-from sbi_phys.workflow.stages import STAGES, Beside, Run, run_stages
-from sbi_phys.workflow.summary import seconds
-from sbi_phys.workflow.verdicts import verdicts
+from sbi_phys.workflow.stages import DEFAULT, ConcurrentStages, run_stages
 from tests.report.browser import check_report, missing_browser
 from tests.toys import LinearGaussian
 
@@ -90,12 +89,12 @@ def test_summary_has_what_others_rely_on(whole):
         assert set(found[name]["t0"]) == {"mean", "sd", "q05", "q16", "q50", "q84", "q95"}
     assert set(found["coverage"]) >= {"level", "observed"}
     assert found["n_simulations"] == 600
-    assert set(found["seconds"]) == {*STAGES, "total"} - {"report"}
+    assert set(found["seconds"]) == {*DEFAULT, "total"} - {"report"}
     assert 0 < found["predictive_pvalue"] <= 1 and 0 < found["importance_ess_fraction"] <= 1
 
 
 def test_every_file_is_there(whole):
-    for name in ("config.toml", "model.pt", "calibration.json", "report.html", "posterior.csv", *(f"stages/{s}.json" for s in STAGES)):
+    for name in ("config.toml", "model.pt", "calibration.json", "report.html", "posterior.csv", *(f"stages/{s}.json" for s in DEFAULT)):
         assert (whole.folder / name).stat().st_size > 0, name
     pictures = {p.stem for p in whole.folder.glob("figures/*.png")}
     assert pictures >= {"corner", "loss", "calibration", "misfit", "predictive", "weights"}
@@ -123,7 +122,7 @@ def test_a_lost_file_is_made_again_and_what_hangs_on_it_is_out_of_date(tmp_path,
     run = run_stages(tiny(), folder, ["refine"])
     assert (folder / "model.pt").stat().st_mtime_ns == kept
     assert np.array_equal(run.read_draws("posterior.nc").chains, whole.read_draws("posterior.nc").chains)
-    assert [name for name in STAGES if run.record(name) is None] == ["compare", "check", "report"]
+    assert [name for name in DEFAULT if run.record(name) is None] == ["compare", "check", "report"]
 
 
 def test_the_reference_runs_beside_the_rounds_and_is_the_same(tmp_path, whole):
@@ -140,13 +139,13 @@ def test_the_reference_runs_beside_the_rounds_and_is_the_same(tmp_path, whole):
 
 
 def test_a_stage_that_dies_beside_is_an_error_and_nothing_is_left_running(tmp_path, whole):
-    with pytest.raises(RunFolderError, match="expected an empty folder"), Beside(tmp_path, tiny(run__workers=2)) as beside:
+    with pytest.raises(RunFolderError, match="expected an empty folder"), ConcurrentStages(tmp_path, tiny(run__workers=2)) as beside:
         (tmp_path / "foreign.txt").write_text("x")
         beside.begin("reference")
         beside.begin("reference")  # it is at work already
         assert "reference" in beside
         beside.wait("reference")
-    with Beside(tmp_path, tiny(run__workers=1)) as alone:
+    with ConcurrentStages(tmp_path, tiny(run__workers=1)) as alone:
         alone.begin("reference")  # no core for it
         assert "reference" not in alone
 
@@ -155,7 +154,7 @@ def test_killed_in_training_it_ends_like_an_undisturbed_run(tmp_path, whole):
     folder = tmp_path / "killed"
     toml = tmp_path / "tiny.toml"
     toml.write_text(tiny().to_toml())
-    words = [sys.executable, "-m", "sbi_phys.workflow.cli", "train", str(toml), "--out", str(folder)]
+    words = [sys.executable, "-m", "sbi_phys", "train", str(toml), "--out", str(folder)]
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         end = time.monotonic() + 60
@@ -197,7 +196,7 @@ def test_foreign_files_are_refused(tmp_path):
         ({"simulator__settings": {"dmi": 3}}, SettingError, "did you mean 'dim'"),
         ({"run__device": "cuda:99"}, SettingError, "device is 'cuda:99'"),
         ({"infer__observation": "observed"}, SettingError, r"has no observed\(\)"),
-        ({"infer__observation": "absent.npy"}, DataError, "'absent.npy' can not be read"),
+        ({"infer__observation": "absent.npy"}, DataError, "'absent.npy' cannot be read"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(tmp_path, changes, error, complaint):
@@ -207,7 +206,7 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path, changes, error,
 
 
 @pytest.mark.parametrize(
-    ("row", "complaint"), [("1,2,3", r"shape \(3,\); expected \(2,\) = x: 2"), ("1,nan", "nan in column 1"), ("a,b", "can not be read")]
+    ("row", "complaint"), [("1,2,3", r"shape \(3,\); expected \(2,\) = x: 2"), ("1,nan", "nan in column 1"), ("a,b", "cannot be read")]
 )
 def test_an_observation_that_does_not_fit(tmp_path, row, complaint):
     (tmp_path / "x.csv").write_text(row)

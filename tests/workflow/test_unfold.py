@@ -13,12 +13,13 @@ from sbi_phys.core.errors import RunFolderError, SettingError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.report.arviz import attributes, group, read_netcdf
 from sbi_phys.unfold.measurement import load_measurement
+from sbi_phys.workflow import run as run_module
 from sbi_phys.workflow.cli import app
 from sbi_phys.workflow.cli_unfold import unfold_settings
-from sbi_phys.workflow.unfold import COLUMNS, QUICK, UnfoldRun, deviations, unfold_spectrum
-from sbi_phys.workflow.unfold_learned import _from_weights, simulate_pairs
-from sbi_phys.workflow.unfold_methods import METHODS, require_methods, starting_values
-from sbi_phys.workflow.unfold_tasks import Task, UnfoldSettings
+from sbi_phys.workflow.settings import UnfoldSettings
+from sbi_phys.workflow.unfold import unfold_spectrum
+from sbi_phys.workflow.unfold_methods import METHODS, Task, _from_weights, require_methods, simulate_pairs, starting_values
+from sbi_phys.workflow.unfold_run import COLUMNS, UnfoldRun, deviations
 from tests.report.browser import check_report, missing_browser
 from tests.unfold.sketches import sketch
 from tests.unfold.toy_problem import LG_J0, TRUTH, true_counts
@@ -28,7 +29,7 @@ SMALL = UnfoldSettings(
     n_toys=60, validate_toys=20, n_simulated=4000, omnifold_iterations=2, omnifold_replicas=2, flow_replicas=2, bayes_samples=400
 )
 BINNED = ("folding", "ibu", "tikhonov")
-DRAWING = tuple(f"sbi_phys.workflow.stages.{name}" for name in ("unfold", "unfold_page", "unfold_proof"))
+DRAWING = "sbi_phys.workflow.run"
 
 
 def run(*words):
@@ -43,7 +44,11 @@ def toy():
 @pytest.fixture(scope="module")
 def done(toy, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        sketch(patch, DRAWING[2])  # those of the toys are looked at where they are made
+        real = run_module.save_figure
+        sketch(patch, DRAWING)
+        blank = run_module.save_figure
+        # the figures of the toys have tests of their own
+        patch.setattr(run_module, "save_figure", lambda figure, folder, name: (blank if "validate" in name else real)(figure, folder, name))
         return unfold_spectrum(toy, tmp_path_factory.mktemp("unfold") / "run", SMALL, BINNED)
 
 
@@ -112,7 +117,7 @@ def test_the_page_is_whole(done):
 
 
 def test_a_second_run_repeats_nothing_and_other_settings_are_refused(done, toy, monkeypatch):
-    sketch(monkeypatch, *DRAWING)
+    sketch(monkeypatch, DRAWING)
     stamps = {p: p.stat().st_mtime_ns for p in done.path("methods").iterdir()}
     before = done.path("spectrum.csv").read_text()
     again = unfold_spectrum(toy, done.folder, SMALL, ("ibu",))
@@ -204,7 +209,7 @@ def test_methods_come_in_their_order_with_folding_first():
 
 def test_quick_then_set_then_flags():
     made = unfold_settings(True, {"n_toys": None, "seed": 7}, ["bayes_samples=900", "problem.detector=resolution"])
-    assert (made.validate_toys, made.seed, made.bayes_samples) == (QUICK["validate_toys"], 7, 900)
+    assert (made.validate_toys, made.seed, made.bayes_samples) == (UnfoldSettings.QUICK["validate_toys"], 7, 900)
     with pytest.raises(SettingError, match="unknown key 'n_toy'.*did you mean 'n_toys'"):
         unfold_settings(False, {}, ["n_toy=900"])
 
@@ -216,7 +221,7 @@ def test_quick_then_set_then_flags():
         (["unfold", "augr"], "SettingError: unfolding problem 'augr' is not known.*did you mean 'auger'"),
         (["unfold", "auger", "--input", "x.csv"], "SettingError: problem is 'auger' and --input is 'x.csv'"),
         (["unfold", "auger", "--resolution", "0.1"], "SettingError: --resolution and --exposure were given with problem"),
-        (["unfold", "--input", "none.csv", "--resolution", "0.1"], "DataError: none.csv can not be read: No such file"),
+        (["unfold", "--input", "none.csv", "--resolution", "0.1"], "DataError: none.csv cannot be read: No such file"),
         (["unfold", "--input", "none.csv"], "SettingError: --input was given without --resolution"),
         (["unfold", "auger", "--methods", "ibu,omnifald"], "SettingError: method is 'omnifald'.*did you mean 'omnifold'"),
         (["unfold", "auger", "--set", "omnifold_replicas=1"], "SettingError: omnifold_replicas is 1"),
@@ -235,7 +240,7 @@ def test_a_mistake_is_one_line_and_status_1(tmp_path, words, complaint):
 
 
 def test_the_command_on_a_file_of_counts(tmp_path, toy, monkeypatch):
-    sketch(monkeypatch, *DRAWING)
+    sketch(monkeypatch, DRAWING)
     lines = ["lg_e_low,lg_e_high,counts"]
     lines += [f"{a},{b},{n:.0f}" for a, b, n in zip(toy.reco_edges[:-1], toy.reco_edges[1:], toy.counts, strict=True)]
     path = tmp_path / "counts.csv"

@@ -1,0 +1,371 @@
+r"""Stages of an inference run: simulate, train, infer, rounds, refine, reference, compare, calibrate, check.
+
+    prior  ->  store  ->  q(theta | x)  ->  networks trained where q(theta | x_o) has mass  ->  draws weighted with the likelihood
+
+With the weights w = p(x_o | theta) p(theta) / q(theta | x_o) the final draws are exact up to their number, whatever the error of the
+network, and the effective sample size measures that error. `reference` runs Markov chains on the exact likelihood, `compare` tests the
+posteriors against them. `calibrate` tests the amortised network on held-out simulations and at the observation. `check` computes
+p = P(D(x_rep, theta) >= D(x_o, theta)) over the final posterior, D the deviance, pulls of the data, and the Mahalanobis distance of the
+observation's features among those of the simulations.
+"""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from sbi_phys.calibration import c2st, predictive_pvalue
+from sbi_phys.calibration.calibrate import calibrate as run_tests
+from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.types import Array
+from sbi_phys.estimators.base import load
+from sbi_phys.estimators.npe import NPE
+from sbi_phys.estimators.sequential import truncated_rounds
+from sbi_phys.plotting.figures import misfit_figure, panels_figure
+from sbi_phys.priors import standard_normal_log_prob
+from sbi_phys.report.tables import shift_table
+from sbi_phys.samplers.importance import importance_sample
+from sbi_phys.samplers.mcmc import run_emcee
+from sbi_phys.samplers.tempering import spread_start
+from sbi_phys.simulation.campaign import simulate as run_simulations
+from sbi_phys.simulation.clusters import cluster_executor
+from sbi_phys.store.store import Store
+from sbi_phys.workflow.run import Run
+
+__all__ = [
+    "LogTarget", "calibrate", "check", "compare",
+    "estimator_settings", "fit_network", "infer", "log_target", "reference", "refine", "rounds", "simulate",
+    "simulations", "train",
+]  # fmt: skip
+
+_MIN_ESS = 100  # effective draws below which importance weights describe no posterior
+# draws of each: the least with which a two-sample accuracy can be compared between runs, and the most that a few seconds allow
+_C2ST_DRAWS = 2000
+_POSTERIORS = {"amortised": "posterior_amortised.nc", "rounds": "posterior_rounds.nc", "final": "posterior.nc"}
+_MAX_FEATURE_ROWS = 20_000
+
+
+def simulations(run: Run, folder: str, n: int, *key: int | str) -> Store:
+    """The store of n prior draws in a folder of the run, made or completed."""
+    where = run.config.run
+    with cluster_executor(scheduler=where.scheduler, cluster=where.cluster, say=_say) as (executor, n_workers):
+        return run_simulations(
+            run.simulator,
+            n,
+            run.path(folder),
+            seed=run.seed(*key),
+            workers=n_workers or where.workers or None,
+            executor=executor,
+            shard_size=min(run.config.simulate.shard_size, n),
+            dtype=run.config.simulate.dtype,
+            layout=run.config.simulate.layout(),
+            progress=run.progress,
+        )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def simulate(run: Run, numbers: dict[str, Any]) -> None:
+    """Draw theta from the prior and x from the simulator; rows that fail stay in the store, flagged."""
+    store = simulations(run, "simulations", run.config.simulate.n, "simulate")
+    numbers |= {"n_simulations": store.n_rows, "n_failed": store.n_failed}
+
+
+def estimator_settings(run: Run) -> dict[str, Any]:
+    """The settings that every estimator of a run takes."""
+    config = run.config
+    return {
+        "embedding": config.embedding,
+        "n_ensemble": config.estimator.n_ensemble,
+        "x_transform": config.estimator.x_transform,
+        "device": config.run.device,
+        "observables": run.simulator.observables,
+        "simulator": run.simulator,
+        "config": config.train,
+    }
+
+
+def fit_network(run: Run) -> NPE:
+    """The training itself, which is all that a rank other than the first has to do."""
+    run.path("training").mkdir(exist_ok=True)
+    memory = run.config.run.memory or None
+    checkpoint = run.path("training", "amortised")
+    return NPE(run.simulator.prior, seed=run.seed("train"), flow=run.config.flow, **estimator_settings(run)).fit(
+        Store(run.path("simulations")), memory=memory, checkpoint=checkpoint, progress=run.progress
+    )
+
+
+def train(run: Run, numbers: dict[str, Any]) -> None:
+    """Train the amortised network on the store; an interrupted training goes on from its checkpoint."""
+    npe = fit_network(run)
+    npe.save(run.path("model.pt"))
+    numbers |= {
+        "validation_loss": [min(record["valid"] for record in member) for member in npe.history],
+        "epochs": [len(member) for member in npe.history],
+        "device": str(npe.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def log_target(run: Run) -> "LogTarget | None":
+    """The exact posterior in the whitened space, up to the evidence; None without an exact likelihood."""
+    return LogTarget(run.simulator, run.observation) if callable(getattr(run.simulator, "log_likelihood", None)) else None
+
+
+class LogTarget:
+    """log p(x_o | theta(u)) + log N(u; 0, I) of u (n, free_dim) -> (n,): likelihood times prior, in whitened space."""
+
+    def __init__(self, simulator: Any, x: Array) -> None:
+        self._simulator, self._x = simulator, x
+
+    def __call__(self, u: Array) -> Array:
+        """Log density of u (n, free_dim) -> (n,), normalised up to the evidence."""
+        theta = self._simulator.prior.from_unbounded(u)
+        return np.asarray(self._simulator.log_likelihood(self._x, theta), dtype=np.float64) + standard_normal_log_prob(u)
+
+
+def infer(run: Run, numbers: dict[str, Any]) -> None:
+    """Draw from the amortised posterior of the observation."""
+    npe = load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device)
+    theta = npe.sample(run.observation, run.config.infer.n_draws, seed=run.seed("infer"))
+    run.write_draws("posterior_amortised.nc", theta, {"method": "amortised network"})
+    numbers["n_draws"] = len(theta)
+
+
+def rounds(run: Run, numbers: dict[str, Any]) -> None:
+    """Train again on simulations from where the amortised posterior of the observation has its mass."""
+    settings = run.config.rounds
+    run.path("model_rounds.pt").unlink(missing_ok=True)
+    if not settings.n_rounds:
+        numbers["skipped"] = "rounds.n_rounds = 0"
+        return
+    amortised = load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device)
+    try:
+        npe = truncated_rounds(
+            amortised,
+            run.simulator,
+            run.observation,
+            run.path("rounds"),
+            n_rounds=settings.n_rounds,
+            n_simulations=settings.n,
+            epsilon=settings.epsilon,
+            config=replace(run.config.train, max_epochs=settings.max_epochs or run.config.train.max_epochs),
+            seed=run.seed("rounds"),
+            workers=run.config.run.workers or None,
+            progress=run.progress,
+        )
+    except DataError as err:  # the amortised posterior is too wide to be worth cutting off: a finding, and the run goes on without
+        numbers["skipped"] = f"no region to truncate to: {err}"
+        return
+    stores = [Store(run.path("rounds", f"round-{k + 1}")) for k in range(settings.n_rounds)]
+    numbers |= {
+        "n_rounds": settings.n_rounds,
+        "n_simulations": sum(store.n_rows for store in stores),
+        "n_failed": sum(store.n_failed for store in stores),
+        "validation_loss": [min(record["valid"] for record in member) for member in npe.history],
+    }
+    run.write_draws("posterior_rounds.nc", npe.sample(run.observation, run.config.infer.n_draws, seed=run.seed("rounds")), dict(numbers))
+    npe.save(run.path("model_rounds.pt"))
+
+
+def best_network(run: Run) -> tuple[NPE, str]:
+    """The network that knows most about the observation, and what it is called."""
+    sequential = run.path("model_rounds.pt")
+    name, path = ("truncated rounds", sequential) if sequential.exists() else ("amortised network", run.path("model.pt"))
+    return load(path, simulator=run.simulator, device=run.config.run.device), name
+
+
+def refine(run: Run, numbers: dict[str, Any]) -> None:
+    """Weight draws of the best network with the exact likelihood; without one its draws are the answer as they are."""
+    npe, name = best_network(run)
+    n, n_refine, target = run.config.infer.n_draws, run.config.infer.n_refine, log_target(run)
+    if target is None or not n_refine:
+        run.write_draws("posterior.nc", npe.sample(run.observation, n, seed=run.seed("refine")), {"method": name})
+        numbers |= {"skipped": "no exact likelihood" if target is None else "infer.n_refine = 0", "method": name}
+        return
+    result = importance_sample(
+        target,
+        npe.proposal(run.observation),
+        n_refine,
+        seed=run.seed("refine"),
+        target_ess=run.config.infer.target_ess,
+        progress=run.progress,
+    )
+    usable = result.ess >= _MIN_ESS
+    if usable:
+        u = result.resample(n, run.rng("refine", "resample"))
+        theta, numbers["unique_fraction"] = run.simulator.prior.from_unbounded(u), len(np.unique(u, axis=0)) / n
+    else:  # a handful of points is no posterior: the network's own draws stay, and the report says so
+        theta = npe.sample(run.observation, n, seed=run.seed("refine"))
+    numbers |= {
+        "method": f"{name}, importance-weighted" if usable else f"{name}, refinement failed",
+        "refined": usable,
+        "n_proposals": len(result.log_weights),
+        "ess": result.ess,
+        "ess_fraction": result.ess_fraction,
+        "pareto_k": result.pareto_k,
+        "log_evidence": result.log_evidence if usable else None,
+        "log_evidence_err": result.log_evidence_err if usable else None,
+    }
+    run.write_draws("posterior.nc", theta, dict(numbers))
+    run.write_array("weights.npy", result.log_weights)
+
+
+def reference(run: Run, numbers: dict[str, Any]) -> None:
+    """Run emcee on the exact posterior; walkers start at likely and at unlikely places of the prior and of the amortised posterior."""
+    settings, target = run.config.reference, log_target(run)
+    run.path("reference.nc").unlink(missing_ok=True)
+    if target is None or settings.method == "none":
+        numbers["skipped"] = "no exact likelihood" if target is None else "reference.method = none"
+        return
+    prior, rng = run.simulator.prior, run.rng("reference", "start")
+    candidates = np.concatenate([prior.sample(20 * settings.n_walkers, rng), run.read_draws("posterior_amortised.nc").flat[:2000]])
+    result = run_emcee(
+        target,
+        spread_start(target, prior.to_unbounded(candidates), settings.n_walkers, rng),
+        n_draws=settings.n_draws,
+        max_steps=settings.max_steps,
+        seed=run.seed("reference"),
+        raise_on_failure=False,  # the report says so; the rest of the run is still worth having
+        progress=run.progress,
+    )
+    numbers |= {
+        "converged": result.converged,
+        "words": result.summary(),
+        "autocorr_time": result.autocorr_time,
+        "n_effective": result.n_effective,
+        "acceptance": result.acceptance,
+        "r_hat": result.r_hat,
+        "r_hat_walkers": result.r_hat_walkers,
+        "n_evaluations": result.n_evaluations,
+    }
+    run.write_draws("reference.nc", prior.from_unbounded(result.samples), {"method": "emcee", **numbers})
+
+
+def compare(run: Run, numbers: dict[str, Any]) -> None:
+    """Two-sample test and shifts of medians of every learned posterior against the reference."""
+    if not run.path("reference.nc").exists():
+        numbers["skipped"] = "no reference"
+        return
+    exact = run.read_draws("reference.nc").flat
+    found = {name: file for name, file in _POSTERIORS.items() if run.path(file).exists()}
+    with run.progress.task("two-sample tests", len(found)) as task:
+        for name, file in found.items():
+            theta = run.read_draws(file).flat
+            numbers[name] = {"median_shift_sd": {row.name: row.shift for row in shift_table(theta, exact, run.simulator.parameters)}}
+            if name == "rounds" and "final" in found:
+                continue  # a stage on the way: the shifts say enough, and telling two good samples apart takes half a minute
+            try:
+                test = c2st(theta, exact, seed=run.seed("compare"), max_draws=_C2ST_DRAWS, workers=run.config.run.workers or 2)
+            except DataError as err:  # refinement of a bad network leaves copies of few draws: that is a finding, not a crash
+                numbers[name]["c2st_failed"] = str(err)
+                continue
+            numbers[name] |= {"c2st": test.accuracy, "c2st_err": test.standard_error, "c2st_n": test.n}
+            task.advance(1, text=f"{name} {test.accuracy:.3f}")
+
+
+def calibrate(run: Run, numbers: dict[str, Any]) -> None:
+    """Every test of calibration of the amortised network, on fresh simulations and at the observation."""
+    settings = run.config.calibrate
+    if not settings.n:
+        numbers["skipped"] = "calibrate.n = 0"
+        return
+    npe = load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device)
+    found = run_tests(
+        npe,
+        simulations(run, "held_out", settings.n, "held out"),
+        settings.n,
+        n_draws=settings.n_draws,
+        x_obs=_observation(run),
+        simulator=run.simulator,
+        names=run.simulator.parameters,
+        seed=run.seed("calibrate"),
+        progress=run.progress,
+    )
+    ranks, regions = found.results["sbc"], found.results["coverage"]
+    run.save_figure(panels_figure({"SBC ranks": ranks, "Expected coverage": regions}), "calibration")
+    run.save_figure(ranks.figure(), "sbc_histograms")
+    for name, figure in found.figures().items():
+        run.save_figure(figure, f"calibration_{name}")
+    numbers |= found.to_dict() | {
+        "sbc_pvalue": ranks.pvalue,
+        "sbc_pvalues": {name: p for name, p in ranks.pvalues.items() if name in run.names},
+        "sbc_verdicts": ranks.verdicts,
+        "coverage_pvalue": regions.pvalue,
+        "coverage": {"level": regions.level, "observed": regions.observed, "band": regions.band},
+    }
+    run.write_json("calibration.json", numbers)
+
+
+def _observation(run: Run) -> Array | None:
+    """The observation, or None where the run has none: the tests at it are left out then."""
+    try:
+        return run.observation
+    except (SettingError, DataError):
+        return None
+
+
+def check(run: Run, numbers: dict[str, Any]) -> None:
+    """Posterior predictive p-value, pulls of every column, and the observation's distance from the simulations."""
+    theta, replicas, statistics = predictive(run)
+    t_rep, t_obs = statistics
+    result = predictive_pvalue(t_rep, t_obs)
+    mean, sd = replicas.mean(axis=0), replicas.std(axis=0)
+    pulls = np.divide(run.observation - mean, sd, out=np.zeros_like(mean), where=sd > 0)
+    npe = load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device)
+    distances, observed = feature_distances(npe, Store(run.path("simulations")), run.observation)
+    label = "distance of the network's features from the mean of the simulations [sd]"
+    run.save_figure(misfit_figure(distances, observed, label=label), "misfit")
+    run.save_figure(panels_figure({"": result}, columns=1, width=5.0, height=3.8), "predictive")
+    numbers |= {
+        "statistic": "deviance" if hasattr(run.simulator, "deviance") else "chi-square about the predictive mean",
+        "n": len(theta),
+        "pvalue": result.pvalue,
+        "pvalue_err": result.error,
+        "pulls": {o.name: pulls[block] for o, block in _blocks(run)},
+        "distance": observed,
+        "distance_quantile": float((distances < observed).mean()),
+    }
+
+
+def predictive(run: Run) -> tuple[Array, Array, tuple[Array, Array]]:
+    """Draws theta (n, d) of the final posterior, replicas x (n, k), and the statistic of replicas and observation (n,)."""
+    final = run.read_draws("posterior.nc").flat
+    rng = run.rng("check")
+    theta = final[rng.choice(len(final), min(run.config.check.n, len(final)), replace=False)]
+    replicas = np.asarray(run.simulator.simulate(theta, rng), dtype=np.float64)
+    good = np.isfinite(replicas).all(axis=1)
+    theta, replicas = theta[good], replicas[good]
+    deviance = getattr(run.simulator, "deviance", None)
+    if deviance is not None:
+        return theta, replicas, (np.asarray(deviance(replicas, theta)), np.asarray(deviance(run.observation, theta)))
+    mean, variance = replicas.mean(axis=0), replicas.var(axis=0)
+    scale = np.where(variance > 0, variance, 1.0)
+    t_rep, t_obs = (((x - mean) ** 2 / scale).sum(axis=-1) for x in (replicas, run.observation))
+    return theta, replicas, (t_rep, np.broadcast_to(t_obs, t_rep.shape))
+
+
+def feature_distances(npe: NPE, store: Store, x: Array) -> tuple[Array, float]:
+    """Mahalanobis distances of simulations' features, and of the observation's, from the mean of the simulations.
+
+    Mean and covariance come from one half of the simulations, the distances from the other.
+    Read: an observation beyond nearly all simulations is unlike what the network was trained on.
+    """
+    features = npe.embed(store.read()[1][:_MAX_FEATURE_ROWS])
+    half = len(features) // 2
+    mean = features[:half].mean(axis=0)
+    # features may be collinear: directions without spread carry no distance
+    values, vectors = np.linalg.eigh(np.cov(features[:half], rowvar=False).reshape(features.shape[1], -1))
+    keep = values > 1e-9 * values.max()
+    whiten = vectors[:, keep] / np.sqrt(values[keep])
+    distances = np.linalg.norm((features[half:] - mean) @ whiten, axis=1)
+    return distances, float(np.linalg.norm((npe.embed(x) - mean) @ whiten))
+
+
+def _blocks(run: Run) -> list[tuple[Any, slice]]:
+    ends = np.cumsum([o.size for o in run.simulator.observables]).tolist()
+    return [(o, slice(end - o.size, end)) for o, end in zip(run.simulator.observables, ends, strict=True)]
