@@ -98,7 +98,7 @@ def listen_to_ctrl_c() -> None:
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
     slow = ["--simulator", "tests.toys:Slow", "--set", "simulate.shard_size=10", "--n", "2000", "--workers", "1"]
-    words = [sys.executable, "-m", "sbi_phys.workflow.cli", "simulate", *slow, "--out", str(out)]
+    words = [sys.executable, "-m", "sbi_phys", "simulate", *slow, "--out", str(out)]
     # a shell that runs the tests in the background has them ignore Ctrl-C, and so their children
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listen_to_ctrl_c)
     try:
@@ -108,7 +108,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "the same command goes on from there" in stderr and "Traceback" not in stderr
+    assert "the same command continues from there" in stderr and "Traceback" not in stderr
     assert not list(out.rglob("*.tmp"))
 
 

@@ -221,7 +221,7 @@ def test_quick_then_set_then_flags():
         (["unfold", "augr"], "SettingError: unfolding problem 'augr' is not known.*did you mean 'auger'"),
         (["unfold", "auger", "--input", "x.csv"], "SettingError: problem is 'auger' and --input is 'x.csv'"),
         (["unfold", "auger", "--resolution", "0.1"], "SettingError: --resolution and --exposure were given with problem"),
-        (["unfold", "--input", "none.csv", "--resolution", "0.1"], "DataError: none.csv cannot be read: No such file"),
+        (["unfold", "--input", "none.csv", "--resolution", "0.1"], "DataError: none.csv can ?not be read: No such file"),
         (["unfold", "--input", "none.csv"], "SettingError: --input was given without --resolution"),
         (["unfold", "auger", "--methods", "ibu,omnifald"], "SettingError: method is 'omnifald'.*did you mean 'omnifold'"),
         (["unfold", "auger", "--set", "omnifold_replicas=1"], "SettingError: omnifold_replicas is 1"),
