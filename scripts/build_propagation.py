@@ -1,7 +1,7 @@
-r"""Build simulators/data/propagation_<EBL>.npz: CRPropa 3 propagation, collapsed over the distance of the sources.
+r"""Build simulators/data/propagation_<EBL>.npz: CRPropa 3 propagation, summed over the distance of the sources.
 
-The Python package astrotools 1.5.0 (RWTH Aachen, MIT licence) carries, per model of the extragalactic background light
-and per injected nucleus A, a tensor F[E_in 125, distance 100, group 5, E_out 125] from CRPropa 3 (lg(E/eV) 18.5 to 21 in
+The Python package astrotools 1.5.0 (RWTH Aachen, MIT licence) contains, for each model of the extragalactic background light
+and each injected nucleus A, a tensor F[E_in 125, distance 100, group 5, E_out 125] from CRPropa 3 (lg(E/eV) 18.5 to 21 in
 0.02; distances 1 to 1500 Mpc, equal steps in the logarithm; groups Z = 1, 2, 7, 14, 26). It is summed to
 
     K[A][E_in, group, E_out] = sum_d  d * dln(d) * (1 + z_d)^(m-1) * n * F[A][E_in, d, group, E_out]
@@ -17,8 +17,8 @@ the defaults of CRPropa 3.
     python scripts/build_propagation.py WHEEL --ebl Gilmore12 --evolution -3 0 3 4 5     # other source evolutions m
     python scripts/build_propagation.py WHEEL --check        # compares, writes nothing
 
-Nothing of astrotools is imported or run. The tensors sit in a pickled dictionary; it is read only after the file's
-SHA-256 has been checked, and by an unpickler that can build numpy arrays and nothing else.
+No code of astrotools is imported or run. The tensors are stored in a pickled dictionary, which is read only after the SHA-256 of
+the file has been checked, by an unpickler that can build only numpy arrays.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Write the demo's numbers into README.md, between the marks, from its summary.json; nothing there is typed by hand.
+"""Write the results of the demo from its summary.json into README.md, between two marks.
 
 python scripts/readme_results.py runs/demo/summary.json
 """
@@ -16,7 +16,7 @@ MARKS = re.compile(r"(<!-- results: begin[^\n]*-->\n).*?(<!-- results: end -->)"
 
 
 def results(found: dict[str, Any]) -> str:
-    """Markdown of the posterior and of the proof."""
+    """Markdown tables of the posterior and of the checks."""
     rows = []
     for name, about in found["parameters"].items():
         ours, exact = (found[key][name] for key in ("posterior", "reference"))
@@ -40,7 +40,7 @@ def results(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Replace what stands between the marks."""
+    """Replace the text between the marks."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     text = results(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -1,4 +1,5 @@
 from .campaign import simulate as simulate
+from .clusters import ClusterFile as ClusterFile
 from .clusters import cluster_executor as cluster_executor
 from .external import CommandSimulator as CommandSimulator
 from .external import FunctionSimulator as FunctionSimulator
