@@ -44,11 +44,11 @@ _PATIENCE_S = 60.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterFile:
-    """Workers on a batch system: kind, number of jobs, and settings of dask-jobqueue's class.   Raises: SettingError.
+    r"""Workers on a batch system: kind, number of jobs, and settings of dask-jobqueue's class.   Raises: SettingError.
 
     >>> from pathlib import Path
     >>> from sbi_phys.simulation import ClusterFile
-    >>> _ = Path("slurm.toml").write_text("kind = 'slurm'\\njobs = 50\\n[settings]\\nqueue = 'long'")
+    >>> _ = Path("slurm.toml").write_text("kind = 'slurm'\njobs = 50\n[settings]\nqueue = 'long'")
     >>> ClusterFile.read("slurm.toml")
     ClusterFile(kind='slurm', jobs=50, settings={'queue': 'long'})
     """

@@ -77,8 +77,8 @@ def test_npe_learns_from_a_simulator() -> None:
     x = SIM.simulate(theta, rng_for(7, "x"))
     assert -0.01 < (SIM.exact_log_posterior(theta, x) - npe.log_prob(theta, x)).mean() < 0.03
     assert len(npe.history[0]) == 40
-    assert npe.simulator is not None
-    assert npe.simulator["class"] == "tests.toys:LinearGaussian"
+    assert npe.identity is not None
+    assert npe.identity["class"] == "tests.toys:LinearGaussian"
 
 
 def test_what_is_missing_is_named() -> None:
