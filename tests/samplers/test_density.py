@@ -5,10 +5,7 @@ import pytest
 
 from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.samplers.density import CheckedDensity, CheckedGradient, require_positive
-
-
-def normal(u):
-    return -0.5 * (u**2).sum(axis=1)
+from tests.samplers.targets import normal
 
 
 def test_checked_counts_flattens_and_names_the_bad_point():

@@ -7,10 +7,7 @@ from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, Se
 from sbi_phys.samplers.mcmc import _in_groups, _Independence, _snooker_proposal, default_moves, run_emcee
 from sbi_phys.samplers.mixture import Mixture
 from sbi_phys.samplers.tempering import spread_start
-
-
-def normal(u):
-    return -0.5 * (u**2).sum(axis=1)
+from tests.samplers.targets import bimodal_cdf, bimodal_draws, bimodal_log_prob, normal
 
 
 def test_correlated_gaussian_in_five_dimensions():
@@ -261,22 +258,6 @@ def test_default_moves_are_emcee_moves_with_weights_of_one():
     moves = default_moves()
     assert sum(w for _, w in moves) == pytest.approx(1)
     assert all(isinstance(m, emcee.moves.RedBlueMove) for m, _ in moves)
-
-
-def bimodal_log_prob(u):
-    """Weights 0.3 and 0.7 at -3 and 3, sd 1 and 0.5, one dimension."""
-    left = np.log(0.3) - 0.5 * (u[:, 0] + 3) ** 2
-    right = np.log(0.7) - 0.5 * ((u[:, 0] - 3) / 0.5) ** 2 - np.log(0.5)
-    return np.logaddexp(left, right) - 0.5 * np.log(2 * np.pi)
-
-
-def bimodal_cdf(x):
-    return 0.3 * stats.norm.cdf(x, -3, 1) + 0.7 * stats.norm.cdf(x, 3, 0.5)
-
-
-def bimodal_draws(n, rng):
-    left = rng.random(n) < 0.3
-    return np.where(left, rng.normal(-3, 1, n), rng.normal(3, 0.5, n))[:, None]
 
 
 def poor_mixture():

@@ -5,18 +5,7 @@ import pytest
 from scipy import stats
 
 from sbi_phys.samplers.mixture import Mixture, fit_mixture
-
-
-def bimodal_log_prob(u):
-    """Weights 0.3 and 0.7 at -3 and 3, sd 1 and 0.5, one dimension."""
-    left = np.log(0.3) - 0.5 * (u[:, 0] + 3) ** 2
-    right = np.log(0.7) - 0.5 * ((u[:, 0] - 3) / 0.5) ** 2 - np.log(0.5)
-    return np.logaddexp(left, right) - 0.5 * np.log(2 * np.pi)
-
-
-def bimodal_draws(n, rng):
-    left = rng.random(n) < 0.3
-    return np.where(left, rng.normal(-3, 1, n), rng.normal(3, 0.5, n))[:, None]
+from tests.samplers.targets import bimodal_draws, bimodal_log_prob
 
 
 def test_mixture_density_is_that_of_scipy_and_of_its_draws():

@@ -6,6 +6,7 @@ import pytest
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.samplers.importance import importance_sample
 from sbi_phys.samplers.tempering import spread_start, temper
+from tests.samplers.targets import normal
 
 
 def log_prior(u):
@@ -65,10 +66,6 @@ def test_bad_input_of_tempering():
         temper(lambda u: u, 2, rng)
     with pytest.raises(SettingError, match="n_draws"):
         temper(lambda u: u[:, 0], 2, rng, n_draws=1)
-
-
-def normal(u):
-    return -0.5 * (u**2).sum(axis=1)
 
 
 def test_spread_start_populates_a_mode_that_lies_lower_and_repeats_no_point():
