@@ -23,6 +23,7 @@ from .estimators import NLE as NLE
 from .estimators import NPE as NPE
 from .estimators import NRE as NRE
 from .estimators import SALLY as SALLY
+from .estimators import Estimator as Estimator
 from .estimators import ExtendedLikelihood as ExtendedLikelihood
 from .estimators import MinedRatio as MinedRatio
 from .estimators import SetNPE as SetNPE

@@ -115,6 +115,13 @@ class BaseEstimator:
 
     Attributes: history: of each member, a dictionary per epoch. identity: of the simulator, {"class": ..., "settings": ...} or None.
     Raises: SettingError, SimulatorMismatchError.
+
+    >>> import sbi_phys as sp
+    >>> sally = sp.SALLY(seed=3)
+    >>> isinstance(sally, sp.estimators.BaseEstimator), sally.settings["seed"]
+    (True, 3)
+    >>> sally
+    SALLY(seed=3, embedding=EmbeddingConfig(hidden=32, n_blocks=1, n_features=16)): not trained
     """
 
     scaler_class: ClassVar[Any] = XScaler
@@ -312,7 +319,7 @@ class Estimator(BaseEstimator):
 
     >>> import numpy as np, sbi_phys as sp
     >>> from torch import nn
-    >>> class PosteriorMean(sp.estimators.Estimator):
+    >>> class PosteriorMean(sp.Estimator):
     ...     def build(self, scaler, seed):
     ...         return nn.Linear(scaler.shape[0], self.prior.free_dim)
     ...     def row_loss(self, net, u, x):
@@ -434,7 +441,7 @@ def load(
     >>> theta = prior.sample(100, np.random.default_rng(0))
     >>> npe = sp.NPE(prior, config=sp.TrainConfig(max_epochs=1)).fit(theta, theta + 0.1)
     >>> npe.save("npe.pt")
-    >>> bool((sp.load("npe.pt").sample(0.3, 5) == npe.sample(0.3, 5)).all())
+    >>> bool((sp.load("npe.pt").sample([0.3], 5) == npe.sample([0.3], 5)).all())
     True
     """
     path = Path(path)

@@ -1,20 +1,21 @@
-r"""Posterior draws from a likelihood, learned or exact, that can be evaluated: one call, four samplers, always judged.
+r"""Posterior draws from a likelihood, learned or exact, that can be evaluated: one function, four samplers with convergence criteria.
 
 All work in the prior's whitened space u, where the target is
 
     log L(theta(u)) + log N(u; 0, I)                  (priors: |du/dtheta| = p(theta) / N(u; 0, I))
 
-so no draw leaves the support and no scale has to be known.
+so that no draw leaves the support and no scale has to be known.
 
 - 'importance': independent draws of a proposal, an NPE's (`NPE.proposal(x)`) or a mixture found by tempering (`samplers.tempering`),
-  resampled by weight. Large batches, no burn-in, the evidence for nothing; trusted only with Pareto k < 0.7.
-- 'emcee': an ensemble of walkers (`samplers.mcmc`). Many short calls: slow for networks, but it needs neither proposal nor gradient.
+  resampled by weight. Large batches, no burn-in, the evidence at no extra cost; accepted only if Pareto k < 0.7.
+- 'emcee': an ensemble of walkers (`samplers.mcmc`). It makes many short calls, which is slow for networks, but needs no proposal and no
+  gradient.
 - 'hmc': with the gradient of log L (`samplers.hmc`); for many parameters.
 - 'grid': one or two degrees of freedom (`samplers.grid`); the reference.
 - 'auto': importance sampling, with the proposal first if one is given; if its weights cannot be trusted, the grid for one or two
-  degrees of freedom, else hmc where there is a gradient, else emcee, from where the tempering has led.
+  degrees of freedom, else hmc where there is a gradient, else emcee, started from the points that the tempering has found.
 
-A sampler that has not converged raises ConvergenceError; the numbers it was judged by are part of the result.
+A sampler that has not converged raises ConvergenceError; the diagnostics are part of the result.
 """
 
 import math
@@ -51,12 +52,19 @@ _CHUNK = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PosteriorDraws:
-    r"""Draws of p(theta | x) and the evidence that they are.
+    r"""Draws of p(theta | x), with the numbers by which the sampler is judged.
 
     theta (n, d), prior units, in random order. log_prob (n,) = log L(theta) + log p(theta), not normalised; less log_evidence it is.
     method that made them. r_hat (d',), split R-hat of the chains in u; NaN for draws that are no chain. n_effective, independent draws
     that they are worth. evaluations of the likelihood (with the gradient, for hmc). pareto_k of the weights, NaN without weights.
-    log_evidence, log of the integral of L p, nats; NaN where the sampler does not know it. message: the sampler's verdict in words.
+    log_evidence, log of the integral of L p, nats; NaN where the sampler does not know it. message: the sampler's judgement in words.
+    Of an NPE (`NPE.posterior`) log_prob is log q(theta | x), normalised.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> prior = sp.NormalPrior([sp.Parameter("mu")])
+    >>> found = sp.estimators.sample_posterior(lambda theta: -0.5 * (theta[:, 0] - 1.0) ** 2, prior, 100, method="grid")
+    >>> found.theta.shape, found.log_prob.shape, found.method
+    ((100, 1), (100,), 'grid')
     """
 
     theta: Array
@@ -101,6 +109,12 @@ def sample_posterior(
     Raises: SettingError, ShapeError, NonFiniteError (NaN or +inf, naming theta), DataError (zero likelihood everywhere),
     ConvergenceError.
     Read: r_hat <= 1.01 or pareto_k < 0.7, and n_effective >= n.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> prior = sp.NormalPrior([sp.Parameter("mu")])
+    >>> found = sp.estimators.sample_posterior(lambda theta: -0.5 * (theta[:, 0] - 1.0) ** 2, prior, 2000, seed=0)
+    >>> bool(abs(found.theta.mean() - 0.5) < 0.1)  # the exact mean is 1/2
+    True
     """
     require_int("n", n, low=1)
     require_choice("method", method, METHODS)

@@ -190,7 +190,7 @@ class TwoHypotheses(HypothesisRatio):
     >>> rng = np.random.default_rng(0)
     >>> signal, background = rng.normal(1.0, 1.0, 300), rng.normal(0.0, 1.0, 300)
     >>> ratio = sp.TwoHypotheses(seed=0, config=sp.TrainConfig(max_epochs=2)).fit(None, signal, None, background)
-    >>> bool(ratio.log_ratio(3.0) > ratio.log_ratio(-3.0))
+    >>> bool(ratio.log_ratio([3.0]) > ratio.log_ratio([-3.0]))
     True
     """
 

@@ -50,9 +50,9 @@ class NPE(Estimator):
     >>> prior = sp.NormalPrior([sp.Parameter("mu")])
     >>> theta = prior.sample(200, np.random.default_rng(0))
     >>> npe = sp.NPE(prior, seed=0, config=sp.TrainConfig(max_epochs=2)).fit(theta, theta + 0.1)
-    >>> npe.sample(0.3, 5, seed=1).shape
+    >>> npe.sample([0.3], 5, seed=1).shape
     (5, 1)
-    >>> npe.log_prob(theta[:3], 0.3).shape
+    >>> npe.log_prob(theta[:3], [0.3]).shape
     (3,)
     """
 

@@ -371,7 +371,18 @@ def _gaussians(nets: Sequence[PairClassifier], x: Tensor) -> Gaussians:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PriorMean:
-    """Mean of a ratio over the prior for n observations: log_mean (n,), nats, with error (n,); n_effective (n,) of n_draws (n,) draws."""
+    """Mean of a ratio over the prior for n observations: log_mean (n,), nats, with error (n,); n_effective (n,) of n_draws (n,) draws.
+
+    Returned by `NRE.prior_mean`.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> prior, rng = sp.NormalPrior([sp.Parameter("mu")]), np.random.default_rng(0)
+    >>> theta = prior.sample(200, rng)
+    >>> nre = sp.NRE(prior, config=sp.TrainConfig(max_epochs=2)).fit(theta, theta + rng.standard_normal((200, 1)))
+    >>> mean = nre.prior_mean([[0.3], [1.0]])
+    >>> type(mean).__name__, mean.log_mean.shape
+    ('PriorMean', (2,))
+    """
 
     log_mean: Array
     error: Array

@@ -1,12 +1,12 @@
-r"""Truncated sequential rounds: spend the simulations where one observation needs them.
+r"""Truncated sequential rounds: simulations concentrated on the region of parameters that one observation allows.
 
-The posterior of x_o fills a small part R of the prior. Simulations drawn from the prior *restricted to R*,
-p_R(theta) ~ p(theta) 1[theta in R], train the next network with the plain NPE loss, no correction: within R the
-restricted prior is proportional to the prior, so the optimum at x_o is the posterior up to the mass outside R.
+The posterior of x_obs fills a small part R of the prior. Simulations drawn from the prior *restricted to R*,
+p_R(theta) ~ p(theta) 1[theta in R], train the next network with the plain NPE loss and no correction: within R the
+restricted prior is proportional to the prior, so the optimum at x_obs is the posterior up to the mass outside R.
 
-R is an ellipsoid in the prior's whitened space (`TruncatedPrior`). Unlike a threshold on the network's density it can
-be drawn from exactly and at a rate that does not depend on how small R is, and it does not inherit the fine shape of a
-density that is still wrong. The network of a round is meant for x_o alone.
+R is an ellipsoid in the prior's whitened space (`TruncatedPrior`). Unlike a region above a threshold of the network's density, an
+ellipsoid can be sampled exactly, at a rate that does not depend on its size, and it does not follow the errors of a density that is not
+yet accurate. The network of a round is valid for x_obs alone.
 
 Source: Deistler, Goncalves & Macke 2022, arXiv:2210.04815 (truncated proposals; regions by density threshold there).
 """
@@ -108,10 +108,19 @@ def truncated_rounds(
 ) -> NPE:
     """Train further networks for one observation, each on simulations from the prior truncated to where the last one is.
 
-    Args: npe: trained on the whole prior. simulator, x_obs (k,). folder: keeps the rounds' stores and checkpoints, and
-    an interrupted call goes on from there. n_simulations: of each round. config: default the one of `npe`.
-    Returns: a new NPE, valid at x_obs alone; its density normalises over the whole prior.
+    Args: npe: trained on the whole prior. simulator, x_obs (k,). folder: of the rounds' stores and checkpoints, from which
+    an interrupted call continues. n_simulations: of each round. config: default the one of `npe`.
+    Returns: a new NPE, valid at x_obs alone; its density is normalised over the whole prior.
     Raises: SettingError, DataError, StoreError, TrainingError.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> prior, quick, rng = sp.NormalPrior([sp.Parameter("mu")]), sp.TrainConfig(max_epochs=1), np.random.default_rng(0)
+    >>> theta = prior.sample(200, rng)
+    >>> x = theta + rng.standard_normal((200, 1))
+    >>> npe, simulator = sp.NPE(prior, config=quick).fit(theta, x), sp.NLE(prior, config=quick).fit(theta, x).as_simulator()
+    >>> local = sp.truncated_rounds(npe, simulator, [0.4], "rounds", n_simulations=100, workers=1)
+    >>> local.sample([0.4], 5).shape
+    (5, 1)
     """
     require_int("n_rounds", n_rounds, low=1)
     require_int("n_simulations", n_simulations, low=20)

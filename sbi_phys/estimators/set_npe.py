@@ -1,14 +1,14 @@
-r"""Amortised posterior of event sets from ten to thousands of events, in two stages.
+r"""Amortised posterior of sets of ten to thousands of events, learned in two stages.
 
     1. scores     f(e, u) ~ log p(e | theta(u)) up to a(e), from small sets S with their parameters u, batch by batch:
                   minimise  -mean_i log [ exp L_i(u_i) / sum_j exp L_i(u_j) ],      L_i(u) = sum_{e in S_i} f(e, u)
     2. posterior  q(theta | S) on sets of all sizes, the scores held fixed: a flow in units of the Gaussian posterior that the scores give
 
-The other rows of a batch are draws of the prior; at the minimum L_i(u) = log p(S_i | u) + a(S_i) for every set. Small sets teach the
-same f as large ones and cost less. The number of events of a set may depend on theta: c(u) learns it as far as it is linear in the
-number. In the second stage events are only looked up, not learned from: each set is summarised once, and its summary, some hundred
-numbers, is used again in every epoch at a tenth of the cost. What the scores are wrong about, and shapes that are no Gaussian, the flow
-learns: the loss of the second stage is that of `npe`.
+The other rows of a batch are draws of the prior; at the minimum L_i(u) = log p(S_i | u) + a(S_i) for every set. Small sets determine
+the same f as large ones and cost less. The number of events of a set may depend on theta: a term c(u) per event learns this dependence as
+far as it is linear in the number. In the second stage the scores are fixed: each set is summarised once, in about a hundred numbers that
+every epoch uses again, at a tenth of the cost. The flow corrects errors of the scores and learns shapes that are not Gaussian; its loss
+is that of `npe`.
 
     scores = likelihood_embedding(prior, simulator=small_sets, n=1_000_000)
     npe = SetNPE(prior, embedding=scores).fit(simulator=sets_of_all_sizes, online=True, n=200_000)
@@ -100,6 +100,16 @@ class SetNPE(NPE):
     Args: as `NPE`; embedding: of `likelihood_embedding`, or a `LikelihoodSet` of the same shape to load weights into.
     `fit`, `sample`, `log_prob` and the rest are those of `NPE`; online, each of the n sets is simulated and summarised once, and the
     summaries serve config.max_epochs epochs (default: by their number).   Raises: SettingError (another embedding).
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> prior, rng = sp.NormalPrior([sp.Parameter("mu")]), np.random.default_rng(0)
+    >>> theta = prior.sample(100, rng)
+    >>> x = sp.pad_sets([t + rng.standard_normal(4) for t in theta[:, 0]], n_max=4)
+    >>> quick = sp.TrainConfig(max_epochs=1)
+    >>> scores = sp.likelihood_embedding(prior, theta, x, hidden=8, rank=4, config=quick)
+    >>> npe = sp.SetNPE(prior, embedding=scores, config=quick).fit(theta, x)
+    >>> npe.sample(x[0], 5).shape
+    (5, 1)
     """
 
     def build(self, scaler: Any, seed: int) -> PosteriorNet:
@@ -147,6 +157,14 @@ def likelihood_embedding(
 
     Raises: DataError (neither or both sources), ShapeError, NonFiniteError, SupportError, SettingError, TrainingError.
     Source: arXiv:1807.03748, arXiv:1805.12244.
+
+    >>> import numpy as np, sbi_phys as sp
+    >>> prior, rng = sp.NormalPrior([sp.Parameter("mu")]), np.random.default_rng(0)
+    >>> theta = prior.sample(100, rng)
+    >>> x = sp.pad_sets([t + rng.standard_normal(4) for t in theta[:, 0]], n_max=4)
+    >>> scores = sp.likelihood_embedding(prior, theta, x, hidden=8, rank=4, config=sp.TrainConfig(max_epochs=1))
+    >>> type(scores).__name__
+    'LikelihoodSet'
     """
     config = config or TrainConfig(batch_size=512, max_epochs=20, patience=20, learning_rate=4e-3, weight_decay=0.0)
     settings = Settings(prior, require_int("seed", seed, low=0), config, resolve_device(device), "real", None)

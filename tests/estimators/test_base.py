@@ -307,7 +307,7 @@ def test_a_simulator_is_an_object() -> None:
 
 def test_classes_by_their_names(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="called NPE, as one of sbi_phys is"):
-        type("NPE", (sp.estimators.Estimator,), {})
+        type("NPE", (sp.Estimator,), {})
     CASES["NPE"].fit(CASES["NPE"].make()).save(tmp_path / "npe.pt")
     content = read_file(tmp_path / "npe.pt", *FILE)
     write_file(tmp_path / "mine.pt", *FILE, content | {"estimator": "Mine"})
@@ -315,7 +315,7 @@ def test_classes_by_their_names(tmp_path: Path) -> None:
         sp.load(tmp_path / "mine.pt")
 
 
-class Unfinished(sp.estimators.Estimator):
+class Unfinished(sp.Estimator):
     """A network and no loss; a setting that no file can hold."""
 
     def build(self, scaler: Any, seed: int) -> nn.Module:

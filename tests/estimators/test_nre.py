@@ -1,20 +1,23 @@
 """NRE against exact ratios and posteriors of a linear Gaussian, its event sets, gradients and files, and what it refuses."""
 
+from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy.special import expit
+from numpy.typing import NDArray
+from scipy.special import expit, logsumexp
 from torch import Tensor, nn
 
 import sbi_phys as sp
-from sbi_phys.core.errors import DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.errors import ConvergenceError, DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SupportError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators import nre as module
 from sbi_phys.estimators.base import load
-from sbi_phys.estimators.nre import NRE
+from sbi_phys.estimators.nre import LOSSES, NRE, WANTED, Gaussians, balance, bnre_loss, carl_loss, joined, mean_over_prior, nre_c_loss
 from sbi_phys.nets.classifier import ClassifierConfig
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.priors import standard_normal_log_prob
@@ -424,3 +427,197 @@ def test_untrained_and_incomplete_calls_are_refused(tmp_path: Path) -> None:
         make().fit(theta[:5], x[:5])
     with pytest.raises(NonFiniteError):
         make().fit(theta, np.where(x == x[3, 0], np.nan, x))
+
+
+# ---- losses
+
+
+# pairs (x, theta) by the number of times they occur in 12
+COUNTS = np.array([[3, 1, 1], [1, 2, 0], [1, 0, 3]])
+N_CONTRASTS = 2
+
+
+def table() -> tuple[Tensor, Tensor, Tensor]:
+    """x, own theta and K other theta of all equally likely rows: x (12 12^K,), own (same), others (same, K)."""
+    pairs = [(x, t) for x, t in product(range(3), range(3)) for _ in range(COUNTS[x, t])]
+    thetas = [t for _, t in pairs]
+    rows = [(x, t, *others) for (x, t) in pairs for others in product(thetas, repeat=N_CONTRASTS)]
+    array = torch.tensor(rows)
+    return array[:, 0], array[:, 1], array[:, 2:]
+
+
+def exact() -> Tensor:
+    p = torch.tensor(COUNTS, dtype=torch.float64) / 12
+    return (p / p.sum(dim=1, keepdim=True) / p.sum(dim=0)).log()
+
+
+def minimum(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Table of log odds f(x, theta) at which the exact mean of the loss is least."""
+    x, own, others = table()
+    f = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([f], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = loss(f[x, own], f[x[:, None], others]).mean()
+        value.backward()
+        return value
+
+    optimiser.step(closure)
+    return f.detach()
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_the_optimum_is_the_exact_log_ratio(name: str) -> None:
+    found, truth = minimum(LOSSES[name]), exact()
+    possible = torch.isfinite(truth)
+    torch.testing.assert_close(found[possible], truth[possible], atol=2e-3, rtol=0)
+    assert (found[~possible] < -4).all()  # pairs that never occur: on the way to minus infinity
+
+
+@pytest.mark.parametrize("gamma", [0.2, 5.0])
+def test_contrastive_optimum_for_any_odds(gamma: float) -> None:
+    found, truth = minimum(lambda joint, contrast: nre_c_loss(joint, contrast, gamma)), exact()
+    possible = torch.isfinite(truth)
+    torch.testing.assert_close(found[possible], truth[possible], atol=2e-3, rtol=0)
+
+
+def test_a_loss_without_none_would_leave_a_function_of_x_free() -> None:
+    """The reason why NRE-B is not offered: adding c(x) to f does not change its loss, but changes all those that are."""
+    x, own, others = table()
+    truth = torch.where(torch.isfinite(exact()), exact(), torch.tensor(-20.0, dtype=torch.float64))
+    moved = truth + torch.tensor([[0.5], [-0.2], [0.3]])
+
+    def values(f: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> float:
+        return float(loss(f[x, own], f[x[:, None], others]).mean())
+
+    def nre_b(joint: Tensor, contrast: Tensor) -> Tensor:
+        return -joint + torch.logsumexp(torch.cat([joint[:, None], contrast], dim=1), dim=1)
+
+    assert values(moved, nre_b) == pytest.approx(values(truth, nre_b), abs=1e-9)
+    for loss in LOSSES.values():
+        assert values(moved, loss) > values(truth, loss) + 1e-3
+
+
+def test_balance_is_zero_at_the_optimum_and_is_what_the_penalty_sees() -> None:
+    x, own, others = table()
+    truth = exact()
+    joint, contrast = truth[x, own], truth[x[:, None], others]
+    assert float(balance(joint, contrast)) == pytest.approx(0, abs=1e-12)
+    torch.testing.assert_close(bnre_loss(joint, contrast), carl_loss(joint, contrast))
+    moved = bnre_loss(joint + 1, contrast + 1) - carl_loss(joint + 1, contrast + 1)
+    assert float(moved.mean()) == pytest.approx(100 * float(balance(joint + 1, contrast + 1)) ** 2)
+    assert float(moved.mean()) > 1
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_far_log_odds_stay_finite(name: str) -> None:
+    joint = torch.tensor([-300.0, 300.0, 0.0], requires_grad=True)
+    contrast = torch.tensor([[300.0, -300.0], [0.0, 300.0], [-300.0, -300.0]], requires_grad=True)
+    value = LOSSES[name](joint, contrast)
+    assert value.shape == (3,)
+    value.sum().backward()
+    assert torch.isfinite(value).all()
+    assert joint.grad is not None and torch.isfinite(joint.grad).all()
+    assert contrast.grad is not None and torch.isfinite(contrast.grad).all()
+
+
+def test_one_contrast_is_enough_for_every_loss() -> None:
+    joint, contrast = torch.zeros(4), torch.zeros(4, 1)
+    values = {name: float(loss(joint, contrast).mean()) for name, loss in LOSSES.items()}
+    assert values["carl"] == values["nre-a"] == pytest.approx(2 * np.log(2))
+    assert values["nre-c"] == pytest.approx(np.log(2))  # own or none, nothing known
+
+
+# ---- the mean over the prior
+
+
+Array = NDArray[np.float64]
+OFFSET = np.array([3.0, -40.0, 0.0, 700.0])
+
+
+def gaussian_ratio(mean: Array, width: Array, offset: Array) -> Callable[[Array, NDArray[np.int64]], Array]:
+    """exp(offset_i) N(u; mean_i, width_i^2) / N(u; 0, I), whose mean over the prior is exp(offset_i)."""
+
+    def log_ratio(u: Array, rows: NDArray[np.int64]) -> Array:
+        z = (u - mean[rows][:, None]) / width[rows][:, None]
+        found: Array = (
+            offset[rows][:, None] + standard_normal_log_prob(z) - np.log(width[rows]).sum(axis=1)[:, None] - standard_normal_log_prob(u)
+        )
+        return found
+
+    return log_ratio
+
+
+def at(mean: Array, width: Array) -> Gaussians:
+    return mean[:, None], np.stack([np.diag(w)[None] for w in width])
+
+
+def four(dim: int) -> tuple[Array, Array]:
+    rng = rng_for(0, "four")
+    return rng.standard_normal((4, dim)), np.array([1.0, 0.1, 0.01, 0.001])[:, None] * rng.uniform(0.5, 2, (4, dim))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_means_of_narrow_ratios(dim: int) -> None:
+    mean, width = four(dim)
+    found = mean_over_prior(gaussian_ratio(mean, width, OFFSET), at(mean, width), n_draws=512, seed=1)
+    assert (found.n_effective >= WANTED).all() and (found.error < 0.05).all()
+    np.testing.assert_allclose(found.log_mean, OFFSET, atol=0.1)
+    assert "4 observations" in found.summary()
+
+
+@pytest.mark.parametrize("wrong", [30.0, 0.1], ids=["too wide", "too narrow"])
+def test_starts_that_are_wrong_are_mended(wrong: float) -> None:
+    mean, width = four(2)
+    found = mean_over_prior(gaussian_ratio(mean, width, OFFSET), at(mean + 3 * width, wrong * width), n_draws=512, seed=1)
+    assert (np.abs(found.log_mean - OFFSET) < 4 * found.error + 0.02).all()
+    assert (found.error < 0.06).all()
+    assert found.n_draws.max() > 512
+
+
+def test_two_modes_far_apart_are_both_counted() -> None:
+    """A Gaussian learned by maximum likelihood covers both, and next to none of its draws falls on either."""
+    parts = [gaussian_ratio(np.full((1, 2), m), np.full((1, 2), 0.03), np.log([share])) for m, share in ((-1.5, 0.25), (1.5, 0.75))]
+
+    def both(u: Array, rows: NDArray[np.int64]) -> Array:
+        return np.asarray(logsumexp([part(u, rows) for part in parts], axis=0))
+
+    found = mean_over_prior(both, at(np.full((1, 2), 0.75), np.full((1, 2), 1.3)), n_draws=512, seed=2)
+    assert found.log_mean[0] == pytest.approx(0, abs=0.1)
+
+
+def test_the_error_is_on_the_safe_side() -> None:
+    n = 60
+    mean, width = np.full((n, 2), 0.7), np.full((n, 2), 0.05)
+    found = mean_over_prior(gaussian_ratio(mean, width, np.zeros(n)), at(mean, width), n_draws=256, seed=3)
+    assert found.log_mean.std() < 1.1 * np.median(found.error)
+    assert abs(found.log_mean.mean()) < 0.02
+
+
+def test_draws_follow_from_seed_and_number() -> None:
+    mean, width = four(2)
+
+    def run(rows: slice, seed: int) -> Array:
+        log_ratio = gaussian_ratio(mean[rows], width[rows], OFFSET[rows])
+        return mean_over_prior(log_ratio, at(mean[rows], width[rows]), n_draws=256, seed=seed, first=rows.start, wanted=100).log_mean
+
+    whole = run(slice(0, 4), 0)
+    np.testing.assert_allclose(np.concatenate([run(slice(0, 1), 0), run(slice(1, 4), 0)]), whole, rtol=1e-12)
+    assert (run(slice(0, 4), 1) != whole).all()
+
+
+def test_parts_are_joined() -> None:
+    mean, width = four(2)
+    found = mean_over_prior(gaussian_ratio(mean, width, OFFSET), at(mean, width), n_draws=256, seed=0, wanted=100)
+    twice = joined([found, found])
+    np.testing.assert_array_equal(twice.log_mean, np.tile(found.log_mean, 2))
+    assert len(twice.error) == len(twice.n_effective) == len(twice.n_draws) == 8
+
+
+def test_a_thousand_needles_are_refused() -> None:
+    def needles(u: Array, rows: NDArray[np.int64]) -> Array:
+        return np.asarray(3000 * np.sin(200 * u).sum(axis=-1))
+
+    with pytest.raises(ConvergenceError, match="the mean of the ratio over the prior at observation 7: .* expected at least 50"):
+        mean_over_prior(needles, at(np.zeros((1, 2)), np.ones((1, 2))), n_draws=64, seed=0, first=7)

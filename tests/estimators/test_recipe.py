@@ -18,7 +18,7 @@ from tests.toys import LinearGaussian
 SIM = LinearGaussian(dim=2)
 
 
-class MDN(sp.estimators.Estimator):
+class MDN(sp.Estimator):
     r"""q(u | x) = sum_k softmax(a(x))_k N(u; m_k(x), diag s_k(x)^2), by maximum likelihood."""
 
     def __init__(self, prior: sp.Prior, *, n_components: int = 4, **shared: Unpack[Shared]) -> None:
@@ -77,3 +77,13 @@ def test_a_store_in_memory_and_streamed(memory: int | None, tmp_path: Path) -> N
 
 def test_online() -> None:
     check(MDN(SIM.prior, device="cpu", config=CONFIG).fit(simulator=SIM, online=True, n=60_000, workers=0))
+
+
+def test_the_code_of_the_recipe_runs() -> None:
+    page = (Path(__file__).parent.parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = page.partition("## Add an estimator")[2].partition("```python\n")[2].partition("```")[0]
+    found: dict[str, type] = {}
+    exec(code.replace("class MDN", "class MDNOfTheRecipe"), found)
+    theta = SIM.prior.sample(200, rng_for(0))
+    mdn = found["MDNOfTheRecipe"](SIM.prior, config=sp.TrainConfig(max_epochs=2)).fit(theta, SIM.simulate(theta, rng_for(1)))
+    assert repr(mdn).endswith("1 trained network")
