@@ -1,6 +1,17 @@
+from .corner import corner_figure as corner_figure
+from .posterior import PairRatios as PairRatios
+from .posterior import comparison_figure as comparison_figure
+from .posterior import marginals_figure as marginals_figure
+from .posterior import methods_figure as methods_figure
+from .posterior import misfit_figure as misfit_figure
+from .posterior import panels_figure as panels_figure
+from .posterior import ratios_figure as ratios_figure
+from .posterior import weights_figure as weights_figure
 from .style import PALETTE as PALETTE
 from .style import finish as finish
 from .style import house_style as house_style
 from .style import new_axes as new_axes
 from .style import new_figure as new_figure
 from .style import save_figure as save_figure
+from .training import loss_figure as loss_figure
+from .training import step_time_figure as step_time_figure

@@ -1,7 +1,7 @@
 """The corner plot: every one- and two-dimensional marginal, with several sample sets laid over one another.
 
 Drawn here and not with the `corner` package: importing that one imports arviz (2 s, and a warning) and pyplot, and its
-contours of three overlaid sets can not share one smoothing that respects the edges of a prior.
+contours of three overlaid sets cannot share one smoothing that respects the edges of a prior.
 """
 
 import math
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["checked_sets", "corner_figure", "display_ranges", "marginal_density", "mass_levels", "smoothed_density", "truth_values"]
 
-_MAX_DRAWS = 60_000  # more draws do not change a picture, only the wait for it
+_MAX_DRAWS = 60_000  # more draws change only the time of drawing
 _LINES: tuple[dict[str, Any], ...] = (
     {"color": COLOURS["flow"], "linestyle": "solid", "linewidth": 1.0},
     {"color": COLOURS["reference"], "linestyle": "solid", "linewidth": 1.1},
@@ -47,6 +47,14 @@ def corner_figure(
     source, theta) are markers; one that lies outside a panel is an arrow head at the edge of its column's histogram.
     `ranges` fixes axes by name; others show 99.8 % of the draws within the prior.
     Raises: ShapeError, NonFiniteError, DataError, SettingError.
+    >>> import numpy as np
+    >>> from sbi_phys.plotting import corner_figure
+    >>> from sbi_phys.priors import Parameter
+    >>> parameters = [Parameter("mass", 0, 10), Parameter("rate", 0, 10)]
+    >>> draws = np.random.default_rng(0).uniform(2, 8, (500, 2))
+    >>> len(corner_figure({"posterior": draws}, parameters, truth={"mass": 5.0}).axes)
+    3
+
     Read: black lines on the edges of the filled regions = the flow is right; a wider fill = it is under-confident.
     """
     sets = checked_sets(samples, parameters)

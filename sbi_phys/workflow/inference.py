@@ -23,7 +23,7 @@ from sbi_phys.core.types import Array
 from sbi_phys.estimators.base import load
 from sbi_phys.estimators.npe import NPE
 from sbi_phys.estimators.sequential import truncated_rounds
-from sbi_phys.plotting.figures import misfit_figure, panels_figure
+from sbi_phys.plotting.posterior import misfit_figure, panels_figure
 from sbi_phys.priors import standard_normal_log_prob
 from sbi_phys.report.tables import shift_table
 from sbi_phys.samplers.importance import importance_sample

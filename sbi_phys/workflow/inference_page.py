@@ -9,8 +9,10 @@ import torch
 from sbi_phys.calibration.calibrate import AT_THE_OBSERVATION, TITLES
 from sbi_phys.core.numbers import format_interval
 from sbi_phys.estimators.base import load
-from sbi_phys.plotting.figures import comparison_figure, corner_figure, loss_figure, step_time_figure, weights_figure
+from sbi_phys.plotting.corner import corner_figure
+from sbi_phys.plotting.posterior import comparison_figure, weights_figure
 from sbi_phys.plotting.style import house_style, new_figure
+from sbi_phys.plotting.training import loss_figure, step_time_figure
 from sbi_phys.report.html import Block, Code, Details, KeyValues, Section, Text, Verdict, render_report
 from sbi_phys.report.tables import Table, comparison_table, posterior_table, rows_to_csv, rows_to_table, shift_table, summarise
 from sbi_phys.workflow.methods import TITLES as METHOD_TITLES

@@ -23,7 +23,7 @@ from sbi_phys.estimators.density_sampling import PosteriorDraws
 from sbi_phys.estimators.nle import NLE
 from sbi_phys.estimators.nre import NRE
 from sbi_phys.nets.flow import FlowConfig
-from sbi_phys.plotting.methods import PairRatios, methods_figure, ratios_figure
+from sbi_phys.plotting.posterior import PairRatios, methods_figure, ratios_figure
 from sbi_phys.report.tables import shift_table
 from sbi_phys.samplers.diagnostics import split_r_hat
 from sbi_phys.samplers.grid import grid_posterior

@@ -7,7 +7,7 @@ from sbi_phys.calibration import reliability
 from sbi_phys.confidence import coverage_map
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.plotting.limits import coverage_figure, limits_figure
-from sbi_phys.plotting.methods import PairRatios, methods_figure, ratios_figure
+from sbi_phys.plotting.posterior import PairRatios, methods_figure, ratios_figure
 from sbi_phys.priors import Parameter
 
 PARAMETERS = [Parameter("a", latex=r"\alpha"), Parameter("b")]

@@ -5,7 +5,7 @@ import pytest
 
 from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.plotting import unfolding as figures
-from sbi_phys.plotting.figures import save_figure
+from sbi_phys.plotting.style import save_figure
 from sbi_phys.unfold.validation import Validation, validate
 from tests.unfold import validation_oracle as oracle
 

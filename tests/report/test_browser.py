@@ -3,7 +3,7 @@ import os
 import numpy as np
 import pytest
 
-from sbi_phys.plotting import figures
+from sbi_phys import plotting as figures
 from sbi_phys.report import html as page
 from sbi_phys.report import tables
 from tests.report.browser import check_report, missing_browser

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sbi_phys.core.errors import ConvergenceError
 from sbi_phys.estimators.density_sampling import PosteriorDraws
-from sbi_phys.plotting.methods import PairRatios
+from sbi_phys.plotting.posterior import PairRatios
 from sbi_phys.store.store import Store
 from sbi_phys.workflow.cli import app
 from sbi_phys.workflow.methods import require_converged

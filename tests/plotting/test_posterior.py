@@ -5,8 +5,8 @@ import matplotlib
 import numpy as np
 import pytest
 
+from sbi_phys import plotting as figures
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
-from sbi_phys.plotting import figures
 from sbi_phys.plotting.style import COLOURS
 from tests.report.demo_data import PARAMETERS, PUBLISHED, draws, history
 
@@ -137,7 +137,7 @@ def test_nothing_global_changes(sets):
 def test_figures_need_neither_pyplot_nor_torch_nor_arviz(tmp_path):
     script = (
         "import sys, numpy as np\n"
-        "import sbi_phys.plotting.figures as f, sbi_phys.report.tables, sbi_phys.report.html, sbi_phys.report.arviz\n"
+        "import sbi_phys.plotting as f, sbi_phys.report.tables, sbi_phys.report.html, sbi_phys.report.arviz\n"
         "assert not {'matplotlib', 'torch', 'arviz', 'jinja2'} & set(sys.modules), 'import is not light'\n"
         "from tests.report.demo_data import *\n"
         f"f.save_figure(f.corner_figure({{'a': draws(500, np.random.default_rng(0))[:, :2]}}, PARAMETERS[:2]), {str(tmp_path)!r}, 'c')\n"
