@@ -115,7 +115,7 @@ def test_a_store_is_taken_and_x_may_be_unknown(tmp_path: Path) -> None:
     draws = Exact().sample(SIM.simulate(theta, rng_for(2)), 100)
     blind = sp.calibrate(draws, (theta, None))
     assert "pit_regression" in blind.skipped
-    assert "cannot see a posterior that equals the prior" in blind.summary()
+    assert "cannot detect a posterior that equals the prior" in blind.summary()
 
 
 def test_what_does_not_fit_is_named() -> None:

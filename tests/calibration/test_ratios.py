@@ -195,7 +195,7 @@ def test_an_area_that_few_events_carry_is_not_judged():
     result = reweighting_auc(one, zero, log_r)
     assert result.n_effective < 10 and result.auc - 0.5 > 3 * result.error
     assert result.pvalue == 1
-    assert "not judged; only" in result.summary()
+    assert "not tested; only" in result.summary()
 
 
 def test_the_area_depends_on_the_seed_alone_and_not_on_the_scale_of_weights():
@@ -277,7 +277,7 @@ def test_check_holds_all_three():
     rng = np.random.default_rng(15)
     one, zero, log_one, log_zero = events(rng, n1=500, n0=600, k=2, shift=0.5)
     result = check_ratio(log_one, log_zero, one, zero, seed=2)
-    assert result.auc == reweighting_auc(one, zero, log_zero, 2)
+    assert result.auc == reweighting_auc(one, zero, log_zero, seed=2)
     parts = result.mean.pvalue, result.reliability.pvalue, result.auc.pvalue
     assert result.pvalue == min(1, 3 * min(parts)) and result.pvalue > 0.01
     assert len(result.summary().splitlines()) == 4
@@ -304,7 +304,7 @@ def test_figures_and_words():
     assert "NOT 1" in results[0].summary()
     assert "overconfident" in results[1].summary() and "overconfident" in repair.summary()
     few = mean_ratio(log_one, np.append(log_zero, 12.0))
-    assert "only 1 events carry a mean" in few.summary()
+    assert "only 1 events dominate a mean" in few.summary()
 
 
 def test_bad_input_is_refused():
