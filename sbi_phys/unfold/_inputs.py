@@ -24,7 +24,7 @@ __all__ = [
 
 
 def frozen(array: ArrayLike) -> Array:
-    """Return a copy as float64 that cannot be written to: results and responses are shared."""
+    """Return a read-only copy as float64."""
     copy = np.array(array, dtype=np.float64)
     copy.setflags(write=False)
     return copy
@@ -79,7 +79,7 @@ def warn_few(counts: Array, n_truth: int) -> None:
     """Warn if whole-number counts have fewer events than there are bins to unfold into: no method has an answer then."""
     total = counts.sum()
     if total < n_truth and np.array_equal(counts, np.rint(counts)):
-        warnings.warn(f"counts hold {total:g} events for {n_truth} truth bins; expected more events than bins", UserWarning, stacklevel=3)
+        warnings.warn(f"counts hold {total:g} events for {n_truth} truth bins; expected more events than bins", UserWarning, stacklevel=4)
 
 
 def check_covariance(name: str, value: ArrayLike, n: int) -> Array:
@@ -94,14 +94,16 @@ def check_covariance(name: str, value: ArrayLike, n: int) -> Array:
 
 
 def check_prior(prior: ArrayLike, n_truth: int, edges: Array | None = None) -> Array:
-    """Return a prior spectrum (n_truth,), all above zero: a bin that starts empty stays empty whatever the data say.
+    """Return a prior spectrum (n_truth,), all above zero: iterations cannot fill a bin that starts at 0.
 
     Raises: ShapeError, NonFiniteError, DataError.
     """
     array = check_nonnegative("prior", prior, (n_truth,), "truth", edges)
     empty = np.flatnonzero(array == 0)
     if empty.size:
-        raise DataError(f"prior is 0 at {bin_name('truth', int(empty[0]), edges)}; expected > 0, for the bin would stay empty for ever")
+        raise DataError(
+            f"prior is 0 at {bin_name('truth', int(empty[0]), edges)}; expected > 0, because iterations cannot fill an empty bin"
+        )
     return array
 
 
@@ -117,7 +119,7 @@ def check_mask(name: str, value: ArrayLike | None, n: int) -> Mask:
 
 MIN_EVENTS = 100  # fewer cannot train a classifier
 
-_OUTSIDE_SHARE = 0.005  # share of the data outside the simulation's range that is worth a word
+_OUTSIDE_SHARE = 0.005  # share of the data outside the simulation's range above which a warning is given
 
 
 def as_columns(name: str, value: ArrayLike, mask: Mask | None = None) -> Array:
@@ -155,7 +157,7 @@ def as_weights(name: str, value: ArrayLike | None, n: int, partner: str) -> Arra
     if len(negative):
         raise DataError(
             f"{name} has {len(negative)} of {n} entries below 0, first {array[negative[0]]:g} at row {negative[0]}; expected >= 0; "
-            "subtract nothing from the data: pass background events as `background`"
+            "pass background events as `background` instead of subtracting them"
         )
     if n and array.sum() <= 0:
         raise DataError(f"{name} is 0 in all {n} rows; expected a positive sum")

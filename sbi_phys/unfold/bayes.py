@@ -44,10 +44,10 @@ from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.samplers.diagnostics import R_HAT_MAX, Verdict, autocorrelation_time, require_converged, run_until_converged, split_r_hat
-from sbi_phys.unfold._inputs import check_counts, check_covariance, check_nonnegative, check_prior, warn_few
-from sbi_phys.unfold.histograms import counts_of, to_hist
+from sbi_phys.unfold._inputs import check_prior
+from sbi_phys.unfold.histograms import measured, to_hist
 from sbi_phys.unfold.ibu import bayes_step, scaled_prior
-from sbi_phys.unfold.response import Response, as_response
+from sbi_phys.unfold.response import Response
 from sbi_phys.unfold.spectrum import Laplace, LogPosterior, SpectrumPrior
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ N_CELLS = 36  # of the grid in log sigma: a third of a unit each
 N_CHAINS = 16
 DOF = 30.0  # of the t, heavier in the tails than the posterior
 SCALES, SHARES = np.array([1.0, 3.0]), np.array([0.85, 0.15])  # a part is wider, for bins with few counts
-WIDER = 1.3  # by this much chains start farther out than the mixture
+WIDER = 1.3  # factor by which the starts of the chains are wider than the mixture
 ANGLE = 1.8  # length of a trajectory; pi / 2 makes a Gaussian independent
 BURN_BLOCK, BURN_BLOCKS = 25, 8
 
@@ -77,7 +77,7 @@ class LaplaceGrid:
         self.edges = np.linspace(low, high, N_CELLS + 1) if self.hierarchical else np.array([low - 0.5, low + 0.5])
         centres = (self.edges[1:] + self.edges[:-1]) / 2
         cells: list[Laplace] = []
-        for log_sigma in centres[::-1]:  # from rough to smooth: the data lead, the prior straightens
+        for log_sigma in centres[::-1]:  # from rough to smooth: each mode starts from the previous one
             start = start if not cells else cells[-1].mode
             cells.append(posterior.laplace(float(log_sigma), start))
         self.cells = cells[::-1]
@@ -87,7 +87,7 @@ class LaplaceGrid:
         self._log_det = np.log(np.abs(np.einsum("kii->ki", self.factors))).sum(axis=1)
         evidence = np.array([c.log_evidence for c in self.cells])
         self.log_weights = evidence - np.logaddexp.reduce(evidence)
-        # a cell that the evidence makes nothing of is still tried now and then
+        # cells with negligible evidence keep a small probability
         self.log_weights = np.logaddexp(self.log_weights + math.log(0.98), math.log(0.02 / len(cells)))
 
     @property
@@ -138,7 +138,7 @@ class _State:
 
 
 class _Kernel:
-    """The three moves, for all chains at once, with what they have accepted."""
+    """The three moves for all chains at once, with their acceptance rates."""
 
     def __init__(self, posterior: LogPosterior, mixture: LaplaceGrid, rng: np.random.Generator) -> None:
         self.posterior, self.mixture, self.rng = posterior, mixture, rng
@@ -258,7 +258,7 @@ def run_chains(
 
 
 def _burn_in(kernel: _Kernel, state: _State) -> int:
-    """Blocks with the step size made smaller until 3 of 4 trajectories are accepted; one more block with what is left fixed."""
+    """Run blocks of steps and reduce the step size until 3 of 4 trajectories are accepted; return the number of steps."""
     for block in range(BURN_BLOCKS):
         kernel.forget()
         for _ in range(BURN_BLOCK):
@@ -369,7 +369,7 @@ class BayesianUnfold:
 
 
 class _Draws(NamedTuple):
-    """z (n, t), log sigma (n,), and what is known of their convergence."""
+    """z (n, t), log sigma (n,), and their convergence diagnostics."""
 
     z: Array
     log_sigma: Array
@@ -425,16 +425,15 @@ def bayesian_unfold(
     Raises: ShapeError, NonFiniteError, DataError (the bin is named), SettingError, ConvergenceError.
     Warns: UserWarning for fewer events than truth bins.
     Source: Choudalakis 2012, arXiv:1201.4612.
-    Read: bins are correlated, so use draws for whatever is computed from the spectrum; a predictive p-value near 0 says that no smooth
-        spectrum describes the counts (response or background wrong).
+    Read: bins are correlated, so compute derived quantities on the draws; a predictive p-value near 0 means that no smooth spectrum
+        describes the counts (response or background wrong).
 
     >>> from sbi_phys.unfold import bayesian_unfold
     >>> posterior = bayesian_unfold([90, 60], [[0.8, 0.2], [0.1, 0.7]], n_draws=200, seed=1)
     >>> posterior.samples.shape, posterior.converged
     ((200, 2), True)
     """
-    resp, data, covariance = _inputs(counts, response, counts_covariance, background)
-    warn_few(data, resp.n_truth)
+    resp, data, covariance = measured(counts, response, counts_covariance, background)
     require_choice("method", method, METHODS)
     n_draws, max_steps = require_int("n_draws", n_draws, low=100), require_int("max_steps", max_steps, low=100)
     spectrum_prior = _prior(prior, smoothness, reference, hyper_scale, dof, level_sd, tilt_sd, data, resp)
@@ -444,20 +443,6 @@ def bayesian_unfold(
     with or_none(progress).task("Bayesian unfolding", 1.0) as task:
         draws = sample(posterior, mixture, n_draws, max_steps, seed, raise_on_failure, task)
     return _result(draws, posterior, mixture.best, resp, data, prior, method, seed)
-
-
-def _inputs(
-    counts: ArrayLike, response: Response | ArrayLike, counts_covariance: ArrayLike | None, background: ArrayLike | None
-) -> tuple[Response, Array, Array | None]:
-    resp = as_response(response)
-    if background is not None:
-        if resp.background.any():
-            raise SettingError("background is given twice, here and in the response; expected one of them")
-        resp = resp.with_background(check_nonnegative("background", background, (resp.n_reco,), "reco", resp.reco_edges))
-    values, own = counts_of(counts, resp)
-    data = check_counts(values, resp.n_reco, resp.reco_edges)
-    given = own if counts_covariance is None else counts_covariance
-    return resp, data, None if given is None else check_covariance("counts_covariance", given, resp.n_reco)
 
 
 def _prior(

@@ -85,14 +85,14 @@ ERROR_FLOOR = 0.1  # of the expected error, for pulls
 
 LIMIT = 1e6  # of a pull: means stay finite for a method without errors
 
-FOLDED_FLOOR = 1e-6  # counts: a method may fold back to less than nothing
+FOLDED_FLOOR = 1e-6  # counts: the folded result of a method may be negative
 
 ATTEMPTS = 100  # at a response without empty rows and columns
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a method says of one set of counts: counts (t,) and covariance (t, t)."""
+    """The result of a method for one set of counts: counts (t,) and covariance (t, t)."""
 
     counts: Array
     covariance: Array
@@ -105,7 +105,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Method:
-    """A method by its name; `warned` counts what it warned of, by text, instead of showing it once for each toy."""
+    """A method with its name; `warned` counts its warnings by text, instead of showing each for every toy."""
 
     name: str
     unfold: Unfold
@@ -116,9 +116,9 @@ class Method:
             raise SettingError(f"method {self.name!r} is a {type(self.unfold).__name__}; expected a callable (counts, response) -> result")
 
     def ask(self, counts: Array, response: Response, place: str) -> Answer:
-        """Unfold, and check what comes back; `place` says in errors what was unfolded.
+        """Unfold, and check the result; `place` names in errors what was unfolded.
 
-        Raises: SettingError (no .counts or .covariance), ShapeError (other bins), NonFiniteError, DataError; what the method raises gets
+        Raises: SettingError (no .counts or .covariance), ShapeError (other bins), NonFiniteError, DataError; errors of the method get
         a note with its name and the place.
         """
         try:
@@ -206,7 +206,7 @@ class Toys:
 
     @property
     def sd(self) -> Array:
-        """Standard deviation of the answers (t,): what the quoted errors should be."""
+        """Standard deviation of the answers (t,), which the quoted errors should equal."""
         return np.asarray(self.counts.std(axis=0, ddof=1))
 
     @property
@@ -288,7 +288,7 @@ FAR, FAR_WAVE = 25.0, 0.01  # chi2_reco above which hypotheses are moved togethe
 
 NEAR = 1e-6  # below which the data do not tell them apart
 
-CUT = 1e-10  # eigenvalues of a correlation matrix, over the largest, that are rounding
+CUT = 1e-10  # relative eigenvalues of a correlation matrix below which they are rounding errors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

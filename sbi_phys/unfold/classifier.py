@@ -40,9 +40,9 @@ from sbi_phys.training.loop import TrainConfig, fit
 __all__ = ["RatioEstimator", "RatioFit", "RatioNet", "ratio_loss", "training_config"]
 
 
-LOGIT_LIMIT = 10.0  # a ratio beyond e^10 says "no overlap", not how little
+LOGIT_LIMIT = 10.0  # beyond e^10 the samples do not overlap, and the size of the ratio is not determined
 _ROWS = 65536
-_RIDGE = 1e-5  # holds the last layer where the rows say nothing
+_RIDGE = 1e-5  # regularises directions of the last layer that the rows do not determine
 _NEWTON_STEPS, _NEWTON_GAIN = 30, 1e-10
 _FAR_OUT = 4.0  # standard deviations beyond which squares go on as straight lines
 _MOST_PAIRS = 16  # inputs beyond which there are squares but no products
@@ -72,7 +72,7 @@ class RatioNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def features(self, x: Tensor) -> Tensor:
-        """X (n, k) -> what the last layer sees, (n, n_features + k + number of pairs)."""
+        """Inputs x (n, k) -> inputs of the last layer (n, n_features + k + number of pairs)."""
         i, j = self.pairs
         u = (x[:, i] + x[:, j]) * torch.where(i == j, 0.5, 0.5**0.5)
         return torch.cat([F.silu(self.body(x)), x, F.huber_loss(u, torch.zeros_like(u), reduction="none", delta=_FAR_OUT)], dim=1)
@@ -104,11 +104,11 @@ class RatioFit:
 
 
 class RatioEstimator:
-    """An ensemble of classifiers that can be trained again and again; each training goes on from the last one.
+    """An ensemble of classifiers that can be trained repeatedly; each training continues from the previous one.
 
     Args: n_inputs. seed: of weights, splits and order. n_ensemble: the log ratio is the mean over the members.
-    smooth: features beside the quadratic form only as far as the evidence asks for them. network: of each member; n_features counts what
-    the last layer sees. config: of every training; None chooses batches and epochs from the number of rows, fewer epochs from the second
+    smooth: features beside the quadratic form are regularised by the evidence. network: of each member; n_features: its outputs, inputs
+    of the last layer. config: of every training; None chooses batches and epochs from the number of rows, fewer epochs from the second
     training on.
     Raises: SettingError.
     """
@@ -140,10 +140,10 @@ class RatioEstimator:
         Args: done: called after each member. n_effective: most events that the rows may count for, where the weights have noise of
         their own.   Raises: TrainingError.
         """
-        keep = (w1 > 0) | (w0 > 0)  # rows without weight teach nothing and cost time
+        keep = (w1 > 0) | (w0 > 0)  # rows without weight do not contribute
         x, w1, w0 = x[keep], w1[keep], w0[keep]
         if self._scale is None:
-            # kept in later trainings: the networks go on from what they have learned in these units
+            # kept in later trainings, because the networks continue in these units
             share = 0.5 * (w1 / w1.sum() + w0 / w0.sum())
             mean = share @ x
             sd = np.sqrt(share @ (x - mean) ** 2)

@@ -50,7 +50,7 @@ _ROWS = 32768  # draws decoded at a time: bounds the memory
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnfoldIteration:
-    """What one iteration did.
+    """Record of one iteration.
 
     loss: best held-out -log q per event, in units of the standardised truth. mean, sd (d,): of the data unfolded with this network; NaN
     without data. separation: Jensen-Shannon divergence of unfolded and simulated truth, nats. effective_sample_size: of the weights that

@@ -334,7 +334,7 @@ def minimise_density(kernel: Kernel, density: Density, start: ArrayLike, names: 
         f = content(theta)
         seen = f.sum()
         if not np.isfinite(seen) or seen <= 0:
-            return 1e15  # nothing of this density would be measured
+            return 1e15  # no event of this density would be measured
         return float(-kernel.counts @ (np.log(np.maximum(kernel.values @ f, 1e-300) / seen) + kernel.offset))
 
     if not cost(theta0) < 1e15:
@@ -491,7 +491,7 @@ class ForwardUnfolder(LearnedUnfolder):
     ) -> Response:
         r"""Integrate the learned detector over bins, P[j, mu] = int_mu w(t) eps(t) Q_j(t) dt / int_mu w(t) dt, of one truth and one reco.
 
-        Q_j(t) is the probability of the reco bin, from the flow's own distribution function: nothing is drawn or binned.
+        Q_j(t) is the probability of the reco bin, from the distribution function of the flow, without draws or bins.
 
         Args: truth_edges, reco_edges in the units of truth and reco. spectrum_index g: then truth is lg(E) and w = E^(1 - g) within a bin;
             None: w = 1. background (n_reco,), counts. exposure, km2 sr yr.

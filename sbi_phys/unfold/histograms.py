@@ -1,5 +1,6 @@
 """Histograms of other libraries as input and output, through the Unified Histogram Interface (UHI).
 
+    measured     counts, response, covariance and background of a binned method, checked
     counts_of    boost_histogram.Histogram, hist.Hist, or anything with axes, values() and variances() -> counts and covariance
     to_hist      edges, counts and covariance -> hist.Hist, or boost_histogram.Histogram where hist is not installed
 
@@ -9,19 +10,17 @@ are not read.
 Source: UHI, PlottableHistogram protocol, https://uhi.readthedocs.io.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sbi_phys.core.checks import as_array, as_real
 from sbi_phys.core.errors import DataError, SbiPhysError, SettingError, ShapeError
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.unfold._inputs import bin_name, check_edges
+from sbi_phys.unfold._inputs import bin_name, check_counts, check_covariance, check_edges, check_nonnegative, warn_few
+from sbi_phys.unfold.response import Response, as_response
 
-if TYPE_CHECKING:
-    from sbi_phys.unfold.response import Response
-
-__all__ = ["counts_of", "edges_of", "is_histogram", "to_hist"]
+__all__ = ["counts_of", "edges_of", "is_histogram", "measured", "to_hist"]
 
 
 CLOSE = 1e-9  # edges agree within this share of the axis' range: float32 bins of a file do not, and are not the same bins
@@ -48,8 +47,8 @@ def edges_of(histogram: Any) -> Array:
     return check_edges("edges of the histogram", edges)
 
 
-def counts_of(value: Any, response: "Response | None" = None) -> tuple[Any, Array | None]:
-    r"""Counts and covariance of what was passed as counts.
+def counts_of(value: Any, response: Response | None = None) -> tuple[Any, Array | None]:
+    r"""Counts and covariance of an array or a histogram.
 
     Args: value: an array, returned as it is, with covariance None; or a UHI histogram. response: its reco_edges must be the histogram's.
     Returns: counts (r,); covariance (r, r), diagonal of the variances if they differ from the contents (a weighted histogram), else None
@@ -77,7 +76,7 @@ def counts_of(value: Any, response: "Response | None" = None) -> tuple[Any, Arra
     return counts, np.diag(spread)
 
 
-def _require_edges(edges: Array, response: "Response") -> None:
+def _require_edges(edges: Array, response: Response) -> None:
     if edges.size - 1 != response.n_reco:
         raise ShapeError(f"histogram has {edges.size - 1} bins; expected {response.n_reco}, one for each row (reco bin) of the response")
     own = response.reco_edges
@@ -90,6 +89,26 @@ def _require_edges(edges: Array, response: "Response") -> None:
             f"histogram has edge {i} at {edges[i]:.10g} where reco_edges has {own[i]:.10g} ({off.size} of {own.size} differ);"
             " expected the same bins, in the same unit"
         )
+
+
+def measured(
+    counts: ArrayLike, response: Response | ArrayLike, counts_covariance: ArrayLike | None, background: ArrayLike | None
+) -> tuple[Response, Array, Array | None]:
+    """Response with the background, counts (r,), and their covariance (r, r) or None = Poisson, as a binned method takes them.
+
+    Raises: ShapeError, NonFiniteError, DataError, SettingError (background given twice).   Warns of fewer events than truth bins.
+    """
+    resp = as_response(response)
+    if background is not None:
+        b = check_nonnegative("background", background, (resp.n_reco,), "reco", resp.reco_edges)
+        if resp.background.any():
+            raise SettingError("background is given twice, here and in the response; expected one of them")
+        resp = resp.with_background(b)
+    values, own = counts_of(counts, resp)
+    data = check_counts(values, resp.n_reco, resp.reco_edges)
+    warn_few(data, resp.n_truth)
+    given = own if counts_covariance is None else counts_covariance
+    return resp, data, None if given is None else check_covariance("counts_covariance", given, resp.n_reco)
 
 
 def to_hist(edges: ArrayLike | None, counts: ArrayLike, covariance: ArrayLike | None = None) -> Any:

@@ -52,9 +52,9 @@ from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
-from sbi_phys.unfold._inputs import bin_name, check_counts, check_covariance, check_nonnegative, check_prior, warn_few
-from sbi_phys.unfold.histograms import counts_of, to_hist
-from sbi_phys.unfold.response import Response, as_response
+from sbi_phys.unfold._inputs import bin_name, check_covariance, check_prior
+from sbi_phys.unfold.histograms import measured, to_hist
+from sbi_phys.unfold.response import Response
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,15 +69,16 @@ __all__ = [
     "deviance",
     "ibu",
     "iterations",
+    "prior_or_default",
     "scaled_prior",
     "smooth_truth",
     "smoothing_kernel",
 ]
 
 
-MAX_ELEMENTS = 20_000_000  # of dn/dP, n_truth^2 n_reco: 160 MB
+MAX_ELEMENTS = 20_000_000  # largest number of elements of dn/dP, n_truth^2 n_reco: 160 MB
 
-SIGNAL_FLOOR = 0.05  # share of the counts that the prior starts with at least, where background is as large as the data
+SIGNAL_FLOOR = 0.05  # smallest share of the counts that the prior starts with, for background as large as the data
 
 
 class Iterate(NamedTuple):
@@ -124,7 +125,7 @@ def iterations(counts: Array, response: Response, prior: Array, smoothing: float
     """Yield iterates 1, 2, ... without end.
 
     Args: counts (n_reco,). prior (n_truth,) > 0, any scale. smoothing, 0 to 1. by_response: dn/dP as well.
-    Raises: DataError (counts where nothing can come from), SettingError (dn/dP too large for memory).
+    Raises: DataError (counts in a bin where the response expects none), SettingError (dn/dP too large for memory).
     """
     matrix, eff, real = response.matrix, response.efficiency, 1 - response.fakes
     n_reco, n_truth = matrix.shape
@@ -187,13 +188,13 @@ MAX_DEGREE = 7
 
 GAIN = 6.0  # of deviance that a degree costs
 
-LATE = 150  # iterations of Bayesian unfolding where no polynomial describes the data; fewer would hide the bias of what is tested
+LATE = 150  # iterations of Bayesian unfolding where no polynomial describes the data; fewer would hide the bias of the iterate under test
 
 REFUSED = 1e-3  # p-value of the polynomial below which it does not
 
 
 def deviance(counts: Array, folded: Array) -> float:
-    """Poisson deviance 2 sum(f - N + N ln(N/f)), chi-square like; bins with no expectation and no counts add nothing."""
+    """Poisson deviance 2 sum(f - N + N ln(N/f)), chi-square like; bins with neither expectation nor counts contribute 0."""
     safe = np.where(folded > 0, folded, 1.0)
     terms = folded - counts + xlogy(counts, np.where(counts > 0, counts, 1.0) / safe)
     return float(2 * terms.sum())
@@ -219,7 +220,7 @@ def smooth_truth(counts: Array, response: Response, prior: Array) -> Array:
     n = start
     for _ in range(LATE):
         n = bayes_step(counts, n, response)
-    # a bin that the data empty altogether gives toys nothing to unfold
+    # a bin with no expected events cannot be tested on toys
     return np.maximum(n, 1e-6 * n.max())
 
 
@@ -252,7 +253,7 @@ GRID = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoppingRule:
-    """What is asked of the number of iterations.
+    """Criteria for the number of iterations.
 
     coverage: least coverage of the 68.3 % interval in the worst bin. bias: largest |mean pull| in the worst bin. tilt: factor, first
     to last bin, by which the priors of the toys are tilted either way, 1 = only the prior in use. n_toys per prior. max_iterations.
@@ -280,11 +281,11 @@ class StoppingRule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stopping:
-    r"""What the toys said: the scan over iterations and the choice.
+    r"""The scan over iterations on toys, and the chosen number.
 
-    kind, "coverage" or "bias". chosen, iterations; met, False if even the last did not do. iterations (k,). coverage (k, n_truth) and
-    mean_pull (k, n_truth) of the worst of the priors in each bin. truth (n_truth,), of the toys. bias (n_truth,), unfolded expectation
-    minus truth of the prior in use, counts; spread (n_truth,), half the difference between the two tilted priors, counts.
+    kind, "coverage" or "bias". chosen, iterations; met, False if the last does not meet the rule either. iterations (k,). coverage
+    (k, n_truth) and mean_pull (k, n_truth) of the worst of the priors in each bin. truth (n_truth,), of the toys. bias (n_truth,),
+    unfolded expectation minus truth of the prior in use, counts; spread (n_truth,), half the difference of the tilted priors, counts.
 
     >>> from sbi_phys.unfold import StoppingRule, ibu
     >>> result = ibu([90, 60], [[0.8, 0.2], [0.1, 0.7]], "coverage", rule=StoppingRule(n_toys=100))
@@ -420,7 +421,7 @@ class _Run:
         else:
             variance = exact = np.einsum("ti,ij,tj->t", j, self.covariance, j)
         pull = (self.current - self.truth) / np.sqrt(np.maximum(variance, 1e-300))
-        # the linear answer has mean 0 and variance 1: what these toys make of it is noise, and nearly the same noise as in the pulls
+        # the linear answer has mean 0 and variance 1: its deviation on these toys is noise that the pulls share, and is subtracted
         linear = moved @ j.T / np.sqrt(np.maximum(exact, 1e-300))
         spread = pull.var(axis=0, ddof=1) - linear.var(axis=0, ddof=1) + 1
         return pull.mean(axis=0) - linear.mean(axis=0), np.sqrt(np.maximum(spread, 0.01))
@@ -443,7 +444,7 @@ def _warn(kind: str, rule: StoppingRule, coverage: Array, pull: Array, response:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IBU:
-    r"""Unfolded counts of t truth bins from r reconstructed bins, with what they depend on. Counts, without unit.
+    r"""Unfolded counts of t truth bins from r reconstructed bins, with their derivatives. Counts, without unit.
 
     counts (t,), corrected for efficiency, fakes and background. covariance (t, t) = covariance_data + covariance_response +
     covariance_prior. jacobian (t, r) = dn/dN. prior_jacobian (t, t) = dn/dn0. response_jacobian (t, r, t) = dn/dP[j, rho], or None.
@@ -560,12 +561,12 @@ def ibu(
             or ask for errors="expected".
         background: (r,), expected counts that are no signal; None = the response's own.
         smoothing: 0 to 1, weight of the (1/4, 1/2, 1/4) kernel on n / prior between iterations; None = 0.
-        prior_covariance: (t, t) of the prior as given, passed on to the result. None: with a number of iterations nothing; with a rule
+        prior_covariance: (t, t) of the prior as given, passed on to the result. None: 0 with a number of iterations; with a rule
             the bias that its toys found and half of the difference between its two tilted priors, each fully correlated.
         rule: what "coverage" and "bias" ask for; StoppingRule() by default.
         errors: "observed", of the data at the counts themselves; "expected", at the smooth expectation (see the module), for bins with
             few events. A rule tests the errors that are quoted.
-        seed: of the toys; the answer for a number of iterations has nothing random in it.
+        seed: of the toys; with a number of iterations the result is not random.
 
     Returns: IBU.
     Raises: ShapeError, NonFiniteError, DataError (counts that are not counts, no overlap: the bin is named), SettingError.
@@ -580,13 +581,8 @@ def ibu(
     >>> result.errors.round()
     array([13., 12.])
     """
-    resp = _with_background(as_response(response), background)
-    values, own = counts_of(counts, resp)
-    data = check_counts(values, resp.n_reco, resp.reco_edges)
-    warn_few(data, resp.n_truth)
-    spread = own if counts_covariance is None else counts_covariance
-    given = None if spread is None else check_covariance("counts_covariance", spread, resp.n_reco)
-    start, origin = _prior(prior, resp)
+    resp, data, given = measured(counts, response, counts_covariance, background)
+    start, origin = prior_or_default(prior, resp)
     strength = 0.0 if smoothing is None else require_number("smoothing", smoothing, low=0, high=1)
     v_prior = None if prior_covariance is None else check_covariance("prior_covariance", prior_covariance, resp.n_truth)
     at_expectation = require_choice("errors", errors, ("observed", "expected")) == "expected"
@@ -607,16 +603,8 @@ def ibu(
     return _result(step, history, data, resp, start, origin, given, v_prior, stopping, smooth, by_data)
 
 
-def _with_background(response: Response, background: ArrayLike | None) -> Response:
-    if background is None:
-        return response
-    b = check_nonnegative("background", background, (response.n_reco,), "reco", response.reco_edges)
-    if response.background.any():
-        raise SettingError("background is given twice, here and in the response; expected one of them")
-    return response.with_background(b)
-
-
-def _prior(prior: ArrayLike | None, response: Response) -> tuple[Array, str]:
+def prior_or_default(prior: ArrayLike | None, response: Response) -> tuple[Array, str]:
+    """Prior (t,) > 0 and its origin in words: as given, else the response's `truth`, else flat."""
     if prior is not None:
         return check_prior(prior, response.n_truth, response.truth_edges), "given"
     if response.truth is not None and (response.truth > 0).all():

@@ -35,7 +35,7 @@ __all__ = ["NAMED", "Measurement", "load_measurement", "read_measurement"]
 
 Matrix = Callable[[Array], ArrayLike]
 
-# problems with a name of their own; the package imports none of them before one is asked for
+# named problems; the package imports one only when it is requested
 NAMED = {"auger": "simulators.auger_unfolding:Auger2020"}
 FINE = 0.02  # lg(E): widest true bin in which the spectrum may count as flat
 _COLUMNS = ("lg_e_low", "lg_e_high", "counts")
@@ -51,7 +51,7 @@ class Measurement:
     matrix(edges (n + 1,)) -> (r, n): P(measured bin | true bin) for fine bins. exposure, km2 sr yr. start, n_breaks: of a fit's flux,
     None without. published: 'flux', 'flux_error_low', 'flux_error_high', 'correction', (r,) each, those there are. target: lg(E) from,
     to, tolerance, or None. alternatives: name -> measurement with another detector, for its corrections alone; note: words on them.
-    variations: words -> measurement with a constant of the detector changed by what it may be wrong.
+    variations: words -> measurement with a constant of the detector changed by its uncertainty.
 
     Raises: ShapeError, NonFiniteError, DataError, SettingError.
 
@@ -133,12 +133,12 @@ class Measurement:
 
     @cached_property
     def fine(self) -> Response:
-        """Response of the fine true bins.   Raises: ShapeError, NonFiniteError, DataError (what the matrix's maker got wrong)."""
+        """Response of the fine true bins.   Raises: ShapeError, NonFiniteError, DataError (errors of the given matrix)."""
         edges = self.fine_edges
         given = np.asarray(self.matrix(edges), dtype=np.float64)
         # differences of distribution functions may round to just below zero
         matrix = check_nonnegative("response", np.where(np.abs(given) < 1e-12, 0.0, given), (self.counts.size, edges.size - 1))
-        # a true bin that hardly ever reaches a measured one (1e-12) is no column of zeros: it has no say
+        # true bins that do not reach a measured bin (below 1e-12) get a negligible column instead of zeros, which Response refuses
         return Response(np.maximum(matrix, 1e-30), edges, self.reco_edges, exposure=self.exposure)
 
     def coarse(self, fine_counts: ArrayLike) -> Array:
@@ -203,8 +203,8 @@ def load_measurement(spec: str, settings: Mapping[str, Any] | None = None) -> Me
         problem = kind(**chosen)
     except SbiPhysError:
         raise
-    except (TypeError, ValueError) as err:  # a problem's own module knows nothing of this package's errors
-        raise SettingError(f"{spec} can not be built with settings {chosen}: {err}") from err
+    except (TypeError, ValueError) as err:  # the module of a problem does not use this package's errors
+        raise SettingError(f"{spec} cannot be built with settings {chosen}: {err}") from err
     for name in ("counts", "reco_edges", "truth_edges", "response"):
         if not hasattr(problem, name):
             raise SettingError(f"{path} has no {name!r}; expected counts, reco_edges, truth_edges and response(truth_edges)")
@@ -240,7 +240,7 @@ def _find(module_name: str, class_name: str) -> type:
         where = f"; searched in {sys.path[0] or 'the working directory'} and what is installed"
         raise SettingError(f"module {module_name!r} of the unfolding problem was not found: {err}{where}") from err
     except (TypeError, ValueError) as err:
-        raise SettingError(f"module {module_name!r} of the unfolding problem can not be imported: {err}") from err
+        raise SettingError(f"module {module_name!r} of the unfolding problem cannot be imported: {err}") from err
     kind = getattr(module, class_name, None)
     if not isinstance(kind, type):
         classes = [name for name, value in vars(module).items() if isinstance(value, type) and hasattr(value, "response")]
@@ -314,8 +314,8 @@ def _table(path: Path, columns: tuple[str, ...]) -> dict[str, Array]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
-        reason = err.strerror if isinstance(err, OSError) else "it is no UTF-8 text"
-        raise DataError(f"{path} can not be read: {reason}; expected a CSV file with columns {', '.join(columns)}") from err
+        reason = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
+        raise DataError(f"{path} cannot be read: {reason}; expected a CSV file with columns {', '.join(columns)}") from err
     rows = list(csv.DictReader(line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")))
     if not rows:
         raise DataError(f"{path} has no rows; expected a line with {','.join(columns)} and one line a bin")

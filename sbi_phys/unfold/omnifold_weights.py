@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 __all__ = ["OmniFold", "OmniFoldIteration", "bootstrap_omnifold", "omnifold"]
 
 
-_FAR = 7.0  # log ratio of data over simulation that says: hardly any simulation here
+_FAR = 7.0  # log ratio of data over simulation above which the simulation is missing
 
 _FAR_SHARE = 0.001
 
@@ -74,7 +74,7 @@ class Events:
     """Simulated pairs, data and background, checked.
 
     truth (n, d), reco (n, k); reco_pass, truth_pass (n,); weights (n,), nominal, in units of the data's counts: those that pass, with
-    the background, add up to the data. scale: what the given weights were multiplied by. data (m, k), data_weights (m,).
+    the background, add up to the data. scale: factor applied to the given weights. data (m, k), data_weights (m,).
     background (b, k), background_weights (b,), expected counts.
     """
 
@@ -101,7 +101,7 @@ def check_events(
     background: ArrayLike | None,
     background_weights: ArrayLike | None,
 ) -> Events:
-    """Check everything that is passed to OmniFold; order and shapes are those of `omnifold` and of `Events`.
+    """Check the arguments of OmniFold; order and shapes are those of `omnifold` and of `Events`.
 
     Raises: ShapeError, NonFiniteError, DataError (too few events, negative weights, efficiency 0, more background than data, no overlap).
     Warns, with the place: data outside the simulation, stretches of the truth without efficiency.
@@ -193,7 +193,7 @@ def _warn_holes(events: Events) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OmniFoldIteration:
-    """What one iteration did.
+    """Record of one iteration.
 
     separation_reco: Jensen-Shannon divergence left between data and the folded simulation before the iteration, nats (held-out events);
     near 0 the iterations have converged at reco. norm_reco, norm_truth: normalisation of the two ratios before it was set right; far
@@ -215,10 +215,10 @@ class OmniFold:
     """Unfolded weights of simulated events.
 
     weights (n,), unfolded counts: any histogram, mean or quantile of `truth` under them is the unfolded one; 0 for events that are not
-    true (truth_pass False). factors (n,): what the nominal weights (scaled to the data) were multiplied by, fakes included: `nominal *
-    factors` of the reconstructed events, with the background, is what the data look like if the result is right.
+    true (truth_pass False). factors (n,) of the nominal weights (scaled to the data), fakes included: `nominal *
+    factors` of the reconstructed events, with the background, describes the data if the result is correct.
     nominal (n,). truth (n, d). truth_pass (n,). history: one record per iteration. smooth: whether step 2's ratio was a quadratic form
-    and what the evidence asked for beyond it. seed.
+    with a correction from the evidence. seed.
 
     >>> import numpy as np
     >>> from sbi_phys.training import TrainConfig
@@ -308,16 +308,16 @@ def omnifold(
 ) -> OmniFold:
     r"""Weights of simulated events that turn the simulation into the unfolded data, nu(t) = E[pull | t].
 
-    Args: truth (n, d), reco (n, k): simulated pairs, any units (logarithms of what is steep). data (m, k): measured events.
+    Args: truth (n, d), reco (n, k): simulated pairs, any units (logarithms of steep quantities). data (m, k): measured events.
     n_iterations: more removes more of the simulation's prior and adds noise. reco_pass (n,): reconstructed; where False, reco may be
     NaN. truth_pass (n,): has a truth; where False the event is a fake and truth may be NaN.
     data_weights (m,), weights (n,): >= 0. background (b, k), background_weights (b,): expected counts that the pairs do not contain.
-    fit_fakes: let the number of fakes follow the data; only where their shape at reco is quite another than the signal's.
-    smooth: step 2's ratio is a quadratic form and what the evidence asks for beyond it; None: where the efficiency is near 0.
+    fit_fakes: let the number of fakes follow the data; only where their shape at reco differs strongly from the signal's.
+    smooth: step 2's ratio is a quadratic form with a correction from the evidence; None: where the efficiency is near 0.
     n_ensemble: classifiers per step, their log ratios averaged. config, network: of each classifier; None chooses them.
 
     Returns: OmniFold.   Raises: ShapeError, NonFiniteError, DataError (too few events, efficiency 0, no overlap, negative weights),
-    SettingError. Warns, naming the place, where data lie outside the simulation and where nothing is reconstructed.
+    SettingError. Warns, with the place, of data outside the simulation and of truths that are not reconstructed.
     Source: arXiv:1911.09107.   Read: `np.histogram(truth, weights=result.weights)` is the unfolded spectrum; errors: `bootstrap_omnifold`.
 
     >>> import numpy as np

@@ -31,7 +31,7 @@ _NOT_FINITE = 1  # status of a row whose x is not finite
 
 
 class Pairs(NamedTuple):
-    """truth (n, d), reco (n, k), in the store's units; weights (n,); reco_pass (n,): where False, reco means nothing (0).
+    """truth (n, d), reco (n, k), in the store's units; weights (n,); reco_pass (n,): where False, reco has no meaning and is 0.
 
     >>> import numpy as np
     >>> import sbi_phys as sp

@@ -36,7 +36,7 @@ __all__ = ["PairHistograms", "Response", "as_response", "integrate"]
 
 Curve = Callable[[Array], ArrayLike]
 
-ROUNDING = 1e-6  # by this much a column may sum to more than 1
+ROUNDING = 1e-6  # tolerance of column sums above 1
 
 
 def _nothing() -> Array:
@@ -45,7 +45,7 @@ def _nothing() -> Array:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Response:
-    r"""Response matrix P(reco j | truth mu) with all that is needed to fold a spectrum; read-only arrays.
+    r"""Response matrix P(reco j | truth mu) with everything needed to fold a spectrum; its arrays are read-only.
 
     matrix (n_reco, n_truth), column sums = efficiency in (0, 1]. truth_edges (n_truth + 1,) and reco_edges (n_reco + 1,) or None.
     n_simulated (n_truth,), effective number of simulated events per truth bin, None = known exactly. truth (n_truth,), spectrum that
@@ -97,7 +97,10 @@ class Response:
     def _check_places(self) -> None:
         efficiency = self.efficiency
         for wrong, words in (
-            (efficiency <= 0, "is an empty column (efficiency 0): nothing of it is reconstructed; expected > 0, widen or drop the bin"),
+            (
+                efficiency <= 0,
+                "is an empty column (efficiency 0): none of its events is reconstructed; expected > 0, widen or drop the bin",
+            ),
             (efficiency > 1 + ROUNDING, "has a column sum (efficiency) above 1: {:.6g}; expected P(reco | truth), normalised by all truth"),
         ):
             if wrong.any():
@@ -165,7 +168,7 @@ class Response:
         z_j = (e_j - x - bias(x)) / sigma(x), by Gauss-Legendre within panels no wider than sigma; error below 1e-10.
 
         Args: truth_edges, reco_edges in the same unit. resolution, sigma > 0 in that unit, and bias: a number or f(x (n,)) -> (n,).
-            efficiency: a number, (n_truth,) or f(x), of a truth x whatever bin it lands in. spectrum_index g: then the axis is
+            efficiency: a number, (n_truth,) or f(x), of a truth x, for any reco bin. spectrum_index g: then the axis is
             lg(E) and w = E^(1 - g), counts per lg(E) of dN/dE ~ E^-g; None: w = 1.
         Returns: Response; with a spectrum_index its `truth` is that power law (sum 1).
         Raises: ShapeError, NonFiniteError, DataError, SettingError.
@@ -188,7 +191,7 @@ class Response:
 
     @property
     def efficiency(self) -> Array:
-        """eps_mu = sum_j P[j, mu], (n_truth,): share of a truth bin that is reconstructed, in whatever bin."""
+        """eps_mu = sum_j P[j, mu], (n_truth,): share of a truth bin that is reconstructed, in any bin."""
         return np.asarray(self.matrix.sum(axis=0))
 
     @property

@@ -25,9 +25,8 @@ from sbi_phys.core.checks import require_choice, require_int, require_number
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.unfold._inputs import check_counts, check_covariance, check_nonnegative, check_prior, warn_few
-from sbi_phys.unfold.histograms import counts_of, to_hist
-from sbi_phys.unfold.ibu import scaled_prior
+from sbi_phys.unfold.histograms import measured, to_hist
+from sbi_phys.unfold.ibu import prior_or_default, scaled_prior
 from sbi_phys.unfold.response import Response, as_response
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class TikhonovScan:
 
     strength tau. chi2 of the data. penalty |L x|^2. curvature of the L-curve (log chi2, log penalty), largest at its corner.
     global_correlation, mean over bins of sqrt(1 - 1 / (V_ii (V^-1)_ii)). effective, trace of dn_folded/dN: free parameters.
-    method and chosen: by what, and at which index.
+    method and chosen: criterion and index of the choice.
 
     >>> import numpy as np
     >>> from sbi_phys.unfold import Response, tikhonov
@@ -182,21 +181,12 @@ def tikhonov(
     ((6,), True)
     """
     resp = as_response(response)
-    if background is not None:
-        resp = resp.with_background(check_nonnegative("background", background, (resp.n_reco,), "reco", resp.reco_edges))
     if not 3 <= resp.n_truth <= resp.n_reco:
         raise SettingError(
-            f"response is {resp.n_reco} x {resp.n_truth}; expected n_reco >= n_truth >= 3, or least squares has no one answer"
+            f"response is {resp.n_reco} x {resp.n_truth}; expected n_reco >= n_truth >= 3, or least squares has no unique solution"
         )
-    values, own = counts_of(counts, resp)
-    data = check_counts(values, resp.n_reco, resp.reco_edges)
-    warn_few(data, resp.n_truth)
-    spread = own if counts_covariance is None else counts_covariance
-    given = None if spread is None else check_covariance("counts_covariance", spread, resp.n_reco)
-    if prior is not None:
-        shape = check_prior(prior, resp.n_truth, resp.truth_edges)
-    else:
-        shape = resp.truth if resp.truth is not None and (resp.truth > 0).all() else np.ones(resp.n_truth)
+    resp, data, given = measured(counts, resp, counts_covariance, background)
+    shape, _ = prior_or_default(prior, resp)
     p = scaled_prior(data, shape, resp)
     require_choice("method", method, METHODS)
     n_strengths = require_int("n_strengths", n_strengths, low=10, high=10_000)

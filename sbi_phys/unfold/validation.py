@@ -149,7 +149,7 @@ EVENTS = "event posteriors"
 
 
 class Row(NamedTuple):
-    """One line of the table: passed is None where there is no criterion; pvalue, corrected, where toys decide."""
+    """One line of the table: passed is None where there is no criterion; pvalue, corrected, of tests on toys."""
 
     name: str
     value: float
@@ -161,10 +161,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodValidation:
-    """What was found of one method.
+    """Results of one method.
 
     checks, each test with its own number. closure; stress and bottom_lines, by the name of the other truth; toys. counts, the answer to
-    the measured counts with its error, or None. priors, scan: None unless given. warned: what the method warned of, and how often.
+    the measured counts with its error, or None. priors, scan: None unless given. warned: texts of the method's warnings and their numbers.
     """
 
     name: str
@@ -216,7 +216,7 @@ class MethodValidation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Validation:
-    """What `validate` found.
+    """Results of `validate`.
 
     methods, by name. response, truth (t,), n_toys, criteria: as passed. events: ranks of event posteriors, or None. seconds, by method.
 
@@ -355,7 +355,7 @@ def validate(
     Args:
         methods: (counts (r,), response) -> result with .counts (t,) and .covariance (t, t), such as `ibu`; or several, by name.
         response: Response or matrix (r, t). With `n_simulated` every toy has a matrix of its own.
-        truth: (t,), expected true counts, > 0: what nature might be like; best a smooth spectrum that describes the data.
+        truth: (t,), expected true counts, > 0: a plausible truth, best a smooth spectrum that describes the data.
         counts: (r,), measured, for their refolded chi2 and the comparison of priors; None = the folded truth for the latter.
         alternatives: other truths (t,) by name, for stress and bottom line; None = tilts by 2 from end to end and a bump of 20 %.
         priors: variants of the method by the name of their prior; with several methods, one such mapping by the name of each method.
@@ -445,7 +445,7 @@ def _call(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Call:
-    """What one call gives to every method."""
+    """The arguments of one call, which every method gets."""
 
     response: Response
     truth: Array
@@ -458,7 +458,7 @@ class _Call:
     def test(
         self, method: Method, priors: Mapping[str, Unfold] | None, scan: Mapping[float, Unfold] | None, task: Task
     ) -> MethodValidation:
-        """Ask one method everything."""
+        """Run all tests of one method."""
         resp, criteria = self.response, self.criteria
         first = closure(method, resp, self.truth, "the folded truth")
         stress = {name: closure(method, resp, other, f"the folded alternative {name!r}") for name, other in self.others.items()}
@@ -496,7 +496,7 @@ def _check_truth(name: str, value: ArrayLike, response: Response) -> Array:
     empty = np.flatnonzero(truth == 0)
     if empty.size:
         place = bin_name("truth", int(empty[0]), response.truth_edges)
-        raise DataError(f"{name} is 0 at {place}; expected > 0 everywhere: pulls and coverage of an empty bin mean nothing")
+        raise DataError(f"{name} is 0 at {place}; expected > 0 everywhere: an empty bin has no pull and no coverage")
     return truth
 
 
@@ -513,6 +513,6 @@ def _by_method(what: str, value: Mapping[Any, Any] | None, methods: Mapping[str,
         return dict(value)
     if len(methods) > 1:
         raise SettingError(
-            f"{what} does not say of which method its variants are; expected {{method: {{...}}}} for some of {', '.join(methods)}"
+            f"{what} does not name the method of its variants; expected {{method: {{...}}}} for some of {', '.join(methods)}"
         )
     return {next(iter(methods)): value}

@@ -107,7 +107,7 @@ def test_a_file_of_counts_with_a_resolution(tmp_path):
         (("lg_e_low,lg_e_high,counts", "18.4,18.5,1.5", "18.5,18.6,5"), "0.1", DataError, "counts is 1.5 in bin 0"),
         (("lg_e_low,lg_e_high,counts", "18.4,18.5,nan", "18.5,18.6,5"), "0.1", NonFiniteError, "counts"),
         (ROWS, "1.5", SettingError, "resolution is 1.5"),
-        (ROWS, "absent.csv", DataError, "absent.csv can not be read: No such file"),
+        (ROWS, "absent.csv", DataError, "absent.csv cannot be read: No such file"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, lines, resolution, error, complaint):
@@ -116,5 +116,5 @@ def test_a_wrong_file_is_refused(tmp_path, lines, resolution, error, complaint):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"none\.csv can not be read: No such file"):
+    with pytest.raises(DataError, match=r"none\.csv cannot be read: No such file"):
         read_measurement(tmp_path / "none.csv", "0.1")

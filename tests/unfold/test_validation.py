@@ -315,7 +315,7 @@ def test_bad_input_is_named(options, error, words) -> None:
 
 def test_variants_of_several_methods_must_say_whose_they_are() -> None:
     both = {"a": oracle.inversion, "b": oracle.inversion}
-    with pytest.raises(SettingError, match="does not say of which method"):
+    with pytest.raises(SettingError, match="does not name the method"):
         run(both, priors={"flat": oracle.inversion, "other": oracle.inversion})
 
 
