@@ -14,32 +14,31 @@ Source: Radev et al. 2021, arXiv:2004.10629; Cranmer, Pavez & Louppe 2015, arXiv
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import log_softmax
-from torch import Tensor, nn
+from torch import nn
 
 from sbi_phys.comparison.network import ModelNet, finish, model_loss
 from sbi_phys.comparison.probabilities import ProbabilityCalibration, check_probabilities, prior_probabilities, require_names
 from sbi_phys.core.checks import as_real, require_finite, require_int
-from sbi_phys.core.device import resolve_device
-from sbi_phys.core.errors import DataError, ModelFileError, SettingError, ShapeError, SimulatorMismatchError
+from sbi_phys.core.errors import DataError, SettingError, ShapeError, SimulatorMismatchError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.nets.embedding_set import take_scaling
+from sbi_phys.estimators.base import BaseEstimator, Shared
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.priors import Observable
 from sbi_phys.simulation.protocol import Simulator, check_output, check_simulator
-from sbi_phys.training.checkpoint import read_file, write_file
-from sbi_phys.training.loop import TrainConfig, fit
-from sbi_phys.training.scaling import XScaler, count_columns, split_rows
+from sbi_phys.training.batches import Batches, MemoryBatches
+from sbi_phys.training.loop import TrainConfig
+from sbi_phys.training.scaling import XScaler, count_columns
+from sbi_phys.training.sources import InMemory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,10 +48,9 @@ __all__ = ["ModelComparison", "model_comparison"]
 MIN_SIMULATIONS = 100
 _ROWS = 16384
 _SIMULATE = 10_000
-_FILE = ("model comparison", 1)
 
 
-class ModelComparison:
+class ModelComparison(BaseEstimator):
     """Trained comparison of K models: Bayes factors and probabilities of any data set. Returned by `model_comparison`.
 
     names (K,). prior (K,), prior probabilities of the models. calibration: of the probabilities on new simulations, with equal prior
@@ -67,19 +65,53 @@ class ModelComparison:
     ((2,), True)
     """
 
-    def __init__(self, names: tuple[str, ...], prior: Array, trained: "_Trained", n_train: int) -> None:
-        self.names, self.prior, self.n_train = names, prior, n_train
+    default_embedding = EmbeddingConfig(hidden=64, n_blocks=1, n_features=32)
+    _nets: list[ModelNet]
+
+    def __init__(self, names: Sequence[str], **shared: Unpack[Shared]) -> None:
+        super().__init__(**shared)
+        self.names, self.n_train = tuple(names), 0
+        self.prior = np.full(len(self.names), 1 / len(self.names))
         self.calibration: ProbabilityCalibration | None = None
         self.x_obs: Array | None = None
         self.probability: Array | None = None
-        self._embedding, self._nets, self._scaler, self._device = trained.embedding, trained.nets, trained.scaler, trained.device
+
+    def build(self, scaler: Any, seed: int) -> ModelNet:
+        """Classifier of the models."""
+        return ModelNet(len(self.names), scaler.shape, self.embedding, seed=seed, scaler=scaler)
+
+    def finish(self, net: ModelNet, batches: Batches) -> None:
+        """Solve for the last layer."""
+        assert isinstance(batches, MemoryBatches)
+        finish(net, batches.train, batches.valid)
+
+    def _fit(self, samples: list[NDArray[np.floating]], checkpoint: str | Path | None, progress: Progress | None) -> None:
+        """Train all members on simulations (n, ...) of each model."""
+        x, sizes = np.concatenate(samples), np.array([len(s) for s in samples])
+        label = np.repeat(np.arange(len(samples)), sizes)
+        shares = torch.from_numpy((len(x) / (len(samples) * sizes))[label]).float()
+        scaler = XScaler.fit(x, count_columns(x, self.x_transform, self.observables))
+        rows = (scaler.apply(x), torch.from_numpy(label), shares)
+        config = self.config or _config(len(x))
+        self._train(InMemory(rows, scaler, config, seed=self.seed, device=self.device), model_loss, checkpoint, or_none(progress))
+        self.n_train = len(x)
+
+    def state(self) -> dict[str, Any]:
+        """Prior, number of simulations, calibration."""
+        calibration = None if self.calibration is None else self.calibration.to_dict()
+        return {"prior": torch.from_numpy(self.prior), "n_train": self.n_train, "calibration": calibration}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        self.prior, self.n_train = state["prior"].numpy(), state["n_train"]
+        self.calibration = None if state["calibration"] is None else ProbabilityCalibration.from_dict(state["calibration"])
 
     def log_evidence_ratios(self, x: ArrayLike) -> Array:
         """log p(x | M_k) up to a constant for each x: (K,) for one data set, (b, K) for a batch; nats, with mean zero over k.
 
         Raises: ShapeError, NonFiniteError, DataError.
         """
-        array, single = self._scaler.check("x", x)
+        array, single = self._require_fit().check("x", x)
         scores = self._scores(array)
         return scores[0] if single else scores
 
@@ -121,51 +153,11 @@ class ModelComparison:
             raise ShapeError(f"x_obs has {len(array)} data sets; expected one; use .probabilities(x) for many")
         self.x_obs, self.probability = array[0], self.probabilities(array)[0]
 
-    def save(self, path: str | Path) -> None:
-        """Write networks, scaling, names, prior and calibration to a file; no code is stored.   Raises: ModelFileError."""
-        own = self._embedding
-        calibration = self.calibration
-        content = {
-            "names": list(self.names), "prior": torch.from_numpy(self.prior), "n_train": self.n_train, "scaler": self._scaler.to_dict(),
-            "embedding": type(own).__qualname__ if isinstance(own, nn.Module) else asdict(own),
-            "weights": [{k: v.cpu() for k, v in net.state_dict().items()} for net in self._nets],
-            "calibration": None if calibration is None else calibration.to_dict(),
-        }  # fmt: skip
-        write_file(path, *_FILE, content)
-
-    @classmethod
-    def load(cls, path: str | Path, *, embedding: nn.Module | None = None, device: str | torch.device = "auto") -> "ModelComparison":
-        """Read a file written by `save`.
-
-        Args: embedding: the module, if it was trained with one of your own (its weights come from the file).
-        Raises: ModelFileError (missing, truncated, not a model comparison, another network).
-        """
-        content = read_file(path, *_FILE)
-        stored = content["embedding"]
-        if isinstance(stored, str) and embedding is None:
-            raise ModelFileError(f"{path} was trained with an embedding of class {stored}; expected load(path, embedding={stored}(...))")
-        if not isinstance(stored, str) and embedding is not None:
-            raise ModelFileError(f"{path} was trained with the default embedding; expected load(path) without an embedding")
-        place, names = resolve_device(device), tuple(content["names"])
-        scaler = XScaler.from_dict(content["scaler"])
-        shape = EmbeddingConfig(**stored) if embedding is None else embedding
-        nets = [ModelNet(len(names), scaler.shape, shape, seed=0, scaler=scaler) for _ in content["weights"]]
-        try:
-            for net, weights in zip(nets, content["weights"], strict=True):
-                take_scaling(net, scaler)
-                net.load_state_dict(weights)
-        except RuntimeError as err:
-            raise ModelFileError(f"{path} does not fit this embedding: {str(err).splitlines()[0]}") from err
-        trained = _Trained(shape, [net.to(place).eval() for net in nets], scaler, place)
-        out = cls(names, content["prior"].numpy(), trained, content["n_train"])
-        out.calibration = None if content["calibration"] is None else ProbabilityCalibration.from_dict(content["calibration"])
-        return out
-
     @torch.inference_mode()
     def _scores(self, x: Array) -> Array:
         parts = []
         for start in range(0, len(x), _ROWS):
-            inputs = self._scaler.apply(x[start : start + _ROWS]).to(self._device)
+            inputs = self._scaler.apply(x[start : start + _ROWS]).to(self.device)
             parts.append(torch.stack([net(inputs).double() for net in self._nets]).mean(dim=0))
         scores = torch.cat(parts) if parts else torch.zeros(0, len(self.names), dtype=torch.float64)
         return np.asarray((scores - scores.mean(dim=1, keepdim=True)).cpu().numpy())
@@ -184,6 +176,7 @@ def model_comparison(
     config: TrainConfig | None = None,
     device: str | torch.device = "auto",
     seed: int = 0,
+    checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ModelComparison:
     r"""Learn the Bayes factors between models from simulations.
@@ -201,6 +194,7 @@ def model_comparison(
         config: training settings; default about 3000 steps.
         device: where to train.
         seed: of simulations, weights and order.
+        checkpoint: path prefix; an interrupted training continues from there.
         progress: default none.
 
     Returns: ModelComparison: `log_bayes_factor(x, model, against)`, `probabilities(x)`, `calibration`, `summary()`, `plot()`.
@@ -220,12 +214,21 @@ def model_comparison(
     names = _checked_names(models)
     before = prior_probabilities(names, prior)
     n, n_check = require_int("n_simulations", n_simulations, low=MIN_SIMULATIONS), require_int("n_check", n_check, low=0)
-    settings = _Settings(embedding, x_transform, require_int("n_ensemble", n_ensemble, low=1), config, device, seed)
-    observables = _observables(names, models)
+    out = ModelComparison(
+        names,
+        seed=seed,
+        embedding=embedding,
+        n_ensemble=n_ensemble,
+        device=device,
+        x_transform=x_transform,
+        observables=_observables(names, models),
+        config=config,
+    )
+    out.prior = before
     samples = [_draw(name, models[name], n + n_check, seed, progress) for name in names]
     train = [s[: len(s) - n_check] for s in samples]
     _check_samples(names, train)
-    out = ModelComparison(names, before, settings.train(train, observables, progress), sum(map(len, train)))
+    out._fit(train, checkpoint, progress)
     if n_check:
         out.calibration = _calibration(out, [s[len(s) - n_check :] for s in samples], seed_for(seed, "check"))
     if x_obs is not None:
@@ -284,58 +287,6 @@ def _calibration(trained: ModelComparison, fresh: list[NDArray[np.floating]], se
     """Test of the probabilities on equally many simulations of each model that were not used in training."""
     p = trained.probabilities(np.concatenate(fresh), dict.fromkeys(trained.names, 1.0))
     return check_probabilities(p, np.repeat(np.arange(len(fresh)), [len(x) for x in fresh]), trained.names, seed=seed)
-
-
-@dataclass(frozen=True, slots=True)
-class _Trained:
-    """Trained networks with the embedding (its settings or the module), the scaling and the device."""
-
-    embedding: EmbeddingConfig | nn.Module
-    nets: list[ModelNet]
-    scaler: XScaler
-    device: torch.device
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """Training settings passed to `model_comparison`."""
-
-    embedding: EmbeddingConfig | nn.Module | None
-    x_transform: str
-    n_ensemble: int
-    config: TrainConfig | None
-    device: str | torch.device
-    seed: int
-
-    def train(self, samples: list[NDArray[np.floating]], observables: tuple[Observable, ...] | None, progress: Progress | None) -> _Trained:
-        """Train all members on the simulations of K models."""
-        x, sizes = np.concatenate(samples), np.array([len(s) for s in samples])
-        label = np.repeat(np.arange(len(samples)), sizes)
-        place, config = resolve_device(self.device), self.config or _config(len(x))
-        scaler = XScaler.fit(x, count_columns(x, self.x_transform, observables))
-        rows = (
-            scaler.apply(x).to(place),
-            torch.from_numpy(label).to(place),
-            torch.from_numpy((len(x) / (len(samples) * sizes))[label]).float().to(place),
-        )
-        shape = EmbeddingConfig(hidden=64, n_blocks=1, n_features=32) if self.embedding is None else self.embedding
-        nets = []
-        with or_none(progress).task("train", total=self.n_ensemble * config.for_rows(len(x))[1]) as task:
-            for m in range(self.n_ensemble):
-                seed = seed_for(self.seed, "member", m)
-                net = ModelNet(len(samples), scaler.shape, shape, seed=seed, scaler=scaler).to(place)
-                take_scaling(net, scaler)
-                _fit_member(net, rows, config, seed, task)
-                nets.append(net)
-        return _Trained(shape, nets, scaler, place)
-
-
-def _fit_member(net: ModelNet, rows: tuple[Tensor, ...], config: TrainConfig, seed: int, task: Any) -> None:
-    train, valid = (torch.from_numpy(r).to(rows[0].device) for r in split_rows(len(rows[0]), config.validation_fraction, seed))
-    train_rows, valid_rows = ([t[chosen] for t in rows] for chosen in (train, valid))
-    for record in fit(model_loss, net, train_rows, valid_rows, config, seed=seed):
-        task.advance(1, text=f"loss {record.train:.4f} validation {record.valid:.4f}{' *' if record.best else ''}")
-    finish(net, train_rows, valid_rows)
 
 
 def _config(n: int) -> TrainConfig:
