@@ -38,7 +38,7 @@ from scipy.special import ive
 
 from sbi_phys.priors import BoxPrior, Observable, Parameter
 from simulators.auger import DATA_FOLDER
-from simulators.errors import CountsError, SimulatorSettingError, TableError, require_choice, require_number
+from simulators.errors import CountsError, SimulatorSettingError, TableError, require_choice, require_number, require_range
 from simulators.events import EventLayout, checked_theta, poisson_log_pmf, require_count, slots_for, sum_over_sets
 
 __all__ = ["ArrivalDirections", "Catalogue", "Exposure", "load_starbursts", "random_catalogue"]
@@ -164,7 +164,7 @@ class ArrivalDirections:
         needed = slots_for(1.2 * size) if self.extended else size
         if n_max is not None and n_max < needed:
             raise SimulatorSettingError(f"n_max is {n_max}; expected at least {needed} slots")
-        low, high = _range(delta_range)
+        low, high = require_range("delta_range", delta_range, 0.5, 90)
         self.settings: dict[str, Any] = {
             "n_events": size, "extended": self.extended, "catalogue": require_choice("catalogue", catalogue, ("starbursts", "random")),
             "rigidity_min": require_number("rigidity_min", rigidity_min, 0.1, 1e4),
@@ -372,13 +372,3 @@ def _draw_vmf(centre: Array, kappa: Array, rng: np.random.Generator) -> Array:
     tangent = np.cos(angle)[:, None] * first + np.sin(angle)[:, None] * second
     out = cosine[:, None] * centre + sine[:, None] * tangent
     return np.asarray(out / np.linalg.norm(out, axis=1, keepdims=True))
-
-
-def _range(value: Sequence[float]) -> tuple[float, float]:
-    try:
-        low, high = (float(v) for v in value)
-    except (TypeError, ValueError):
-        low = high = np.nan
-    if not 0.5 <= low < high <= 90:
-        raise SimulatorSettingError(f"delta_range is {value!r}; expected two angles in order within [0.5, 90] degrees")
-    return low, high

@@ -22,7 +22,7 @@ from scipy.special import ndtr, ndtri
 
 from sbi_phys.priors import BoxPrior, Observable, Parameter
 from simulators.detector import AUGER_SD
-from simulators.errors import CountsError, SimulatorSettingError, require_number
+from simulators.errors import CountsError, SimulatorSettingError, require_fractions, require_number, require_range
 from simulators.events import EventLayout, checked_theta, draw_counts, poisson_log_pmf, require_count, slots_for, sum_over_sets
 from simulators.propagation import injection, load_propagation
 
@@ -71,8 +71,8 @@ class EventSpectrum:
         n_max: int | None = None,
     ) -> None:
         self.n_events, self.extended = require_count("n_events", n_events), bool(extended)
-        low, high = _ends(lg_n_range)
-        share = _fractions(_CTG_FRACTIONS if fractions is None else fractions)
+        low, high = require_range("lg_n_range", lg_n_range, 0, 6)
+        share = require_fractions(_CTG_FRACTIONS if fractions is None else fractions)
         needed = slots_for(10.0**high) if self.extended else int(np.max(self.n_events))
         if n_max is not None and n_max < needed:
             raise SimulatorSettingError(f"n_max is {n_max}; expected at least {needed} slots")
@@ -197,20 +197,3 @@ class EventSpectrum:
 def _log(density: Array) -> Array:
     with np.errstate(divide="ignore"):  # energies beyond every cutoff
         return np.asarray(np.log(density))
-
-
-def _ends(value: Sequence[float]) -> tuple[float, float]:
-    try:
-        low, high = (float(v) for v in value)
-    except (TypeError, ValueError):
-        low = high = np.nan
-    if not 0 <= low < high <= 6:
-        raise SimulatorSettingError(f"lg_n_range is {value!r}; expected two numbers in order within [0, 6]")
-    return low, high
-
-
-def _fractions(value: Sequence[float]) -> Array:
-    share = np.asarray(value, dtype=np.float64)
-    if share.shape != (5,) or not (share >= 0).all() or not 0.99 < share.sum() < 1.01:
-        raise SimulatorSettingError(f"fractions are {value!r}; expected five values >= 0 for H, He, N, Si, Fe that sum to 1")
-    return share / share.sum()

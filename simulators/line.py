@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri
 
 from sbi_phys.priors import BoxPrior, Observable, Parameter
-from simulators.errors import CountsError, SimulatorSettingError, require_choice, require_number
+from simulators.errors import CountsError, SimulatorSettingError, require_choice, require_number, require_range
 from simulators.events import EventLayout, checked_theta, draw_counts, poisson_log_pmf, require_count, slots_for, sum_over_sets
 
 __all__ = ["LineSearch"]
@@ -74,8 +74,8 @@ class LineSearch:
         self.extended = bool(extended)
         if self.extended and not isinstance(self.n_events, int):
             raise SimulatorSettingError(f"n_events is {n_events!r} and extended is True; expected one number, the expected background")
-        self.low, self.high = _pair("energy_range", energy_range, 1e-6, 1e9)
-        place = _pair("position_range", (self.low, self.high) if position_range is None else position_range, self.low, self.high)
+        self.low, self.high = require_range("energy_range", energy_range, 1e-6, 1e9)
+        place = require_range("position_range", (self.low, self.high) if position_range is None else position_range, self.low, self.high)
         self.background = require_choice("background", background, ("exponential", "power"))
         default = 2.0 if background == "exponential" else 2.7
         self.shape = require_number("shape", default if shape is None else shape, 1e-6, 1e6)
@@ -190,13 +190,3 @@ class LineSearch:
                 f"expected energies within [{self.low:g}, {self.high:g}] TeV"
             )
         return energy
-
-
-def _pair(name: str, value: Sequence[float], low: float, high: float) -> tuple[float, float]:
-    try:
-        first, last = (float(v) for v in value)
-    except (TypeError, ValueError):
-        first = last = math.nan
-    if not low <= first < last <= high:
-        raise SimulatorSettingError(f"{name} is {value!r}; expected two numbers in order within [{low:g}, {high:g}]")
-    return first, last

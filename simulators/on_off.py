@@ -19,12 +19,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sbi_phys.priors import BoxPrior, Observable, Parameter
-from simulators.errors import CountsError, SimulatorSettingError, require_number
+from simulators.counts import CountsBlock, CountsLayout
+from simulators.errors import CountsError, require_number, require_range
 from simulators.events import checked_theta, poisson_log_pmf
 
 __all__ = ["OnOff"]
 
 Array = NDArray[np.float64]
+_LAYOUT = CountsLayout((CountsBlock("n_on", 0, 1, None), CountsBlock("n_off", 1, 1, None)))
 
 
 class OnOff:
@@ -48,7 +50,7 @@ class OnOff:
     ) -> None:
         self.s, self.b = require_number("s", s, 1e-6, 1e9), require_number("b", b, 1e-6, 1e9)
         self.tau = require_number("tau", tau, 1e-6, 1e6)
-        low, high = _ends(nu_range)
+        low, high = require_range("nu_range", nu_range, 1e-9, 1e9)
         self.settings: dict[str, Any] = {
             "s": self.s, "b": self.b, "tau": self.tau, "mu_max": require_number("mu_max", mu_max, 1e-6, 1e6), "nu_range": [low, high],
         }  # fmt: skip
@@ -75,14 +77,14 @@ class OnOff:
 
     def log_likelihood(self, x: ArrayLike, theta: ArrayLike) -> Array:
         """Exact log p(x | theta) (n,) of x (2,) or (n, 2) at theta (n, 2).   Raises: CountsError, and as `expected`."""
-        mean, counts = self.expected(theta), _counts(x)
+        mean, counts = self.expected(theta), _LAYOUT.check(x)
         if counts.shape[0] not in (1, mean.shape[0]):
             raise CountsError(f"x has {counts.shape[0]} rows and theta {mean.shape[0]}; expected as many, or one x")
         return poisson_log_pmf(counts, mean).sum(axis=1)
 
     def best_fit(self, x: ArrayLike) -> Array:
         """(mu, nu) >= 0 of largest likelihood for x (2,) or (n, 2) -> (n, 2), without the priors' upper limits."""
-        n, m = _counts(x).T
+        n, m = _LAYOUT.check(x).T
         above = n > m / self.tau
         signal = np.where(above, n - m / self.tau, 0.0)
         background = np.where(above, m / self.tau, (n + m) / (1 + self.tau))
@@ -90,7 +92,7 @@ class OnOff:
 
     def profiled(self, x: ArrayLike, mu: ArrayLike) -> Array:
         """The nu >= 0 of largest likelihood at signal strengths mu (n,) >= 0 or one number, for x (2,) or (n, 2) -> (n,)."""
-        n, m = _counts(x).T
+        n, m = _LAYOUT.check(x).T
         signal = _strengths(mu) * self.s
         k = 1 + self.tau
         a = n + m - k * signal
@@ -105,7 +107,7 @@ class OnOff:
 
         Read: against 1 and 2.71, the chi-square quantiles, its intervals do not cover near mu = 0.   Raises: CountsError.
         """
-        counts = _counts(x)
+        counts = _LAYOUT.check(x)
         mu = _strengths(mu)
         best, nu = self.best_fit(counts), self.profiled(counts, mu)
         return np.maximum(2 * (self._log_rate(counts, best[:, 0], best[:, 1]) - self._log_rate(counts, mu, nu)), 0.0)
@@ -115,32 +117,8 @@ class OnOff:
         return poisson_log_pmf(counts[:, 0], mu * self.s + background) + poisson_log_pmf(counts[:, 1], self.tau * background)
 
 
-def _counts(x: ArrayLike) -> Array:
-    array = np.asarray(x)
-    if array.dtype.kind not in "fiub":
-        raise CountsError(f"x has dtype {array.dtype}; expected counts")
-    array = np.atleast_2d(array.astype(np.float64))
-    if array.ndim != 2 or array.shape[1] != 2:
-        raise CountsError(f"x has shape {np.shape(x)}; expected (2,) or (n, 2) = (n_on, n_off)")
-    bad = ~(array >= 0) | (array != np.floor(array)) | ~np.isfinite(array)
-    if bad.any():
-        row, column = (int(i) for i in np.argwhere(bad)[0])
-        raise CountsError(f"x has {array[row, column]:g} in row {row}, n_{('on', 'off')[column]}; expected a whole number >= 0")
-    return array
-
-
 def _strengths(mu: ArrayLike) -> Array:
     array = np.atleast_1d(np.asarray(mu, dtype=np.float64))
     if array.ndim != 1 or not (array >= 0).all():
         raise CountsError(f"mu is {mu!r}; expected a signal strength >= 0, or (n,) of them")
     return array
-
-
-def _ends(value: Sequence[float]) -> tuple[float, float]:
-    try:
-        low, high = (float(v) for v in value)
-    except (TypeError, ValueError):
-        low = high = np.nan
-    if not 0 < low < high < np.inf:
-        raise SimulatorSettingError(f"nu_range is {value!r}; expected two numbers 0 < low < high")
-    return low, high

@@ -28,7 +28,15 @@ from sbi_phys.priors import BoxPrior, DirichletPrior, NormalPrior, Observable, P
 from simulators.auger import AugerData, load_auger
 from simulators.counts import CountsBlock, CountsLayout
 from simulators.detector import AUGER_FD, AUGER_SD
-from simulators.errors import CountsError, SimulatorSettingError, require_choice, require_flag, require_number
+from simulators.errors import (
+    CountsError,
+    SimulatorSettingError,
+    require_choice,
+    require_flag,
+    require_fractions,
+    require_number,
+    require_range,
+)
 from simulators.expectation import ENERGY_SCALE, LG_EDGES, MAX_PULL, N_XMAX_WINDOWS, EnergyWindows, SpectrumTable, XmaxTable, with_floor
 from simulators.propagation import EBL_MODELS, FRACTION_CONVENTIONS, SPECIES, energy_weights, load_propagation
 from simulators.xmax import HADRONIC_MODELS
@@ -317,11 +325,8 @@ def _rebin(counts: NDArray[np.int64], edges: Array, new: Array) -> Array:
 
 
 def _checked_range(value: Sequence[float]) -> tuple[float, float]:
-    try:
-        low, high = (float(v) for v in value)
-    except (TypeError, ValueError):
-        low = high = np.nan
-    if not (400 <= low < high <= 1400) or low % 20 or high % 20 or high - low < 60:
+    low, high = require_range("xmax_range", value, 400, 1400)
+    if low % 20 or high % 20 or high - low < 60:
         raise SimulatorSettingError(
             f"xmax_range is {value!r}; expected two multiples of 20 g/cm2 within [400, 1400], at least 60 apart, e.g. (600, 1000)"
         )
@@ -335,10 +340,7 @@ def _checked_fractions(value: Sequence[float] | None, free: bool) -> list[float]
                 f"fractions are {value!r} and composition is 'free'; expected fractions only with composition='fixed'"
             )
         return None
-    share = np.array(_DEFAULT_FRACTIONS if value is None else value, dtype=np.float64)
-    if share.shape != (5,) or not np.all(share >= 0) or not 0.99 < share.sum() < 1.01:
-        raise SimulatorSettingError(f"fractions are {value!r}; expected five values >= 0 for H, He, N, Si, Fe that sum to 1")
-    return (share / share.sum()).tolist()
+    return require_fractions(_DEFAULT_FRACTIONS if value is None else value).tolist()
 
 
 def _build_prior(settings: dict[str, Any]) -> Prior:

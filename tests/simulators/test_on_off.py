@@ -77,9 +77,9 @@ def test_protocol_and_settings():
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        ([1, 2, 3], r"shape \(3,\); expected \(2,\) or \(n, 2\)"),
-        ([1, -2], "-2 in row 0, n_off; expected a whole number"),
-        ([1.5, 2], "1.5 in row 0, n_on"),
+        ([1, 2, 3], r"shape \(3,\); expected \(n, 2\) or \(2,\), that is 1 n_on \+ 1 n_off"),
+        ([1, -2], r"-2 in row 0, column 1 \(n_off\[0\]\); expected a whole number"),
+        ([1.5, 2], r"1.5 in row 0, column 0 \(n_on"),
         ([np.nan, 2], "nan in row 0"),
         (["a", "b"], "expected counts"),
     ],
