@@ -6,7 +6,6 @@ On request also simulate -> train_nle -> infer_nle, simulate -> train_nre -> inf
 stage writes its files and then a record; it is skipped when both exist.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
@@ -21,7 +20,7 @@ from sbi_phys.core.checks import require_choice
 from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import RunFolderError, SettingError
 from sbi_phys.core.progress import Progress, or_none
-from sbi_phys.simulation.processes import start_worker
+from sbi_phys.simulation.processes import available_cores, start_worker
 from sbi_phys.simulation.protocol import check_simulator
 from sbi_phys.training.ranks import process_group
 from sbi_phys.workflow import inference, methods
@@ -150,7 +149,7 @@ class ConcurrentStages:
 
     def begin(self, name: str) -> None:
         """Start a stage, if a core is free and it is not running yet."""
-        cores = self._config.run.workers or len(os.sched_getaffinity(0))
+        cores = self._config.run.workers or available_cores()
         if name in self._pools or len(self._pools) + 1 >= cores:
             return
         pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start_worker)
