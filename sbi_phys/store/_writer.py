@@ -27,15 +27,11 @@ from sbi_phys.store.manifest import MANIFEST, Manifest, list_shards, write_manif
 from sbi_phys.store.shards import (
     Header,
     ShardData,
-    open_shard,
-    read_arrays,
-    read_facts,
-    require_place,
     shard_name,
     write_shard,
 )
 
-__all__ = ["Folder", "StoreWriter", "join_rows", "read_shard", "require_complete", "take_rows"]
+__all__ = ["Folder", "StoreWriter", "join_rows", "require_complete", "take_rows"]
 
 
 class Folder:
@@ -153,16 +149,6 @@ def join_rows(parts: Sequence[ShardData]) -> ShardData:
     arrays = [np.concatenate([getattr(p, name) for p in parts]) for name in ("theta", "x", "status")]
     sets = {name: Ragged.join([p.sets[name] for p in parts]) for name in parts[0].sets}
     return ShardData(arrays[0], arrays[1], arrays[2], reasons, sets)
-
-
-def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardData:
-    """Check that a shard belongs to a store -> its rows.   Raises: StoreError."""
-    path = folder / shard_name(index)
-    with open_shard(path) as file:
-        header, facts = read_facts(file, path)
-        manifest.header.require_equal(header, str(path))
-        require_place(facts, index, manifest.rows(index), path)
-        return read_arrays(file, path)
 
 
 def require_complete(folder: Path, manifest: Manifest) -> Iterator[int]:

@@ -20,7 +20,18 @@ from sbi_phys.core.provenance import __version__, git_state
 from sbi_phys.core.types import Array
 from sbi_phys.store._encoding import read_label
 from sbi_phys.store.locks import LOCK_FILE, array_jobs, is_lock_file
-from sbi_phys.store.shards import FORMAT, SCHEMA, Header, open_shard, read_facts, shard_name, write_file
+from sbi_phys.store.shards import (
+    FORMAT,
+    SCHEMA,
+    Header,
+    ShardData,
+    open_shard,
+    read_arrays,
+    read_facts,
+    require_place,
+    shard_name,
+    write_file,
+)
 
 __all__ = [
     "MANIFEST",
@@ -30,6 +41,7 @@ __all__ = [
     "list_shards",
     "plan_store",
     "read_manifest",
+    "read_shard",
     "remove_litter",
     "shard_range",
     "write_manifest",
@@ -113,6 +125,16 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(values.get("n"), int) or values["n"] < 1:
         raise StoreError(f"{path} has n = {values.get('n')!r}; expected the number of rows asked for")
     return Manifest(Header.from_plain(values, str(path)), values["n"], str(values.get("theta_sha256", "")))
+
+
+def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardData:
+    """Check that a shard belongs to a store -> its rows.   Raises: StoreError."""
+    path = folder / shard_name(index)
+    with open_shard(path) as file:
+        header, facts = read_facts(file, path)
+        manifest.header.require_equal(header, str(path))
+        require_place(facts, index, manifest.rows(index), path)
+        return read_arrays(file, path)
 
 
 @dataclass(frozen=True, slots=True)

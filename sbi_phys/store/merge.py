@@ -23,9 +23,9 @@ from sbi_phys.core.errors import DataError, SettingError, StoreError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
-from sbi_phys.store._writer import Folder, StoreWriter, read_shard, require_complete, take_rows
+from sbi_phys.store._writer import Folder, StoreWriter, require_complete, take_rows
 from sbi_phys.store.layout import Layout
-from sbi_phys.store.manifest import Manifest, list_shards, read_manifest, write_manifest
+from sbi_phys.store.manifest import Manifest, list_shards, read_manifest, read_shard, write_manifest
 from sbi_phys.store.shards import Header, shard_name, verify_shard
 
 __all__ = ["merge_stores", "repack_store", "split_store", "subset_store"]

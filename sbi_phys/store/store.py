@@ -31,9 +31,9 @@ from sbi_phys.store.check import check_store
 from sbi_phys.store.identity import simulator_identity
 from sbi_phys.store.info import Index
 from sbi_phys.store.layout import Layout, Ragged
-from sbi_phys.store.manifest import list_shards, read_manifest
+from sbi_phys.store.manifest import list_shards, read_manifest, read_shard
 from sbi_phys.store.merge import split_store, subset_store
-from sbi_phys.store.shards import ShardData, open_shard, read_arrays, read_facts, require_place, shard_name
+from sbi_phys.store.shards import ShardData, shard_name
 
 __all__ = ["Failure", "Store"]
 
@@ -309,10 +309,4 @@ class Store:
         for index in present:
             if index >= self.n_shards or (only_failed and not self._index.n_failed([index])):
                 continue
-            path = self.path / shard_name(index)
-            with open_shard(path) as file:
-                header, facts = read_facts(file, path)
-                self._manifest.header.require_equal(header, str(path))
-                require_place(facts, index, self._manifest.rows(index), path)
-                data = read_arrays(file, path)
-            yield index, data
+            yield index, read_shard(self.path, self._manifest, index)

@@ -63,7 +63,7 @@ def test_every_kind_of_trouble_is_found_by_name(copy, tmp_path):
 
 def test_rows_that_come_twice_are_found(copy):
     header = Store(copy)._manifest.header
-    from sbi_phys.store._writer import read_shard
+    from sbi_phys.store.manifest import read_shard
     from sbi_phys.store.shards import write_shard
 
     write_shard(copy / shard_name(3), header, 3, read_shard(copy, Store(copy)._manifest, 0))
