@@ -9,7 +9,7 @@ from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.types import Array, ArrayLike
 
 __all__ = ["check_x", "normal_scores", "random_features", "standardised"]
-CLIP = 4.0  # a z-score beyond this belongs to a heavy tail; the normal score keeps its order
+CLIP = 4.0  # z-scores are clipped at this value, because larger ones belong to a heavy tail; the normal score keeps their order
 
 
 def check_x(x: ArrayLike, n: int) -> Array:
@@ -28,7 +28,7 @@ def check_x(x: ArrayLike, n: int) -> Array:
 
 
 def normal_scores(x: Array) -> Array:
-    """Phi^-1((rank - 1/2) / n) of every column, mean 0 and variance 1, ties at their mean rank: free of scale and tails.
+    """Phi^-1((rank - 1/2) / n) of every column, mean 0 and variance 1, ties at their mean rank: independent of scale and tails.
 
     A constant column becomes 0.
     """
@@ -37,7 +37,7 @@ def normal_scores(x: Array) -> Array:
 
 
 def standardised(x: Array) -> Array:
-    """z-scores and normal scores of the columns that vary, side by side (n, 2 k): linear, and safe with counts over decades."""
+    """z-scores and normal scores of the columns that vary, side by side (n, 2 k); the latter suit counts that span decades."""
     x = x[:, x.max(axis=0) > x.min(axis=0)]
     # scaling by the largest value first keeps squares of 1e200 and of 1e-200 finite
     plain = _unit(x / np.maximum(np.abs(x).max(axis=0), 1e-300))
@@ -57,6 +57,6 @@ def random_features(scores: Array, n_features: int, rng: np.random.Generator) ->
 def _unit(values: Array) -> Array:
     centred = values - values.mean(axis=0)
     sd = centred.std(axis=0)
-    # the sd of a constant column is rounding; dividing by it would turn rounding into a signal
+    # the sd of a constant column consists of rounding errors, which a division by it would amplify
     still = sd <= 1e-12 * np.maximum(np.abs(values).max(axis=0), 1e-300)
     return np.where(still, 0.0, centred / np.where(still, 1.0, sd))

@@ -1,4 +1,4 @@
-"""What results of several tests share: p-values by name, verdicts in words, and the layout of the summary."""
+"""Common parts of the results of several tests: p-values by name, verdicts in words, and the layout of the summary."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import ClassVar
 from sbi_phys.calibration.pvalues import ALPHA, holm
 from sbi_phys.core.types import Array
 
-__all__ = ["NamedTests", "ShapeTests", "fault_words", "shape_text"]
+__all__ = ["NamedTests", "Repair", "ShapeTests", "fault_words", "shape_text"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +57,17 @@ class ShapeTests(NamedTests):
 
     def _shapes(self) -> list[str]:
         return [shape_text(*s) for s in zip(self.shift, self.shift_err, self.width, self.width_err, strict=True)]
+
+
+class Repair:
+    """A repair of a posterior, with a `label` for tables and figures."""
+
+    __slots__ = ()
+
+    @property
+    def repaired(self) -> bool:
+        """True: reports mark results from this object as repaired."""
+        return True
 
 
 def fault_words(shift: float, shift_err: float, width: float, width_err: float) -> str:

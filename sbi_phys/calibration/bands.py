@@ -29,9 +29,9 @@ __all__ = ["band_counts", "count_curves", "curve_pvalue", "pointwise_level", "ra
 
 
 def rank_grid(n_draws: int, n_points: int = 100) -> Integers:
-    """Whole numbers k, 0 < k <= L, at which #{rank < k} is counted: at most n_points - 1 of them, evenly spread.
+    """Integers k, 0 < k <= L, at which #{rank < k} is counted: at most n_points - 1 of them, evenly spaced.
 
-    Args: n_draws = L, ranks run over 0..L. n_points, the number of intervals that the unit interval is cut into.
+    Args: n_draws = L, ranks take the values 0..L. n_points, number of intervals of the unit interval.
     Raises: SettingError.   Read: the levels are k / (L + 1).
     """
     n_values = require_int("n_draws", n_draws, low=1) + 1
@@ -52,7 +52,7 @@ def staying_probability(n: int, z: ArrayLike, low: ArrayLike, high: ArrayLike) -
     if np.any(lower > upper):
         return 0.0
     log_factorial = gammaln(np.arange(n + 1) + 1.0)
-    probability, first = np.ones(1), 0  # of being at count `first`, `first` + 1, ... without having left the corridor
+    probability, first = np.ones(1), 0  # of the counts `first`, `first` + 1, ... without having left the corridor
     edges = np.append(levels, 1.0)
     for step, lo, hi in zip(np.diff(edges, prepend=0.0), np.append(lower, n), np.append(upper, n), strict=True):
         last = first + probability.size - 1
@@ -91,7 +91,7 @@ def _above(k: Array | Integers, n: int, z: Array) -> Array:
 
 def _corridor(n: int, levels: Array, gamma: float) -> tuple[Integers, Integers]:
     # Counts whose two-sided level is >= gamma: P(B <= c) >= gamma / 2 and P(B >= c) >= gamma / 2.
-    # The quantile function rounds; a step of one either way is settled with the probabilities themselves.
+    # The quantile function rounds; whether to move by one is decided by the probabilities themselves.
     half = gamma / 2
     low = np.ceil(np.nan_to_num(bdtrik(half, n, levels))).astype(np.int64)
     low += _below(low, n, levels) < half
@@ -108,7 +108,7 @@ def _corridor(n: int, levels: Array, gamma: float) -> tuple[Integers, Integers]:
 def _level(n: int, levels: tuple[float, ...], coverage: float) -> float:
     z = np.asarray(levels)
     low, high = np.log((1 - coverage) / (2 * z.size)), np.log(1 - coverage)
-    # at `low` (half of Bonferroni's level) the corridor surely holds, at `high` it is the pointwise interval
+    # at `low` (half of the Bonferroni level) the coverage is certainly reached; `high` gives the pointwise interval
     if staying_probability(n, z, *_corridor(n, z, float(np.exp(high)))) >= coverage:
         return float(np.exp(high))
     for _ in range(30):
@@ -121,7 +121,7 @@ def _level(n: int, levels: tuple[float, ...], coverage: float) -> float:
 
 
 def pointwise_level(n: int, z: ArrayLike, coverage: float = 0.95) -> float:
-    r"""Largest gamma whose pointwise 1 - gamma binomial intervals hold all K counts jointly with probability >= coverage.
+    r"""Largest gamma for which the pointwise 1 - gamma binomial intervals contain all K counts jointly with probability >= coverage.
 
     Args: n = N values. z (k,), levels in (0, 1), increasing. coverage in (0, 1).
     Returns: gamma, e.g. 0.0024 for N = 500 and 100 points.   Raises: ShapeError, SettingError.
@@ -147,7 +147,7 @@ def curve_pvalue(counts: ArrayLike, n: int, z: ArrayLike) -> float:
     r"""p-value of a curve of counts, P(gamma <= observed gamma), exact for independent uniform values.
 
     Args: counts (k,), #{u <= z_i}. n = N. z (k,), increasing, in (0, 1).
-    Returns: p in (0, 1]; the test is on the most extreme point and pays for having looked at all K.
+    Returns: p in (0, 1]; the test uses the most extreme point and corrects for the number of points.
     Raises: ShapeError, SettingError.   Source: Sailynoja, Burkner & Vehtari 2022, arXiv:2103.10522.
     Read: p < 0.05 exactly when the curve leaves the 95 % band (up to the discreteness of counts).
     """
@@ -156,9 +156,9 @@ def curve_pvalue(counts: ArrayLike, n: int, z: ArrayLike) -> float:
     gamma = float(np.min(2 * np.minimum(_below(c, n, levels), _above(c, n, levels))))
     if gamma >= 1:
         return 1.0
-    # strictly less extreme curves have every level above gamma; the nudge is far below the spacing of binomial tails
+    # strictly less extreme curves have every level above gamma; the factor is far below the spacing of binomial tails
     stays = staying_probability(n, levels, *_corridor(n, levels, gamma * (1 + 1e-9)))
-    # 1 - stays loses its digits for tiny p; the union bound takes over there, and p is never below one point's own tail
+    # 1 - stays loses its digits for tiny p, where the union bound is used; p is never below the tail of one point
     return float(np.clip(1 - stays, max(gamma / 2, 1e-300), min(1.0, levels.size * gamma) or 1e-300))
 
 

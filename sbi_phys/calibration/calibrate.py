@@ -357,7 +357,7 @@ def _lc2st(draw: _Drawn, workers: int) -> Any:
         model = train_lc2st(None, None, rows, latent_theta=latent, names=_free_names(draw, latent), seed=draw.seed, workers=workers)
         return model.at(observed, at_obs if at_obs.shape == at_latent.shape else None, latent_obs=at_latent)
     if at_obs is None:
-        raise SettingError("x_obs was given with arrays of draws; expected an estimator, which can be asked for draws at x_obs")
+        raise SettingError("x_obs was given with arrays of draws; expected an estimator, which can draw at x_obs")
     return train_lc2st(draw.theta, draw.draws, rows, names=draw.names, seed=draw.seed, workers=workers).at(observed, at_obs)
 
 

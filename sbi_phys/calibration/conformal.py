@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import betaincinv
 
+from sbi_phys.calibration._results import Repair
 from sbi_phys.core.checks import as_array, as_real, require_choice, require_int, require_number, require_same_rows
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
@@ -40,7 +41,7 @@ MIN_TRAINING = 50  # with fewer, a learned quantile is noise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ConformalRegions:
+class ConformalRegions(Repair):
     r"""Result of `conformal_regions`: {theta: e(theta, x) <= threshold (+ learned quantile at x)}, with coverage `guarantee`.
 
     level, requested content. score, 'density' (nats) or 'hpd' (content, may exceed 1). threshold, of the score, or of its
@@ -66,11 +67,6 @@ class ConformalRegions:
     raw: tuple[float, float]
     quantile: Any
     n_features: int
-
-    @property
-    def repaired(self) -> bool:
-        """True: reports mark results from this object as repaired."""
-        return True
 
     @property
     def label(self) -> str:

@@ -565,7 +565,7 @@ class Classifier:
         return np.concatenate([np.clip(w, -W_LIMIT, W_LIMIT), np.clip(u, -X_LIMIT, X_LIMIT)], axis=1)
 
     def fitted(self, one: Array, zero: Array, u: Array, seed: int) -> Any:
-        """Train truths `one` (n, d) against draws `zero` (n, d) at the same components u (n, c)."""
+        """Train true values `one` (n, d) against draws `zero` (n, d) at the same components u (n, c)."""
         from sklearn.exceptions import ConvergenceWarning
 
         inputs = np.concatenate([self.inputs(one, u), self.inputs(zero, u)])
@@ -608,7 +608,7 @@ def fit_all(
 ) -> list[list[Any]]:
     """Fit n_null + 1 ensembles of n_members; the first is the observed one. The result does not depend on the number of workers.
 
-    Args: rows (n, 1, d) latent variables, or (n, 1 + n_members, d) truth and draws. u (n, c).
+    Args: rows (n, 1, d) latent variables, or (n, 1 + n_members, d) true values and draws. u (n, c).
     """
     from joblib import Parallel, delayed
 

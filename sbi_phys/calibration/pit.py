@@ -135,7 +135,7 @@ def pit_regression(
     x_names: Sequence[str | Parameter] | None = None,
     seed: int = 0,
 ) -> PITRegression:
-    r"""Test that the rank of the truth does not depend on x, E[s h(x)] = 0 and E[(s^2 - 1) h(x)] = 0.
+    r"""Test that the rank of the true value does not depend on x, E[s h(x)] = 0 and E[(s^2 - 1) h(x)] = 0.
 
     Args:
         theta: (n, d), true parameters of the simulations, prior units; n >= 10.

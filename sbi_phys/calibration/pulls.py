@@ -215,7 +215,7 @@ def _test(truth: Array, samples: Array, rng: np.random.Generator) -> tuple[float
     """p-values of the mean, of the width, and of both together."""
     u = _together(truth, samples)
     n = truth.size
-    null = (u[np.arange(n), rng.integers(0, u.shape[1], (rows, n))] for rows in chunks(N_NULL, n))  # any value may be the truth
+    null = (u[np.arange(n), rng.integers(0, u.shape[1], (rows, n))] for rows in chunks(N_NULL, n))  # any value may be the true one
     simulated = np.concatenate([_deviations(picked.mean(axis=1), picked.var(axis=1), n) for picked in null])
     observed = _deviations(u[:, :1].T.mean(axis=1), u[:, :1].T.var(axis=1), n)[0]
     # standard deviations under the null, for p-values too small for the simulations

@@ -556,7 +556,7 @@ def recalibrate_ratio(log_r_numerator: ArrayLike, log_r_reference: ArrayLike, *,
 
 
 def _levels(one: Array, zero: Array) -> Array:
-    """Isotonic share of the numerator at each event, both samples of equal weight (n1 + n0,)."""
+    """Isotonic fraction of the numerator at each event, both samples of equal weight (n1 + n0,)."""
     from sklearn.isotonic import IsotonicRegression
 
     score, label = np.concatenate([one, zero]), np.repeat([1.0, 0.0], [one.size, zero.size])

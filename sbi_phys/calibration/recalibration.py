@@ -35,6 +35,7 @@ from scipy.optimize import brentq
 from scipy.special import betaincinv, expit, ndtr, ndtri
 from scipy.stats import beta
 
+from sbi_phys.calibration._results import Repair
 from sbi_phys.calibration.bands import band_counts
 from sbi_phys.calibration.inputs import check_names, check_pairs
 from sbi_phys.calibration.pvalues import ALPHA
@@ -65,7 +66,7 @@ METHODS = ("isotonic", "beta")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class RankRecalibration:
+class RankRecalibration(Repair):
     r"""Result of `recalibrate_ranks`: monotone map of each parameter's levels, v -> the level of q at which a recalibrated v lies.
 
     scores (n, d), sorted normal scores of held-out true values in q. shape (d, 2), a and b of the beta CDF, NaN for 'isotonic'.
@@ -96,11 +97,6 @@ class RankRecalibration:
     def n(self) -> int:
         """Number of held-out simulations."""
         return int(self.scores.shape[0])
-
-    @property
-    def repaired(self) -> bool:
-        """True: reports mark results from this object as repaired."""
-        return True
 
     @property
     def label(self) -> str:
@@ -264,7 +260,7 @@ RANGE = (1e-2, 1e2)  # range of factors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Tempering:
+class Tempering(Repair):
     r"""Result of `temper`: widening by a factor, with its standard error from n held-out simulations.
 
     by, 'coverage' or 'score'. grid (g,), factors; content (g,), mean fraction of draws closer than the true value at each, 1/2 is right,
@@ -288,11 +284,6 @@ class Tempering:
     content_error: float
     raw: float
     bounds: Array
-
-    @property
-    def repaired(self) -> bool:
-        """True: reports mark results from this object as repaired."""
-        return True
 
     @property
     def label(self) -> str:
@@ -387,7 +378,7 @@ def temper(theta: ArrayLike, draws: ArrayLike, *, by: str = "coverage", bounds: 
 
 
 def _distances(truth: Array, samples: Array) -> tuple[Array, Array]:
-    """Mahalanobis distance of the truth from the draws (n,), and of each draw from the other draws (n, l)."""
+    """Mahalanobis distance of the true value from the draws (n,), and of each draw from the other draws (n, l)."""
     n_draws, dim = samples.shape[1:]
     if n_draws < dim + 3:
         raise DataError(f"draws has {n_draws} draws per simulation; expected at least {dim + 3} for the covariance of {dim} parameters")
