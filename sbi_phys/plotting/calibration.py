@@ -6,7 +6,7 @@ allows, black the ideal, vermilion the observation.
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -210,7 +210,8 @@ def tarp_coverage(result: "TARP", ax: "Axes | None" = None) -> "Axes":
     ax.plot(level, np.concatenate([[0], result.observed, [1]]), linewidth=1.4, label=result.labels[0], **line_style(0))
     ax.text(0.97, 0.05, "truths farther out", transform=ax.transAxes, ha="right", fontsize="small", color=PALETTE[7])
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="credible level", ylabel="expected coverage", aspect="equal")
-    finish(ax, legend="upper left").get_legend().set_title(f"references {result.reference_kind}", {"size": "small"})
+    place: dict[str, Any] = {"loc": "upper left", "fontsize": "small", "framealpha": 0.85, "edgecolor": "none"}
+    ax.legend(title=f"references {result.reference_kind}", title_fontsize="small", frameon=True, **place)
     return ax
 
 

@@ -34,9 +34,10 @@ __all__ = [
     "save_figure",
 ]
 
-# Okabe and Ito's palette, which every common colour blindness can tell apart; their yellow, too pale for a line, is a dark brown here.
+# Okabe and Ito's palette, which every common colour blindness can tell apart, without its two colours that are too pale for small
+# markers and thin lines: the purple is darker here, and the yellow is a dark brown.
 # Blue, vermilion, green, purple, orange, sky blue, brown, grey.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6000", "#555555")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#AA3377", "#E69F00", "#56B4E9", "#7F6000", "#555555")
 COLOURS = {
     "flow": PALETTE[0],
     "amortised": PALETTE[1],

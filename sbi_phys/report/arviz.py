@@ -45,6 +45,12 @@ def to_inference_data(
     last three with the posterior's chains and draws, predictions may be fewer); observed_data, {name: (k, ...)};
     attrs, JSON-able, kept as one text: seeds, versions, settings; parameters give unit and label to variables of their name.
     Raises: ShapeError, NonFiniteError (posterior), DataError.   Source: ArviZ InferenceData schema, doi:10.21105/joss.01143.
+
+    >>> import numpy as np
+    >>> from sbi_phys.report import group, to_inference_data
+    >>> data = to_inference_data({"mass": np.zeros((1, 50))})
+    >>> group(data, "posterior")["mass"].shape
+    (1, 50)
     """
     if not posterior:
         raise DataError("posterior is empty; expected {name: (chains, draws)}")
@@ -105,7 +111,14 @@ def spectra_to_inference_data(
 
 
 def write_netcdf(path: str | os.PathLike[str], data: Any) -> Path:
-    """Write what `to_inference_data` made to `path`, aside and renamed -> the path.   Raises: DataError for anything else."""
+    """Write the result of `to_inference_data` to `path` and return the path.   Raises: DataError for anything else.
+
+    >>> import numpy as np
+    >>> from sbi_phys.report import to_inference_data, write_netcdf
+    >>> data = to_inference_data({"mass": np.zeros((1, 50))})
+    >>> write_netcdf("posterior.nc", data).name
+    'posterior.nc'
+    """
     if not hasattr(data, "to_netcdf") or "posterior" not in groups(data):
         raise DataError(f"data is a {type(data).__name__}; expected an InferenceData or DataTree with a group 'posterior'")
     with open_aside(path, make_folder=True) as file:
@@ -117,6 +130,12 @@ def read_netcdf(path: str | os.PathLike[str]) -> Any:
     """Read a file into memory and close it -> InferenceData (arviz 0.2x) or DataTree (arviz 1.x), whichever version wrote it.
 
     Raises: DataError for a file that is missing, truncated, no NetCDF, or without a group 'posterior'.
+
+    >>> import numpy as np
+    >>> from sbi_phys.report import group, read_netcdf, to_inference_data, write_netcdf
+    >>> data = to_inference_data({"mass": np.zeros((1, 50))})
+    >>> group(read_netcdf(write_netcdf("posterior.nc", data)), "posterior")["mass"].shape
+    (1, 50)
     """
     path = Path(path)
     if not path.is_file():
@@ -144,7 +163,14 @@ def groups(data: Any) -> tuple[str, ...]:
 
 
 def group(data: Any, name: str) -> dict[str, AnyArray]:
-    """One group as {variable: array}, for either version's object.   Raises: DataError."""
+    """One group as {variable: array}, for either version's object.   Raises: DataError.
+
+    >>> import numpy as np
+    >>> from sbi_phys.report import group, to_inference_data
+    >>> data = to_inference_data({"mass": np.zeros((1, 50))})
+    >>> list(group(data, "posterior"))
+    ['mass']
+    """
     if name not in groups(data):
         raise DataError(f"group {name!r} is missing; expected one of {groups(data)}")
     return {str(key): np.asarray(variable.values) for key, variable in data[name].data_vars.items()}
@@ -162,7 +188,13 @@ def attributes(data: Any) -> dict[str, Any]:
 
 
 def chains_to_dict(samples: ArrayLike, names: Sequence[str]) -> dict[str, Array]:
-    """Draws (n, d), taken as one chain, or chains (c, n, d) -> {name: (c, n)}.   Raises: ShapeError, DataError."""
+    """Draws (n, d), taken as one chain, or chains (c, n, d) -> {name: (c, n)}.   Raises: ShapeError, DataError.
+
+    >>> import numpy as np
+    >>> from sbi_phys.report import chains_to_dict
+    >>> chains_to_dict(np.zeros((50, 2)), ["mass", "rate"])["rate"].shape
+    (1, 50)
+    """
     array = as_real("samples", samples)
     if array.ndim not in (2, 3) or array.shape[-1] != len(names):
         raise ShapeError(f"samples has shape {array.shape}; expected (n, {len(names)}) or (chains, n, {len(names)}) = {tuple(names)}")
@@ -213,4 +245,4 @@ def _to_json(attrs: Mapping[str, Any]) -> str:
     try:
         return json.dumps(dict(attrs), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as err:
-        raise DataError(f"attrs can not be written as JSON: {err}; expected numbers, text, lists and dicts") from err
+        raise DataError(f"attrs cannot be written as JSON: {err}; expected numbers, text, lists and dicts") from err

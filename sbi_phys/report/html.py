@@ -1,8 +1,8 @@
-"""One self-contained HTML file of a run: sections of text, tables, pictures, key-value lists and verdicts.
+"""The report of a run as one HTML file without external parts: sections of text, tables, figures, key-value lists and verdicts.
 
-Pictures are data URIs and the style sheet is inline; a content security policy in the page forbids every request and
-every script, so that the file shows the same in ten years and on a machine without network. All words are escaped;
-text may hold `code`, **bold**, $LaTeX$ and https addresses.
+Figures are data URIs and the style sheet is inline; a content security policy in the page forbids every request and every script, so
+that the file looks the same on a machine without a network. All text is escaped; it may contain `code`, **bold**, $LaTeX$ and https
+addresses.
 """
 
 import base64
@@ -27,14 +27,24 @@ _TEMPLATE = Path(__file__).with_name("template.html.j2")
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Paragraphs, parted by blank lines; lines that begin with '- ' form a list."""
+    """Paragraphs, separated by blank lines; lines that begin with '- ' form a list.
+
+    >>> from sbi_phys.report import Text
+    >>> Text("The posterior of $E$ is **narrow**.").text
+    'The posterior of $E$ is **narrow**.'
+    """
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Text kept as it is: a settings file, a command."""
+    """Text that is shown unchanged: a settings file, a command.
+
+    >>> from sbi_phys.report import Code
+    >>> Code("sbi-phys report --out runs/mine", caption="The command").caption
+    'The command'
+    """
 
     text: str
     caption: str = ""
@@ -42,10 +52,16 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class FigureBlock:
-    """A PNG picture (path or bytes) with its caption; alt says what a reader who can not see it misses.
+    """A PNG picture (path or bytes) with its caption; alt describes it for readers who cannot see it.
 
     Args: pdf, path relative to the report of the same figure as PDF, or ''; max_width in CSS pixels, None for the full column.
     Raises: DataError for a file that is missing or no PNG, or an empty alt; SettingError for a pdf that is no relative path.
+
+    >>> from sbi_phys.plotting import new_axes, save_figure
+    >>> from sbi_phys.report import FigureBlock
+    >>> png, pdf = save_figure(new_axes(width=2, height=1).figure, ".", "empty")
+    >>> FigureBlock(png, "A figure", "empty axes").size
+    (300, 150)
     """
 
     source: str | os.PathLike[str] | bytes
@@ -57,7 +73,7 @@ class FigureBlock:
     def __post_init__(self) -> None:
         """Fail where the block is made, not where the page is written."""
         if not self.alt.strip():
-            raise DataError(f"figure {self.caption[:40]!r} has an empty alt; expected a description for those who can not see it")
+            raise DataError(f"figure {self.caption[:40]!r} has an empty alt; expected a description for readers who cannot see it")
         if self.pdf and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", self.pdf):
             raise SettingError(f"pdf is {self.pdf!r}; expected a path relative to the report, e.g. 'figures/corner.pdf'")
         self.png()
@@ -70,7 +86,7 @@ class FigureBlock:
             try:
                 data, name = Path(self.source).read_bytes(), str(self.source)
             except OSError as err:
-                raise DataError(f"figure {self.source} can not be read: {err.strerror}; expected a PNG file") from err
+                raise DataError(f"figure {self.source} cannot be read: {err.strerror}; expected a PNG file") from err
         if not data.startswith(_PNG) or len(data) < 33:
             raise DataError(f"figure {name} has {len(data)} bytes that are no PNG; expected a PNG picture")
         return data
@@ -89,7 +105,12 @@ class FigureBlock:
 
 @dataclass(frozen=True, slots=True)
 class KeyValues:
-    """A list of names and values: settings, seeds, versions."""
+    """A list of names and values: settings, seeds, versions.
+
+    >>> from sbi_phys.report import KeyValues
+    >>> KeyValues({"seed": 1}, "Settings").items
+    {'seed': 1}
+    """
 
     items: Mapping[str, Any]
     caption: str = ""
@@ -97,7 +118,12 @@ class KeyValues:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A judgement in words: level 'good', 'warn' or 'bad', shown by a sign and a word besides the colour.   Raises: SettingError."""
+    """A judgement in words: level 'good', 'warn' or 'bad', shown by a sign and a word besides the colour.   Raises: SettingError.
+
+    >>> from sbi_phys.report import Verdict
+    >>> Verdict("good", "The network is calibrated.").name
+    'Good'
+    """
 
     level: str
     words: str
@@ -120,7 +146,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """Blocks folded behind a line that opens on a click; printed unfolded only if open."""
+    """Blocks behind a line that opens on a click; printed only if open.
+
+    >>> from sbi_phys.report import Details, Text
+    >>> len(Details("All numbers", [Text("p = 0.3")]).body)
+    1
+    """
 
     summary: str
     body: Sequence["Block"]
@@ -132,7 +163,12 @@ Block = Text | Code | Table | FigureBlock | KeyValues | Verdict | Details
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A titled part of the report; the title also stands in the table of contents."""
+    """A titled part of the report; the title is also in the table of contents.
+
+    >>> from sbi_phys.report import Section, Text
+    >>> Section("Result", [Text("p = 0.3")]).title
+    'Result'
+    """
 
     title: str
     body: Sequence[Block]
@@ -158,10 +194,15 @@ def render_report(
     footer: str = "",
     lang: str = "en",
 ) -> Path:
-    """Write the report to `path`, aside and renamed -> the path.
+    """Write the report to `path` and return the path.
 
-    Args: verdicts, the answers in short, shown below the title; footer, one line, e.g. versions and seed.
+    Args: verdicts: the results in short, shown below the title. footer: one line, e.g. versions and seed.
     Raises: DataError for no sections or foreign blocks; SettingError for a lang that is no language tag.
+
+    >>> from sbi_phys.report import Section, Text, render_report
+    >>> path = render_report("report.html", "A run", "seed 1", [Section("Result", [Text("p = 0.3")])])
+    >>> "p = 0.3" in path.read_text(encoding="utf-8")
+    True
     """
     if not sections:
         raise DataError("sections is empty; expected at least one Section")
@@ -183,7 +224,7 @@ def render_report(
             lang=lang,
         )
     )
-    # lone surrogates can stand in file names and can not be written as UTF-8
+    # file names may contain lone surrogates, which cannot be written as UTF-8
     data = page.encode("utf-8", "replace")
     return write_aside(path, data, make_folder=True)
 

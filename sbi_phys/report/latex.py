@@ -1,7 +1,8 @@
 r"""Short LaTeX labels (`\lg(R_\mathrm{cut}/V)`, `f_\mathrm{He}`) as HTML: letters in italics, sub, sup and Greek.
 
-A report must show its symbols without a script and without a request. Labels use a handful of commands; what is not
-known is shown by its name, and no input raises.
+A report must show its symbols without a script and without a request. Labels use a few commands; an unknown command is shown by its
+name, and no input raises an error. MathML by the library latex2mathml is no replacement: it sets one-letter units such as \mathrm{V} in
+italics, leaves no space after \lg and raises an error for incomplete input.
 """
 
 # ruff: noqa: RUF001  (Greek letters and signs that look like Latin ones are what this module is about)

@@ -49,6 +49,10 @@ class Table:
     """A table of words: header (c,), rows (r, c), a caption; cells may hold `code`, **bold** and $LaTeX$.
 
     Raises: ShapeError where a row's length is not the header's.
+
+    >>> from sbi_phys.report import Table
+    >>> Table(("Test", "p"), (("SBC", "0.3"),)).header
+    ('Test', 'p')
     """
 
     header: tuple[str, ...]
@@ -171,6 +175,11 @@ def summarise(samples: ArrayLike, names: Sequence[str]) -> dict[str, dict[str, f
     """Summary of samples (n, d), n >= 2 -> {name: {mean, sd, q05, q16, q50, q84, q95}}, JSON-able, in the parameters' units.
 
     sd divides by n - 1; quantiles interpolate linearly (numpy's default).   Raises: ShapeError, NonFiniteError, DataError.
+
+    >>> import numpy as np
+    >>> from sbi_phys.report import summarise
+    >>> summarise(np.linspace(0, 1, 101)[:, None], ["mass"])["mass"]["q50"]
+    0.5
     """
     theta, quantiles = _checked(samples, names)
     mean, sd = theta.mean(axis=0), theta.std(axis=0, ddof=1)
@@ -178,7 +187,15 @@ def summarise(samples: ArrayLike, names: Sequence[str]) -> dict[str, dict[str, f
 
 
 def posterior_table(samples: ArrayLike, parameters: Sequence[Parameter]) -> list[PosteriorRow]:
-    """Marginals of samples (n, d), one row a parameter, in its unit.   Raises: ShapeError, NonFiniteError, DataError."""
+    """Marginals of samples (n, d), one row a parameter, in its unit.   Raises: ShapeError, NonFiniteError, DataError.
+
+    >>> import numpy as np
+    >>> from sbi_phys.priors import Parameter
+    >>> from sbi_phys.report import posterior_table
+    >>> draws = np.linspace(0, 1, 101)[:, None] * [1, 10]
+    >>> posterior_table(draws, [Parameter("mass", 0, 1), Parameter("energy", 0, 10, unit="EeV")])[1].unit
+    'EeV'
+    """
     theta, quantiles = _checked(samples, [p.name for p in parameters])
     return [
         PosteriorRow(
@@ -198,6 +215,14 @@ def comparison_table(samples: ArrayLike, parameters: Sequence[Parameter], publis
 
     Read: |offset| counts posterior sds, which says little where the marginal is skewed; `below` near 0 or 1 is a disagreement.
     Raises: ShapeError, NonFiniteError, DataError.
+
+    >>> import numpy as np
+    >>> from sbi_phys.priors import Parameter
+    >>> from sbi_phys.report import comparison_table
+    >>> draws = np.linspace(0, 1, 101)[:, None] * [1, 10]
+    >>> fit = {"label": "fit of 2020", "source": "journal", "theta": {"mass": 0.5}}
+    >>> comparison_table(draws, [Parameter("mass", 0, 1), Parameter("energy", 0, 10)], [fit])[0].fit
+    'fit of 2020'
     """
     theta, _ = _checked(samples, [p.name for p in parameters])
     rows = []
@@ -217,7 +242,15 @@ def comparison_table(samples: ArrayLike, parameters: Sequence[Parameter], publis
 
 
 def shift_table(samples: ArrayLike, reference: ArrayLike, parameters: Sequence[Parameter]) -> list[ShiftRow]:
-    """Medians and widths of samples (n, d) against reference draws (m, d).   Raises: ShapeError, NonFiniteError, DataError."""
+    """Medians and widths of samples (n, d) against reference draws (m, d).   Raises: ShapeError, NonFiniteError, DataError.
+
+    >>> import numpy as np
+    >>> from sbi_phys.priors import Parameter
+    >>> from sbi_phys.report import shift_table
+    >>> draws = np.linspace(0, 1, 101)[:, None] * [1, 10]
+    >>> shift_table(draws, draws, [Parameter("mass", 0, 1), Parameter("energy", 0, 10)])[0].shift
+    0.0
+    """
     rows = []
     for p, ours, ref in zip(parameters, posterior_table(samples, parameters), posterior_table(reference, parameters), strict=True):
         shift, ratio = ((ours.q50 - ref.q50) / ref.sd, ours.sd / ref.sd) if ref.sd > 0 else (math.nan, math.nan)
@@ -228,14 +261,31 @@ def shift_table(samples: ArrayLike, reference: ArrayLike, parameters: Sequence[P
 
 
 def rows_to_table(rows: Sequence[PosteriorRow] | Sequence[ComparisonRow] | Sequence[ShiftRow], caption: str = "") -> Table:
-    """Rows of one kind as a table of words.   Raises: DataError for no rows."""
+    """Rows of one kind as a table of words.   Raises: DataError for no rows.
+
+    >>> import numpy as np
+    >>> from sbi_phys.priors import Parameter
+    >>> from sbi_phys.report import posterior_table, rows_to_table
+    >>> draws = np.linspace(0, 1, 101)[:, None] * [1, 10]
+    >>> rows = posterior_table(draws, [Parameter("mass", 0, 1), Parameter("energy", 0, 10)])
+    >>> rows_to_table(rows).header[0]
+    'Parameter'
+    """
     if not rows:
         raise DataError("rows is empty; expected at least one row to make a table of")
     return Table(rows[0].header, tuple(row.cells() for row in rows), caption)
 
 
 def rows_to_csv(rows: Sequence[PosteriorRow] | Sequence[ComparisonRow] | Sequence[ShiftRow]) -> str:
-    """Rows of one kind as CSV with every field at full precision (repr of a float reads back to itself)."""
+    """Rows of one kind as CSV with every field at full precision (repr of a float reads back to itself).
+
+    >>> import numpy as np
+    >>> from sbi_phys.priors import Parameter
+    >>> from sbi_phys.report import posterior_table, rows_to_csv
+    >>> draws = np.linspace(0, 1, 101)[:, None] * [1, 10]
+    >>> len(rows_to_csv(posterior_table(draws, [Parameter("mass", 0, 1), Parameter("energy", 0, 10)])).splitlines())
+    3
+    """
     if not rows:
         raise DataError("rows is empty; expected at least one row to make a table of")
     out = io.StringIO()

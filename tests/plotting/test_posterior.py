@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 
 from sbi_phys import plotting as figures
+from sbi_phys.calibration import reliability
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.plotting import PairRatios, methods_figure, ratios_figure
 from sbi_phys.plotting.style import COLOURS
+from sbi_phys.priors import Parameter
 from tests.report.demo_data import PARAMETERS, PUBLISHED, draws, history
+
+TWO = [Parameter("a", latex=r"\alpha"), Parameter("b")]
+RNG = np.random.default_rng(0)
+EXACT = RNG.standard_normal((1000, 2))
 
 
 @pytest.fixture(scope="module")
@@ -23,42 +30,6 @@ def texts(legend):
 
 def finite(fig):
     return all(np.isfinite([*ax.get_xlim(), *ax.get_ylim()]).all() for ax in fig.axes)
-
-
-def test_loss_marks_the_best_epoch_of_every_member():
-    runs = history(3, 40, np.random.default_rng(1))
-    fig = figures.loss_figure(runs)
-    assert len(fig.axes) == 2 and fig.axes[0].get_ylabel() == "loss per simulation [nats]" and fig.axes[1].get_xlabel() == "epoch"
-    marks = [line for line in fig.axes[0].lines if line.get_marker() == "o"]
-    for member, mark in zip(runs, marks, strict=True):
-        best = min(member, key=lambda r: r["valid"])
-        assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (best["epoch"], best["valid"])
-    assert len(texts(fig.axes[0].get_legend())) == 5 and finite(fig)
-    low, high = fig.axes[0].get_ylim()
-    assert all(low < r["valid"] < high for member in runs for r in member[10:])  # the plateau is in the frame
-
-
-def test_loss_without_rates_or_with_a_failed_epoch():
-    run = [{"epoch": k, "train": 1.0 / (k + 1), "valid": np.nan if k == 3 else 1.1 / (k + 1)} for k in range(8)]
-    fig = figures.loss_figure([run])
-    assert len(fig.axes) == 1 and finite(fig)
-    with pytest.raises(DataError, match="no finite loss"):
-        figures.loss_figure([[{"epoch": 0, "train": np.nan, "valid": np.nan}]])
-
-
-@pytest.mark.parametrize("bad", [[], [[]], [[{"epoch": 1}]], history(1, 2, np.random.default_rng(0))[0]])
-def test_a_history_of_another_form_is_refused(bad):
-    with pytest.raises(DataError, match="history"):
-        figures.loss_figure(bad)
-
-
-def test_step_time_starts_at_zero_and_shows_the_median():
-    runs = history(1, 30, np.random.default_rng(2))
-    fig = figures.step_time_figure(runs)
-    ax = fig.axes[0]
-    assert ax.get_ylim()[0] == 0 and ax.lines[1].get_ydata()[0] == pytest.approx(np.median([r["seconds"] for r in runs[0]]))
-    with pytest.raises(DataError, match="no 'seconds'"):
-        figures.step_time_figure([[{"epoch": 0, "train": 1.0, "valid": 1.0}]])
 
 
 def test_marginals_show_each_parameter_with_its_intervals(sets):
@@ -146,3 +117,57 @@ def test_figures_need_neither_pyplot_nor_torch_nor_arviz(tmp_path):
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[]\n", "")
     assert (tmp_path / "c.png").is_file()
+
+
+def legend_of(ax):
+    return texts(ax.get_legend())
+
+
+def test_contours_over_the_exact_ones():
+    figure = methods_figure({"NPE": EXACT + 1, "NLE": EXACT * 1.1}, TWO, ("exact", EXACT), truth=[0.0, 0.5])
+    plane, top, right, legend = figure.axes
+    assert legend_of(legend) == ["exact", "NPE", "NLE", "truth"]
+    assert (plane.get_xlabel(), plane.get_ylabel()) == (TWO[0].label, TWO[1].label)
+    assert plane.get_xlim() == top.get_xlim() and plane.get_ylim() == right.get_ylim()
+    assert len(plane.collections) == 3  # one filled, two of lines
+    (peak,) = (line for line in top.lines if line.get_color() == "#0072B2")
+    assert abs(peak.get_xdata()[np.argmax(peak.get_ydata())] - 1) < 0.35  # moved by 1
+
+
+def test_a_mode_far_away_is_left_out_of_view_and_said():
+    far = np.concatenate([EXACT[:250], EXACT[:750] + 40])
+    plane, *_, legend = methods_figure({"NPE": far, "NLE": EXACT + 1}, TWO, ("exact", EXACT)).axes
+    assert plane.get_xlim()[1] < 12 and legend_of(legend)[1:] == ["NPE\n(75 % out of view)", "NLE"]
+    assert len(plane.collections) == 2  # most of the first is not there to be drawn
+
+
+def test_where_nothing_lies_near_the_exact_draws_all_is_in_view():
+    plane, *_, legend = methods_figure({"NPE": EXACT + 40}, TWO, ("exact", EXACT)).axes
+    assert plane.get_xlim()[1] > 40 and plane.get_xlim()[0] < 0
+    assert legend_of(legend) == ["exact", "NPE"] and len(plane.collections) == 2
+
+
+def test_one_parameter_and_too_many_sets():
+    figure = methods_figure({"NPE": EXACT[:, :1]}, TWO[:1])
+    assert len(figure.axes) == 1 and legend_of(figure.axes[0]) == ["NPE"]
+    with pytest.raises(SettingError, match="5 sets; expected at most 4"):
+        methods_figure({str(i): EXACT for i in range(5)}, TWO)
+    with pytest.raises(ShapeError, match="NPE"):
+        methods_figure({"NPE": EXACT[:, :1]}, TWO)
+
+
+def test_ratios_on_the_diagonal_with_what_is_out_of_view_said():
+    exact = RNG.normal(3, 1, 60)
+    curve = reliability(RNG.normal(1, 1, 200), RNG.normal(-1, 1, 200), n_bins=5)
+    pairs = PairRatios(exact, exact + 0.5, np.append(exact - 4, -1e4), np.append(exact - 4, -1e4), curve)
+    assert pairs.rms == pytest.approx(0.5)
+    figure = ratios_figure({"NRE": pairs, "NLE": PairRatios(exact, exact, np.zeros(0), np.zeros(0))})
+    first, second, last = figure.axes
+    assert "rms 0.50 nats" in legend_of(first)[1] and "of 61 in view" in legend_of(first)[0] and first.get_xlim()[0] > -20
+    assert "rms 0.00 nats" in legend_of(second)[0] and "NRE: p = " in legend_of(last)[0]
+    one_off = exact.copy()
+    one_off[0] = -80
+    (ax,) = ratios_figure({"NLE": PairRatios(exact, one_off, np.zeros(0), np.zeros(0))}).axes
+    assert ax.get_ylim()[0] > -5 and legend_of(ax)[-1] == "1 beyond"
+    with pytest.raises(DataError, match="found is empty"):
+        ratios_figure({})

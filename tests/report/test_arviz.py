@@ -122,7 +122,7 @@ def test_wrong_shapes_and_values_are_named():
         file.to_inference_data({"a": np.zeros((2, 5))}, sample_stats={"lp": np.zeros((2, 6))})
     with pytest.raises(NonFiniteError):
         file.to_inference_data({"a": np.full((2, 5), np.nan)})
-    with pytest.raises(DataError, match="can not be written as JSON"):
+    with pytest.raises(DataError, match="cannot be written as JSON"):
         file.to_inference_data({"a": np.zeros((2, 5))}, attrs={"x": object()})
     with pytest.raises(DataError, match="data is a dict"):
         file.write_netcdf("x.nc", {"posterior": 1})

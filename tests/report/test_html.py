@@ -137,7 +137,7 @@ def test_the_same_report_has_the_same_bytes(tmp_path):
 
 
 def test_bad_input_is_named(tmp_path):
-    with pytest.raises(DataError, match="can not be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         page.FigureBlock(tmp_path / "none.png", "c", "a")
     with pytest.raises(DataError, match="no PNG"):
         page.FigureBlock(b"GIF89a", "c", "a")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sbi_phys.core.errors import SettingError
-from sbi_phys.workflow.settings import Config, parse_override
+from sbi_phys.workflow.settings import Config, LimitsSettings, UnfoldSettings, parse_override
 
 
 def test_defaults_survive_the_way_through_toml(tmp_path):
@@ -123,3 +123,19 @@ def test_first_difference_names_key_and_values_but_not_device_or_workers():
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().run.seed = 3
+
+
+@pytest.mark.parametrize("settings", [UnfoldSettings(seed=3, coverage=0.5), LimitsSettings(parameters=("a", "b"), levels=(0.9,), n=500)])
+def test_settings_of_unfolding_and_limits_use_the_same_mechanism(tmp_path, settings):
+    path = tmp_path / "settings.toml"
+    path.write_text(settings.to_toml())
+    again = type(settings).read(path)
+    assert again == settings and again.first_difference(settings) is None
+    assert settings.first_difference(settings.override({"n_toys" if isinstance(settings, UnfoldSettings) else "n": 777}))[2] == 777
+    with pytest.raises(SettingError, match="unknown key 'n_toy'"):
+        settings.override({"n_toy": 3})
+
+
+def test_quick_unfolding_keeps_what_is_smaller_already():
+    assert UnfoldSettings(validate_toys=20).quick().validate_toys == 20
+    assert UnfoldSettings().quick().n_simulated == UnfoldSettings.QUICK["n_simulated"]
