@@ -200,7 +200,7 @@ def settings(path: Path | None, out: Path, flags: dict[str, Any], changes: list[
 def _print_result(run: "Run", until: str) -> None:
     if until in ("infer_nle", "infer_nre"):
         typer.echo(run.numbers(until)["words"])
-        typer.echo(f"{run.path(f'posterior_{until[-3:]}.nc')} has the draws; sbi-phys report shows them beside the others")
+        typer.echo(f"{run.path(f'posterior_{until[-3:]}.nc')} has the draws; sbi-phys report compares them with the others")
         return
     if until != "report":
         typer.echo(f"done: {run.folder}")

@@ -1,4 +1,4 @@
-"""The command `sbi-phys limits`: confidence sets that cover, for counts and for a trained run.
+"""The command `sbi-phys limits`: confidence sets with frequentist coverage, for counts and for a trained run.
 
 sbi-phys limits counting --n 3 --background 1.2 --level 0.9          Feldman and Cousins, and Wilks' and CLs
 sbi-phys limits counting --n 12 --off 20 --tau 4                     the background counted off source
@@ -28,9 +28,9 @@ Off = Annotated[int | None, typer.Option(help="counting: counts off source, inst
 Tau = Annotated[float | None, typer.Option(help="counting: exposure off source over exposure on source.")]
 Parameters = Annotated[list[str] | None, typer.Option("--parameter", help="RUN: parameter of interest; two for a joint set.")]
 Statistic = Annotated[str | None, typer.Option(help="RUN: waldo (default), nre, nle or exact.")]
-Value = Annotated[float | None, typer.Option(help="RUN: say the p-value of this value.")]
+Value = Annotated[float | None, typer.Option(help="RUN: print the p-value of this value.")]
 Physical = Annotated[str | None, typer.Option(help="RUN: ends of the range that are physical bounds: none, low, high or both.")]
-Open = Annotated[bool, typer.Option("--open", help="RUN: an end that runs into the simulated range becomes infinite.")]
+Open = Annotated[bool, typer.Option("--open", help="RUN: an end that reaches the simulated range becomes infinite.")]
 Critical = Annotated[str | None, typer.Option(help="RUN: regression of the critical values: auto, splines-6, boosting, ...")]
 
 
@@ -55,7 +55,7 @@ def register(app: typer.Typer) -> None:
         as_json: Json = False,
         debug: Debug = False,
     ) -> None:
-        """Find limits and intervals that cover: of counts, or of a run's parameters with critical values from simulations."""
+        """Compute limits and intervals with frequentist coverage, of counts or of the parameters of a run."""
         with plain_errors(debug):
             of_counts = {"--background": background, "--off": off, "--tau": tau}
             of_a_run = {"--parameter": parameters, "--statistic": statistic, "--value": value, "--physical": physical}
@@ -137,7 +137,7 @@ def _sensitivity(background: float, level: float) -> float:
     from sbi_phys.confidence import feldman_cousins
 
     k = np.arange(int(poisson.ppf(1 - 1e-6, background)) + 2)
-    # the plain belt: lengthened ends of all counts would take seconds, and change the mean by less than a percent
+    # without the correction for monotone ends, which takes seconds and changes the mean by less than a percent
     return float(poisson.pmf(k, background) @ np.asarray(feldman_cousins(k, background, level, monotone=False)[1]))
 
 

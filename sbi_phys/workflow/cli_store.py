@@ -29,17 +29,17 @@ __all__ = ["array_job", "register"]
 
 Folder = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
 Folders = Annotated[list[Path], typer.Argument(metavar="STORE STORE...", help="Two stores or more.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the new store; must not be there yet.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the new store; must not exist.")]
 Rows = Annotated[int | None, typer.Option("--shard-size", help="Rows of a shard of the new store; that of the first.")]
-Watch = Annotated[bool, typer.Option("--watch", help="Again and again, until the store is complete.")]
+Watch = Annotated[bool, typer.Option("--watch", help="Repeat until the store is complete.")]
 Interval = Annotated[float, typer.Option("--interval", min=0.05, help="Seconds between looks.")]
 Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 def array_job(config: "Config", out: Path, shards: str, until: str) -> None:
-    """Write some shards of a run's store, beside other jobs that write others; print what was written and what is missing.
+    """Write some shards of a run's store while other jobs write others; print what was written and what is missing.
 
-    The store is the one that `simulate` makes for these settings; what comes after takes it up once nothing is missing.
+    The store is the one that `simulate` makes for these settings; the later stages use it once nothing is missing.
     Raises: SettingError with another command, or for a wrong range; RunFolderError; StoreError.
     """
     from sbi_phys.core.progress import RichProgress
@@ -74,7 +74,7 @@ def array_job(config: "Config", out: Path, shards: str, until: str) -> None:
 
 
 def _join_run(config: "Config", out: Path) -> "Run":
-    """The run folder, begun by this job or by another that started with it.   Raises: RunFolderError."""
+    """The run folder, made by this job or by another that started at the same time.   Raises: RunFolderError."""
     from sbi_phys.workflow.stages import Run
 
     for left in reversed(range(40)):
@@ -84,7 +84,7 @@ def _join_run(config: "Config", out: Path) -> "Run":
             run.begin()
             return run
         except RunFolderError:
-            # another job has made the folder, and writes config.toml into it just now
+            # another job has made the folder and is writing config.toml
             if begun or not left or not (out / "stages").is_dir():
                 raise
             time.sleep(0.05)
@@ -93,7 +93,9 @@ def _join_run(config: "Config", out: Path) -> "Run":
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    store = typer.Typer(help="Look after simulation stores.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+    store = typer.Typer(
+        help="Inspect, check, repair and merge simulation stores.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+    )
 
     @store.command()
     def info(folder: Folder, watch: Watch = False, interval: Interval = 2.0, as_json: Json = False, debug: Debug = False) -> None:

@@ -1,7 +1,7 @@
-"""The command `sbi-phys unfold`: a measured spectrum by every method, side by side.
+"""The command `sbi-phys unfold`: unfold a measured spectrum by every method.
 
 sbi-phys unfold auger --out runs/unfold                                  the Auger 2020 spectrum
-sbi-phys unfold package.module:Class --out runs/mine                     a problem of one's own
+sbi-phys unfold package.module:Class --out runs/mine                     your own problem
 sbi-phys unfold --input counts.csv --resolution 0.15 --out runs/mine     counts in bins of lg(E/eV)
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 Problem = Annotated[str | None, typer.Argument(metavar="[PROBLEM]", help="auger, or package.module:Class; none with --input.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder; made if missing, taken up if begun.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder; made if missing, continued if begun.")]
 Input = Annotated[Path | None, typer.Option("--input", metavar="FILE.csv", help="Columns lg_e_low, lg_e_high, counts.")]
 Resolution = Annotated[
     str | None, typer.Option(metavar="NUMBER|FILE.csv", help="With --input: sigma(E)/E, a number or columns lg_e, sigma.")
@@ -29,8 +29,8 @@ Resolution = Annotated[
 Exposure = Annotated[float | None, typer.Option(help="With --input: km2 sr yr; 1 if not given.")]
 Methods = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Some of folding, ibu, tikhonov, bayes, omnifold, flow.")]
 Toys = Annotated[int | None, typer.Option(help="Toys of the stopping rule of iterative Bayes.")]
-Quick = Annotated[bool, typer.Option("--quick", help="The same on fewer toys, events and replicas.")]
-Seed = Annotated[int | None, typer.Option(help="Every random number follows from it.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Fewer toys, events and replicas.")]
+Seed = Annotated[int | None, typer.Option(help="Determines every random number.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, or problem.KEY; may be repeated.")]
 
 
@@ -112,7 +112,7 @@ def _work(measurement: "Measurement", out: Path, settings: "UnfoldSettings", met
 
 
 def _print_result(run: "UnfoldRun") -> None:
-    """Print verdicts and a line for each method; status 1 if one of them had no answer."""
+    """Print verdicts and a line for each method; status 1 if a method has no result."""
     from sbi_phys.workflow.unfold_page import verdicts
     from sbi_phys.workflow.unfold_run import deviations
 

@@ -40,7 +40,7 @@ __all__ = [
     "simulations", "train",
 ]  # fmt: skip
 
-_MIN_ESS = 100  # effective draws below which importance weights describe no posterior
+_MIN_ESS = 100  # effective draws below which importance weights do not describe a posterior
 # draws of each: the least with which a two-sample accuracy can be compared between runs, and the most that a few seconds allow
 _C2ST_DRAWS = 2000
 _POSTERIORS = {"amortised": "posterior_amortised.nc", "rounds": "posterior_rounds.nc", "final": "posterior.nc"}
@@ -70,7 +70,7 @@ def _say(text: str) -> None:
 
 
 def simulate(run: Run, numbers: dict[str, Any]) -> None:
-    """Draw theta from the prior and x from the simulator; rows that fail stay in the store, flagged."""
+    """Draw theta from the prior and x from the simulator; failed rows stay in the store with a flag."""
     store = simulations(run, "simulations", run.config.simulate.n, "simulate")
     numbers |= {"n_simulations": store.n_rows, "n_failed": store.n_failed}
 
@@ -90,7 +90,7 @@ def estimator_settings(run: Run) -> dict[str, Any]:
 
 
 def fit_network(run: Run) -> NPE:
-    """The training itself, which is all that a rank other than the first has to do."""
+    """Train the amortised network; under torchrun every process calls this."""
     run.path("training").mkdir(exist_ok=True)
     memory = run.config.run.memory or None
     checkpoint = run.path("training", "amortised")
@@ -100,7 +100,7 @@ def fit_network(run: Run) -> NPE:
 
 
 def train(run: Run, numbers: dict[str, Any]) -> None:
-    """Train the amortised network on the store; an interrupted training goes on from its checkpoint."""
+    """Train the amortised network on the store; an interrupted training continues from its checkpoint."""
     npe = fit_network(run)
     npe.save(run.path("model.pt"))
     numbers |= {
@@ -158,7 +158,7 @@ def rounds(run: Run, numbers: dict[str, Any]) -> None:
             workers=run.config.run.workers or None,
             progress=run.progress,
         )
-    except DataError as err:  # the amortised posterior is too wide to be worth cutting off: a finding, and the run goes on without
+    except DataError as err:  # the amortised posterior is too wide to truncate: the run continues without rounds
         numbers["skipped"] = f"no region to truncate to: {err}"
         return
     stores = [Store(run.path("rounds", f"round-{k + 1}")) for k in range(settings.n_rounds)]
@@ -173,14 +173,14 @@ def rounds(run: Run, numbers: dict[str, Any]) -> None:
 
 
 def best_network(run: Run) -> tuple[NPE, str]:
-    """The network that knows most about the observation, and what it is called."""
+    """The network with the most training near the observation, and its name in the report."""
     sequential = run.path("model_rounds.pt")
     name, path = ("truncated rounds", sequential) if sequential.exists() else ("amortised network", run.path("model.pt"))
     return load(path, simulator=run.simulator, device=run.config.run.device), name
 
 
 def refine(run: Run, numbers: dict[str, Any]) -> None:
-    """Weight draws of the best network with the exact likelihood; without one its draws are the answer as they are."""
+    """Weight draws of the best network with the exact likelihood; without a likelihood its draws are the final ones."""
     npe, name = best_network(run)
     n, n_refine, target = run.config.infer.n_draws, run.config.infer.n_refine, log_target(run)
     if target is None or not n_refine:
@@ -199,7 +199,7 @@ def refine(run: Run, numbers: dict[str, Any]) -> None:
     if usable:
         u = result.resample(n, run.rng("refine", "resample"))
         theta, numbers["unique_fraction"] = run.simulator.prior.from_unbounded(u), len(np.unique(u, axis=0)) / n
-    else:  # a handful of points is no posterior: the network's own draws stay, and the report says so
+    else:  # too few effective draws: the network's own draws are kept, and the report says so
         theta = npe.sample(run.observation, n, seed=run.seed("refine"))
     numbers |= {
         "method": f"{name}, importance-weighted" if usable else f"{name}, refinement failed",
@@ -216,7 +216,7 @@ def refine(run: Run, numbers: dict[str, Any]) -> None:
 
 
 def reference(run: Run, numbers: dict[str, Any]) -> None:
-    """Run emcee on the exact posterior; walkers start at likely and at unlikely places of the prior and of the amortised posterior."""
+    """Run emcee on the exact posterior; walkers start at likely and unlikely points of the prior and of the amortised posterior."""
     settings, target = run.config.reference, log_target(run)
     run.path("reference.nc").unlink(missing_ok=True)
     if target is None or settings.method == "none":
@@ -230,7 +230,7 @@ def reference(run: Run, numbers: dict[str, Any]) -> None:
         n_draws=settings.n_draws,
         max_steps=settings.max_steps,
         seed=run.seed("reference"),
-        raise_on_failure=False,  # the report says so; the rest of the run is still worth having
+        raise_on_failure=False,  # the report says so; the other stages do not depend on it
         progress=run.progress,
     )
     numbers |= {
@@ -258,10 +258,10 @@ def compare(run: Run, numbers: dict[str, Any]) -> None:
             theta = run.read_draws(file).flat
             numbers[name] = {"median_shift_sd": {row.name: row.shift for row in shift_table(theta, exact, run.simulator.parameters)}}
             if name == "rounds" and "final" in found:
-                continue  # a stage on the way: the shifts say enough, and telling two good samples apart takes half a minute
+                continue  # an intermediate posterior: the shifts suffice, and a two-sample test takes half a minute
             try:
                 test = c2st(theta, exact, seed=run.seed("compare"), max_draws=_C2ST_DRAWS, workers=run.config.run.workers or 2)
-            except DataError as err:  # refinement of a bad network leaves copies of few draws: that is a finding, not a crash
+            except DataError as err:  # importance weights of a bad network leave copies of few draws, which is a result to report
                 numbers[name]["c2st_failed"] = str(err)
                 continue
             numbers[name] |= {"c2st": test.accuracy, "c2st_err": test.standard_error, "c2st_n": test.n}
@@ -302,7 +302,7 @@ def calibrate(run: Run, numbers: dict[str, Any]) -> None:
 
 
 def _observation(run: Run) -> Array | None:
-    """The observation, or None where the run has none: the tests at it are left out then."""
+    """The observation, or None where the run has none; the tests at the observation are skipped then."""
     try:
         return run.observation
     except (SettingError, DataError):
@@ -353,7 +353,7 @@ def feature_distances(npe: NPE, store: Store, x: Array) -> tuple[Array, float]:
     """Mahalanobis distances of simulations' features, and of the observation's, from the mean of the simulations.
 
     Mean and covariance come from one half of the simulations, the distances from the other.
-    Read: an observation beyond nearly all simulations is unlike what the network was trained on.
+    Read: an observation beyond nearly all simulations is unlike the training data.
     """
     features = npe.embed(store.read()[1][:_MAX_FEATURE_ROWS])
     half = len(features) // 2

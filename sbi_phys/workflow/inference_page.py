@@ -26,7 +26,7 @@ _STAGES = (
     "simulate", "train", "infer", "rounds", "refine", "reference", "compare", "calibrate", "check",
     "train_nle", "infer_nle", "train_nre", "infer_nre", "methods",
 )  # fmt: skip
-# A posterior is called right where a classifier hardly tells it from the exact one, and no median is off by more.
+# Largest C2ST and largest shift of a median, in sd, of a posterior that agrees with the exact one.
 _C2ST, _SHIFT = 0.55, 0.1
 _PARETO = 0.7  # arXiv:1507.02646
 
@@ -129,7 +129,7 @@ def _physics(run: Run) -> list[Block]:
 
 
 def _side_by_side(paths: list[Path], height: float = 7.0) -> Any:
-    """Pictures in one row, equally high: the run at a glance, for a README or a talk."""
+    """Pictures of equal height in one row: an overview for a README or a talk."""
     from matplotlib.image import imread
 
     pictures = [imread(path) for path in paths]
@@ -242,7 +242,7 @@ def _text(value: Any) -> str:
 
 
 def method_sections(run: Run) -> list[Section]:
-    """Sections for what was run."""
+    """Sections of the methods and limits that were run."""
     out = []
     if found := methods_of(run):
         out.append(Section("Posterior, likelihood and ratio", _methods(run, found)))
@@ -252,12 +252,12 @@ def method_sections(run: Run) -> list[Section]:
 
 
 def methods_of(run: Run) -> dict[str, Any] | None:
-    """Numbers of stage `methods`, None where it was not run."""
+    """Numbers of stage `methods`, None if it was not run."""
     return run.numbers("methods") or None
 
 
 def limits_of(run: Run) -> list[dict[str, Any]]:
-    """What `sbi-phys limits` has left in the folder."""
+    """Results of `sbi-phys limits` in the folder."""
     path = run.path("limits.json")
     return list(json.loads(path.read_text(encoding="utf-8"))["limits"]) if path.is_file() else []
 
@@ -282,7 +282,7 @@ def _methods(run: Run, found: dict[str, Any]) -> list[Block]:
     ]
     ratios = found["ratios"]
     if "skipped" in ratios:
-        return [*blocks, Text(f"Learned ratios were not held against exact ones: {ratios['skipped']}.")]
+        return [*blocks, Text(f"Learned ratios were not compared with exact ones: {ratios['skipped']}.")]
     caption = (
         f"Learned against exact {ratios['what']}, {ratios['n']} held-out simulations. Reliability: among pairs for which the classifier "
         "says p, the share of joint ones should be p; bands hold 95 %."
@@ -341,7 +341,7 @@ def _ends(ends: list[float | None] | None) -> str:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """Collect the numbers; what has not been run, or is not finite, is None."""
+    """All numbers of the run; what was not run, or is not finite, is None."""
     get = {
         name: run.numbers(name) for name in ("simulate", "train", "infer", "rounds", "refine", "reference", "compare", "calibrate", "check")
     }
@@ -403,7 +403,7 @@ def summary(run: Run) -> dict[str, Any]:
 
 
 def seconds(run: Run) -> dict[str, float]:
-    """Seconds of every finished stage, and of all: of a stage that ran beside others, only the time waited for it counts there."""
+    """Seconds of every finished stage and in total; of a stage that ran concurrently, the total includes only the time waited for it."""
     records = {name: record for name in _STAGES if (record := run.record(name)) is not None}
     total = sum(record.get("waited", record["seconds"]) for record in records.values())
     return {**{name: record["seconds"] for name, record in records.items()}, "total": round(total, 3)}
@@ -427,7 +427,7 @@ def _published(run: Run, theta: Any) -> list[dict[str, Any]]:
 
 
 def verdicts(found: dict[str, Any]) -> list[Verdict]:
-    """Judge the numbers of `summary`; what was not run is said, not left out."""
+    """Verdicts on the numbers of `summary`; a stage that was not run has a verdict that says so."""
     return [
         _judge_posterior(found),
         *_judge_refinement(found),
@@ -498,7 +498,7 @@ def _judge_prediction(found: dict[str, Any]) -> Verdict:
 
 
 def _judge_observation(found: dict[str, Any]) -> Verdict:
-    """The stranger of two: its distance in the network's features, and the tests on the observation itself (`misspecification`)."""
+    """The more extreme of two out-of-distribution scores: the distance in the network's features, and the tests of `misspecification`."""
     quantile, p = found["misspecification"]["quantile"], found["misspecification"].get("pvalue")
     if quantile is None and p is None:
         return Verdict("warn", "It was not checked whether the observation is like the simulations.")

@@ -1,9 +1,9 @@
-r"""`sbi-phys limits RUN`: confidence sets that cover, for the parameters of a trained run.
+r"""`sbi-phys limits RUN`: confidence sets with frequentist coverage for the parameters of a trained run.
 
     theta_i ~ prior, x_i ~ p(x | theta_i)   ->   q_i = q(x_i; theta_i)   ->   C_level(theta) by quantile regression   ->   {q(x_o) <= C}
 
-The simulations are new ones: those that a network has learned from would make it look better than it is. The last quarter of them is
-kept for the coverage of the sets, which stands beside that of Wilks' chi-square. With other parameters than those of interest,
+The simulations are new: with the training simulations a network would look better than it is. The last quarter of them is
+kept for the coverage of the sets, which is compared with that of Wilks' chi-square. With other parameters than those of interest,
 C is taken at the values that fit the data best (profiled); with more than three parameters in all, C is learned as a function of
 the parameters of interest alone, so that the sets cover on average over the prior of the others.
 
@@ -40,7 +40,7 @@ COLUMNS = (
 )  # fmt: skip
 POINTS = 200  # of a scan along one parameter
 PLANE = 60  # of one along each of two
-BLOCK = 500  # data sets between two signs of life
+BLOCK = 500  # data sets per step of the progress display
 TESTED = 4  # one in so many simulations is kept for the coverage
 ALL_PROFILED = 3  # parameters up to which critical values are learned as a function of them all
 DRAWS = 400  # of a posterior, for its mean and covariance
@@ -120,7 +120,7 @@ def _rows(density: Any, back: Integers, x: Array, theta: Array) -> Array:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scan:
-    """The observation's statistic q over axes of the parameters of interest, and critical values {level} beside it, as q."""
+    """The observation's statistic q over axes of the parameters of interest, and critical values {level} on the same axes."""
 
     axes: tuple[Array, ...]
     q: Array
@@ -160,7 +160,7 @@ def find_limits(run: Run, settings: LimitsSettings) -> LimitsResult:
     if settings.value is not None:
         require_within("--value", np.array([[settings.value]]), low[:1], high[:1], settings.parameters)
     statistic = make_statistic(run, settings, order, low, high)
-    # a test is no extrapolation either: what lies beyond the first sample's box is left out
+    # critical values are not extrapolated: test simulations beyond the box of the others are left out
     kept = ((theta >= low) & (theta <= high)).all(axis=1)
     theta, x, learned, tested = theta[kept], x[kept], learned[kept], ~learned[kept]
     q, best = _evaluate(run, statistic, x, theta, len(order) - len(settings.parameters))
@@ -209,7 +209,7 @@ def _evaluate(run: Run, statistic: Any, x: Array, theta: Array, nuisances: int) 
 def _sets(run: Run, settings: LimitsSettings, statistic: Any, order: list[int], sample: tuple[Array, Array, Array], bounds: Any) -> LF2I:
     k = len(settings.parameters)
     dim = len(order) if len(order) <= ALL_PROFILED else k
-    # trees of a few thousand rows on several threads wait for one another most of the time
+    # with a few thousand rows, trees are slower on several threads than on one
     with run.progress.task("critical values", None), threadpool_limits(limits=1, user_api="openmp"):
         return lf2i(
             sample[0][:, :dim],
@@ -242,7 +242,7 @@ def _coverage(
 
 
 def _scan(sets: LF2I, observed: Array, levels: tuple[float, ...], highest: float) -> Scan:
-    """Look all over the simulated box, and then more closely where q is not far above what any set allows."""
+    """Scan the simulated box on a coarse grid, then on a fine one where q is near the critical values."""
     k = sets.interest
     low, high = sets.low[:k], sets.high[:k]
     statistic: Any = sets.statistic
@@ -311,7 +311,7 @@ def _interval(settings: LimitsSettings, sets: LF2I, scan: Scan, level: float, wi
     try:
         found = sets.interval_of(axis, margin, level, on_edge="open" if settings.open_ends else "raise")
     except SupportError as err:
-        raise SupportError(f"{err} (--physical says that an end is a bound of nature, --open leaves it infinite)") from err
+        raise SupportError(f"{err} (--physical says that an end is a physical bound, --open leaves it infinite)") from err
     theirs = sets.interval_of(axis, (scan.q - wilks)[None], level, on_edge="open")
     return {
         key: {name: None if one.empty[0] else [float(one.low[0]), float(one.high[0])]} for key, one in (("set", found), ("wilks", theirs))
@@ -329,7 +329,7 @@ def _region(settings: LimitsSettings, sets: LF2I, scan: Scan, level: float, wilk
             if mine[place] and axis[place] == end and bound is None and not settings.open_ends:
                 raise SupportError(
                     f"the set reaches the end of what was simulated at {name} = {end:g}; critical values are not extrapolated: "
-                    "expected a wider prior, --physical where it is a bound of nature, or --open"
+                    "expected a wider prior, --physical where it is a physical bound, or --open"
                 )
         out["set"][name] = _extent(axis, mine)
         out["wilks"][name] = _extent(axis, (scan.q <= wilks).any(axis=1 - i))

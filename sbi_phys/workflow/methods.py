@@ -39,8 +39,8 @@ __all__ = [
 METHODS = {"npe": "posterior_amortised.nc", "nle": "posterior_nle.nc", "nre": "posterior_nre.nc"}
 TITLES = {"npe": "NPE, posterior", "nle": "NLE, likelihood", "nre": "NRE, ratio"}
 
-MOST_R_HAT, LEAST_EFFECTIVE = 1.02, 100  # worse than that, chains have not met, or describe no posterior
-_PARTS = 4  # of independent draws, to be held against one another as chains are
+MOST_R_HAT, LEAST_EFFECTIVE = 1.02, 100  # limits beyond which chains have not converged, or draws do not describe a posterior
+_PARTS = 4  # of independent draws, compared with one another like chains
 _EDGE = 8.0  # in u: nothing of the prior lies beyond
 _C2ST_DRAWS = 2000
 _CELLS = (1_600, 5_000, 40_000)  # of the grid under one p(x), at each of its levels: more where the posterior is narrow
@@ -112,10 +112,10 @@ def require_converged(title: str, found: PosteriorDraws) -> dict[str, Any]:
     if not np.isfinite(r_hat).all():
         n, chains = len(found.theta) // _PARTS, False
         r_hat = split_r_hat(found.theta[: n * _PARTS].reshape(_PARTS, n, -1))
-    # independent draws have no memory that R-hat could find: a part that differs is then chance, and their weights say more
+    # R-hat of independent draws only reflects chance; for them the effective number of draws decides
     if (chains and r_hat.max() > MOST_R_HAT) or found.n_effective < LEAST_EFFECTIVE:
         raise ConvergenceError(
-            f"the posterior by {title} is not to be trusted: split R-hat {r_hat.max():.3f}, {found.n_effective:.0f} effective draws; "
+            f"the posterior by {title} is not reliable: split R-hat {r_hat.max():.3f}, {found.n_effective:.0f} effective draws; "
             f"expected at most {MOST_R_HAT} and at least {LEAST_EFFECTIVE}. {found.message}"
         )
     return {
@@ -131,7 +131,7 @@ def require_converged(title: str, found: PosteriorDraws) -> dict[str, Any]:
 
 
 def methods(run: Run, numbers: dict[str, Any]) -> None:
-    """Compare what the methods say, draw it, and hold learned ratios against exact ones."""
+    """Compare the posteriors of the methods, draw them, and compare learned ratios with exact ones."""
     found = {name: run.read_draws(file).flat for name, file in METHODS.items() if run.path(file).exists()}
     exact, name = exact_draws(run)
     numbers["exact"] = name

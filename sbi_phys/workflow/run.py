@@ -208,7 +208,7 @@ class Run(RunFolder):
             return load_simulator(chosen.spec, chosen.settings)
         except SbiPhysError:
             raise
-        except ValueError as err:  # a simulator knows nothing of this package's errors
+        except ValueError as err:  # a simulator does not use the errors of this package
             raise SettingError(f"[simulator.settings] of {chosen.spec}: {err}") from err
 
     @property
@@ -293,7 +293,7 @@ class Run(RunFolder):
         self.write_record(stage, (self.record(stage) or {}) | facts)
 
     def write_draws(self, name: str, theta: Array, notes: dict[str, Any], **groups: dict[str, Any]) -> None:
-        """Write draws (n, d) or chains (c, n, d) as an ArviZ file, with the observation beside them."""
+        """Write draws (n, d) or chains (c, n, d) as an ArviZ file, together with the observation."""
         notes = {"seed": self.config.run.seed, "versions": versions(), **notes}
         data = to_inference_data(
             chains_to_dict(theta, self.names),

@@ -54,15 +54,15 @@ TITLES = {
 _INDEX_BELOW = 0.2  # change of the spectral index below the first bin, for what migrates in from there
 _LATTICE = (0.7548776662466927, 0.5698402909980532)  # additive recurrence of the plastic number: even in two dimensions
 _ROWS_PER_BIN = 200  # of data rows that share the weight of a bin: enough for batches and for a split
-_UNSEEN = 1e-4  # share of the measured events whose true energies are too low to be simulated: nearly all of them would be missed
+_UNSEEN = 1e-4  # share of the measured events whose true energies are too low to be simulated, because nearly all would be missed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What a method says of the r measured bins.
+    """Result of a method in the r measured bins.
 
-    counts (r,), true events. covariance (r, r), everything that it knows of; parts, its shares by source. refolded (r,), expected counts.
-    effective: parameters that the fit has used up, None = not known. samples (n, r): draws of the spectrum, or None. words: in short.
+    counts (r,), true events. covariance (r, r), all sources; parts, by source. refolded (r,), expected counts.
+    effective: number of parameters that the fit uses, None if unknown. samples (n, r): draws of the spectrum, or None. words: summary.
     numbers: plain values; arrays: further ones, by name. figures: matplotlib Axes, by name.
     """
 
@@ -108,7 +108,7 @@ class Task:
         return self.measurement.coarse(self.prior)
 
     def seed(self, *key: str | int) -> int:
-        """Seed of a place in the work."""
+        """Seed of a step, named by its key."""
         return seed_for(self.settings.seed, "unfold", *key)
 
 
@@ -126,7 +126,7 @@ def starting_values(m: Measurement, n_breaks: int) -> tuple[int, Array | None]:
 
 
 def folding(task: Task) -> Answer:
-    """Forward folding of broken power laws, the corrections of other descriptions of the detector, and what its constants are worth."""
+    """Forward folding of broken power laws, corrections by other descriptions of the detector, and the effect of its constants."""
     m = task.measurement
     n, start = starting_values(m, task.settings.n_breaks)
     found = forward_fold(m.counts, m.fine, n_breaks=n, start=start)
@@ -372,7 +372,7 @@ def networks(task: Task) -> Answer:
     return replace(answer, words=words, numbers=answer.numbers | {"n_iterations": s.flow_iterations})
 
 
-# in the order in which they are run; the first gives the others their spectrum
+# in the order of execution; the first gives the others their spectrum
 METHODS: dict[str, Callable[[Task], Answer]] = {
     "folding": folding,
     "ibu": bayes_iterations,
@@ -384,7 +384,7 @@ METHODS: dict[str, Callable[[Task], Answer]] = {
 
 
 def chi2_of(m: Measurement, answer: Answer) -> tuple[float, float]:
-    """Poisson deviance of the counts from the refolded ones, and its degrees of freedom: bins less the parameters used up, where known."""
+    """Poisson deviance of the counts from the refolded ones, and its degrees of freedom: bins minus parameters of the fit."""
     used = 0.0 if answer.effective is None else answer.effective
     return deviance(m.counts, np.maximum(answer.refolded, 1e-12)), m.counts.size - used
 

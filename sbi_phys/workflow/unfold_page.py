@@ -1,4 +1,4 @@
-"""The page of an unfolding: what was asked, the spectrum, corrections against the published ones, how good it is, how it was made."""
+"""The report page of an unfolding: question, spectrum, corrections against the published ones, quality, settings and versions."""
 
 import numpy as np
 from scipy.special import chdtrc
@@ -36,7 +36,7 @@ def write_page(run: UnfoldRun) -> None:
 
 
 def verdicts(run: UnfoldRun) -> list[Verdict]:
-    """The answers in short: corrections, fit, stopping rule, agreement of the methods, tests, and who could not answer."""
+    """Verdicts on corrections, fit, stopping rule, agreement of the methods and tests, and methods without a result."""
     out = []
     m, away = run.measurement, deviations(run)
     if away and m.target is not None:
@@ -74,7 +74,7 @@ def _apart(run: UnfoldRun) -> tuple[str, float, float]:
     found = []
     for name, other in run.found.items():
         if name != "folding":
-            # forward folding keeps the counts' own fluctuations, which others smooth: the larger error knows of them
+            # forward folding keeps the fluctuations of the counts, which others smooth: the larger error includes them
             sd = np.sqrt(np.maximum(np.diag(other.covariance), np.diag(first.covariance)))
             away = np.divide(np.abs(other.counts - first.counts), sd, out=np.zeros_like(sd), where=sd > 0)
             found.append((name, float(away.max()), float(run.measurement.centres[int(away.argmax())])))
@@ -177,7 +177,7 @@ def _corrections(run: UnfoldRun) -> list[Block]:
 
 
 def _constants(run: UnfoldRun) -> list[Block]:
-    """What the constants of the detector are worth: they are changed one by one, and forward folding is repeated."""
+    """Effect of the detector's constants: each is changed in turn, and forward folding is repeated."""
     m, moved = run.measurement, run.found["folding"].arrays.get("variations")
     if moved is None:
         return []
@@ -195,7 +195,7 @@ def _constants(run: UnfoldRun) -> list[Block]:
 
 
 def _explained(run: UnfoldRun, given: Array, others: dict[str, Array], tolerance: float) -> list[Block]:
-    """What the fit, the published flux itself and other detectors say of the first bins."""
+    """Corrections by the fit, the published flux and other descriptions of the detector, bin by bin."""
     m, folded = run.measurement, run.found["folding"].arrays
     columns = {"Published": given, "Fitted flux": run.correction("folding")}
     if "correction_at_start" in folded:

@@ -1,6 +1,6 @@
 """The folder of an unfolding, and its numbers as a table, as JSON and as an ArviZ file.
 
-settings.json   problem and settings; a folder made with others is refused     spectrum.csv    every method, bin by bin
+settings.json   problem and settings; a folder with others is refused         spectrum.csv    every method, bin by bin
 methods/        one .npz and one .json a method: not repeated by a rerun        unfolding.json  every number, seeds, versions, seconds
 figures/        PNG and PDF                                                      unfolding.nc    spectra as an ArviZ file
 validation.json tests on toys                                                    report.html     the page

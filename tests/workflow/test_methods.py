@@ -139,7 +139,7 @@ def test_bad_convergence_is_refused():
     }  # fmt: skip
     assert require_converged("NLE", PosteriorDraws(**good))["n_effective"] == 400
     for change in ({"r_hat": np.array([1.0, 1.3])}, {"n_effective": 20.0}):
-        with pytest.raises(ConvergenceError, match="the posterior by NLE is not to be trusted: split R-hat .*said the sampler"):
+        with pytest.raises(ConvergenceError, match="the posterior by NLE is not reliable: split R-hat .*said the sampler"):
             require_converged("NLE", PosteriorDraws(**good | change))
     independent = require_converged("NLE", PosteriorDraws(**good | {"r_hat": np.array([np.nan, np.nan])}))
     assert np.max(independent["r_hat"]) < 1.05
