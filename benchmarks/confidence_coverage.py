@@ -23,7 +23,7 @@ from benchmarks.suite.table import Numbers, arguments, run
 from sbi_phys.confidence import LRT, Construction, coverage_map, expected_limits, feldman_cousins, feldman_cousins_gaussian, lf2i, neyman
 from sbi_phys.core.rng import rng_for
 from tests.confidence import on_off_toy as toy
-from tests.confidence.test_feldman_cousins import PUBLISHED
+from tests.confidence.test_counting import PUBLISHED
 
 Array = NDArray[np.float64]
 

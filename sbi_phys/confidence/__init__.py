@@ -9,20 +9,41 @@ limits          limits · expected_limits, from any of the above
 is it true      coverage_map: coverage over theta with errors, tested
 """
 
-from sbi_phys.confidence.asymptotic import Discovery, asymptotic_interval, asymptotic_limit, cls_limit, cls_value, discovery
+from sbi_phys.confidence.counting import (
+    FeldmanCousins,
+    OnOff,
+    acceptance,
+    counting_cls,
+    counting_wilks,
+    feldman_cousins,
+    feldman_cousins_gaussian,
+    li_ma,
+    on_off,
+    on_off_coverage,
+    on_off_wilks,
+)
 from sbi_phys.confidence.coverage_map import CoverageMap, coverage_map
-from sbi_phys.confidence.critical_values import CriticalValues, PValues, learn_critical_values, learn_pvalues
-from sbi_phys.confidence.feldman_cousins import FeldmanCousins, acceptance, feldman_cousins, feldman_cousins_gaussian
-from sbi_phys.confidence.impacts import Impacts, impacts
-from sbi_phys.confidence.lf2i import LF2I, lf2i
+from sbi_phys.confidence.lf2i import LF2I, CriticalValues, PValues, learn_critical_values, learn_pvalues, lf2i
 from sbi_phys.confidence.limits import ExpectedLimits, Limits, expected_limits, limits
 from sbi_phys.confidence.neyman import Neyman, neyman
-from sbi_phys.confidence.on_off import OnOff, counting_cls, counting_wilks, li_ma, on_off, on_off_coverage, on_off_wilks
-from sbi_phys.confidence.profile import Fit, fit
-from sbi_phys.confidence.refined_ratio import RefinedLRT
-from sbi_phys.confidence.scans import Contour, Profile, contour, profile
+from sbi_phys.confidence.profile import (
+    Contour,
+    Discovery,
+    Fit,
+    Impacts,
+    Profile,
+    asymptotic_interval,
+    asymptotic_limit,
+    cls_limit,
+    cls_value,
+    contour,
+    discovery,
+    fit,
+    impacts,
+    profile,
+)
 from sbi_phys.confidence.sets import Construction, Interval, Region
-from sbi_phys.confidence.statistics import LRT, Profiled, Waldo, posterior_moments, waldo
+from sbi_phys.confidence.statistics import LRT, Profiled, RefinedLRT, Waldo, posterior_moments, waldo
 
 __all__ = [
     "LF2I", "LRT", "Construction", "Contour", "CoverageMap", "CriticalValues", "Discovery", "ExpectedLimits", "FeldmanCousins", "Fit",

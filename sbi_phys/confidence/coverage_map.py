@@ -27,8 +27,9 @@ from scipy.stats import binom
 
 from sbi_phys.calibration.inputs import check_names
 from sbi_phys.calibration.pvalues import ALPHA
-from sbi_phys.confidence.inputs import as_points, check_level, frozen, require_within
-from sbi_phys.core.checks import as_real, require_int, require_same_rows
+from sbi_phys.confidence._inputs import as_points, frozen
+from sbi_phys.confidence.sets import require_within
+from sbi_phys.core.checks import as_real, check_level, require_int, require_same_rows
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.types import Array, ArrayLike

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sbi_phys.confidence.asymptotic import asymptotic_interval, asymptotic_limit, cls_limit
-from sbi_phys.confidence.inputs import check_level, frozen
-from sbi_phys.confidence.profile import Fit
+from sbi_phys.confidence._inputs import KINDS, frozen
+from sbi_phys.confidence.profile import Fit, asymptotic_interval, asymptotic_limit, cls_limit
 from sbi_phys.confidence.sets import Interval
-from sbi_phys.core.checks import as_array, require_choice
+from sbi_phys.core.checks import as_array, check_level, require_choice
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.types import Array, ArrayLike
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["ExpectedLimits", "Limits", "Source", "expected_limits", "limits"]
 
 
-KINDS = ("interval", "upper", "lower")
 BANDS = (0.0228, 0.1587, 0.5, 0.8413, 0.9772)  # Phi(-2), .., Phi(2)
 
 

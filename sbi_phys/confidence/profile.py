@@ -1,4 +1,6 @@
-r"""Maximum likelihood and profile likelihood of any log likelihood, exact or learned, with iminuit.
+r"""Minus the log likelihood as iminuit wants it, with constraint terms, and minimisation that either converges or says so.
+
+Maximum likelihood and profile likelihood of any log likelihood, exact or learned, with iminuit.
 
     theta_hat = argmin [-ln L(theta) + sum_k (theta_k - m_k)^2 / (2 s_k^2)]
 
@@ -11,29 +13,180 @@ reaches 1. In large samples q is distributed as chi-square with one degree of fr
 limit: then {q <= chi2_level} covers. Close to a limit, or with few events, it does not: that is what `neyman` is for.
 
 Source: James & Roos 1975 (Minuit); Cowan et al. 2011, arXiv:1007.1727; pulls and impacts as in ATLAS, arXiv:1408.7084 (figure 4).
+
+Scans of the profile likelihood, q(psi) = 2 [ln L(theta_hat) - max_nu ln L(psi, nu)], along one parameter and over two.
+
+Each conditional fit begins where the covariance of the global one expects its answer,
+nu(psi) = nu_hat + V_{nu psi} V_{psi psi}^-1 (psi - psi_hat), which is exact for a Gaussian likelihood.
+
+Source: arXiv:1007.1727, section 2.1.
+
+Pulls of nuisance parameters and their impacts on a parameter of interest, ranked.
+
+Impact of nu_k: the shift of psi_hat when nu_k is fixed one fitted error above or below its best value and everything else is fitted
+again. For a Gaussian likelihood it is the correlation times the error of psi, V_{psi k} / sqrt(V_kk). What is left of the error of psi
+with all constrained parameters fixed is the statistical part.
+
+Source: ATLAS, arXiv:1408.7084, figure 4, and common use since.
+
+Intervals, limits and significances from the likelihood's asymptotic distributions.
+
+With q(mu) = 2 [ln L(mu_hat, nu_hat) - ln L(mu, nu(mu))] and z_p = Phi^-1(p):
+
+    interval        q(mu) <= chi2_level(1)                               both sides
+    upper limit     q_mu = q(mu) for mu_hat <= mu, else 0;   p = 1 - Phi(sqrt q_mu);   limit where q = z_level^2
+    discovery       q_0 = q(0) for mu_hat >= 0, else 0;      p = 1 - Phi(sqrt q_0),    Z = sqrt q_0
+    CLs             CLs(mu) = p_mu / P(q_mu >= q_obs | no signal), a limit where it is 1 - level
+
+For CLs the second probability needs sqrt(q_A) = mu / sigma, q_A being q of the Asimov data set (the expected data without signal):
+sqrt q is then shifted by it. With mu_hat >= 0 imposed (a limit at 0), large values follow another law:
+
+    q <= q_A:  p_mu = 1 - Phi(sqrt q),                   CL_b = Phi(sqrt q_A - sqrt q)
+    q >  q_A:  p_mu = 1 - Phi((q + q_A) / (2 sqrt q_A)),  CL_b = 1 - Phi((q - q_A) / (2 sqrt q_A))
+
+Expected limits for data N sd from the median: sigma (Phi^-1(1 - alpha Phi(N)) + N) for CLs, alpha = 1 - level.
+
+All of it is for many events and mu away from a limit. At a limit the nominal 68.3 % covers 84.1 %, 90 % covers 95 %.
+
+Source: Cowan, Cranmer, Gross & Vitells 2011, arXiv:1007.1727; Read 2002 (CLs).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import chdtri, ndtr, ndtri
 
 from sbi_phys.calibration.inputs import check_names
-from sbi_phys.confidence.inputs import check_level, find_name, frozen
-from sbi_phys.confidence.minimise import Cost, LogLikelihood, minimise
-from sbi_phys.core.checks import as_array, require_int, require_number
-from sbi_phys.core.errors import ConvergenceError, SettingError, ShapeError
-from sbi_phys.core.types import Array, ArrayLike
+from sbi_phys.confidence._inputs import frozen, point_words
+from sbi_phys.core.checks import as_array, as_real, check_level, find_name, require_finite, require_int, require_number
+from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, SbiPhysError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.priors import Parameter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from sbi_phys.confidence.impacts import Impacts
-    from sbi_phys.confidence.scans import Contour, Profile
+__all__ = [
+    "Contour",
+    "Cost",
+    "Discovery",
+    "Fit",
+    "Impacts",
+    "LogLikelihood",
+    "Profile",
+    "asymptotic_interval",
+    "asymptotic_limit",
+    "cls_limit",
+    "cls_value",
+    "conditional",
+    "contour",
+    "crossing",
+    "discovery",
+    "fit",
+    "impacts",
+    "minimise",
+    "profile",
+]
 
-__all__ = ["Fit", "fit"]
+LogLikelihood = Callable[[Array], ArrayLike]
+
+IMPOSSIBLE = 1e30  # stands for +Inf, which Minuit cannot compare
+
+
+class Cost:
+    r"""-ln L(theta) + sum_k (theta_k - m_k)^2 / (2 s_k^2), k the constrained parameters; counts its calls.
+
+    log_likelihood: theta (m, d) -> (m,). constraints {name: (m, s)}. A log likelihood of -Inf is a theta that is impossible.
+    Raises: NonFiniteError (NaN or +Inf, naming theta), ShapeError, SettingError.
+    """
+
+    def __init__(
+        self,
+        log_likelihood: LogLikelihood,
+        names: tuple[str, ...],
+        constraints: Mapping[str, tuple[float, float]],
+        *,
+        strategy: int,
+        precision: float | None,
+    ) -> None:
+        self.log_likelihood, self.names = log_likelihood, names
+        self.strategy, self.precision = strategy, precision
+        self.calls = 0
+        self.constraints: dict[str, tuple[float, float]] = {}
+        for name, pair in constraints.items():
+            find_name(name, names)
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise SettingError(f"constraint of {name!r} is {pair!r}; expected (mean, standard deviation)")
+            mean = require_number(f"mean of the constraint of {name!r}", pair[0])
+            self.constraints[name] = (mean, require_number(f"sd of the constraint of {name!r}", pair[1], low=0, open_low=True))
+        self._at = [find_name(name, names) for name in self.constraints]
+        terms = np.array(list(self.constraints.values())).reshape(-1, 2)
+        self._mean, self._sd = terms[:, 0], terms[:, 1]
+
+    def batch(self, theta: Array) -> Array:
+        """Values (m,) at theta (m, d)."""
+        self.calls += theta.shape[0]
+        value = np.asarray(self.log_likelihood(theta))
+        value = as_array("log_likelihood(theta (m, d))", value[None] if value.ndim == 0 else value, (theta.shape[0],), finite=False)
+        bad = np.isnan(value) | np.isposinf(value)
+        if bad.any():
+            i = int(np.flatnonzero(bad)[0])
+            raise NonFiniteError(f"log_likelihood is {value[i]} at {point_words(self.names, theta[i])}; expected a number, or -Inf where "
+                                 "theta is impossible")  # fmt: skip
+        pull = (theta[:, self._at] - self._mean) / self._sd
+        return np.minimum(0.5 * (pull**2).sum(axis=1) - value, IMPOSSIBLE)
+
+    def __call__(self, theta: Array) -> float:
+        """Value at one theta (d,)."""
+        point = np.asarray(theta, dtype=np.float64)
+        if not np.isfinite(point).all():
+            raise ConvergenceError(f"the fit did not converge, it ran away to {point.tolist()}; expected a log likelihood with a maximum, "
+                                   "or limits")  # fmt: skip
+        return float(self.batch(point[None, :])[0])
+
+
+def minimise(cost: Cost, start: Array, step: Array, limits: Array, fixed: Mask, what: str) -> Any:
+    """Minimise over the free parameters and return the Minuit object; start (d,), step (d,) > 0, limits (d, 2).
+
+    Raises: ConvergenceError, naming where it ended and why; NonFiniteError; SbiPhysError (iminuit is not installed).
+    """
+    try:
+        from iminuit import Minuit
+    except ImportError as err:
+        raise SbiPhysError(f"{what} needs iminuit, which is not installed; expected `pip install iminuit`") from err
+    # at a limit Minuit's transform has no slope, and the fit would stay there
+    room = np.minimum(0.1 * step, 0.1 * np.diff(limits, axis=1)[:, 0])
+    start = np.where(fixed, start, np.clip(start, limits[:, 0] + room, limits[:, 1] - room))
+    if cost(start) >= IMPOSSIBLE:
+        raise NonFiniteError(
+            f"{what}: log_likelihood is -Inf at the start, {point_words(cost.names, start)}; expected a start that is possible"
+        )
+    fit: Any = Minuit(cost, start, name=cost.names)
+    fit.errordef = Minuit.LIKELIHOOD
+    fit.strategy = cost.strategy
+    if cost.precision is not None:
+        fit.precision = cost.precision
+    fit.errors = step
+    fit.limits = limits
+    fit.fixed = fixed
+    if fixed.all():
+        return fit
+    fit.migrad(ncall=20_000)
+    if not fit.valid:
+        fit.simplex(ncall=20_000)
+        fit.migrad(ncall=20_000)
+    if not fit.valid or not np.isfinite(fit.fval) or fit.fval >= IMPOSSIBLE:
+        reason = "the number of calls ran out" if fit.fmin.has_reached_call_limit else f"distance to the minimum {fit.fmin.edm:.2g}"
+        raise ConvergenceError(
+            f"{what} did not converge ({reason}), it ended at {point_words(cost.names, np.array(fit.values))}; expected a start near "
+            "the answer, limits, or `precision` (about 1e-6) for a log likelihood in single precision"
+        )
+    return fit
+
 
 Limits = Mapping[str, tuple[float | None, float | None]]
 
@@ -84,27 +237,19 @@ class Fit:
         return float(self.errors[find_name(name, self.names)])
 
     def profile(self, name: str, grid: ArrayLike | None = None) -> "Profile":
-        """Profile likelihood of one parameter; see `scans.profile`."""
-        from sbi_phys.confidence.scans import profile
-
+        """Profile likelihood of one parameter; see `profile`."""
         return profile(self, name, grid)
 
     def contour(self, x: str, y: str, *, points: int = 25) -> "Contour":
         """Joint profile likelihood of two parameters; see `scans.contour`."""
-        from sbi_phys.confidence.scans import contour
-
         return contour(self, x, y, points=points)
 
     def impacts(self, name: str) -> "Impacts":
-        """Pulls and impacts of all other parameters on `name`; see `impacts.impacts`."""
-        from sbi_phys.confidence.impacts import impacts
-
+        """Pulls and impacts of all other parameters on `name`; see `impacts`."""
         return impacts(self, name)
 
-    def interval(self, name: str, level: float = 0.683) -> tuple[float, float]:
-        """Interval {q(psi) <= chi2_level(1)} of one parameter; see `asymptotic.asymptotic_interval`."""
-        from sbi_phys.confidence.asymptotic import asymptotic_interval
-
+    def interval(self, name: str, level: float = 0.9) -> tuple[float, float]:
+        """Interval {q(psi) <= chi2_level(1)} of one parameter; see `asymptotic_interval`."""
         return asymptotic_interval(self, name, check_level(level))
 
     def summary(self) -> str:
@@ -218,3 +363,345 @@ def _minos(best: Any, names: tuple[str, ...], values: Array, limits: Array) -> A
         if found.upper_valid or found.at_upper_limit:
             out[i, 1] = found.upper if found.upper_valid else limits[i, 1] - values[i]
     return out
+
+
+DEEPER = 0.02  # by this much q may be negative: what minimisation leaves
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Profile:
+    """Profile likelihood along one parameter: grid (m,), q (m,) >= 0, conditional fit values (m, d); best, its fitted value, and error."""
+
+    name: str
+    label: str
+    names: tuple[str, ...]
+    grid: Array
+    q: Array
+    values: Array
+    best: float
+    error: float
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw q over the parabola that the Hesse error draws.   Read: where they part, the error is not Gaussian."""
+        return figures.confidence.profile(self, ax)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Contour:
+    """Joint profile likelihood of two parameters: x (m,), y (m,), q (m, m) with the first index along x; best (2,)."""
+
+    names: tuple[str, str]
+    labels: tuple[str, str]
+    x: Array
+    y: Array
+    q: Array
+    best: Array
+
+    @staticmethod
+    def threshold(level: float) -> float:
+        """q at the edge of a joint region of content `level`: chi-square with two degrees of freedom."""
+        return float(chdtri(2, 1 - level))
+
+    def inside(self, level: float) -> Mask:
+        """Whether each point (m, m) lies in the asymptotic region."""
+        return self.q <= self.threshold(level)
+
+    def plot(self, ax: "Axes | None" = None, *, levels: tuple[float, ...] = (0.683, 0.954)) -> "Axes":
+        """Draw the contours of these contents and the best fit."""
+        return figures.confidence.contour(self, ax, levels)
+
+
+def conditional(fit: Fit, fixed: Mapping[str, float]) -> tuple[float, Array]:
+    """Minimum of -ln L with some parameters fixed: (nll, values (d,)).
+
+    Raises: ConvergenceError (also for a deeper minimum than that of `fit`), SettingError (unknown name, outside of its limits).
+    """
+    at = np.array([find_name(name, fit.names) for name in fixed], dtype=np.intp)
+    wanted = np.array([float(v) for v in fixed.values()])
+    low, high = fit.limits[at].T
+    if (wanted < low).any() or (wanted > high).any():
+        i = int(np.flatnonzero((wanted < low) | (wanted > high))[0])
+        raise SettingError(
+            f"{list(fixed)[i]} = {wanted[i]:g} lies outside of its limits [{low[i]:g}, {high[i]:g}]; expected a value within"
+        )
+    free = np.setdiff1d(np.arange(len(fit.names)), at)
+    values = np.array(fit.values)
+    values[at] = wanted
+    if free.size == 0:
+        return _checked(fit, fit.cost(values), values)
+    guess = fit.values[free] + fit.covariance[np.ix_(free, at)] @ np.linalg.solve(fit.covariance[np.ix_(at, at)], wanted - fit.values[at])
+    values[free] = np.clip(guess, *fit.limits[free].T)
+    if fit.cost(values) >= IMPOSSIBLE:  # the straight line may lead out of the support
+        values[free] = fit.values[free]
+    mask = np.isin(np.arange(len(fit.names)), at)
+    # a fixed parameter needs no limits, and Minuit's transform of them would move a value that lies on one
+    limits = np.where(mask[:, None], [-np.inf, np.inf], fit.limits)
+    best = minimise(fit.cost, values, 0.3 * np.maximum(fit.errors, 1e-12), limits, mask, f"the fit at {point_words(tuple(fixed), wanted)}")
+    return _checked(fit, float(best.fval), np.array(best.values))
+
+
+def _checked(fit: Fit, nll: float, values: Array) -> tuple[float, Array]:
+    if nll < fit.nll - DEEPER / 2:
+        raise ConvergenceError(
+            f"there is a deeper minimum at {point_words(fit.names, values)} (-ln L lower by {fit.nll - nll:.3g}); expected a fit that "
+            "starts there"
+        )
+    return nll, values
+
+
+def profile(fit: Fit, name: str, grid: ArrayLike | None = None) -> Profile:
+    r"""Profile likelihood q(psi) of one parameter.
+
+    Args: fit: the global one. name: the parameter. grid: its values (m,), default 31 from -3 to +3 errors, within its limits.
+    Returns: Profile.   Raises: ConvergenceError, SettingError, ShapeError, NonFiniteError.
+    """
+    i = find_name(name, fit.names)
+    if grid is None:
+        low, high = np.clip(fit.values[i] + np.array([-3, 3]) * fit.errors[i], *fit.limits[i])
+        points = np.linspace(low, high, 31)
+    else:
+        points = as_array("grid", np.atleast_1d(np.asarray(grid)), (None,))
+    found = [conditional(fit, {name: float(v)}) for v in points]
+    return Profile(
+        name=name,
+        label=fit.labels[i],
+        names=fit.names,
+        grid=frozen(points),
+        q=frozen([max(2 * (nll - fit.nll), 0.0) for nll, _ in found]),
+        values=frozen([v for _, v in found]),
+        best=float(fit.values[i]),
+        error=float(fit.errors[i]),
+    )
+
+
+def contour(fit: Fit, x: str, y: str, *, points: int = 25) -> Contour:
+    r"""Joint profile likelihood of two parameters on points x points values, +-3.2 errors around the best fit, within limits.
+
+    Raises: ConvergenceError, SettingError (x = y, unknown), NonFiniteError.
+    """
+    if x == y:
+        raise SettingError(f"x and y are both {x!r}; expected two parameters")
+    i, j = find_name(x, fit.names), find_name(y, fit.names)
+    m = require_int("points", points, low=5)
+    axes = []
+    for k in (i, j):
+        low, high = np.clip(fit.values[k] + np.array([-3.2, 3.2]) * fit.errors[k], *fit.limits[k])
+        axes.append(np.linspace(low, high, m))
+    if len(fit.names) == 2:  # nothing to fit: one call
+        theta = np.empty((m * m, 2))
+        theta[:, i], theta[:, j] = (g.ravel() for g in np.meshgrid(*axes, indexing="ij"))
+        nll = fit.cost.batch(theta)
+        k = int(nll.argmin())
+        _checked(fit, float(nll[k]), theta[k])
+        nll = nll.reshape(m, m)
+    else:
+        nll = np.array([[conditional(fit, {x: float(a), y: float(b)})[0] for b in axes[1]] for a in axes[0]])
+    return Contour(
+        names=(x, y),
+        labels=(fit.labels[i], fit.labels[j]),
+        x=frozen(axes[0]),
+        y=frozen(axes[1]),
+        q=frozen(np.maximum(2 * (nll - fit.nll), 0.0)),
+        best=frozen(fit.values[[i, j]]),
+    )
+
+
+def crossing(fit: Fit, name: str, target: float, side: int) -> float:
+    """Value above (side +1) or below (-1) the best fit where q = target; the limit if q stays below up to there.
+
+    Raises: ConvergenceError (q stays below over 10^4 errors: the parameter is not bounded by the data).
+    """
+    i = find_name(name, fit.names)
+    best, error = float(fit.values[i]), float(max(fit.errors[i], 1e-12))
+    limit = float(fit.limits[i, 1 if side > 0 else 0])
+
+    def beyond(v: float) -> float:
+        return 2 * (conditional(fit, {name: v})[0] - fit.nll) - target
+
+    inside, step = best, error * max(np.sqrt(target), 1e-3)
+    while True:
+        trial = inside + side * step
+        if side * (trial - limit) >= 0:
+            if beyond(limit) <= 0:
+                return limit
+            trial = limit
+        if beyond(trial) > 0:
+            return float(brentq(beyond, inside, trial, xtol=1e-6 * error)) if inside != trial else trial
+        if abs(trial - best) > 1e4 * error:
+            raise ConvergenceError(f"q of {name} stays below {target:.3g} up to {trial:g}; expected data that bound it, or a limit")
+        inside, step = trial, 1.5 * step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Impacts:
+    """Ranking for parameter `name`: names of the k others, largest impact first.
+
+    down, up (k,): shift of psi, in its unit, when nu_k moves by -1 and +1 error. pull, pull_error (k,), NaN where not constrained.
+    error of psi, and `statistical`, the part of it that is left with the constrained parameters fixed.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    down: Array
+    up: Array
+    pull: Array
+    pull_error: Array
+    error: float
+    statistical: float
+
+    def summary(self) -> str:
+        """Return the ranking in words."""
+        lines = [f"impacts on {self.name}: error {self.error:.4g}, statistical {self.statistical:.4g}"]
+        pad = max(map(len, self.names))
+        for i, name in enumerate(self.names):
+            pull = "" if np.isnan(self.pull[i]) else f"  pull {self.pull[i]:+.2f} +- {self.pull_error[i]:.2f}"
+            lines.append(f"  {name:<{pad}}  {self.down[i]:+.3g} {self.up[i]:+.3g}{pull}")
+        return "\n".join(lines)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw impacts as bars and pulls as points, the largest on top."""
+        return figures.confidence.impacts(self, ax)
+
+
+def impacts(fit: Fit, name: str) -> Impacts:
+    """Impact of every other parameter on `name`, by fits with it fixed at its value -+ one Hesse error, within limits.
+
+    Raises: SettingError (unknown, or no other parameter), ConvergenceError.
+    """
+    at = find_name(name, fit.names)
+    others = [i for i in range(len(fit.names)) if i != at]
+    if not others:
+        raise SettingError(f"{name} is the only parameter; expected others that may have an impact on it")
+    shifts = np.zeros((len(others), 2))
+    for row, i in enumerate(others):
+        for column, sign in enumerate((-1, 1)):
+            moved = float(np.clip(fit.values[i] + sign * fit.errors[i], *fit.limits[i]))
+            shifts[row, column] = conditional(fit, {fit.names[i]: moved})[1][at] - fit.values[at]
+    order = np.argsort(-np.abs(shifts).max(axis=1), kind="stable")
+    pulls = [fit.pulls.get(fit.names[others[r]], (np.nan, np.nan)) for r in order]
+    return Impacts(
+        name=name,
+        names=tuple(fit.names[others[r]] for r in order),
+        labels=tuple(fit.labels[others[r]] for r in order),
+        down=frozen(shifts[order, 0]),
+        up=frozen(shifts[order, 1]),
+        pull=frozen([p for p, _ in pulls]),
+        pull_error=frozen([w for _, w in pulls]),
+        error=float(fit.errors[at]),
+        statistical=_statistical(fit, at),
+    )
+
+
+def _statistical(fit: Fit, at: int) -> float:
+    held = np.array([n in fit.constraints and i != at for i, n in enumerate(fit.names)])
+    if not held.any():
+        return float(fit.errors[at])
+    best = minimise(fit.cost, np.array(fit.values), 0.3 * np.maximum(fit.errors, 1e-12), fit.limits, held, "the fit with nuisances fixed")
+    best.hesse()
+    return float(best.errors[at])
+
+
+BANDS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Discovery:
+    """Test of `name` = null against larger values: q0, its significance Z = sqrt(q0) in sd and one-sided p-value."""
+
+    name: str
+    null: float
+    q0: float
+    significance: float
+    pvalue: float
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        return f"{self.name} > {self.null:g}: {self.significance:.2f} sigma (p = {self.pvalue:.3g}, asymptotic)"
+
+
+def asymptotic_interval(fit: Fit, name: str, level: float = 0.9) -> tuple[float, float]:
+    """Profile likelihood interval {q <= chi2_level(1)}; it ends at a limit where q stays below up to there.
+
+    Raises: SettingError, ConvergenceError.   Source: Wilks 1938; arXiv:1007.1727, section 3.
+    """
+    target = float(chdtri(1, 1 - check_level(level)))
+    return crossing(fit, name, target, -1), crossing(fit, name, target, 1)
+
+
+def asymptotic_limit(fit: Fit, name: str, level: float = 0.9, *, kind: str = "upper") -> float:
+    """One-sided limit where q = Phi^-1(level)^2, kind 'upper' or 'lower'; level > 0.5.
+
+    Raises: SettingError, ConvergenceError.   Source: arXiv:1007.1727, section 2.4, equation 68.
+    """
+    if check_level(level) <= 0.5:
+        raise SettingError(f"level is {level:g}; expected more than 0.5 for a one-sided limit")
+    if kind not in ("upper", "lower"):
+        raise SettingError(f"kind is {kind!r}; expected upper or lower")
+    return crossing(fit, name, float(ndtri(level)) ** 2, 1 if kind == "upper" else -1)
+
+
+def discovery(fit: Fit, name: str, null: float = 0.0) -> Discovery:
+    """Significance of a signal, Z = sqrt(q_0); 0 where the fit lies below `null`.
+
+    Raises: SettingError, ConvergenceError.   Source: arXiv:1007.1727, equations 12 and 52.
+    """
+    above = fit.value(name) > null
+    q0 = max(2 * (conditional(fit, {name: null})[0] - fit.nll), 0.0) if above else 0.0
+    z = float(np.sqrt(q0))
+    return Discovery(name=name, null=float(null), q0=q0, significance=z, pvalue=float(ndtr(-z)))
+
+
+def cls_value(q: ArrayLike, q_asimov: ArrayLike) -> Array:
+    """CLs = p_mu / CL_b of the statistic with mu_hat >= 0 imposed, from q_mu >= 0 of the data and of the Asimov data set (> 0).
+
+    Raises: NonFiniteError, DataError.   Source: arXiv:1007.1727, equations 65 and 66.
+    """
+    data, asimov = as_real("q", q), as_real("q_asimov", q_asimov)
+    require_finite("q", data)
+    require_finite("q_asimov", asimov)
+    if (data < 0).any() or (asimov <= 0).any():
+        raise DataError(f"q is {data.min():g} and q_asimov {asimov.min():g} at least; expected q >= 0 and q_asimov > 0")
+    root, root_a = np.sqrt(data), np.sqrt(asimov)
+    small = data <= asimov
+    p_mu = np.where(small, ndtr(-root), ndtr(-(data + asimov) / (2 * root_a)))
+    cl_b = np.where(small, ndtr(root_a - root), ndtr(-(data - asimov) / (2 * root_a)))
+    return np.asarray(p_mu / np.maximum(cl_b, 1e-300))
+
+
+def cls_limit(fit: Fit, asimov: Fit, name: str, level: float = 0.9) -> tuple[float, Array]:
+    """Upper limit where CLs = 1 - level, and the expected ones without signal, (5,) at -2, -1, 0, 1, 2 sd.
+
+    Args: fit: to the data, with 0 as lower limit of `name`. asimov: the same to the expected data without signal.
+    Raises: SettingError, ConvergenceError.   Source: arXiv:1007.1727, equation 89 for the bands.
+    """
+    alpha = 1 - check_level(level)
+
+    def excess(mu: float) -> float:
+        q = max(2 * (conditional(fit, {name: mu})[0] - fit.nll), 0.0) if fit.value(name) <= mu else 0.0
+        q_a = max(2 * (conditional(asimov, {name: mu})[0] - asimov.nll), 1e-12)
+        return float(cls_value(q, q_a)) - alpha
+
+    low = max(fit.value(name), asimov.value(name))
+    step = max(fit.error(name), asimov.error(name))
+    inside, high = low + 1e-3 * step, low + 2 * step
+    while excess(high) > 0:
+        inside, step = high, 1.5 * step
+        high += step
+        if step > 1e4 * max(fit.error(name), asimov.error(name)):
+            raise ConvergenceError(f"CLs of {name} stays above {alpha:.3g} up to {high:g}; expected data that bound it")
+    observed = float(brentq(excess, inside, high, xtol=1e-6 * step)) if excess(inside) > 0 else inside
+    return observed, _expected(asimov, name, alpha)
+
+
+def _expected(asimov: Fit, name: str, alpha: float) -> Array:
+    # sigma = mu / sqrt(q_A(mu)) where it matters: at the limit itself, so found by iteration
+    out = []
+    for n in BANDS:
+        factor = float(ndtri(1 - alpha * ndtr(n))) + n
+        limit = factor * asimov.error(name)
+        for _ in range(8):
+            q_a = max(2 * (conditional(asimov, {name: limit})[0] - asimov.nll), 1e-12)
+            limit = factor * limit / np.sqrt(q_a)
+        out.append(limit)
+    return np.array(out)

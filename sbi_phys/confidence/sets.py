@@ -14,14 +14,13 @@ Source: Feldman & Cousins 1998, arXiv:physics/9711021; Dalmasso et al. 2021, arX
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sbi_phys.confidence.inputs import check_statistic, nearest_level, point_words, require_within
-from sbi_phys.confidence.nuisances import nuisances_of
+from sbi_phys.confidence._inputs import check_statistic, nearest_level, point_words
 from sbi_phys.core.checks import as_array, require_choice, require_int
 from sbi_phys.core.errors import SettingError, ShapeError, SupportError
 from sbi_phys.core.figures import figures
@@ -30,7 +29,7 @@ from sbi_phys.core.types import Array, ArrayLike, Mask
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Construction", "Interval", "Region", "Statistic", "hull"]
+__all__ = ["Construction", "Fixed", "Interval", "Region", "Statistic", "hull", "nuisances_of", "require_within"]
 
 Statistic = Callable[[Any, Array], ArrayLike]
 Profile = Callable[[Any, Array], ArrayLike]
@@ -234,7 +233,7 @@ class Construction(ABC):
         return found
 
     def _open_edges(self, margin: Array, low: Array, high: Array, on_edge: str) -> tuple[Array, Array]:
-        kind = getattr(self.statistic, "kind", "two-sided")
+        kind = getattr(self.statistic, "kind", "interval")
         for column, side, infinite, ends in ((0, 0, -np.inf, low), (-1, 1, np.inf, high)):
             edge = (self.low, self.high)[side][0]
             physical = self.bounds[0][side]
@@ -275,3 +274,38 @@ def hull(axis: Array, margin: Array) -> tuple[Array, Array]:
             share = np.where(at == beyond, 0.0, -here / (there - here))
         ends.append(np.where(inside.any(axis=1), axis[at] + np.nan_to_num(share) * (axis[beyond] - axis[at]), np.nan))
     return ends[0], ends[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fixed:
+    """A profile that gives the same nuisances (m,) for all data: where nothing depends on them."""
+
+    nuisances: Array
+
+    def __call__(self, data: Any, psi: Array) -> Array:
+        """Nuisances (m,), one row that stands for all."""
+        return self.nuisances
+
+
+def nuisances_of(profile: Callable[[Any, Array], ArrayLike], data: Any, psi: Array, n: int, m: int) -> Array:
+    """Nuisances (n, m) that fit each of n data sets best at psi.   Raises: ShapeError, NonFiniteError."""
+    found = np.asarray(profile(data, psi), dtype=np.float64)
+    if isinstance(profile, Fixed):
+        found = np.broadcast_to(found, (n, m))
+    elif found.ndim == 1 and m == 1:
+        found = found[:, None]
+    return as_array("the profiled nuisances", found, (n, m))
+
+
+def require_within(what: str, theta: Array, low: Array, high: Array, names: Sequence[str]) -> None:
+    """Raise SupportError if a row of theta (m, d) lies outside of the box [low, high] that was simulated: nothing is extrapolated."""
+    slack = 1e-9 * (high - low)
+    outside = (theta < low - slack) | (theta > high + slack)
+    if not outside.any():
+        return
+    row, column = (int(i) for i in np.argwhere(outside)[0])
+    count = int(outside.any(axis=1).sum())
+    raise SupportError(
+        f"{what}: {names[column]} = {theta[row, column]:g} lies beyond what was simulated, [{low[column]:g}, {high[column]:g}] "
+        f"({count} of {theta.shape[0]} points do); critical values are not extrapolated, expected a wider grid"
+    )

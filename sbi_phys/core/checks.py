@@ -13,7 +13,10 @@ __all__ = [
     "as_array",
     "as_matrix",
     "as_real",
+    "check_level",
+    "check_levels",
     "did_you_mean",
+    "find_name",
     "require_choice",
     "require_finite",
     "require_int",
@@ -125,6 +128,26 @@ def require_known(what: str, keys: Iterable[str], known: Iterable[str]) -> None:
     for key in keys:
         if key not in options:
             raise SettingError(f"{what} has an unknown key {key!r}; expected some of {', '.join(options)}{did_you_mean(key, options)}")
+
+
+def check_level(level: float) -> float:
+    """Return a confidence level within (0, 1).   Raises: SettingError."""
+    return require_number("level", level, low=0, high=1, open_low=True, open_high=True)
+
+
+def check_levels(level: float | Sequence[float]) -> tuple[float, ...]:
+    """Return one level or several as a rising tuple within (0, 1).   Raises: SettingError."""
+    several = tuple(level) if isinstance(level, Sequence | np.ndarray) else (level,)
+    if not several:
+        raise SettingError("level is empty; expected one confidence level or several within (0, 1)")
+    return tuple(sorted({check_level(v) for v in several}))
+
+
+def find_name(name: str, names: Sequence[str]) -> int:
+    """Index of a parameter's name.   Raises: SettingError."""
+    if name not in names:
+        raise SettingError(f"there is no parameter {name!r}; expected one of {', '.join(names)}{did_you_mean(name, names)}")
+    return list(names).index(name)
 
 
 def did_you_mean(got: Any, options: Iterable[str]) -> str:

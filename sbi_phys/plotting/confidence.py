@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import chdtri
 
-from sbi_phys.confidence.inputs import find_name
+from sbi_phys.core.checks import find_name
 from sbi_phys.plotting.style import BAND, new_axes
 from sbi_phys.plotting.style import PALETTE as COLOURS
 
@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from sbi_phys.confidence.coverage_map import CoverageMap
-    from sbi_phys.confidence.impacts import Impacts
     from sbi_phys.confidence.lf2i import LF2I
     from sbi_phys.confidence.limits import ExpectedLimits
     from sbi_phys.confidence.neyman import Neyman
-    from sbi_phys.confidence.scans import Contour, Profile
+    from sbi_phys.confidence.profile import Contour, Impacts, Profile
     from sbi_phys.confidence.sets import Region
 
 __all__ = ["contour", "coverage_map", "critical_values", "expected", "impacts", "learned_critical_values", "profile", "region"]

@@ -22,7 +22,8 @@ from scipy.special import chdtri, ndtri
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from sbi_phys.confidence import LF2I, CoverageMap, RefinedLRT, coverage_map, lf2i, posterior_moments, waldo
-from sbi_phys.confidence.inputs import find_name, require_within
+from sbi_phys.confidence.sets import require_within
+from sbi_phys.core.checks import find_name
 from sbi_phys.core.errors import SettingError, SupportError
 from sbi_phys.core.types import Array, Integers
 from sbi_phys.estimators.base import load
@@ -100,7 +101,7 @@ class PosteriorWaldo:
 def make_statistic(run: Run, settings: LimitsSettings, order: list[int], low: Array, high: Array) -> Any:
     """The test statistic over the box low..high (d,), parameters in this order, those of interest first."""
     k = len(settings.parameters)
-    kind = "two-sided" if settings.kind == "interval" else settings.kind
+    kind = settings.kind
     if settings.statistic == "waldo":
         return PosteriorWaldo(run, order, k, low, high, kind)
     back = np.argsort(order)

@@ -24,8 +24,7 @@ from typing import Any, ClassVar, Self
 
 import tomli_w
 
-from sbi_phys.confidence.inputs import check_levels
-from sbi_phys.core.checks import require_choice, require_int, require_known, require_number
+from sbi_phys.core.checks import check_levels, require_choice, require_int, require_known, require_number
 from sbi_phys.core.errors import SettingError
 from sbi_phys.estimators.density_sampling import METHODS as SAMPLERS
 from sbi_phys.estimators.nre import LOSSES

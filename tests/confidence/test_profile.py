@@ -4,7 +4,7 @@ from scipy.optimize import brentq
 from scipy.stats import chi2, norm, poisson
 
 from sbi_phys.confidence import asymptotic_limit, cls_limit, cls_value, contour, discovery, fit, impacts, limits, profile
-from sbi_phys.confidence.scans import conditional
+from sbi_phys.confidence.profile import conditional
 from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.priors import Parameter
 from tests.confidence import on_off_toy as toy

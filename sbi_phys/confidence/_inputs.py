@@ -5,26 +5,24 @@ from typing import Any
 
 import numpy as np
 
-from sbi_phys.core.checks import as_array, as_matrix, as_real, require_finite, require_number
-from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.checks import as_array, as_matrix, as_real, check_level, require_finite
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
 
 __all__ = [
+    "KINDS",
     "Bounds",
     "as_points",
     "check_axes",
     "check_bounds",
-    "check_level",
-    "check_levels",
     "check_statistic",
-    "find_name",
     "frozen",
     "nearest_level",
     "point_words",
-    "require_within",
 ]
 
+KINDS = ("interval", "upper", "lower")
 Bounds = Sequence[tuple[float | None, float | None]]
 
 
@@ -33,19 +31,6 @@ def frozen(array: ArrayLike) -> Array:
     copy = np.array(array, dtype=np.float64)
     copy.setflags(write=False)
     return copy
-
-
-def check_level(level: float) -> float:
-    """Return a confidence level within (0, 1).   Raises: SettingError."""
-    return require_number("level", level, low=0, high=1, open_low=True, open_high=True)
-
-
-def check_levels(level: float | Sequence[float]) -> tuple[float, ...]:
-    """Return one level or several as a rising tuple within (0, 1).   Raises: SettingError."""
-    several = tuple(level) if isinstance(level, Sequence | np.ndarray) else (level,)
-    if not several:
-        raise SettingError("level is empty; expected one confidence level or several within (0, 1)")
-    return tuple(sorted({check_level(v) for v in several}))
 
 
 def nearest_level(level: float | None, levels: tuple[float, ...]) -> int:
@@ -124,20 +109,6 @@ def check_bounds(bounds: "Bounds | None", low: Array, high: Array) -> tuple[tupl
     return tuple((None if a is None else float(a), None if b is None else float(b)) for a, b in rows)
 
 
-def require_within(what: str, theta: Array, low: Array, high: Array, names: Sequence[str]) -> None:
-    """Raise SupportError if a row of theta (m, d) lies outside of the box [low, high] that was simulated: nothing is extrapolated."""
-    slack = 1e-9 * (high - low)
-    outside = (theta < low - slack) | (theta > high + slack)
-    if not outside.any():
-        return
-    row, column = (int(i) for i in np.argwhere(outside)[0])
-    count = int(outside.any(axis=1).sum())
-    raise SupportError(
-        f"{what}: {names[column]} = {theta[row, column]:g} lies beyond what was simulated, [{low[column]:g}, {high[column]:g}] "
-        f"({count} of {theta.shape[0]} points do); critical values are not extrapolated, expected a wider grid"
-    )
-
-
 def check_statistic(value: Any, n: int | None, where: str) -> Array:
     """Return values (n,) of a test statistic; +Inf is allowed (theta is impossible), NaN and -Inf are not.
 
@@ -152,15 +123,6 @@ def check_statistic(value: Any, n: int | None, where: str) -> Array:
         raise NonFiniteError(f"the test statistic {where} is {array[i]} for {int(bad.sum())} of {array.size} data sets, first {i}; "
                              "expected numbers (+Inf where theta is impossible)")  # fmt: skip
     return array
-
-
-def find_name(name: str, names: Sequence[str]) -> int:
-    """Index of a parameter's name.   Raises: SettingError."""
-    if name not in names:
-        from sbi_phys.core.checks import did_you_mean
-
-        raise SettingError(f"there is no parameter {name!r}; expected one of {', '.join(names)}{did_you_mean(name, names)}")
-    return list(names).index(name)
 
 
 def point_words(names: Sequence[str], theta: ArrayLike) -> str:
