@@ -1,11 +1,11 @@
 r"""Ratio of two hypotheses: log r(x | theta0, theta1) = log p(x | theta0) - log p(x | theta1), parametrised or fixed.
 
-Events drawn from theta0 (numerator) and from theta1 (reference), where the pair (theta0, theta1) varies from row to row, are told apart
-by a classifier that is given both thetas:
+A classifier separates events drawn from theta0 (numerator) from events drawn from theta1 (reference). The pair (theta0, theta1) may vary
+from row to row and is an input of the classifier:
 
     minimise  mean_0 log(1 + e^-f) + mean_1 log(1 + e^f),      f = g(x, theta0) - g(x, theta1),      f* = log r
 
-The difference of one function g is what every exact ratio is. Learned in this form, r(x | a, b) r(x | b, c) = r(x | a, c) and
+Every exact log ratio is such a difference of one function g. Learned in this form, r(x | a, b) r(x | b, c) = r(x | a, c) and
 r(x | a, b) = 1 / r(x | b, a) hold exactly, and training against one fixed theta1 is enough for the ratio of any two theta0. Two
 hypotheses without parameters have f = g(x). Afterwards the last layer is solved exactly (`nets.classifier`).
 

@@ -1,11 +1,14 @@
-r"""Ratios and scores from mined gold: a simulator that knows its latent z hands out what x alone does not show.
+r"""Ratios and scores learned from the joint ratios and scores of a simulator whose latent variables z are known.
+
+The joint ratio and the joint score,
 
     r(x, z | theta0, theta1) = p(x, z | theta0) / p(x, z | theta1)      joint ratio
     t(x, z | theta) = grad_theta log p(x, z | theta)                     joint score
 
-are exact per event where p(x | theta) itself is out of reach, and noisy without bias: E[r(x, z) | x, theta1] = r(x) and
-E[t(x, z | theta) | x, theta] = t(x | theta). Regression on them needs far fewer events than labels alone. With y = 1 for events drawn
-from theta0, y = 0 from theta1, s the logistic function and f = log r(x | theta0, theta1) as in `two_hypotheses`:
+are known exactly for each event even where p(x | theta) is intractable. They are unbiased estimates of the ratio and the score of x,
+E[r(x, z) | x, theta1] = r(x) and E[t(x, z | theta) | x, theta] = t(x | theta) ("mining gold"), and regression on them needs far fewer
+events than classification with labels alone. With y = 1 for events drawn
+from theta0, y = 0 from theta1, s the logistic function and f = log r(x | theta0, theta1) as in `hypotheses`:
 
     ROLR     (1 - y) (r(x, z) - e^f)^2 + y (1 / r(x, z) - e^-f)^2                        arXiv:1805.00013
     ALICE    cross entropy with the soft label s(log r(x, z)) in place of y               arXiv:1808.00973
@@ -13,9 +16,9 @@ from theta0, y = 0 from theta1, s the logistic function and f = log r(x | theta0
     ALICES   ALICE + alpha |grad_theta f - t(x, z | theta)|^2                             arXiv:1808.00973
     SALLY    |t^(x) - t(x, z | theta_ref)|^2: the locally optimal statistic               arXiv:1805.00013
 
-ROLR's targets are ratios themselves, which are heavy-tailed where the hypotheses lie apart; ALICE's stay between 0 and 1. ALICE needs as
-many events of theta0 as of theta1. All events enter the score term: f = g(x, theta0) - g(x, theta1), so that
-grad g at the event's own theta is what t is compared with, whichever side it was drawn from.
+The targets of ROLR are the ratios themselves, which have heavy tails where the hypotheses differ strongly; those of ALICE lie between 0
+and 1. ALICE needs as many events of theta0 as of theta1. The score term uses all events: since f = g(x, theta0) - g(x, theta1), t is
+compared with grad g at the event's own theta, from whichever hypothesis the event was drawn.
 
 Source: Brehmer, Cranmer, Louppe & Pavez 2018, arXiv:1805.00013, 1805.00020; Stoye et al. 2018, arXiv:1808.00973.
 """
