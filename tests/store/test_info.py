@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import shutil
@@ -150,32 +149,3 @@ def test_watching_and_reading_while_another_process_writes(tmp_path):
     assert states[0].writer.startswith(f"process {process.pid} on ")
     middle = next(s for s in states if s.rate is not None)
     assert middle.rate > 0 and middle.seconds_left > 0
-
-
-def test_the_commands(tmp_path):
-    import contextlib
-
-    import typer
-    from typer.testing import CliRunner
-
-    from sbi_phys.workflow.cli_store import register
-
-    app = typer.Typer()
-    register(app, lambda debug: contextlib.nullcontext())
-    app.command("other")(lambda: None)
-    flaky(tmp_path / "a", 250, seed=1)
-    flaky(tmp_path / "b", 250, seed=2)
-    run = CliRunner().invoke
-    got = run(app, ["store", "verify", str(tmp_path / "a")])
-    assert got.exit_code == 0 and "3 of 3 shards are whole" in got.output
-    got = run(app, ["store", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "ab")])
-    assert got.exit_code == 0 and "rows       500 of 500" in got.output
-    (tmp_path / "ab" / shard_name(2)).write_bytes(b"")
-    got = run(app, ["store", "verify", str(tmp_path / "ab"), "--json"])
-    found = json.load(io.StringIO(got.output[got.output.index("{") :].splitlines()[0]))
-    assert got.exit_code == 1 and [f["kind"] for f in found["findings"]] == ["truncated"]
-    got = run(app, ["store", "repair", str(tmp_path / "ab")])
-    assert "moved to broken/shard-00002.h5" in got.output and "shards to make: 2" in got.output
-    assert json.loads(run(app, ["store", "info", str(tmp_path / "a"), "--json"]).output)["n_rows"] == 250
-    got = run(app, ["store", "info", str(tmp_path / "a"), "--watch", "--interval", "0.1"])
-    assert got.exit_code == 0 and "complete" in got.output

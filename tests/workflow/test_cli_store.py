@@ -1,16 +1,19 @@
-"""Array jobs on the command line; the commands `store ...` are tested beside what they call."""
+"""Array jobs on the command line, and the commands `store ...`."""
 
+import io
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from typer.testing import CliRunner
 
+from sbi_phys.store.shards import shard_name
 from sbi_phys.store.store import Store
 from sbi_phys.workflow import cli_store
 from sbi_phys.workflow.cli import app
 from sbi_phys.workflow.settings import Config
-from tests.store.helpers import digests
+from tests.store.helpers import digests, flaky
 
 TOY = ["--simulator", "tests.toys:LinearGaussian", "--n", "700", "--set", "simulate.shard_size=100", "--workers", "1"]
 
@@ -59,3 +62,22 @@ def test_jobs_that_begin_a_run_folder_together(tmp_path):
             runs = list(threads.map(lambda _, i=i: cli_store._join_run(config, tmp_path / str(i)), range(4)))
         assert all(run.config == config for run in runs)
         assert Config.read(tmp_path / str(i) / "config.toml") == config
+
+
+def test_the_store_commands(tmp_path):
+    flaky(tmp_path / "a", 250, seed=1)
+    flaky(tmp_path / "b", 250, seed=2)
+    invoke = CliRunner().invoke
+    got = invoke(app, ["store", "verify", str(tmp_path / "a")])
+    assert got.exit_code == 0 and "3 of 3 shards are whole" in got.output
+    got = invoke(app, ["store", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "ab")])
+    assert got.exit_code == 0 and "rows       500 of 500" in got.output
+    (tmp_path / "ab" / shard_name(2)).write_bytes(b"")
+    got = invoke(app, ["store", "verify", str(tmp_path / "ab"), "--json"])
+    found = json.load(io.StringIO(got.output[got.output.index("{") :].splitlines()[0]))
+    assert got.exit_code == 1 and [f["kind"] for f in found["findings"]] == ["truncated"]
+    got = invoke(app, ["store", "repair", str(tmp_path / "ab")])
+    assert "moved to broken/shard-00002.h5" in got.output and "shards to make: 2" in got.output
+    assert json.loads(invoke(app, ["store", "info", str(tmp_path / "a"), "--json"]).output)["n_rows"] == 250
+    got = invoke(app, ["store", "info", str(tmp_path / "a"), "--watch", "--interval", "0.1"])
+    assert got.exit_code == 0 and "complete" in got.output
