@@ -6,8 +6,7 @@ import numpy as np
 from scipy.special import chdtri
 
 from sbi_phys.core.checks import find_name
-from sbi_phys.plotting.style import BAND, new_axes
-from sbi_phys.plotting.style import PALETTE as COLOURS
+from sbi_phys.plotting.style import BAND, MUTED, PALETTE, finish, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,18 +27,15 @@ SHOWN = 5  # lines in one picture
 
 def _finish(ax: "Axes", **settings: Any) -> "Axes":
     ax.set(**settings)
-    ax.spines[["top", "right"]].set_visible(False)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="best", fontsize="small", framealpha=0.85, edgecolor="none")
-    return ax
+    return finish(ax)
 
 
 def profile(result: "Profile", ax: "Axes | None" = None) -> "Axes":
     """Profile likelihood over the parabola of the Hesse error, with the 68.3 and 95.4 % heights."""
     ax = new_axes(ax)
     parabola = ((result.grid - result.best) / result.error) ** 2
-    ax.plot(result.grid, result.q, color=COLOURS[0], linewidth=1.6, label="profile")
-    ax.plot(result.grid, parabola, color="#999999", linewidth=1.2, linestyle="--", label="parabola (Hesse)")
+    ax.plot(result.grid, result.q, color=PALETTE[0], linewidth=1.6, label="profile")
+    ax.plot(result.grid, parabola, color=MUTED, linewidth=1.2, linestyle="--", label="parabola (Hesse)")
     top = min(1.1 * float(result.q.max()), 12.0)
     for height, words in ((1.0, "68.3 %"), (4.0, "95.4 %")):
         if height < top:
@@ -52,7 +48,7 @@ def contour(result: "Contour", ax: "Axes | None" = None, levels: tuple[float, ..
     """Joint regions of the given contents and the best fit."""
     ax = new_axes(ax, width=4.8, height=4.2)
     for i, level in enumerate(sorted(levels)):
-        colour = COLOURS[i % len(COLOURS)]
+        colour = PALETTE[i % len(PALETTE)]
         ax.contour(result.x, result.y, result.q.T, levels=[result.threshold(level)], colors=[colour], linewidths=1.6)
         ax.plot([], [], color=colour, linewidth=1.6, label=f"{100 * level:.1f} %")
     ax.plot(*result.best, "+", color="black", markersize=9, label="best fit")
@@ -64,8 +60,8 @@ def impacts(result: "Impacts", ax: "Axes | None" = None, most: int = 15) -> "Axe
     n = min(len(result.names), most)
     ax = new_axes(ax, width=5.6, height=1.4 + 0.32 * n)
     rows = np.arange(n)[::-1]
-    ax.barh(rows, result.up[:n], height=0.5, color=COLOURS[0], alpha=0.75, label="+1 error")
-    ax.barh(rows, result.down[:n], height=0.5, color=COLOURS[5], alpha=0.75, label="-1 error")
+    ax.barh(rows, result.up[:n], height=0.5, color=PALETTE[0], alpha=0.75, label="+1 error")
+    ax.barh(rows, result.down[:n], height=0.5, color=PALETTE[5], alpha=0.75, label="-1 error")
     extent = 1.15 * max(float(np.abs(result.up[:n]).max()), float(np.abs(result.down[:n]).max()), 1e-12)
     ax.set(yticks=rows, yticklabels=result.labels[:n], xlim=(-extent, extent), ylim=(-0.7, n - 0.3), xlabel=f"shift of {result.name}")
     known = np.isfinite(result.pull[:n])
@@ -77,7 +73,7 @@ def impacts(result: "Impacts", ax: "Axes | None" = None, most: int = 15) -> "Axe
         reach = max(2.0, 1.15 * float((np.abs(result.pull[:n][known]) + result.pull_error[:n][known]).max()))
         above.set(xlim=(-reach, reach), xlabel="pull (points)")
         for x in (-1, 1):
-            above.axvline(x, color="#999999", linewidth=0.6, linestyle=":")
+            above.axvline(x, color=MUTED, linewidth=0.6, linestyle=":")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False)
     return ax
 
@@ -90,10 +86,10 @@ def critical_values(result: "Neyman", ax: "Axes | None" = None, level: int = 0) 
     at = tuple(a.size // 2 for a in result.axes[2:])
     values, errors = result.critical_values[level], result.critical_errors[level]
     if result.dim == 1:
-        ax.errorbar(x, values, errors, fmt="o-", markersize=3, linewidth=1.2, color=COLOURS[0], label="toys")
+        ax.errorbar(x, values, errors, fmt="o-", markersize=3, linewidth=1.2, color=PALETTE[0], label="toys")
     else:
         shown = np.unique(np.linspace(0, result.axes[1].size - 1, min(SHOWN, result.axes[1].size)).round().astype(int))
-        for colour, j in zip(COLOURS, shown, strict=False):
+        for colour, j in zip(PALETTE, shown, strict=False):
             words = f"{result.names[1]} = {result.axes[1][j]:.3g}"
             place = (slice(None), j, *at)
             ax.errorbar(x, values[place], errors[place], fmt="o-", markersize=3, linewidth=1.2, color=colour, label=words)
@@ -106,7 +102,7 @@ def learned_critical_values(result: "LF2I", ax: "Axes | None" = None, level: int
     x = np.linspace(result.low[0], result.high[0], 300)
     middle = (result.low + result.high) / 2
     second = [None] if result.dim == 1 else list(np.linspace(result.low[1], result.high[1], 3))
-    for colour, v in zip(COLOURS, second, strict=False):
+    for colour, v in zip(PALETTE, second, strict=False):
         theta = np.tile(middle, (x.size, 1))
         theta[:, 0] = x
         words = "learned"
@@ -129,10 +125,10 @@ def region(result: "Region", ax: "Axes | None" = None, data_set: int = 0) -> "Ax
     shown = np.where(np.isfinite(margin), margin, np.nanmax(np.where(np.isfinite(margin), margin, np.nan)))
     x, y = result.axes
     if (shown <= 0).any():
-        ax.contourf(x, y, shown.T, levels=[min(float(shown.min()), -1e-9) * 1.01, 0], colors=[COLOURS[5]], alpha=0.5)
+        ax.contourf(x, y, shown.T, levels=[min(float(shown.min()), -1e-9) * 1.01, 0], colors=[PALETTE[5]], alpha=0.5)
         if (shown > 0).any():
-            ax.contour(x, y, shown.T, levels=[0], colors=[COLOURS[0]], linewidths=1.6)
-    ax.plot([], [], color=COLOURS[0], linewidth=1.6, label=f"{100 * result.level:.4g} % set")
+            ax.contour(x, y, shown.T, levels=[0], colors=[PALETTE[0]], linewidths=1.6)
+    ax.plot([], [], color=PALETTE[0], linewidth=1.6, label=f"{100 * result.level:.4g} % set")
     return _finish(ax, xlabel=result.names[0], ylabel=result.names[1], xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
 
 
@@ -149,13 +145,13 @@ def coverage_map(result: "CoverageMap", ax: "Axes | None" = None, name: str | No
     ax.fill_between(
         x, np.maximum(c - 2 * error, 0), np.minimum(c + 2 * error, 1), color=BAND, linewidth=0, label=r"smooth map, $\pm 2$ errors"
     )
-    ax.plot(x, c, color=COLOURS[0], linewidth=1.4)
+    ax.plot(x, c, color=PALETTE[0], linewidth=1.4)
     own = [b for b in result.bins if set(b.box) == {result.names[i]}]
     if own:
         ends = np.array([b.box[result.names[i]] for b in own])
         ax.errorbar(
             ends.mean(axis=1), [b.coverage for b in own], [b.error for b in own], np.diff(ends, axis=1)[:, 0] / 2,
-            fmt="o", markersize=3, color=COLOURS[1], label="bins",
+            fmt="o", markersize=3, color=PALETTE[1], label="bins",
         )  # fmt: skip
     ax.axhline(result.level, color="black", linewidth=0.9, linestyle="--", label=f"stated, {100 * result.level:.4g} %")
     return _finish(ax, xlabel=result.labels[i], ylabel="coverage", xlim=(x[0], x[-1]))
@@ -187,8 +183,8 @@ def expected(result: "ExpectedLimits", ax: "Axes | None" = None, observed: float
     ax.axvspan(b[0], b[4], color=YELLOW, linewidth=0, label="95.4 %")
     ax.axvspan(b[1], b[3], color=GREEN, linewidth=0, label="68.3 %")
     counts, edges = np.histogram(result.values, bins=min(40, max(np.unique(result.values).size, 10)))
-    ax.stairs(counts, edges, color="#555555", linewidth=1.2)
+    ax.stairs(counts, edges, color=PALETTE[7], linewidth=1.2)
     ax.axvline(b[2], color="black", linestyle="--", linewidth=1.2, label=f"median {b[2]:.3g}")
     if observed is not None:
-        ax.axvline(observed, color=COLOURS[1], linewidth=1.8, label=f"observed {observed:.3g}")
+        ax.axvline(observed, color=PALETTE[1], linewidth=1.8, label=f"observed {observed:.3g}")
     return _finish(ax, xlabel=f"{100 * result.level:.4g} % {result.kind} limit on {result.name}", ylabel="toys without signal")
