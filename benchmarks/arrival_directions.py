@@ -205,12 +205,12 @@ def simulated(sky: SkyMap, what: str, n: int, folder: Path | None, budget: list[
     return np.concatenate([p["top"] for p in parts])[:n], np.concatenate([p["rows"] for p in parts])[:n]
 
 
-def statistic(data: Array, theta: Array) -> Array:
+def statistic(theta: Array, data: Array) -> Array:
     """q (n,) of experiments (n, 1 + n_delta): the largest log Lambda, and log Lambda at the tested f for each blurring."""
     return np.asarray(2 * (data[:, 0] - data[:, 1:].max(axis=1)))
 
 
-def profile(data: Array, psi: Array) -> Array:
+def profile(psi: Array, data: Array) -> Array:
     """Blurring (n,) that fits best at f = psi; without sources all fit alike, and one in the middle stands for them."""
     return np.full(len(data), 15.0) if psi[0] < 1e-9 else DELTAS[data[:, 1:].argmax(axis=1)]
 
@@ -261,7 +261,7 @@ def construct(top: Array, rows: Array) -> dict[str, Construction]:
     best = np.where(theta[:, 0] > 0, DELTAS[data[:, 1:].argmax(axis=1)], 15.0)
     for name, profiled in (("learned", None), ("learned, corrected", best)):
         sets[name] = lf2i(
-            theta, statistic(data, theta), statistic, LEVELS, names=["f", "delta0"], interest=1, profile=profile, bounds=bounds,
+            theta, statistic(theta, data), statistic, LEVELS, names=["f", "delta0"], interest=1, profile=profile, bounds=bounds,
             model="splines-6", profiled=profiled, rounds=ROUNDS, seed=1,
         )  # fmt: skip
     return sets
@@ -282,7 +282,7 @@ def coverage(sets: dict[str, Construction], n_critical: int, top: Array, rows: A
         for j in range(len(BLURS) + 1):
             for t, f in enumerate(TRUTHS):
                 data = joined(top[:, k, j], rows[:, k, j, t])
-                q = statistic(data, np.array([f]))
+                q = statistic(np.array([f]), data)
                 for level in LEVELS:
                     held["Wilks", level][k, j, t] = (q <= chi2.ppf(level, 1)).mean()
                     for name, each in sets.items():

@@ -78,7 +78,7 @@ def bounded(n_toys: int) -> Numbers:
     rng = rng_for(1, "learned")
     theta = 9 * rng.uniform(0, 1, (N_LEARN, 1)) ** 2  # more of them where critical values change
     x = rng.normal(theta[:, 0], 1)
-    learned = lf2i(theta, statistic(x, theta), statistic, LEVELS, names=["mu"], bounds=[(0, None)])
+    learned = lf2i(theta, statistic(theta, x), statistic, LEVELS, names=["mu"], bounds=[(0, None)])
     print(learned.summary())
     mus = np.array([0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 6.0])
     data = [rng_for(2, "cover", i).normal(mu, 1, n_toys) for i, mu in enumerate(mus)]
@@ -105,9 +105,9 @@ def on_off(n_toys: int) -> Numbers:
     theta = np.column_stack([9 * rng.uniform(0, 1, N_LEARN) ** 2, rng.uniform(0.4, 1.7, N_LEARN)])
     means = np.stack([theta[:, 0] * toy.S + theta[:, 1] * toy.B, toy.TAU * theta[:, 1] * toy.B], axis=1)
     counts = rng.poisson(means).astype(float)
-    q = statistic(counts, theta[:, :1])
+    q = statistic(theta[:, :1], counts)
     learned = lf2i(theta, q, statistic, LEVELS, names=["mu", "nu"], interest=1, profile=toy.nu_hat, bounds=bounds, model="splines-6")
-    best = np.array([toy.nu_hat(c[None], t[:1])[0] for c, t in zip(counts, theta, strict=True)])
+    best = np.array([toy.nu_hat(t[:1], c[None])[0] for c, t in zip(counts, theta, strict=True)])
     corrected = lf2i(
         theta, q, statistic, LEVELS, names=["mu", "nu"], interest=1, profile=toy.nu_hat, bounds=bounds, model="splines-6", profiled=best
     )
@@ -129,7 +129,7 @@ def _coverage(what: str, rows: list[tuple[Array, Array]], statistic: LRT, sets: 
         for theta, data in rows:
             for name, construction in sets.items():
                 table[name].append(float(construction.contains(data, theta[:1], level).mean()))
-            table["Wilks"].append(float((statistic(data, theta[:1]) <= chi2.ppf(level, 1)).mean()))
+            table["Wilks"].append(float((statistic(theta[:1], data) <= chi2.ppf(level, 1)).mean()))
         print(f"{what}, {100 * level:.4g} %: " + ", ".join(table))
         for i, (theta, _) in enumerate(rows):
             print(f"  {np.array2string(theta, precision=3):<14}" + "  ".join(f"{column[i]:.4f}" for column in table.values()))

@@ -353,7 +353,7 @@ class LF2I(Construction):
         if self.profile is not None:
             raise SettingError("with profiled nuisances each theta needs its own call; expected contains(data, psi), psi by psi")
         points = as_points("theta", theta, self.dim, self.names)
-        q = check_statistic(self.statistic(data, points), points.shape[0], "row by row")
+        q = check_statistic(self.statistic(points, data), points.shape[0], "row by row")
         require_within("theta", points, self.low, self.high, self.names)
         return q <= self.critical(points, level)
 
@@ -387,7 +387,7 @@ def lf2i(
     Args:
         theta: (n, d), filling the space where sets are wanted, parameters of interest first.
         q: (n,), q(D_i; theta_i) of simulations.
-        statistic: (data of n sets, theta (d,)) -> (n,), the same as q was made with; large where theta is bad.
+        statistic: (theta (d,), data of n sets) -> (n,), the same as q was made with; large where theta is bad.
         level: confidence level, or several (one regression each).
         names: d names or Parameters.
         interest: number of leading parameters that are wanted; the others are nuisances. None = all.

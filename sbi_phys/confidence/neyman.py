@@ -154,14 +154,14 @@ def neyman(
 
     Args:
         simulator: (theta (d,), n, rng) -> n data sets, as one array or whatever the statistic takes.
-        statistic: (data of n sets, theta (d,)) -> (n,), large where theta is bad; `LRT` gives Feldman and Cousins. With a `profile`
+        statistic: (theta (d,), data of n sets) -> (n,), large where theta is bad; `LRT` gives Feldman and Cousins. With a `profile`
             or the supremum it is called with psi (interest,) alone. If it has a method `prepare(data)`, that is called once per batch.
         grid: rising values of the parameter; or one array per parameter, or {name: array}: their product is simulated.
         level: confidence level, or several.
         n_toys: data sets at each grid point; C is good to about sqrt(level / (1 - level) / n_toys) of its tail probability.
         names: d names or Parameters, where the grid has none.
         interest: number of leading parameters that are wanted; the others are nuisances. None = all.
-        profile: (data of n sets, psi (interest,)) -> nuisances (n, d - interest) that fit best.
+        profile: (psi (interest,), data of n sets) -> nuisances (n, d - interest) that fit best.
         nuisance: 'profiled', C at the nuisances of `profile`; 'prepivoted', corrected to cover at each of the grid's nuisances; 'supremum',
             the largest C over them; 'projected', psi is kept if one of them keeps it. None = 'profiled' with a profile, else 'projected'.
         rounds: of prepivoting; they cost no simulations.
@@ -246,7 +246,7 @@ def _toys(
     theta = np.array(values)
     data = simulator(theta, n_toys, rng_for(seed, "neyman", index))
     prepare = getattr(statistic, "prepare", None)
-    found = statistic(data if prepare is None else prepare(data), theta[:seen])
+    found = statistic(theta[:seen], data if prepare is None else prepare(data))
     q = check_statistic(found, n_toys, f"of the toys at {point_words(names, theta)}")[:, None]
     return q if profile is None else np.concatenate([q, nuisances_of(profile, data, theta[:seen], n_toys, len(names) - seen)], axis=1)
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Construction", "Fixed", "Interval", "Region", "Statistic", "hull", "nuisances_of", "require_within"]
 
-Statistic = Callable[[Any, Array], ArrayLike]
-Profile = Callable[[Any, Array], ArrayLike]
+Statistic = Callable[[Array, Any], ArrayLike]
+Profile = Callable[[Array, Any], ArrayLike]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -207,7 +207,7 @@ class Construction(ABC):
             wanted = [(np.append(point[:k], v), None) for v in nuisances]
         tests = []
         for seen, nu in wanted:
-            q = check_statistic(self.statistic(data.reduced, seen), None, f"at {point_words(self.names, seen)}")
+            q = check_statistic(self.statistic(seen, data.reduced), None, f"at {point_words(self.names, seen)}")
             if seen.size == self.dim:
                 full = np.broadcast_to(seen, (q.size, self.dim))
             else:
@@ -282,14 +282,14 @@ class Fixed:
 
     nuisances: Array
 
-    def __call__(self, data: Any, psi: Array) -> Array:
+    def __call__(self, psi: Array, data: Any) -> Array:
         """Nuisances (m,), one row that stands for all."""
         return self.nuisances
 
 
-def nuisances_of(profile: Callable[[Any, Array], ArrayLike], data: Any, psi: Array, n: int, m: int) -> Array:
+def nuisances_of(profile: Profile, data: Any, psi: Array, n: int, m: int) -> Array:
     """Nuisances (n, m) that fit each of n data sets best at psi.   Raises: ShapeError, NonFiniteError."""
-    found = np.asarray(profile(data, psi), dtype=np.float64)
+    found = np.asarray(profile(psi, data), dtype=np.float64)
     if isinstance(profile, Fixed):
         found = np.broadcast_to(found, (n, m))
     elif found.ndim == 1 and m == 1:

@@ -108,7 +108,7 @@ class LRT:
         kind: 'interval', 'upper' (0 where theta_hat > theta) or 'lower' (0 where theta_hat < theta).
         parameter: column of theta that a one-sided statistic looks at.
 
-    Called with (data, theta (d,)) or, row by row, theta (n, d) -> (n,). Where theta is better than all of `search`, q = 0.
+    Called with (theta (d,), data) or, row by row, (theta (n, d), data) -> (n,). Where theta is better than all of `search`, q = 0.
     Raises: SettingError, ShapeError, NonFiniteError (NaN or +Inf), DataError (no theta possible: all -Inf).
     """
 
@@ -149,7 +149,7 @@ class LRT:
             raise DataError(f"data set {i} has ln L = -Inf at all {points.shape[0]} values of search; expected one that is possible")
         return _Maximised(data, best, points[place])
 
-    def __call__(self, data: Any, theta: ArrayLike) -> Array:
+    def __call__(self, theta: ArrayLike, data: Any) -> Array:
         """Values (n,) of the statistic for n data sets at theta (d,), or (n, d) row by row."""
         found = data if isinstance(data, _Maximised) else self.prepare(data)
         point = np.atleast_1d(as_real("theta", theta))
@@ -177,7 +177,7 @@ class Profiled:
     r"""Profile log likelihood ln L(D; psi) = max_nu ln L(D; psi, nu) over a set of nuisances (j, d_nu).
 
     Args: log_likelihood: (theta (m, d), data of n sets) -> (n, m) with theta = (psi, nu), constraint terms of nu included.
-    Called with (psi (m, k), data) -> (n, m): hand it to `LRT`. `.nuisance(data, psi)` is the `profile` that `neyman` takes.
+    Called with (psi (m, k), data) -> (n, m): hand it to `LRT`. `.nuisance(psi, data)` is the `profile` that `neyman` takes.
     Raises: ShapeError, NonFiniteError.   Read: the set of nu must be finer than their errors, or a closed form should take its place.
     """
 
@@ -203,7 +203,7 @@ class Profiled:
         blocks = self._blocks(np.asarray(psi, dtype=np.float64))
         return np.concatenate([self._table(block, data).max(axis=-1) for block in blocks], axis=1)
 
-    def nuisance(self, data: Any, psi: ArrayLike) -> Array:
+    def nuisance(self, psi: ArrayLike, data: Any) -> Array:
         """Nuisances (n, d_nu) that fit each data set best at psi (k,)."""
         best = self._table(np.atleast_2d(np.asarray(psi, dtype=np.float64)), data)[:, 0].argmax(axis=-1)
         return np.asarray(np.asarray(self.nuisances)[best])
@@ -259,7 +259,7 @@ class Waldo:
 
     columns: which parameters enter, None = all; with nuisances give those of interest, so that the rest is marginalised.
     kind: 'interval', or 'upper', 'lower' for limits on the one parameter that enters.
-    Called with (data, theta (d,) or (n, d)) -> (n,); theta may have more columns than are asked for.
+    Called with (theta (d,) or (n, d), data) -> (n,); theta may have more columns than are asked for.
     """
 
     draws: Callable[[Any], ArrayLike] | None = None
@@ -287,7 +287,7 @@ class Waldo:
             mean, spread = mean[:, keep], spread[:, keep][:, :, keep]
         return _Moments(mean, spread)
 
-    def __call__(self, data: Any, theta: ArrayLike) -> Array:
+    def __call__(self, theta: ArrayLike, data: Any) -> Array:
         """Values (n,) of the statistic."""
         found = data if isinstance(data, _Moments) else self.prepare(data)
         point = np.atleast_1d(as_real("theta", theta))
@@ -320,7 +320,7 @@ class RefinedLRT:
     Args: log_likelihood: (data of n sets, theta (n, d)) -> (n,), row by row, -inf allowed; data are indexed by rows. low, high (d,): the
         box. interest: 1 or 2. kind: 'interval', 'upper' (0 where psi_hat > psi), 'lower'. first: points per parameter of the first grid
         where at most two vary; its square is the number of first points where more do.
-    Called with (data, psi (interest,) or (n, interest)) -> (n,); `.nuisance(data, psi)` is the `profile` that `lf2i` takes.
+    Called with (psi (interest,) or (n, interest), data) -> (n,); `.nuisance(psi, data)` is the `profile` that `lf2i` takes.
     Raises: SettingError (interest), ShapeError, NonFiniteError, SupportError (psi outside the box), DataError.
     """
 
@@ -351,7 +351,7 @@ class RefinedLRT:
         best, at = self._search(data, None)
         return _Maximised(data, best, at)
 
-    def __call__(self, data: Any, psi: ArrayLike) -> Array:
+    def __call__(self, psi: ArrayLike, data: Any) -> Array:
         """Values (n,) of the statistic at psi (interest,), or row by row (n, interest); further columns are left out."""
         found = data if isinstance(data, _Maximised) else self.prepare(data)
         points = self._points(psi, found.best.size)
@@ -369,7 +369,7 @@ class RefinedLRT:
             raise ShapeError(f"data has {one.best.size} sets; expected one")
         return _Maximised(np.repeat(one.data, m, axis=0), np.repeat(one.best, m), np.repeat(one.at, m, axis=0))
 
-    def nuisance(self, data: Any, psi: ArrayLike) -> Array:
+    def nuisance(self, psi: ArrayLike, data: Any) -> Array:
         """Nuisances (n, d - interest) that fit each data set best at psi."""
         found, near = (data.data, data.at) if isinstance(data, _Maximised) else (data, None)
         _, at = self._search(found, self._points(psi, len(found)), near)

@@ -78,7 +78,7 @@ class PosteriorWaldo:
         """Posterior mean (n, d) and covariance (n, d, d), once for any number of psi."""
         return posterior_moments(self.npe.sample(np.asarray(data), DRAWS, seed=self.seed)[..., self.order])
 
-    def __call__(self, data: Any, psi: Any) -> Array:
+    def __call__(self, psi: Any, data: Any) -> Array:
         """Values (n,) at psi (interest,) or row by row; further columns are left out."""
         mean, spread = data if isinstance(data, tuple) else self.prepare(data)
         k = self.interest
@@ -89,7 +89,7 @@ class PosteriorWaldo:
         mean, spread = self.prepare(data)
         return np.repeat(mean, m, axis=0), np.repeat(spread, m, axis=0)
 
-    def nuisance(self, data: Any, psi: Any) -> Array:
+    def nuisance(self, psi: Any, data: Any) -> Array:
         """E[nu | x, psi] (n, d - interest) of a Gaussian posterior, within the box."""
         mean, spread = data if isinstance(data, tuple) else self.prepare(data)
         k = self.interest
@@ -200,9 +200,9 @@ def _evaluate(run: Run, statistic: Any, x: Array, theta: Array, nuisances: int) 
         for start in range(0, len(x), BLOCK):
             rows = slice(start, start + BLOCK)
             prepared = statistic.prepare(x[rows])
-            q[rows] = statistic(prepared, theta[rows])
+            q[rows] = statistic(theta[rows], prepared)
             if nuisances:
-                best[rows] = statistic.nuisance(prepared, theta[rows])
+                best[rows] = statistic.nuisance(theta[rows], prepared)
             task.advance(len(q[rows]))
     return q, best
 
@@ -249,7 +249,7 @@ def _scan(sets: LF2I, observed: Array, levels: tuple[float, ...], highest: float
     statistic: Any = sets.statistic
     axes = tuple(np.linspace(a, b, POINTS if k == 1 else PLANE) for a, b in zip(low, high, strict=True))
     coarse = _mesh(axes)
-    q = statistic(statistic.repeated(observed, len(coarse)), coarse).reshape([a.size for a in axes])
+    q = statistic(coarse, statistic.repeated(observed, len(coarse))).reshape([a.size for a in axes])
     near = q <= max(2.5 * highest, float(q.min()) + highest)
     closer = []
     for i, axis in enumerate(axes):
@@ -258,10 +258,10 @@ def _scan(sets: LF2I, observed: Array, levels: tuple[float, ...], highest: float
     axes = (np.unique(np.concatenate([axes[0], closer[0]])),) if k == 1 else tuple(closer)
     points = _mesh(axes)
     prepared = statistic.repeated(observed, len(points))
-    full = points if sets.profile is None else np.concatenate([points, statistic.nuisance(prepared, points)], axis=1)
+    full = points if sets.profile is None else np.concatenate([points, statistic.nuisance(points, prepared)], axis=1)
     shape = [a.size for a in axes]
     critical = {level: sets.critical(full, level).reshape(shape) for level in levels}
-    return Scan(axes=axes, q=statistic(prepared, points).reshape(shape), critical=critical)
+    return Scan(axes=axes, q=statistic(points, prepared).reshape(shape), critical=critical)
 
 
 def _mesh(axes: tuple[Array, ...]) -> Array:

@@ -18,7 +18,7 @@ def log_likelihood(theta, data):
     return (xlogy(k, mean) - mean - gammaln(k + 1)).sum(axis=2)
 
 
-def nu_hat(data, mu):
+def nu_hat(mu, data):
     """nu (n,) that fits best at mu: the positive root of a quadratic equation."""
     on, off = np.asarray(data).T
     s = float(np.atleast_1d(mu)[0]) * S
@@ -31,7 +31,7 @@ def profiled(psi, data):
     """Profile log likelihood (n, m) at mu (m, 1)."""
     columns = []
     for mu in np.asarray(psi)[:, 0]:
-        nu = nu_hat(data, mu)
+        nu = nu_hat(mu, data)
         means = np.stack([mu * S + nu * B, TAU * nu * B], axis=1)
         columns.append((xlogy(data, means) - means - gammaln(np.asarray(data) + 1)).sum(axis=1))
     return np.stack(columns, axis=1)

@@ -29,7 +29,7 @@ def sample(n, key):
 @pytest.fixture(scope="module")
 def bounded():
     theta, x = sample(6000, "train")
-    return lf2i(theta, BOUNDED(x, theta), BOUNDED, 0.9, names=["mu"], bounds=[(0, None)], pvalues=True)
+    return lf2i(theta, BOUNDED(theta, x), BOUNDED, 0.9, names=["mu"], bounds=[(0, None)], pvalues=True)
 
 
 def test_learned_sets_cover_everywhere(bounded):
@@ -56,7 +56,7 @@ def test_pvalues_belong_to_the_sets(bounded):
     p = np.array([bounded.pvalue(x[i : i + 1], theta[i])[0] for i in range(200)])
     assert np.abs([np.mean(p <= a) - a for a in (0.1, 0.32, 0.5)]).max() < 0.08
     with pytest.raises(SettingError, match="not learned"):
-        lf2i(theta, BOUNDED(x, theta), BOUNDED, model="constant").pvalue(x[:1], 1.0)
+        lf2i(theta, BOUNDED(theta, x), BOUNDED, model="constant").pvalue(x[:1], 1.0)
 
 
 def test_waldo_covers_whatever_the_prior():
@@ -64,7 +64,7 @@ def test_waldo_covers_whatever_the_prior():
     statistic = Waldo(moments=lambda x: (0.5 * np.asarray(x)[:, None], np.full((len(x), 1, 1), 0.5)))
     rng = rng_for(1, "waldo")
     theta = rng.uniform(-4, 4, (6000, 1))
-    found = lf2i(theta, statistic(rng.normal(theta[:, 0], 1), theta), statistic, 0.683, model="splines-6")
+    found = lf2i(theta, statistic(theta, rng.normal(theta[:, 0], 1)), statistic, 0.683, model="splines-6")
     check = rng.uniform(-4, 4, (4000, 1))
     inside = found.contains_each(rng.normal(check[:, 0], 1), check)
     assert abs(inside.mean() - 0.683) < 0.03
@@ -81,7 +81,7 @@ def test_nuisances_by_profiling():
     data = np.concatenate([toy.simulate(t, 1, rng) for t in theta])
     found = lf2i(
         theta,
-        statistic(data, theta[:, :1]),
+        statistic(theta[:, :1], data),
         statistic,
         interest=1,
         profile=toy.nu_hat,
@@ -103,9 +103,9 @@ def test_words_and_picture(bounded):
 
 def test_bad_settings():
     theta, x = sample(300, "bad")
-    q = BOUNDED(x, theta)
+    q = BOUNDED(theta, x)
     with pytest.raises(SettingError, match="expected interest < 1"):
-        lf2i(theta, q, BOUNDED, profile=lambda data, psi: data)
+        lf2i(theta, q, BOUNDED, profile=lambda psi, data: data)
     with pytest.raises(DataError, match="leave 3 beyond"):
         lf2i(theta, q, BOUNDED, 0.99)
     with pytest.raises(SettingError, match="level is 2"):

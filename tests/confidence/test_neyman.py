@@ -27,7 +27,7 @@ def bounded_maximum(data):
     return best[:, None], -0.5 * (np.asarray(data) - best) ** 2
 
 
-def centred(data, theta):
+def centred(theta, data):
     return (np.asarray(data) - theta[0]) ** 2
 
 
@@ -46,7 +46,7 @@ def test_critical_values_are_those_of_feldman_and_cousins(bounded):
     low, high = feldman_cousins_gaussian(x)
     for mu in (0.0, 0.5, 1.0, 2.0, 4.0):
         outside = x[(mu < low) | (mu > high)]
-        exact = BOUNDED(outside, np.array([mu])).min()
+        exact = BOUNDED(np.array([mu]), outside).min()
         got, at = bounded.critical([[mu]], 0.9)[0], int(np.flatnonzero(mu == MU)[0])
         assert abs(got - exact) < 4 * bounded.critical_errors[1, at] + 0.02
 
@@ -87,7 +87,7 @@ def test_coverage(bounded, level):
 
 
 def test_wilks_overcovers_at_the_bound():
-    q = BOUNDED(gaussian([0.0], 20_000, rng_for(0, "wilks")), np.array([0.0]))
+    q = BOUNDED(np.array([0.0]), gaussian([0.0], 20_000, rng_for(0, "wilks")))
     assert np.mean(q <= chi2.ppf(0.683, 1)) == pytest.approx(0.841, abs=0.01)
 
 
@@ -136,7 +136,7 @@ def test_nuisances_by_profiling_cover(on_off):
 
 
 def test_projection_over_nuisances_is_wider():
-    def q(data, theta):
+    def q(theta, data):
         best = np.asarray(data)
         mean = np.array([theta[0] * toy.S + theta[1] * toy.B, toy.TAU * theta[1] * toy.B])
         return 2 * (best * np.log(np.maximum(best, 0.5) / mean) - best + mean).sum(axis=1)
@@ -154,7 +154,7 @@ def test_joint_region():
     def simulate(theta, n, rng):
         return rng.normal(theta, 1.0, (n, 2))
 
-    def q(data, theta):
+    def q(theta, data):
         return ((data - theta) ** 2).sum(axis=1)
 
     axes = [np.linspace(-5, 5, 6)] * 2
@@ -223,11 +223,11 @@ class TestNothingIsExtrapolated:
         ({"level": 0.0}, SettingError, "level is 0.0"),
         ({"level": []}, SettingError, "empty"),
         ({"interest": 2}, SettingError, "interest"),
-        ({"profile": lambda data, psi: data}, SettingError, "expected interest < 1"),
+        ({"profile": lambda psi, data: data}, SettingError, "expected interest < 1"),
         ({"bounds": [(0.5, None)]}, SettingError, "expected a grid within"),
         ({"bounds": [(0.0, None), (0.0, None)]}, ShapeError, "each of 1 parameters"),
-        ({"statistic": lambda data, theta: np.full(data.shape, np.nan)}, NonFiniteError, "theta_0 = 0"),
-        ({"statistic": lambda data, theta: data[:3]}, ShapeError, "the test statistic"),
+        ({"statistic": lambda theta, data: np.full(data.shape, np.nan)}, NonFiniteError, "theta_0 = 0"),
+        ({"statistic": lambda theta, data: data[:3]}, ShapeError, "the test statistic"),
         ({"simulator": lambda theta, n, rng: np.zeros(n - 1)}, ShapeError, "the test statistic"),
     ],
 )
@@ -247,10 +247,10 @@ def test_bad_theta(bounded):
 
 def test_infinite_statistic_excludes():
     found = neyman(gaussian, centred, np.linspace(-6, 6, 13), n_toys=200)
-    wall = neyman(gaussian, lambda d, t: np.where(t[0] < -5.5, np.inf, (d - t[0]) ** 2), np.linspace(-5, 6, 12), n_toys=200)
+    wall = neyman(gaussian, lambda t, d: np.where(t[0] < -5.5, np.inf, (d - t[0]) ** 2), np.linspace(-5, 6, 12), n_toys=200)
     assert found.contains([0.0], 0.0).all()
     assert wall.contains([-5.0], -5.0).all()
-    q = neyman(gaussian, lambda d, t: np.where(np.asarray(d) > 50, np.inf, (d - t[0]) ** 2), [0.0, 1.0], n_toys=200)
+    q = neyman(gaussian, lambda t, d: np.where(np.asarray(d) > 50, np.inf, (d - t[0]) ** 2), [0.0, 1.0], n_toys=200)
     assert not q.contains([60.0], 0.5).any()
     assert q.pvalue([60.0], 0.0) == pytest.approx(1 / 201)
 
@@ -267,7 +267,7 @@ def test_profiled_by_a_set_of_nuisances_agrees_with_the_closed_form():
     grid = Profiled(log_likelihood=toy.log_likelihood, nuisances=np.linspace(0.5, 1.6, 1201))
     psi = np.array([[0.0], [1.0], [3.0]])
     assert np.allclose(grid(psi, data), toy.profiled(psi, data), atol=1e-4)
-    assert np.allclose(grid.nuisance(data, [1.0])[:, 0], toy.nu_hat(data, 1.0), atol=1e-3)
+    assert np.allclose(grid.nuisance([1.0], data)[:, 0], toy.nu_hat(1.0, data), atol=1e-3)
 
 
 def test_normal_reference():
@@ -288,12 +288,12 @@ def simulate(theta, n, rng):
     return np.stack([rng.normal(mu, sigma, n), sigma * np.sqrt(rng.chisquare(DEGREES, n) / DEGREES)], axis=1)
 
 
-def distance(data, theta):
+def distance(theta, data):
     # in logarithm critical values are straight lines in log sigma, as the interpolation has them
     return 2 * np.log(np.abs(data[:, 0] - np.atleast_1d(theta)[..., 0]))
 
 
-def estimate(data, psi):
+def estimate(psi, data):
     return np.clip(np.log(data[:, 1]), -3.5, 2.5)
 
 
@@ -383,7 +383,7 @@ def test_on_off_counting_with_few_off_counts(monkeypatch):
         monkeypatch.setattr(toy, name, value)
     grid = {"mu": np.array([0.0, 1.0, 2.0]), "nu": np.linspace(0.05, 3, 14)}
     statistic = LRT(log_likelihood=toy.profiled, maximum=toy.maximum)
-    asked = {"n_toys": 4000, "interest": 1, "profile": lambda d, psi: np.clip(toy.nu_hat(d, psi), 0.05, 3.0), "bounds": [(0, None)] * 2}
+    asked = {"n_toys": 4000, "interest": 1, "profile": lambda psi, d: np.clip(toy.nu_hat(psi, d), 0.05, 3.0), "bounds": [(0, None)] * 2}
     off = {}
     for how in ("profiled", "prepivoted"):
         found = neyman(toy.simulate, statistic, grid, 0.9, nuisance=how, seed=3, **asked)
@@ -397,9 +397,9 @@ def test_learned_critical_values_are_corrected_too():
     rng = rng_for(6, "learned")
     theta = np.column_stack([rng.uniform(-1, 1, 8000), rng.uniform(-3, 2, 8000)])
     data = simulate(theta, 8000, rng)
-    q = distance(data, theta)
-    asked = {"names": ["mu", "log_sigma"], "interest": 1, "profile": lambda d, psi: np.clip(estimate(d, psi), -2.9, 1.9)}
-    best = asked["profile"](data, None)
+    q = distance(theta, data)
+    asked = {"names": ["mu", "log_sigma"], "interest": 1, "profile": lambda psi, d: np.clip(estimate(psi, d), -2.9, 1.9)}
+    best = asked["profile"](None, data)
     fresh = simulate((0.0, -0.5), 8000, rng_for(7, "fresh"))
     plain = lf2i(theta, q, distance, 0.9, model="splines-3", **asked)
     found = lf2i(theta, q, distance, 0.9, model="splines-3", profiled=best, rounds=1, pvalues=True, **asked)

@@ -22,19 +22,19 @@ DATA = np.array([[0.4, -1.0], [2.0, 1.5], [0.0, 0.0]])
 
 def test_lrt_of_a_gaussian_is_the_distance_squared():
     q = LRT(log_likelihood=log_likelihood, search=GRID)
-    assert np.allclose(q(DATA, [1.0, 1.0]), ((DATA - 1.0) ** 2).sum(axis=1), atol=1e-9)
+    assert np.allclose(q([1.0, 1.0], DATA), ((DATA - 1.0) ** 2).sum(axis=1), atol=1e-9)
     rows = np.array([[0.4, -1.0], [1.0, 1.0], [3.0, 0.0]])
-    assert np.allclose(q(DATA, rows), ((DATA - rows) ** 2).sum(axis=1), atol=1e-9)
+    assert np.allclose(q(rows, DATA), ((DATA - rows) ** 2).sum(axis=1), atol=1e-9)
 
 
 def test_a_closed_form_maximum_does_the_same():
     by_form = LRT(log_likelihood=log_likelihood, maximum=lambda data: (data, np.zeros(len(data))))
-    assert np.allclose(by_form(DATA, [1.0, 1.0]), LRT(log_likelihood=log_likelihood, search=GRID)(DATA, [1.0, 1.0]))
+    assert np.allclose(by_form([1.0, 1.0], DATA), LRT(log_likelihood=log_likelihood, search=GRID)([1.0, 1.0], DATA))
 
 
 def test_one_sided_kinds():
     theta = np.array([1.0, 0.0])
-    both, upper, lower = (LRT(log_likelihood=log_likelihood, search=GRID, kind=k)(DATA, theta) for k in ("interval", "upper", "lower"))
+    both, upper, lower = (LRT(log_likelihood=log_likelihood, search=GRID, kind=k)(theta, DATA) for k in ("interval", "upper", "lower"))
     above = DATA[:, 0] > 1.0
     assert np.array_equal(upper, np.where(above, 0, both))
     assert np.array_equal(lower, np.where(above, both, 0))
@@ -43,8 +43,8 @@ def test_one_sided_kinds():
 def test_profiling_takes_the_maximum_over_nuisances():
     profiled = Profiled(log_likelihood=log_likelihood, nuisances=np.linspace(-3, 3, 61))
     q = LRT(log_likelihood=profiled, search=np.linspace(-3, 3, 61))
-    assert np.allclose(q(DATA, [1.0]), (DATA[:, 0] - 1) ** 2, atol=1e-9)
-    assert np.allclose(profiled.nuisance(DATA, [0.0])[:, 0], DATA[:, 1], atol=1e-9)
+    assert np.allclose(q([1.0], DATA), (DATA[:, 0] - 1) ** 2, atol=1e-9)
+    assert np.allclose(profiled.nuisance([0.0], DATA)[:, 0], DATA[:, 1], atol=1e-9)
 
 
 def test_waldo_of_a_gaussian_posterior():
@@ -52,10 +52,10 @@ def test_waldo_of_a_gaussian_posterior():
     exact = np.array([1.0, 1.0]) @ np.linalg.inv(covariance[0]) @ np.array([1.0, 1.0])
     assert waldo(mean, covariance, [0.0, 1.0])[0] == pytest.approx(exact)
     draws = rng_for(0, "waldo").multivariate_normal(mean[0], covariance[0], (1, 200_000))
-    assert Waldo(draws=lambda data: draws)(None, [0.0, 1.0])[0] == pytest.approx(exact, rel=0.02)
+    assert Waldo(draws=lambda data: draws)([0.0, 1.0], None)[0] == pytest.approx(exact, rel=0.02)
     one = Waldo(moments=lambda data: (mean, covariance), columns=(1,))
-    assert one(None, [0.0, 1.0])[0] == pytest.approx(1.0)
-    assert one(None, [1.0])[0] == pytest.approx(1.0)
+    assert one([0.0, 1.0], None)[0] == pytest.approx(1.0)
+    assert one([1.0], None)[0] == pytest.approx(1.0)
 
 
 SHRINK = 0.6  # a prior as wide as it pulls the posterior's mean to 0 by this factor
@@ -105,7 +105,7 @@ def test_limits_from_one_sided_sets(one_sided):
 
 def test_one_of_several_parameters_one_sided():
     mean, covariance = np.array([[1.0, 2.0], [1.0, -1.0]]), np.array([[[2.0, 0.5], [0.5, 4.0]]] * 2)
-    q = Waldo(moments=lambda data: (mean, covariance), columns=(1,), kind="upper")(None, [0.0, 0.5])
+    q = Waldo(moments=lambda data: (mean, covariance), columns=(1,), kind="upper")([0.0, 0.5], None)
     assert np.allclose(q, [-(1.5**2) / 4, 1.5**2 / 4])
     assert np.allclose(waldo(mean[:, 1:], covariance[:, 1:, 1:], [0.5], "lower"), -q)
 
@@ -123,11 +123,11 @@ def test_moments():
         (lambda: LRT(log_likelihood=log_likelihood), SettingError, "search and maximum"),
         (lambda: LRT(log_likelihood=log_likelihood, search=GRID, maximum=lambda d: (d, d)), SettingError, "expected one of them"),
         (lambda: LRT(log_likelihood=log_likelihood, search=GRID, kind="uper"), SettingError, "upper"),
-        (lambda: LRT(log_likelihood=lambda t, d: np.full((3, len(t)), np.nan), search=GRID)(DATA, [0, 0]), NonFiniteError, "is nan"),
-        (lambda: LRT(log_likelihood=lambda t, d: np.full((3, len(t)), -np.inf), search=GRID)(DATA, [0, 0]), DataError, "-Inf at all"),
-        (lambda: LRT(log_likelihood=lambda t, d: np.zeros(3), search=GRID)(DATA, [0, 0]), ShapeError, "log_likelihood"),
-        (lambda: LRT(log_likelihood=log_likelihood, search=GRID)(DATA, np.zeros((2, 2))), ShapeError, "one row per data set"),
-        (lambda: LRT(log_likelihood=log_likelihood, search=GRID)(DATA, [np.nan, 0]), NonFiniteError, "theta"),
+        (lambda: LRT(log_likelihood=lambda t, d: np.full((3, len(t)), np.nan), search=GRID)([0, 0], DATA), NonFiniteError, "is nan"),
+        (lambda: LRT(log_likelihood=lambda t, d: np.full((3, len(t)), -np.inf), search=GRID)([0, 0], DATA), DataError, "-Inf at all"),
+        (lambda: LRT(log_likelihood=lambda t, d: np.zeros(3), search=GRID)([0, 0], DATA), ShapeError, "log_likelihood"),
+        (lambda: LRT(log_likelihood=log_likelihood, search=GRID)(np.zeros((2, 2)), DATA), ShapeError, "one row per data set"),
+        (lambda: LRT(log_likelihood=log_likelihood, search=GRID)([np.nan, 0], DATA), NonFiniteError, "theta"),
         (lambda: Waldo(), SettingError, "draws and moments"),
         (lambda: waldo(np.zeros((2, 2)), np.zeros((2, 2, 2)), [0.0, 0.0]), DataError, "not positive definite"),
         (lambda: waldo(np.zeros((2, 2)), np.ones((2, 2, 2)), [0.0]), ShapeError, "theta has shape"),
@@ -145,8 +145,8 @@ def test_bad_input(call, error, words):
 
 def test_minus_infinity_means_impossible():
     q = LRT(log_likelihood=lambda t, d: np.where(t[None, :, 0] < 0, -np.inf, log_likelihood(t, d)), search=GRID)
-    assert np.isposinf(q(DATA, [-1.0, 0.0])).all()
-    assert np.isfinite(q(DATA, [1.0, 0.0])).all()
+    assert np.isposinf(q([-1.0, 0.0], DATA)).all()
+    assert np.isfinite(q([1.0, 0.0], DATA)).all()
 
 
 COVARIANCE = np.array([[1.0, 0.98], [0.98, 1.0]]) * 0.02**2
@@ -175,28 +175,28 @@ def test_profile_ratio_of_a_narrow_correlated_gaussian(sample):
     q = ratio()
     prepared = q.prepare(x)
     assert np.abs(prepared.at - x).max() < 2e-3  # a tenth of the error of x
-    value, exact = q(prepared, theta), ((x - theta)[:, 0] / 0.02) ** 2
+    value, exact = q(theta, prepared), ((x - theta)[:, 0] / 0.02) ** 2
     assert np.abs(value - exact).max() < 0.03
     assert abs((value <= chdtri(1, 0.1)).mean() - 0.9) < 0.04
-    nuisance = q.nuisance(prepared, theta)[:, 0]
+    nuisance = q.nuisance(theta, prepared)[:, 0]
     assert np.abs(nuisance - (x[:, 1] + 0.98 * (theta - x)[:, 0])).max() < 2e-3
-    assert np.array_equal(q(x, theta), value)  # prepared or not
+    assert np.array_equal(q(theta, x), value)  # prepared or not
 
 
 def test_joint_and_one_sided(sample):
     theta, x = sample
-    joint = ratio(interest=2)(x, theta)
+    joint = ratio(interest=2)(theta, x)
     d = x - theta
     assert np.abs(joint - np.einsum("ni,ij,nj->n", d, PRECISION, d)).max() < 0.03
-    upper = ratio(kind="upper")(x, theta)
+    upper = ratio(kind="upper")(theta, x)
     assert (upper[x[:, 0] > theta[:, 0] + 0.003] == 0).all() and (upper[x[:, 0] < theta[:, 0] - 0.01] > 0).all()
 
 
 def test_one_data_set_at_many_values(sample):
     _, x = sample
     q, psi = ratio(), np.linspace(0.2, 0.8, 5)[:, None]
-    many = q(q.repeated(x[:1], 5), psi)
-    assert np.array_equal(many, [q(x[:1], p)[0] for p in psi])
+    many = q(psi, q.repeated(x[:1], 5))
+    assert np.array_equal(many, [q(p, x[:1])[0] for p in psi])
     with pytest.raises(ShapeError, match="2 sets; expected one"):
         q.repeated(x[:2], 5)
 
@@ -204,7 +204,7 @@ def test_one_data_set_at_many_values(sample):
 def test_sets_from_it_hold_the_truth(sample):
     theta, x = sample
     q = ratio(low=theta.min(axis=0), high=theta.max(axis=0))
-    sets = lf2i(theta, q(x, theta), q, 0.9, names=["a", "b"], interest=1, profile=q.nuisance, model="constant")
+    sets = lf2i(theta, q(theta, x), q, 0.9, names=["a", "b"], interest=1, profile=q.nuisance, model="constant")
     x = x[np.abs(x - 0.5).max(axis=1) < 0.25]
     found = sets.interval(x[:3], points=400)
     assert np.allclose(found.high - found.low, 2 * 1.645 * 0.02, rtol=0.15)
@@ -235,13 +235,13 @@ def test_many_nuisances_are_profiled(many):
     q, theta, x, covariance = many
     prepared = q.prepare(x)
     assert np.abs(prepared.at - x).max() < 1e-4
-    value, exact = q(prepared, theta), ((x - theta)[:, 0] / 0.02) ** 2
+    value, exact = q(theta, prepared), ((x - theta)[:, 0] / 0.02) ** 2
     assert np.abs(value - exact).max() < 0.01
     assert abs((value <= chdtri(1, 0.1)).mean() - 0.9) < 4 * np.sqrt(0.09 / 200)
     expected = x[:, 1:] + 0.9 * (theta - x)[:, :1]
-    assert np.abs(q.nuisance(prepared, theta) - expected).max() < 1e-3
-    assert np.abs(q.nuisance(x, theta) - expected).max() < 1e-3  # without the first guess
-    pair = RefinedLRT(log_likelihood=q.log_likelihood, low=q.low, high=q.high, names=q.names, interest=2, first=12)(x[:50], theta[:50])
+    assert np.abs(q.nuisance(theta, prepared) - expected).max() < 1e-3
+    assert np.abs(q.nuisance(theta, x) - expected).max() < 1e-3  # without the first guess
+    pair = RefinedLRT(log_likelihood=q.log_likelihood, low=q.low, high=q.high, names=q.names, interest=2, first=12)(theta[:50], x[:50])
     d = (x - theta)[:50, :2]
     assert np.abs(pair - np.einsum("ni,ij,nj->n", d, np.linalg.inv(covariance[:2, :2]), d)).max() < 0.01
 
@@ -259,7 +259,7 @@ def test_counts_with_four_nuisances_agree_with_minuit():
     names, low, high = ("mu", "a", "b", "c", "d"), np.zeros(5), np.full(5, 4.0)
     data = rng.poisson((np.ones(5) * scale) @ shapes + 1.0, (4, 16)).astype(float)
     q = RefinedLRT(log_likelihood=counts, low=low, high=high, names=names, first=12)
-    for row, value in zip(data, q(data, [1.6]), strict=True):
+    for row, value in zip(data, q([1.6], data), strict=True):
         sides = dict(zip(names, zip(low, high, strict=True), strict=True))
         exact = fit(lambda t, row=row: counts(row, t), np.ones(5), names, sides, minos=False, strategy=2).profile("mu", [1.6])
         assert value == pytest.approx(exact.q[0], abs=0.01)
@@ -269,7 +269,7 @@ def test_power_with_many_nuisances(many):
     q, theta, x, _ = many
     away = theta.copy()
     away[:, 0] += 0.05  # 2.5 errors
-    assert abs((q(x, away) <= chdtri(1, 0.1)).mean() - norm.sf(2.5 - 1.645)) < 4 * np.sqrt(0.16 / 200)
+    assert abs((q(away, x) <= chdtri(1, 0.1)).mean() - norm.sf(2.5 - 1.645)) < 4 * np.sqrt(0.16 / 200)
 
 
 @pytest.mark.parametrize(
@@ -289,13 +289,13 @@ def test_a_bad_box_is_named(changes, error, complaint):
 def test_bad_values_are_named(sample):
     _, x = sample
     with pytest.raises(SupportError, match=r"a = 1\.5 lies beyond what was simulated, \[0, 1\]"):
-        ratio()(x, [1.5])
+        ratio()([1.5], x)
     with pytest.raises(ShapeError, match="one row a data set"):
-        ratio()(x, [[0.1], [0.2]])
+        ratio()([[0.1], [0.2]], x)
     with pytest.raises(NonFiniteError, match="log_likelihood is nan at theta"):
-        ratio(log_likelihood=lambda x, theta: np.full(len(x), np.nan))(x, [0.5])
+        ratio(log_likelihood=lambda x, theta: np.full(len(x), np.nan))([0.5], x)
     with pytest.raises(DataError, match="data set 0 has ln L = -Inf at all"):
-        ratio(log_likelihood=lambda x, theta: np.full(len(x), -np.inf))(x, [0.5])
+        ratio(log_likelihood=lambda x, theta: np.full(len(x), -np.inf))([0.5], x)
 
 
 N = 60
