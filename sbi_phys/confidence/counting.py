@@ -90,6 +90,10 @@ def feldman_cousins(n: ArrayLike, background: ArrayLike, level: float = 0.9, *, 
     Raises: ShapeError, NonFiniteError, DataError (negative or fractional counts, negative background), SettingError (level).
     Source: arXiv:physics/9711021, table IV; b = 0, n = 3 gives [1.10, 7.42].
     Read: low = 0 is an upper limit. Fewer counts than background give a small limit: quote the expected one beside it.
+
+    >>> from sbi_phys.confidence import feldman_cousins
+    >>> [round(end, 1) for end in feldman_cousins(3, 0.0, 0.9)]
+    [1.1, 7.4]
     """
     counts, b = as_real("n", n), as_real("background", background)
     require_finite("n", counts)
@@ -114,6 +118,11 @@ def acceptance(mu: ArrayLike, background: float, level: float = 0.9) -> tuple[Ar
     """Belt of Feldman and Cousins: the accepted counts n_low..n_high (g,) at each mu (g,) for a known background b.
 
     Raises: NonFiniteError, DataError (negative mu), SettingError.   Source: arXiv:physics/9711021, figure 7.
+
+    >>> from sbi_phys.confidence import acceptance
+    >>> low, high = acceptance([0.5], 3.0, 0.9)
+    >>> low.tolist(), high.tolist()
+    ([0.0], [6.0])
     """
     points, b = np.atleast_1d(as_real("mu", mu)), require_number("background", background, low=0)
     require_finite("mu", points)
@@ -209,6 +218,10 @@ def feldman_cousins_gaussian(x: ArrayLike, sigma: ArrayLike = 1.0, level: float 
     Returns: (low, high), the unit of x; numbers for numbers, else arrays.
     Raises: ShapeError, NonFiniteError, DataError (sigma <= 0), SettingError.
     Source: arXiv:physics/9711021, table X; x = 0 at 90 % gives [0, 1.64].
+
+    >>> from sbi_phys.confidence import feldman_cousins_gaussian
+    >>> [round(end, 1) for end in feldman_cousins_gaussian(0.0, level=0.9)]
+    [0.0, 1.6]
     """
     value, scale = as_real("x", x), as_real("sigma", sigma)
     require_finite("x", value)
@@ -248,7 +261,13 @@ def _root(low: Array, high: Array, x: Array, level: float, *, falling: bool) -> 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeldmanCousins:
-    """Counting experiment with known background as a source of intervals, for `limits` and `expected_limits`; data are counts."""
+    """Counting experiment with known background as a source of intervals, for `limits` and `expected_limits`; data are counts.
+
+    >>> from sbi_phys.confidence import FeldmanCousins, limits
+    >>> found = limits(FeldmanCousins(background=3.0), [4, 6], kind="upper", level=0.9)
+    >>> found.high.round(1).tolist()
+    [5.6, 8.5]
+    """
 
     background: float
     name: str = "mu"
@@ -269,7 +288,13 @@ TIE = 1e-9  # values of q nearer than this are the same but for rounding
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnOff:
-    """Counts n_on, n_off with exposure ratio tau = off / on.   Raises: DataError, SettingError."""
+    """Counts n_on, n_off with exposure ratio tau = off / on.   Raises: DataError, SettingError.
+
+    >>> from sbi_phys.confidence import OnOff
+    >>> counts = OnOff(n_on=5, n_off=4, tau=2)
+    >>> counts.best, bool(counts.pvalue(3.0) > 0.99)
+    (3.0, True)
+    """
 
     n_on: float
     n_off: float
@@ -319,6 +344,11 @@ def on_off(n_on: float, n_off: float, tau: float, level: float = 0.9, *, kind: s
     Returns: (low, high), counts; 0 or inf on a side that was not asked for.
     Raises: DataError (counts that are negative, no whole numbers, or too many to sum over), SettingError.
     Source: arXiv:physics/9711021, arXiv:physics/0702156.   Read: low = 0 is an upper limit.
+
+    >>> from sbi_phys.confidence import on_off
+    >>> low, high = on_off(5, 4, 2.0, 0.9)
+    >>> low < 3 < high
+    True
     """
     counts, alpha = OnOff(n_on=n_on, n_off=n_off, tau=tau), 1 - check_level(level)
     require_choice("kind", kind, KINDS)
@@ -348,13 +378,23 @@ def on_off_wilks(n_on: float, n_off: float, tau: float, level: float = 0.9, *, k
     """Asymptotic interval {mu: q(mu) <= chi2_level(1)}, for a limit Phi^-1(level)^2; returns and raises as `on_off`.
 
     Read: beside `on_off` it tells what few counts and the bound at 0 do; at mu = 0 nominal 90 % covers 95 %.
+
+    >>> from sbi_phys.confidence import on_off_wilks
+    >>> low, high = on_off_wilks(5, 4, 2.0, kind="upper")
+    >>> low, high > 3
+    (0.0, True)
     """
     counts = OnOff(n_on=n_on, n_off=n_off, tau=tau)
     return _wilks_ends(lambda mu: float(counts.q(mu)), counts.best, check_level(level), kind, 1 + np.sqrt(n_on + n_off))
 
 
 def counting_wilks(n: float, background: float, level: float = 0.9, *, kind: str = "interval") -> tuple[float, float]:
-    """The same for a known background: n ~ Poisson(mu + background).   Raises: DataError, SettingError."""
+    """The same for a known background: n ~ Poisson(mu + background).   Raises: DataError, SettingError.
+
+    >>> from sbi_phys.confidence import counting_wilks
+    >>> [round(end, 2) for end in counting_wilks(0, 3.0, 0.9)]
+    [0.0, 1.35]
+    """
     n, b = require_number("n", n, low=0), require_number("background", background, low=0)
     best = max(0.0, n - b)
 
@@ -369,6 +409,10 @@ def counting_cls(n: float, background: float, level: float = 0.9) -> float:
 
     Raises: DataError, SettingError.   Source: Read 2002, J. Phys. G 28, 2693.   Read: it covers more than the level, the more the fewer
     counts there are; it is never empty and never below -ln(1 - level).
+
+    >>> from sbi_phys.confidence import counting_cls
+    >>> round(counting_cls(0, 3.0, 0.9), 3)  # -ln(0.1), whatever the background
+    2.303
     """
     n, b = require_number("n", n, low=0), require_number("background", background, low=0)
     wanted = (1 - check_level(level)) * float(pdtr(n, b))
@@ -382,7 +426,12 @@ def counting_cls(n: float, background: float, level: float = 0.9) -> float:
 
 
 def li_ma(n_on: float, n_off: float, tau: float) -> float:
-    """Significance sqrt(q(0)) of a signal, sd; 0 where there is a deficit.   Raises: DataError, SettingError.   Source: ApJ 272, 317."""
+    """Significance sqrt(q(0)) of a signal, sd; 0 where there is a deficit.   Raises: DataError, SettingError.   Source: ApJ 272, 317.
+
+    >>> from sbi_phys.confidence import li_ma
+    >>> li_ma(5, 20, 2.0), round(li_ma(12, 4, 1.0), 2)
+    (0.0, 2.05)
+    """
     return float(np.sqrt(max(0.0, float(OnOff(n_on=n_on, n_off=n_off, tau=tau).q(0.0)))))
 
 
@@ -390,6 +439,10 @@ def on_off_coverage(mu: float, background: float, tau: float, level: float = 0.9
     """Exact coverage of the sets of `on_off` at (mu, background): the probability of all counts whose p-value at mu exceeds 1 - level.
 
     Raises: DataError, SettingError.   Read: below the level is what profiling has cost; above it, whole numbers.
+
+    >>> from sbi_phys.confidence import on_off_coverage
+    >>> on_off_coverage(1.0, 1.0, 1.0, 0.9) > 0.88
+    True
     """
     alpha = 1 - check_level(level)
     (n, p_n), (m, p_m) = _poisson(mu + background, 1e-6), _poisson(tau * background, 1e-6)

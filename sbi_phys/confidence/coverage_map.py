@@ -73,7 +73,15 @@ class Bin:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class CoverageMap:
-    """Coverage as a function of theta, n simulations: `at` gives the smooth map, `bins` the binned one; pvalues 'smooth' and 'bins'."""
+    """Coverage as a function of theta, n simulations: `at` gives the smooth map, `bins` the binned one; pvalues 'smooth' and 'bins'.
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import coverage_map
+    >>> found = coverage_map(np.linspace(0, 1, 500), np.arange(500) % 10 > 0, 0.9)
+    >>> coverage, error = found.at([0.2, 0.5])
+    >>> coverage.round(1).tolist(), bool(error.max() < 0.05)
+    ([0.9, 0.9], True)
+    """
 
     names: tuple[str, ...]
     labels: tuple[str, ...]
@@ -146,6 +154,12 @@ def coverage_map(
     Raises: ShapeError, NonFiniteError, DataError (fewer than 100 rows, constant theta, inside not 0 or 1), SettingError.
     Source: arXiv:2107.03920, section 3.3.
     Read: p < 0.05 = the sets do not cover as stated, `worst` says where; a large p-value means that n did not suffice to find it.
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import coverage_map
+    >>> found = coverage_map(np.linspace(0, 1, 500), np.arange(500) % 10 > 0, 0.9)
+    >>> round(found.overall, 2), found.pvalue > 0.05
+    (0.9, True)
     """
     points, held = _sample(theta, inside)
     n, dim = points.shape

@@ -63,7 +63,14 @@ MIN_TAIL = 20  # simulations that have to lie above the quantile
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CriticalValues:
-    """Learned C_level(theta): at(theta (m, d)) -> (m,) within the box low..high; cross-validated pinball loss of each candidate."""
+    """Learned C_level(theta): at(theta (m, d)) -> (m,) within the box low..high; cross-validated pinball loss of each candidate.
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import learn_critical_values
+    >>> theta, q = np.linspace(0, 1, 500), np.random.default_rng(0).permutation(500) / 500
+    >>> print(learn_critical_values(theta, q, 0.9, model="constant").summary())
+    90 % critical values from 500 simulations: constant
+    """
 
     names: tuple[str, ...]
     level: float
@@ -89,7 +96,15 @@ class CriticalValues:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PValues:
-    """Learned P(Q >= c | theta): at(c (m,), theta (m, d)) -> (m,) within the box low..high; falls with c."""
+    """Learned P(Q >= c | theta): at(c (m,), theta (m, d)) -> (m,) within the box low..high; falls with c.
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import learn_pvalues
+    >>> theta, q = np.linspace(0, 1, 500), np.random.default_rng(0).permutation(500) / 500
+    >>> p = learn_pvalues(theta, q, cutoffs=2).at([0.1, 0.9], [0.5, 0.5])
+    >>> bool(p[0] > 0.7), bool(p[1] < 0.3)
+    (True, True)
+    """
 
     names: tuple[str, ...]
     low: Array
@@ -136,6 +151,12 @@ def learn_critical_values(
     Returns: CriticalValues.
     Raises: ShapeError, NonFiniteError (q infinite too), DataError (fewer than 20 simulations expected above the quantile), SettingError.
     Source: arXiv:2107.03920, algorithm 1.
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import learn_critical_values
+    >>> theta, q = np.linspace(0, 1, 500), np.random.default_rng(0).permutation(500) / 500
+    >>> learn_critical_values(theta, q, 0.9, model="constant").at([0.2, 0.7]).round(1).tolist()
+    [0.9, 0.9]
     """
     points, values, plain = _sample(theta, q, names)
     level = check_level(level)
@@ -266,6 +287,12 @@ def learn_pvalues(
     Returns: PValues, falling with c; within 1 / n and 1.
     Raises: ShapeError, NonFiniteError, DataError (fewer than 200 simulations).   Source: arXiv:2107.03920, algorithm 2.
     Read: trees are steps; p below about 20 / n is no more than an order of magnitude.
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import learn_pvalues
+    >>> theta, q = np.linspace(0, 1, 500), np.random.default_rng(0).permutation(500) / 500
+    >>> learn_pvalues(theta, q, cutoffs=2).at(0.0, 0.5).tolist()  # every q is as large
+    [1.0]
     """
     points, values, plain = _sample(theta, q, names)
     n = values.size
@@ -324,7 +351,16 @@ PROJECTION = 8  # points per nuisance over which a set without a profile is proj
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LF2I(Construction):
-    """Confidence sets with learned critical values; `critical_models`, one CriticalValues per level; p-values, and their corrections."""
+    """Confidence sets with learned critical values; `critical_models`, one CriticalValues per level; p-values, and their corrections.
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import lf2i
+    >>> theta = np.linspace(0, 5, 500)
+    >>> x = np.random.default_rng(0).normal(theta, 1)
+    >>> sets = lf2i(theta, (x - theta) ** 2, lambda t, x: (x - t[0]) ** 2, model="constant")
+    >>> bool(2 < sets.critical([2.5])[0] < 4)
+    True
+    """
 
     critical_models: tuple[CriticalValues, ...]
     pvalues: PValues | None
@@ -401,6 +437,14 @@ def lf2i(
 
     Returns: LF2I.
     Raises: as `learn_critical_values`; SettingError.   Source: arXiv:2107.03920.
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import lf2i
+    >>> theta = np.linspace(0, 5, 500)
+    >>> x = np.random.default_rng(0).normal(theta, 1)
+    >>> sets = lf2i(theta, (x - theta) ** 2, lambda t, x: (x - t[0]) ** 2, 0.9, model="constant")
+    >>> sets.contains(np.array([2.6, 6.0]), 2.5).tolist()
+    [True, False]
     """
     levels = check_levels(level)
     array = np.asarray(theta)

@@ -46,6 +46,11 @@ class Limits:
     """Limits for one parameter and n data sets: low (n,), high (n,), -+inf on a side that was not asked for.
 
     expected (5,), at -2, -1, 0, 1, 2 sd of data without signal, where the source knows it; else None.
+
+    >>> from sbi_phys.confidence import FeldmanCousins, limits
+    >>> print(limits(FeldmanCousins(background=3.0), [4], kind="upper", level=0.9).summary())
+    90 % upper limit on mu (Feldman-Cousins)
+      < 5.597
     """
 
     name: str
@@ -92,6 +97,11 @@ def limits(
     Returns: Limits.
     Raises: SettingError (data where none belong, unknown kind or level), SupportError (a set that reaches the end of what was simulated),
         DataError (an empty set), ConvergenceError.
+
+    >>> from sbi_phys.confidence import fit, limits
+    >>> best = fit(lambda theta: -2 * (theta[:, 0] - 3) ** 2, [0.0], ["mu"])
+    >>> limits(best, kind="lower", level=0.9).low.round(2).tolist()
+    [2.36]
     """
     require_choice("kind", kind, KINDS)
     level = check_level(level)
@@ -138,7 +148,14 @@ def _from_fit(source: Fit, data: Any, kind: str, level: float, name: str | None,
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ExpectedLimits:
-    """Limits of n toys without signal, values (n,) rising; bands (5,): median and central 68.3 and 95.4 %, in the parameter's unit."""
+    """Limits of n toys without signal, values (n,) rising; bands (5,): median and central 68.3 and 95.4 %, in the parameter's unit.
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import FeldmanCousins, expected_limits
+    >>> found = expected_limits(FeldmanCousins(background=3.0), np.repeat([1, 2, 3, 4, 5], 10))
+    >>> found.share_beyond(found.median)
+    0.6
+    """
 
     name: str
     kind: str
@@ -175,6 +192,12 @@ def expected_limits(source: Source, toys: Any, *, kind: str = "upper", level: fl
     Args: source: as in `limits`, no Fit (see `cls_limit` for the asymptotic bands). toys: n >= 40 data sets of background alone. kind:
         'upper' or 'lower'. level: confidence level.
     Raises: as `limits`; DataError (fewer than 40 toys: no 95 % band).
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import FeldmanCousins, expected_limits
+    >>> found = expected_limits(FeldmanCousins(background=3.0), np.repeat([1, 2, 3, 4, 5], 10), level=0.9)
+    >>> round(found.median, 1)
+    4.4
     """
     require_choice("kind", kind, ("upper", "lower"))
     found = limits(source, toys, kind=kind, level=level)

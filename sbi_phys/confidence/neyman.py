@@ -70,6 +70,11 @@ class Neyman(Construction):
     axes, d arrays. toys (g1, .., gd, n), values of the statistic at each grid point, rising (with nuisance = 'supremum' the largest of each
     rank over the nuisances). rounds, those of prepivoting, the same shape. critical_values (levels, g1, .., gd) and critical_errors,
     the same shape: Monte Carlo errors.
+
+    >>> from sbi_phys.confidence import neyman
+    >>> sets = neyman(lambda t, n, rng: rng.normal(t[0], 1, n), lambda t, x: (x - t[0]) ** 2, [0, 1, 2], n_toys=200)
+    >>> sets.toys.shape, sets.critical_values.shape
+    ((3, 200), (1, 3))
     """
 
     axes: tuple[Array, ...]
@@ -172,6 +177,11 @@ def neyman(
 
     Returns: Neyman.   Source: arXiv:physics/9711021.
     Raises: ShapeError, NonFiniteError (NaN in the statistic), DataError, SettingError (too few toys for the level, bad names).
+
+    >>> from sbi_phys.confidence import neyman
+    >>> sets = neyman(lambda t, n, rng: rng.normal(t[0], 1, n), lambda t, x: (x - t[0]) ** 2, [0, 1, 2], 0.9, n_toys=200)
+    >>> sets.contains([1.1, 4.5], 1.0).tolist()
+    [True, False]
     """
     axes, given = check_axes(grid, names)
     plain, labels = check_names(given, len(axes))

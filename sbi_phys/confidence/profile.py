@@ -198,6 +198,11 @@ class Fit:
     values (d,); errors (d,), Hesse; covariance (d, d); minos (d, 2), (-, +), NaN where a side was not found, None if not asked for.
     nll, -ln L at the minimum with constraint terms. limits (d, 2), +-inf where there are none. constraints {name: (mean, sd)}.
     at_limit, parameters that ended at a limit: their Hesse errors mean nothing.
+
+    >>> from sbi_phys.confidence import fit
+    >>> best = fit(lambda theta: -2 * (theta[:, 0] - 3) ** 2, [0.0], ["mu"])  # a Gaussian of width 0.5 around 3
+    >>> [round(end, 2) for end in best.interval("mu", 0.683)]
+    [2.5, 3.5]
     """
 
     names: tuple[str, ...]
@@ -295,6 +300,11 @@ def fit(
     Raises: ConvergenceError (not converged, curvature not positive, Minos found a deeper minimum), NonFiniteError (NaN, or -Inf at the
         start), ShapeError, SettingError (start outside limits, unknown names).
     Source: iminuit; arXiv:1007.1727 for what follows from it.
+
+    >>> from sbi_phys.confidence import fit
+    >>> best = fit(lambda theta: -2 * ((theta - [1, 2]) ** 2).sum(axis=1), [0, 0], ["a", "b"])
+    >>> round(best.value("a"), 2), round(best.error("a"), 2)
+    (1.0, 0.5)
     """
     theta0 = np.atleast_1d(as_array("start", np.atleast_1d(np.asarray(start)), (None,)))
     plain, labels = check_names(names, theta0.size)
@@ -370,7 +380,14 @@ DEEPER = 0.02  # by this much q may be negative: what minimisation leaves
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Profile:
-    """Profile likelihood along one parameter: grid (m,), q (m,) >= 0, conditional fit values (m, d); best, its fitted value, and error."""
+    """Profile likelihood along one parameter: grid (m,), q (m,) >= 0, conditional fit values (m, d); best, its fitted value, and error.
+
+    >>> from sbi_phys.confidence import fit
+    >>> best = fit(lambda theta: -2 * ((theta - [1, 2]) ** 2).sum(axis=1), [0, 0], ["a", "b"])
+    >>> scan = best.profile("a")
+    >>> scan.grid.shape, scan.values.shape
+    ((31,), (31, 2))
+    """
 
     name: str
     label: str
@@ -388,7 +405,14 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Contour:
-    """Joint profile likelihood of two parameters: x (m,), y (m,), q (m, m) with the first index along x; best (2,)."""
+    """Joint profile likelihood of two parameters: x (m,), y (m,), q (m, m) with the first index along x; best (2,).
+
+    >>> from sbi_phys.confidence import fit
+    >>> best = fit(lambda theta: -2 * ((theta - [1, 2]) ** 2).sum(axis=1), [0, 0], ["a", "b"])
+    >>> region = best.contour("a", "b", points=5).inside(0.9)
+    >>> bool(region[2, 2]), bool(region[0, 0])
+    (True, False)
+    """
 
     names: tuple[str, str]
     labels: tuple[str, str]
@@ -454,6 +478,11 @@ def profile(fit: Fit, name: str, grid: ArrayLike | None = None) -> Profile:
 
     Args: fit: the global one. name: the parameter. grid: its values (m,), default 31 from -3 to +3 errors, within its limits.
     Returns: Profile.   Raises: ConvergenceError, SettingError, ShapeError, NonFiniteError.
+
+    >>> from sbi_phys.confidence import fit, profile
+    >>> best = fit(lambda theta: -2 * ((theta - [1, 2]) ** 2).sum(axis=1), [0, 0], ["a", "b"])
+    >>> profile(best, "a", [1.5, 2.0]).q.round(2).tolist()
+    [1.0, 4.0]
     """
     i = find_name(name, fit.names)
     if grid is None:
@@ -478,6 +507,11 @@ def contour(fit: Fit, x: str, y: str, *, points: int = 25) -> Contour:
     r"""Joint profile likelihood of two parameters on points x points values, +-3.2 errors around the best fit, within limits.
 
     Raises: ConvergenceError, SettingError (x = y, unknown), NonFiniteError.
+
+    >>> from sbi_phys.confidence import contour, fit
+    >>> best = fit(lambda theta: -2 * ((theta - [1, 2]) ** 2).sum(axis=1), [0, 0], ["a", "b"])
+    >>> contour(best, "a", "b", points=5).q.shape
+    (5, 5)
     """
     if x == y:
         raise SettingError(f"x and y are both {x!r}; expected two parameters")
@@ -538,6 +572,12 @@ class Impacts:
 
     down, up (k,): shift of psi, in its unit, when nu_k moves by -1 and +1 error. pull, pull_error (k,), NaN where not constrained.
     error of psi, and `statistical`, the part of it that is left with the constrained parameters fixed.
+
+    >>> from sbi_phys.confidence import fit
+    >>> best = fit(lambda t: -0.5 * (t[:, 0] - t[:, 1]) ** 2, [1, 1], ["mu", "nu"], constraints={"nu": (0, 1)})
+    >>> ranking = best.impacts("mu")
+    >>> round(ranking.error, 2), round(ranking.statistical, 2)
+    (1.41, 1.0)
     """
 
     name: str
@@ -568,6 +608,11 @@ def impacts(fit: Fit, name: str) -> Impacts:
     """Impact of every other parameter on `name`, by fits with it fixed at its value -+ one Hesse error, within limits.
 
     Raises: SettingError (unknown, or no other parameter), ConvergenceError.
+
+    >>> from sbi_phys.confidence import fit, impacts
+    >>> best = fit(lambda t: -0.5 * (t[:, 0] - t[:, 1]) ** 2, [1, 1], ["mu", "nu"], constraints={"nu": (0, 1)})
+    >>> impacts(best, "mu").up.round(2).tolist()
+    [1.0]
     """
     at = find_name(name, fit.names)
     others = [i for i in range(len(fit.names)) if i != at]
@@ -607,7 +652,13 @@ BANDS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Discovery:
-    """Test of `name` = null against larger values: q0, its significance Z = sqrt(q0) in sd and one-sided p-value."""
+    """Test of `name` = null against larger values: q0, its significance Z = sqrt(q0) in sd and one-sided p-value.
+
+    >>> from sbi_phys.confidence import discovery, fit
+    >>> best = fit(lambda theta: -2 * (theta[:, 0] - 3) ** 2, [0.0], ["mu"])
+    >>> print(discovery(best, "mu").summary())
+    mu > 0: 6.00 sigma (p = ..., asymptotic)
+    """
 
     name: str
     null: float
@@ -624,6 +675,11 @@ def asymptotic_interval(fit: Fit, name: str, level: float = 0.9) -> tuple[float,
     """Profile likelihood interval {q <= chi2_level(1)}; it ends at a limit where q stays below up to there.
 
     Raises: SettingError, ConvergenceError.   Source: Wilks 1938; arXiv:1007.1727, section 3.
+
+    >>> from sbi_phys.confidence import asymptotic_interval, fit
+    >>> best = fit(lambda theta: -2 * (theta[:, 0] - 3) ** 2, [0.0], ["mu"])
+    >>> [round(end, 2) for end in asymptotic_interval(best, "mu", 0.9)]
+    [2.18, 3.82]
     """
     target = float(chdtri(1, 1 - check_level(level)))
     return crossing(fit, name, target, -1), crossing(fit, name, target, 1)
@@ -633,6 +689,11 @@ def asymptotic_limit(fit: Fit, name: str, level: float = 0.9, *, kind: str = "up
     """One-sided limit where q = Phi^-1(level)^2, kind 'upper' or 'lower'; level > 0.5.
 
     Raises: SettingError, ConvergenceError.   Source: arXiv:1007.1727, section 2.4, equation 68.
+
+    >>> from sbi_phys.confidence import asymptotic_limit, fit
+    >>> best = fit(lambda theta: -2 * (theta[:, 0] - 3) ** 2, [0.0], ["mu"])
+    >>> round(asymptotic_limit(best, "mu", 0.95, kind="upper"), 2)
+    3.82
     """
     if check_level(level) <= 0.5:
         raise SettingError(f"level is {level:g}; expected more than 0.5 for a one-sided limit")
@@ -645,6 +706,11 @@ def discovery(fit: Fit, name: str, null: float = 0.0) -> Discovery:
     """Significance of a signal, Z = sqrt(q_0); 0 where the fit lies below `null`.
 
     Raises: SettingError, ConvergenceError.   Source: arXiv:1007.1727, equations 12 and 52.
+
+    >>> from sbi_phys.confidence import discovery, fit
+    >>> best = fit(lambda theta: -2 * (theta[:, 0] - 3) ** 2, [0.0], ["mu"])
+    >>> round(discovery(best, "mu", null=1.0).significance, 2)
+    4.0
     """
     above = fit.value(name) > null
     q0 = max(2 * (conditional(fit, {name: null})[0] - fit.nll), 0.0) if above else 0.0
@@ -656,6 +722,10 @@ def cls_value(q: ArrayLike, q_asimov: ArrayLike) -> Array:
     """CLs = p_mu / CL_b of the statistic with mu_hat >= 0 imposed, from q_mu >= 0 of the data and of the Asimov data set (> 0).
 
     Raises: NonFiniteError, DataError.   Source: arXiv:1007.1727, equations 65 and 66.
+
+    >>> from sbi_phys.confidence import cls_value
+    >>> round(float(cls_value(1.0, 1.0)), 3)  # (1 - Phi(1)) / Phi(0)
+    0.317
     """
     data, asimov = as_real("q", q), as_real("q_asimov", q_asimov)
     require_finite("q", data)
@@ -674,6 +744,14 @@ def cls_limit(fit: Fit, asimov: Fit, name: str, level: float = 0.9) -> tuple[flo
 
     Args: fit: to the data, with 0 as lower limit of `name`. asimov: the same to the expected data without signal.
     Raises: SettingError, ConvergenceError.   Source: arXiv:1007.1727, equation 89 for the bands.
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import cls_limit, fit
+    >>> def counted(n):  # n events over a background of 100
+    ...     return fit(lambda t: n * np.log(t[:, 0] + 100) - t[:, 0], [5.0], ["mu"], {"mu": (0, None)}, minos=False)
+    >>> observed, expected = cls_limit(counted(110), counted(100), "mu", 0.95)
+    >>> bool(observed > expected[2]), expected.shape
+    (True, (5,))
     """
     alpha = 1 - check_level(level)
 

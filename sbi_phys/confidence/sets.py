@@ -37,7 +37,13 @@ Profile = Callable[[Array, Any], ArrayLike]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Interval:
-    """Intervals for one parameter and n data sets: low (n,), high (n,), +-inf where a side was left open, NaN where the set is empty."""
+    """Intervals for one parameter and n data sets: low (n,), high (n,), +-inf where a side was left open, NaN where the set is empty.
+
+    >>> from sbi_phys.confidence import FeldmanCousins
+    >>> found = FeldmanCousins(background=3.0).interval([0, 12], level=0.9)
+    >>> found.covers(5.0).tolist()
+    [False, True]
+    """
 
     name: str
     level: float
@@ -65,7 +71,16 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Region:
-    """Joint set of two parameters on a grid: axes (m1,), (m2,); margin (n, m1, m2) <= 0 inside, q - C, or 1 - level - p if prepivoted."""
+    """Joint set of two parameters on a grid: axes (m1,), (m2,); margin (n, m1, m2) <= 0 inside, q - C, or 1 - level - p if prepivoted.
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import neyman
+    >>> grid = {"a": [-1.0, 0.0, 1.0], "b": [-1.0, 0.0, 1.0]}
+    >>> sets = neyman(lambda t, n, rng: rng.normal(t, 0.2, (n, 2)), lambda t, x: ((x - t) ** 2).sum(axis=1), grid, n_toys=100)
+    >>> region = sets.region(np.array([[0.0, 0.0]]), points=5)
+    >>> region.inside.shape, bool(region.inside[0, 2, 2]), bool(region.inside[0, 0, 0])
+    ((1, 5, 5), True, False)
+    """
 
     names: tuple[str, str]
     level: float
@@ -84,7 +99,13 @@ class Region:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Construction(ABC):
-    """What all constructions share: names (d,), the first `interest` of them wanted; the simulated box low..high; physical bounds."""
+    """What all constructions share: names (d,), the first `interest` of them wanted; the simulated box low..high; physical bounds.
+
+    >>> from sbi_phys.confidence import Construction, neyman
+    >>> sets = neyman(lambda t, n, rng: rng.normal(t[0], 1, n), lambda t, x: (x - t[0]) ** 2, [0, 1, 2], n_toys=200)
+    >>> isinstance(sets, Construction), bool(sets.pvalue([4.5], 1.0)[0] < 0.05)
+    (True, True)
+    """
 
     names: tuple[str, ...]
     labels: tuple[str, ...]

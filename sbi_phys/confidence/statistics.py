@@ -110,6 +110,12 @@ class LRT:
 
     Called with (theta (d,), data) or, row by row, (theta (n, d), data) -> (n,). Where theta is better than all of `search`, q = 0.
     Raises: SettingError, ShapeError, NonFiniteError (NaN or +Inf), DataError (no theta possible: all -Inf).
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import LRT
+    >>> q = LRT(log_likelihood=lambda theta, x: -0.5 * (x[:, None] - theta[:, 0]) ** 2, search=np.linspace(-3, 3, 61))
+    >>> q([1.0], np.array([0.0, 3.0])).round(2).tolist()
+    [1.0, 4.0]
     """
 
     log_likelihood: LogLikelihood
@@ -179,6 +185,14 @@ class Profiled:
     Args: log_likelihood: (theta (m, d), data of n sets) -> (n, m) with theta = (psi, nu), constraint terms of nu included.
     Called with (psi (m, k), data) -> (n, m): hand it to `LRT`. `.nuisance(psi, data)` is the `profile` that `neyman` takes.
     Raises: ShapeError, NonFiniteError.   Read: the set of nu must be finer than their errors, or a closed form should take its place.
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import Profiled
+    >>> def log_likelihood(theta, x):  # x ~ N(psi + nu, 1), nu constrained to 0 +- 1
+    ...     return -0.5 * (x[:, None] - theta.sum(axis=1)) ** 2 - 0.5 * theta[:, 1] ** 2
+    >>> best = Profiled(log_likelihood=log_likelihood, nuisances=np.linspace(-2, 2, 41))
+    >>> best([[0.0]], np.array([2.0])).round(2).tolist()
+    [[-1.0]]
     """
 
     log_likelihood: LogLikelihood
@@ -213,6 +227,11 @@ def posterior_moments(draws: ArrayLike) -> tuple[Array, Array]:
     """Mean (n, d) and covariance (n, d, d) of posterior draws (n, l, d).
 
     Raises: ShapeError, NonFiniteError, DataError (fewer than d + 2 draws).
+
+    >>> from sbi_phys.confidence import posterior_moments
+    >>> mean, covariance = posterior_moments([[[0.0], [1.0], [2.0], [3.0]]])
+    >>> mean.tolist(), covariance.round(2).tolist()
+    ([[1.5]], [[[1.67]]])
     """
     array = as_array("draws", draws, (None, None, None))
     n_draws, dim = array.shape[1:]
@@ -230,6 +249,10 @@ def waldo(mean: ArrayLike, covariance: ArrayLike, theta: ArrayLike, kind: str = 
     Raises: ShapeError, NonFiniteError, DataError (a covariance that is not positive definite), SettingError (one-sided with d > 1).
     Source: arXiv:2205.15680; one-sided: arXiv:1007.1727, section 2.4.
     Read: an upper limit leaves out theta far above the data alone.
+
+    >>> from sbi_phys.confidence import waldo
+    >>> waldo([[0.0]], [[[4.0]]], [2.0]).tolist(), waldo([[0.0]], [[[4.0]]], [2.0], "lower").tolist()
+    ([1.0], [-1.0])
     """
     centre = as_array("mean", mean, (None, None))
     require_choice("kind", kind, KINDS)
@@ -260,6 +283,12 @@ class Waldo:
     columns: which parameters enter, None = all; with nuisances give those of interest, so that the rest is marginalised.
     kind: 'interval', or 'upper', 'lower' for limits on the one parameter that enters.
     Called with (theta (d,) or (n, d), data) -> (n,); theta may have more columns than are asked for.
+
+    >>> import numpy as np
+    >>> from sbi_phys.confidence import Waldo
+    >>> q = Waldo(moments=lambda x: (x[:, None], np.ones((len(x), 1, 1))))
+    >>> q([1.0], np.array([0.0, 3.0])).tolist()
+    [1.0, 4.0]
     """
 
     draws: Callable[[Any], ArrayLike] | None = None
@@ -322,6 +351,14 @@ class RefinedLRT:
         where at most two vary; its square is the number of first points where more do.
     Called with (psi (interest,) or (n, interest), data) -> (n,); `.nuisance(psi, data)` is the `profile` that `lf2i` takes.
     Raises: SettingError (interest), ShapeError, NonFiniteError, SupportError (psi outside the box), DataError.
+
+    >>> from sbi_phys.confidence import RefinedLRT
+    >>> import numpy as np
+    >>> def log_likelihood(x, theta):  # x ~ N(mu + nu, 1), nu constrained to 0 +- 1
+    ...     return -0.5 * (x - theta.sum(axis=1)) ** 2 - 0.5 * theta[:, 1] ** 2
+    >>> q = RefinedLRT(log_likelihood=log_likelihood, low=[-5, -5], high=[5, 5], names=("mu", "nu"))
+    >>> q([0.0], np.array([2.0])).round(1).tolist()
+    [2.0]
     """
 
     log_likelihood: Rows

@@ -27,7 +27,7 @@ from sbi_phys.core.checks import find_name
 from sbi_phys.core.errors import SettingError, SupportError
 from sbi_phys.core.types import Array, Integers
 from sbi_phys.estimators.base import load
-from sbi_phys.plotting.limits import coverage_figure, limits_figure
+from sbi_phys.plotting.confidence import coverage_figure, limits_figure
 from sbi_phys.workflow.inference import simulations
 from sbi_phys.workflow.run import Run, versions
 from sbi_phys.workflow.settings import STATISTICS, LimitsSettings

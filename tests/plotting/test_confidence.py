@@ -5,7 +5,7 @@ import pytest
 
 from sbi_phys.confidence import coverage_map
 from sbi_phys.core.errors import DataError
-from sbi_phys.plotting.limits import coverage_figure, limits_figure
+from sbi_phys.plotting.confidence import coverage_figure, limits_figure
 
 RNG = np.random.default_rng(0)
 
