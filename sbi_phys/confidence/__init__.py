@@ -1,12 +1,11 @@
-"""Confidence: limits, intervals and sets that cover, from any likelihood or statistic; callables on arrays, never a network.
+"""Confidence intervals, limits and confidence sets with calibrated coverage, from any likelihood or test statistic given as a function of arrays.
 
-exact           feldman_cousins · feldman_cousins_gaussian · acceptance (the belt) · on_off (background counted off source)
-likelihood      fit (iminuit: Hesse, Minos) · profile · contour · impacts · asymptotic intervals, CLs, discovery
-statistics      LRT · RefinedLRT (searches) · Profiled (nuisances) · Waldo; two-sided, upper, lower
-that cover      neyman (exact toys on a grid) · lf2i (critical values and p-values learned from simulations); nuisances profiled,
-                prepivoted, or the supremum over them
-limits          limits · expected_limits, from any of the above
-is it true      coverage_map: coverage over theta with errors, tested
+- counting experiments: `feldman_cousins`, `feldman_cousins_gaussian`, `acceptance`; `on_off` for a background measured off source
+- profile likelihood: `fit` (iminuit, with Hesse and Minos errors), `profile`, `contour`, `impacts`; asymptotic intervals, CLs, `discovery`
+- test statistics: `LRT`, `RefinedLRT` (searches for the maximum itself), `Profiled` (nuisance parameters), `Waldo`
+- calibrated sets: `neyman` (toys on a grid), `lf2i` (critical values and p-values learned from simulations)
+- limits: `limits` and `expected_limits`, from any of the above
+- test of coverage: `coverage_map`, the coverage as a function of theta with errors
 """
 
 from sbi_phys.confidence.counting import (

@@ -1,4 +1,4 @@
-"""What every construction takes: levels, points in parameter space, axes of a grid, values of a test statistic; checked once."""
+"""Checks of arguments that the constructions share: levels, points in parameter space, axes of a grid, values of a test statistic."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

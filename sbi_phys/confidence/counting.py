@@ -1,46 +1,41 @@
-r"""Unified intervals of Feldman and Cousins: Poisson counts with known background, and a Gaussian with a bounded mean.
+r"""Counting experiments: unified intervals of Feldman and Cousins, a background measured off source, CLs and asymptotic limits.
 
-At each mu >= 0 the outcomes enter the acceptance region in the order of the likelihood ratio
+**Known background** (`feldman_cousins`). At each mu >= 0 outcomes enter the acceptance region in falling order of the likelihood ratio
 
     R(n; mu) = P(n | mu + b) / P(n | mu_best + b),   mu_best = max(0, n - b),
 
-largest first, until they hold the level. The interval for n is the set of mu that accept n: two-sided or an upper limit, as the data
-decide, and never empty. So n is accepted exactly if what is ordered before it holds less than the level,
+until their probability reaches the level. The interval for n is the set of mu that accept n. It is two-sided or an upper limit, depending
+on the data, and never empty. So n is accepted exactly if the outcomes ordered before it have less probability than the level,
 
     sum_{k: R(k) > R(n)} P(k | mu + b) < level .
 
-R rises up to k = mu + b and falls after it. With lambda = mu + b, lg R(k) = k - lambda + k ln(lambda / k) for k >= b, so the place where R
-comes back to R(n) is k = lambda exp(1 + W(-(1 + ln R(n) / lambda) / e)), W Lambert's function on its two branches; for k < b ln R is linear
-in k. The sum is thus the difference of two Poisson sums: exact for any mu, no grid of counts, and the ends follow from bisection.
+R rises up to k = mu + b and falls after it. With lambda = mu + b, ln R(k) = k - lambda + k ln(lambda / k) for k >= b, so that R takes the
+value R(n) again at k = lambda exp(1 + W(-(1 + ln R(n) / lambda) / e)), W being Lambert's function on its two branches; for k < b ln R is
+linear in k. The sum is thus a difference of two Poisson sums, exact for any mu, and the ends follow from bisection.
 
-Two mild pathologies, both from the counts being whole numbers. The set of mu may fall in pieces: the interval is its hull, from the
-lowest to the highest. And the upper end is no falling function of b: more background may give a higher limit. The published tables
-lengthen the intervals until it is one, high(n, b) = max_{b' >= b} high(n, b'); so does `monotone=True`, the default.
+Counts are whole numbers, with two consequences. The set of mu may consist of several pieces: the interval is its hull. And the upper end
+may rise with b; the published tables lengthen the intervals to max_{b' >= b} high(n, b'), as `monotone=True`, the default, does.
 
-For x ~ N(mu, 1) with mu >= 0: R = exp(-(x - mu)^2 / 2) for x >= 0 and exp(x mu - mu^2 / 2) below; the other end of the region is
-2 mu - x, or x - x^2 / (2 mu) where that is negative.
+**Bounded Gaussian** (`feldman_cousins_gaussian`). For x ~ N(mu, 1) with mu >= 0: R = exp(-(x - mu)^2 / 2) for x >= 0 and
+exp(x mu - mu^2 / 2) below; the other end of the region is 2 mu - x, or x - x^2 / (2 mu) where that is negative.
 
-Source: Feldman & Cousins 1998, arXiv:physics/9711021, sections III, IV and VI, tables IV and X.
-
-Counting with a background that was itself counted: n_on ~ Poisson(mu + b), n_off ~ Poisson(tau b); mu >= 0 wanted, b a nuisance.
-
-Profile likelihood ratio, everything in closed form: with A = n_on + n_off - (1 + tau) mu the background that fits best at mu is
+**Background measured off source** (`on_off`). n_on ~ Poisson(mu + b), n_off ~ Poisson(tau b), mu >= 0 of interest, b a nuisance parameter.
+With A = n_on + n_off - (1 + tau) mu the background that fits best at mu, and the profile likelihood ratio, are
 
     b(mu) = [A + sqrt(A^2 + 4 (1 + tau) n_off mu)] / (2 (1 + tau)),
     mu_hat = max(0, n_on - n_off / tau),      q(mu) = 2 [ln L(mu_hat, b(mu_hat)) - ln L(mu, b(mu))].
 
-Its distribution is summed over all pairs of counts, at the background that fits the data best, instead of being looked up in a chi-square:
+The p-value is summed over all pairs of counts, at the background that fits the data best,
 
     p(mu) = sum over (n, m) with q(n, m; mu) >= q(data; mu) of Poisson(n | mu + b(mu)) Poisson(m | tau b(mu)),
 
-and the set is {mu: p(mu) > 1 - level}: the construction of Feldman and Cousins with the nuisance profiled, without toys and without
-their noise. It covers as far as p varies little with b around b(mu): to about a percent from a few counts on, see `on_off_coverage`.
-For an upper limit q is 0 where mu_hat > mu, for a lower one where mu_hat < mu. The set may fall in pieces; the interval is its hull.
+and the set is {mu: p(mu) > 1 - level}: the construction of Feldman and Cousins with the nuisance profiled, without toys. It covers as far
+as p varies little with b around b(mu): to about a percent from a few counts on (`on_off_coverage` gives the exact coverage). For an upper
+limit q is 0 where mu_hat > mu, for a lower limit where mu_hat < mu. The interval is the hull of the set. sqrt(q(0)) is the significance of
+Li and Ma.
 
-With q(0), sqrt(q(0)) is the significance of Li and Ma.
-
-Source: Feldman & Cousins 1998, arXiv:physics/9711021; profiled nuisances: Cousins, Linnemann & Tucker 2008, arXiv:physics/0702156;
-Li & Ma 1983, ApJ 272, 317, equation 17.
+Source: Feldman & Cousins 1998, arXiv:physics/9711021, sections III, IV and VI, tables IV and X; profiled nuisances: Cousins, Linnemann &
+Tucker 2008, arXiv:physics/0702156; Li & Ma 1983, ApJ 272, 317, equation 17; CLs: Read 2002, J. Phys. G 28, 2693.
 """
 
 from collections.abc import Callable
@@ -72,7 +67,7 @@ __all__ = [
 Ends = tuple[float, float] | tuple[Array, Array]
 
 SCAN = 6000  # points in mu: pieces of the set that are narrower than 1/6000 of the range may be missed
-B_STEP, B_SPAN = 0.005, 5.0  # backgrounds above b that are looked at for a higher limit
+B_STEP, B_SPAN = 0.005, 5.0  # step and range of the backgrounds above b that are searched for a higher limit
 RISES = np.array([0.001, 0.004, 0.01, 0.03, 0.1, 0.3])  # above the limit: a piece of the set that ends higher holds one of these
 
 
@@ -84,7 +79,7 @@ def feldman_cousins(n: ArrayLike, background: ArrayLike, level: float = 0.9, *, 
         background: expected counts b >= 0, known; broadcast against n.
         level: confidence level in (0, 1).
         monotone: lengthen the interval where a larger background would give a higher limit, as the published tables do
-            (backgrounds up to b + 5 are looked at, to about 0.005 in mu); False: the plain belt.
+            (backgrounds up to b + 5 are searched; accurate to about 0.005 in mu); False: the plain belt.
 
     Returns: (low, high), counts; numbers for numbers, else arrays of the common shape.
     Raises: ShapeError, NonFiniteError, DataError (negative or fractional counts, negative background), SettingError (level).
@@ -103,7 +98,7 @@ def feldman_cousins(n: ArrayLike, background: ArrayLike, level: float = 0.9, *, 
         bad = counts[(counts < 0) | (counts != np.rint(counts))].flat[0]
         raise DataError(f"n has {bad:g}; expected whole numbers of counts >= 0")
     if (b < 0).any():
-        raise DataError(f"background has {b.min():g}; expected expected counts >= 0")
+        raise DataError(f"background has {b.min():g}; expected a mean number of counts >= 0")
     try:
         counts, b = np.broadcast_arrays(counts, b)
     except ValueError as err:
@@ -161,7 +156,7 @@ def _before(mu: Array, n: ArrayLike, b: ArrayLike) -> Array:
 
 
 def _left(w: Array, lam: Array, mu: Array, b: Array, log_r: Array) -> Array:
-    # below lambda: first the branch that holds for k >= b, then the straight line below b; -1 where all counts down to 0 are better
+    # below lambda: the branch valid for k >= b, then the line valid below b; -1 where all counts down to 0 have a larger R
     k = np.where(w < 0, lam * np.exp(1 + _lambert(np.minimum(w, -1e-300), -1)), -1.0)
     line = (k < b) & (b > 0)
     slope = np.log(lam[line] / b[line])
@@ -170,7 +165,7 @@ def _left(w: Array, lam: Array, mu: Array, b: Array, log_r: Array) -> Array:
 
 
 def _lambert(w: Array, branch: int) -> Array:
-    # rounding may carry the argument beyond the branch point -1/e, where W = -1
+    # rounding may move the argument beyond the branch point -1/e, where W = -1
     value = lambertw(np.maximum(w, -np.exp(-1)), branch).real
     return np.where(np.isfinite(value), value, -1.0)
 
@@ -180,7 +175,7 @@ def _cdf(k: Array, lam: Array) -> Array:
 
 
 def _ends(n: float, b: float, level: float, monotone: bool) -> tuple[float, float]:
-    # beyond `top` the probability of n or fewer is a thousandth of what is left outside
+    # beyond `top` the probability of n or fewer counts is below a thousandth of 1 - level
     rest = 1e-3 * (1 - level)
     top = max(float(chdtri(2 * (n + 1), rest)) / 2 - b, float(chdtri(1, rest)))
     mu = np.unique(np.append(np.linspace(0, top, SCAN), max(n - b, 0.0)))
@@ -330,7 +325,7 @@ class OnOff:
         m, p_m = _poisson(self.tau * b)
         if n.size * m.size > MOST_PAIRS:
             raise DataError(f"n_on = {self.n_on:g} and n_off = {self.n_off:g} are {n.size} x {m.size} pairs of counts; expected at most "
-                            f"{MOST_PAIRS:g}: with so many counts on_off_wilks is as good")  # fmt: skip
+                            f"{MOST_PAIRS:g}: with so many counts on_off_wilks is accurate")  # fmt: skip
         observed = _q(np.asarray(self.n_on), np.asarray(self.n_off), np.asarray(mu), self.tau, kind)
         as_bad = _q(n[:, None], m[None, :], np.asarray(mu), self.tau, kind) >= observed - TIE * (1 + observed)
         return min(1.0, float(p_n @ as_bad @ p_m))
@@ -377,7 +372,7 @@ def on_off(n_on: float, n_off: float, tau: float, level: float = 0.9, *, kind: s
 def on_off_wilks(n_on: float, n_off: float, tau: float, level: float = 0.9, *, kind: str = "interval") -> tuple[float, float]:
     """Asymptotic interval {mu: q(mu) <= chi2_level(1)}, for a limit Phi^-1(level)^2; returns and raises as `on_off`.
 
-    Read: beside `on_off` it tells what few counts and the bound at 0 do; at mu = 0 nominal 90 % covers 95 %.
+    Read: the difference from `on_off` is the effect of few counts and of the bound at 0; at mu = 0 nominal 90 % covers 95 %.
 
     >>> from sbi_phys.confidence import on_off_wilks
     >>> low, high = on_off_wilks(5, 4, 2.0, kind="upper")
@@ -389,7 +384,7 @@ def on_off_wilks(n_on: float, n_off: float, tau: float, level: float = 0.9, *, k
 
 
 def counting_wilks(n: float, background: float, level: float = 0.9, *, kind: str = "interval") -> tuple[float, float]:
-    """The same for a known background: n ~ Poisson(mu + background).   Raises: DataError, SettingError.
+    """Asymptotic interval or limit for a known background, n ~ Poisson(mu + background).   Raises: DataError, SettingError.
 
     >>> from sbi_phys.confidence import counting_wilks
     >>> [round(end, 2) for end in counting_wilks(0, 3.0, 0.9)]
@@ -407,8 +402,8 @@ def counting_wilks(n: float, background: float, level: float = 0.9, *, kind: str
 def counting_cls(n: float, background: float, level: float = 0.9) -> float:
     """Upper limit by CLs, P(N <= n | mu + b) / P(N <= n | b) = 1 - level, counts.
 
-    Raises: DataError, SettingError.   Source: Read 2002, J. Phys. G 28, 2693.   Read: it covers more than the level, the more the fewer
-    counts there are; it is never empty and never below -ln(1 - level).
+    Raises: DataError, SettingError.   Source: Read 2002, J. Phys. G 28, 2693.   Read: it covers more than the level, especially
+    with few counts; it is never empty and never below -ln(1 - level).
 
     >>> from sbi_phys.confidence import counting_cls
     >>> round(counting_cls(0, 3.0, 0.9), 3)  # -ln(0.1), whatever the background
@@ -438,7 +433,7 @@ def li_ma(n_on: float, n_off: float, tau: float) -> float:
 def on_off_coverage(mu: float, background: float, tau: float, level: float = 0.9, *, kind: str = "interval") -> float:
     """Exact coverage of the sets of `on_off` at (mu, background): the probability of all counts whose p-value at mu exceeds 1 - level.
 
-    Raises: DataError, SettingError.   Read: below the level is what profiling has cost; above it, whole numbers.
+    Raises: DataError, SettingError.   Read: a value below the level is the effect of profiling; a value above it, that of discrete counts.
 
     >>> from sbi_phys.confidence import on_off_coverage
     >>> on_off_coverage(1.0, 1.0, 1.0, 0.9) > 0.88
@@ -456,7 +451,7 @@ def on_off_coverage(mu: float, background: float, tau: float, level: float = 0.9
 def _background(n: Array, m: Array, mu: Array, tau: float) -> Array:
     a = n + m - (1 + tau) * mu
     root = np.sqrt(a * a + 4 * (1 + tau) * m * mu)
-    # the second form has no difference of large numbers where a < 0
+    # the second form avoids the difference of two large numbers where a < 0
     with np.errstate(divide="ignore", invalid="ignore"):
         other = np.where(root - a > 0, 2 * m * mu / (root - a), 0.0)
     return np.where(a >= 0, (a + root) / (2 * (1 + tau)), other)

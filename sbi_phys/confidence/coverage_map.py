@@ -1,17 +1,17 @@
-r"""Does a set cover, everywhere? Inclusion of the true theta regressed on theta, with errors, and a test of "coverage = level".
+r"""Coverage of confidence sets as a function of theta, with errors, and a test of the hypothesis "coverage = level everywhere".
 
-Given a further sample theta_i, D_i ~ p(D | theta_i) and w_i = 1{theta_i in set(D_i)}, the coverage c(theta) = E[w | theta] comes in
-two forms:
+Given a further sample theta_i, D_i ~ p(D | theta_i) and w_i = 1{theta_i in set(D_i)}, the coverage c(theta) = E[w | theta] is estimated
+in two forms:
 
-- **a smooth map**: logistic regression, logit c(theta) = sum_k beta_k P_k(theta) with products of Legendre polynomials up to a total
-  degree, theta scaled to [-1, 1]; its error from the inverse of the information X^T diag(c (1 - c)) X (plus a ridge of 10^-3).
-- **bins** of equally many simulations (products of bins for two parameters, each parameter by itself for more), binomial errors.
+- **smooth map**: logistic regression, logit c(theta) = sum_k beta_k P_k(theta), with products of Legendre polynomials up to a total
+  degree, theta scaled to [-1, 1]. Errors come from the inverse of the information X^T diag(c (1 - c)) X (plus a ridge of 10^-3).
+- **bins** with equal numbers of simulations (products of bins for two parameters, each parameter by itself for more), binomial errors.
 
-The null c = level everywhere has no free parameter, so both tests need no fit. Smooth: Rao's score test,
+The hypothesis c = level has no free parameter, so neither test needs a fit. Smooth map: Rao's score test,
 
     S = u^T [level (1 - level) X^T X]^-1 u,   u = X^T (w - level),   S ~ chi2(rank X).
 
-Bins: exact two-sided binomial p-values, the smallest times the number of bins. The p-value is the smaller of both, doubled.
+Bins: exact two-sided binomial p-values, the smallest times the number of bins. The p-value is twice the smaller of both.
 
 Source: Dalmasso et al. 2021, arXiv:2107.03920, section 3.3; score test: Rao 1948.
 """
@@ -215,7 +215,7 @@ def _basis(theta: Array, low: Array, high: Array, degree: int) -> Array:
 
 
 def _logistic(x: Array, held: Array, level: float) -> tuple[Array, Array]:
-    # Newton from coverage = level, with a ridge so that a region that always covers has a finite answer
+    # Newton steps from coverage = level; the ridge keeps the result finite where all sets cover
     beta = np.zeros(x.shape[1])
     beta[0] = float(logit(level))
     ridge = RIDGE * np.eye(beta.size)
@@ -268,5 +268,5 @@ def _bins(theta: Array, held: Array, level: float, names: tuple[str, ...], n_bin
 
 
 def _binomial(k: int, n: int, p: float) -> float:
-    # twice the smaller tail: exact, and never too small
+    # twice the smaller tail: a valid p-value for any n
     return float(min(1.0, 2 * min(binom.cdf(k, n, p), binom.sf(k - 1, n, p))))

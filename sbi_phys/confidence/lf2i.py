@@ -1,33 +1,26 @@
-r"""Critical values and p-values learned from simulations all over parameter space (LF2I).
+r"""Likelihood-free frequentist inference (LF2I): confidence sets whose critical values and p-values are learned from simulations.
 
-Given theta_i from any distribution with the whole space as support and q_i = q(D_i; theta_i), D_i ~ p(D | theta_i):
-
-- **critical values**: C_a(theta), the a-quantile of q given theta, minimises the pinball loss E[(a - 1{q < C}) (q - C)]. Candidates
-  are linear in a basis of splines (the minimum is found exactly, as a linear programme) and boosted trees; the one
-  with the lowest loss in cross-validation is fitted again to everything.
-- **p-values**: P(Q >= c | theta) falls with the cutoff c. Each pair gets cutoffs c drawn from all q, and Y = 1{q_i >= c}; boosted trees
-  with a monotonic constraint on c regress Y on (theta, c): one fit for all levels.
-
-The set {theta: q(D; theta) <= C(theta)} then covers at every theta as far as the regression is right; `coverage_map` with a third
-sample says whether it is. Nothing is extrapolated: theta outside of the box that the sample fills is refused.
-
-Source: Dalmasso et al. 2021, arXiv:2107.03920; linear programme of quantile regression: Koenker 2005, section 6.2.
-
-Likelihood-free frequentist sets: a construction whose critical values are learned, {theta: q(D; theta) <= C_level(theta)}.
-
-    theta_i ~ any prior, D_i ~ p(D | theta_i), q_i = q(D_i; theta_i)     one sample, as large as can be had
+    theta_i ~ any prior, D_i ~ p(D | theta_i), q_i = q(D_i; theta_i)     one sample, as large as possible
     sets = lf2i(theta, q, statistic, level=0.9)                          quantile regression of q on theta
-    inside_j = sets.contains(D_j, theta_j)                               a second sample
-    coverage_map(theta_j, inside_j, 0.9)                                 does it cover, everywhere?
+    inside_j = sets.contains_each(D_j, theta_j)                          a second sample
+    coverage_map(theta_j, inside_j, 0.9)                                 test of the coverage
 
-One simulation per theta is enough: the regression borrows from its neighbours what a Neyman construction spends toys on.
+One simulation per theta suffices, because the regression combines neighbouring theta.
 
-With nuisances that are profiled, C is taken at (psi_i, nu_i), nu_i those that fit D_i best at psi_i, instead of at theta_i. Given all nu_i,
-the sample tells what that does, and corrects it: the level-quantile of q_i - C(psi_i, nu_i) at theta_i would be 0 everywhere were the
-plug-in right; regressed on theta it is added to C, and so on for some rounds (`nuisances` does the same with toys). For p-values
-the next regression is of 1 - P(psi_i, nu_i) in the place of q_i.
+- **Critical values**: C_a(theta), the a-quantile of q given theta, minimises the pinball loss E[(a - 1{q < C}) (q - C)]. Candidates are
+  linear in a basis of splines (solved exactly, as a linear programme) and boosted trees; the one with the lowest cross-validated loss is
+  fitted again to the whole sample.
+- **p-values**: P(Q >= c | theta) falls with c. Each simulation gets values c drawn from all q, and Y = 1{q_i >= c}; boosted trees that are
+  monotone in c regress Y on (theta, c), one fit for all levels.
 
-Source: Dalmasso et al. 2021, arXiv:2107.03920; Masserano et al. 2023, arXiv:2205.15680; corrections: Beran 1988 JASA 83, 687.
+With profiled nuisance parameters C is taken at (psi_i, nu_i), nu_i being the nuisances that fit D_i best at psi_i, instead of at theta_i.
+Given all nu_i, the sample corrects for that: the level-quantile of q_i - C(psi_i, nu_i) given theta_i is regressed on theta and added to
+C, for some rounds. For p-values 1 - P(psi_i, nu_i) replaces q_i in the next regression. (`neyman` does the same with toys.)
+
+The sets cover as far as the regression is right. Theta outside of the box that the sample fills is refused.
+
+Source: Dalmasso et al. 2021, arXiv:2107.03920; Masserano et al. 2023, arXiv:2205.15680; linear programme: Koenker 2005, section 6.2;
+corrections: Beran 1988 JASA 83, 687.
 """
 
 from collections.abc import Callable, Sequence
@@ -199,7 +192,7 @@ def _fit(name: str, theta: Array, q: Array, level: float, low: Array, high: Arra
             max_iter=100,
             learning_rate=0.05,
             max_leaf_nodes=4,
-            # a quantile of a leaf needs rows beyond it: with fewer, trees follow the noise
+            # the quantile of a leaf needs rows beyond it; with fewer rows the trees fit noise
             min_samples_leaf=max(int(30 / min(level, 1 - level)), q.size // 40),
             early_stopping=False,
             random_state=seed_for(seed, "boosting") % 2**32,
@@ -214,7 +207,7 @@ def _basis(knots: int, sample: Array, low: Array, high: Array) -> Curve:
     """Cubic B-splines in each parameter (knots at quantiles of the sample), and products of pairs' linear parts; columns (m, p)."""
     if knots == 0:
         return lambda theta: np.ones((theta.shape[0], 1))
-    # where the sample is denser the curve may bend more
+    # knots are denser where the sample is denser
     places = np.quantile(sample, np.linspace(0, 1, knots), axis=0)
     places[0], places[-1] = low, high
     places = np.where((np.diff(places, axis=0) > 1e-6 * (high - low)).all(axis=0), places, np.linspace(low, high, knots))
@@ -237,7 +230,7 @@ def _linear_quantile(x: Array, q: Array, level: float) -> Array:
     Rows far from the quantile enter with their sign alone: a first answer from some rows tells which those are, and the next is exact
     if it leaves all of their signs as they were.
     """
-    # columns without support in this sample would leave coefficients free: they get none
+    # columns that are 0 in this sample would leave their coefficients undetermined: they are left out
     used = np.flatnonzero(np.abs(x).max(axis=0) > 0)
     design, scale = x[:, used], float(np.std(q)) or 1.0
     n, beta = q.size, np.zeros(x.shape[1])
@@ -254,7 +247,7 @@ def _linear_quantile(x: Array, q: Array, level: float) -> Array:
             beta[used] = better * scale
             return beta
         rounds += 1
-        # a better answer knows the signs better: more rows only where that does not help, or where no answer has these signs
+        # the next solution has better signs; more rows only after four rounds, or if the programme has no solution
         m *= 2 if better is None or rounds % 4 == 0 else 1
         found = found if better is None else better
     found = _programme(design, q / scale, level, 0.0)
@@ -286,7 +279,7 @@ def learn_pvalues(
         seed: of these and the trees.
     Returns: PValues, falling with c; within 1 / n and 1.
     Raises: ShapeError, NonFiniteError, DataError (fewer than 200 simulations).   Source: arXiv:2107.03920, algorithm 2.
-    Read: trees are steps; p below about 20 / n is no more than an order of magnitude.
+    Read: the curve is made of steps; p below about 20 / n is only an order of magnitude.
 
     >>> import numpy as np
     >>> from sbi_phys.confidence import learn_pvalues
@@ -308,7 +301,7 @@ def learn_pvalues(
         max_iter=60,
         learning_rate=0.1,
         max_leaf_nodes=8,
-        # the cutoffs of one simulation are no independent rows: a leaf needs many simulations
+        # the cutoffs of one simulation are not independent rows: a leaf needs many simulations
         min_samples_leaf=max(20 * k, n * k // 50),
         monotonic_cst=[0] * points.shape[1] + [-1],
         early_stopping=False,
@@ -318,7 +311,7 @@ def learn_pvalues(
     def curve(cutoff: Array, at: Array) -> Array:
         finite = np.where(np.isinf(cutoff), np.finfo(np.float64).max, cutoff)
         p = trees.predict_proba(np.column_stack([at, finite]))[:, 1]
-        # q = 0 is no evidence, whatever the trees say; and n simulations tell nothing of p < 1/n
+        # the smallest q has p-value 1 by definition; n simulations do not resolve p < 1/n
         return np.where(cutoff <= values.min(), 1.0, np.clip(p, 1 / (n + 1), 1.0))
 
     low, high = _box(points, bounds)
@@ -326,7 +319,7 @@ def learn_pvalues(
 
 
 def _box(points: Array, bounds: Bounds | None) -> tuple[Array, Array]:
-    # a sample never quite reaches a bound: where it comes within a hundredth of its range, the box reaches up to it
+    # a sample never quite reaches a bound: if it comes within 1 % of its range, the box extends to the bound
     low, high = points.min(axis=0), points.max(axis=0)
     near = 0.01 * (high - low)
     for i, (a, b) in enumerate(check_bounds(bounds, low, high)):
@@ -472,7 +465,7 @@ def _corrected(
     models: list[CriticalValues], tails: list[PValues], theta: Array, q: Array, nuisances: tuple[ArrayLike, int], bounds: Bounds | None,
     seed: int,
 ) -> tuple[list[CriticalValues], list[PValues]]:  # fmt: skip
-    """Critical values plus what they lack where they are taken at the profiled nuisances and should hold at theta; p-values alike."""
+    """Critical values, corrected for being taken at the profiled nuisances instead of at theta; p-values likewise."""
     n, dim = theta.shape
     profiled, k = nuisances
     best = as_array("profiled", np.reshape(np.asarray(profiled), (n, -1)), (n, dim - k))

@@ -1,14 +1,13 @@
-r"""Upper and lower limits and intervals from any source by one call, and what to expect of them without a signal.
+r"""Upper and lower limits and intervals by one call, from a fit or any construction, and the limits expected without a signal.
 
-A source is a `Fit` (asymptotic distributions, CLs), or anything with `interval(data, level)`: a Neyman construction, learned critical
-values, `FeldmanCousins`. What a limit means follows from the statistic of a construction: with the one-sided q_mu
-(`LRT(kind="upper")`) the set is [.., limit] and the limit is exceeded in level of all cases; with the two-sided ratio the upper end of
-the unified interval is quoted, which holds at least the level.
+A source is a `Fit` (asymptotic formulae, CLs), or an object with `interval(data, level)`: `Neyman`, `LF2I`, `FeldmanCousins`. What a limit
+means follows from the statistic of the construction. With the one-sided statistic (`LRT(kind="upper")`) the upper limit lies above the true
+value with probability `level`. With the two-sided ratio the upper end of the unified interval is quoted, which covers at least the level.
 
-Expected limits: the same for toys of background alone; their median and central 68.3 and 95.4 % bands. A limit far below its band says
-that the data fluctuated (or that the background is not understood), not that the experiment is good.
+Expected limits are those of toys with background alone: their median and central 68.3 and 95.4 % bands. A limit far below the band means
+that the data fluctuated or that the background is not understood.
 
-Source: arXiv:1007.1727, section 5; arXiv:physics/9711021, section VI (the experiment's sensitivity beside the limit).
+Source: arXiv:1007.1727, section 5; arXiv:physics/9711021, section VI (the sensitivity of the experiment quoted beside the limit).
 """
 
 from dataclasses import dataclass

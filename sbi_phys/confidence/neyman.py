@@ -1,36 +1,28 @@
-r"""Neyman construction with exact toys: critical values of any test statistic on a grid of parameters.
+r"""Neyman construction with toys: critical values of any test statistic on a grid of parameters, with four treatments of nuisances.
 
-At each point theta_i of a product grid, n toys D ~ p(D | theta_i) give n values q(D; theta_i). The critical value is their order statistic
+At each point theta_i of a product grid, n toys D ~ p(D | theta_i) give n values q(D; theta_i). The critical value is the order statistic
 
     C_level(theta_i) = q_(k),   k = ceil(level (n + 1)),
 
-so that P(q_new <= C) >= level exactly for a further data set, whatever the distribution of q and however few the toys: no more than
-1 / (n + 1) is given away. Between grid points C is interpolated linearly, and p-values with the same weights; beyond the grid there is
-no answer, only an error. The error of C is half the distance of the order statistics one binomial sd, sqrt(n level (1 - level)), to
-each side. With a likelihood ratio as statistic this is the construction of Feldman and Cousins.
+so that level <= P(q_new <= C) <= level + 1 / (n + 1) for a further data set and any continuous distribution of q. Between grid points C
+and p-values are interpolated linearly; beyond the grid an error is raised. The error of C is half the distance between the order
+statistics one binomial sd, sqrt(n level (1 - level)), to each side. With a likelihood ratio this is the construction of Feldman and Cousins.
 
-With nuisances, `nuisance` says at which of their values C is taken, or how it is made independent of them: see `nuisances`.
+**Nuisance parameters.** Let R_j be the sorted statistics q_jt of the toys t at (psi, nu_j), and nu_jt the nuisances that fit toy jt best at
+psi. A set in psi holds the data D if q(D; psi) does not exceed the level-quantile of a reference distribution at (psi, nu(D; psi)):
 
-Toys follow from (seed, index of the grid point): the same numbers for any number of workers, in any order.
+- **profiled** (plug-in): R_j itself. It is right as far as the distribution of q does not change within the error of nu.
+- **prepivoted** (Beran's double bootstrap): the plug-in p-value P_jt of toy jt at its own nu_jt would be uniform if the plug-in were right.
+  The distribution of u = 1 - P depends on nu less than that of q, so u replaces q, and its sorted values replace R_j. Each further round
+  reduces the error to the next order, without new simulations. Given nu, u is a monotone function of q, so that a critical value exists.
+  Toys with equal statistics count as equal in each round: with discrete data the coverage can only increase.
+- **supremum**: the largest quantile over nu_j. It covers at least the level at every nu of the grid.
+- **projected**: psi is kept if some nu of the grid keeps it. It covers at least the level.
 
-Source: Neyman 1937; Feldman & Cousins 1998, arXiv:physics/9711021; order statistics: Vovk et al. 2005, split conformal sets.
+Toys follow from (seed, index of the grid point): the results do not depend on the number of workers.
 
-What to do about nuisances nu in a Neyman construction, from the same toys: critical values C(psi, nu) that make the sets cover.
-
-q_jt is the statistic of toy t at (psi, nu_j), sorted R_j; nu_jt the nuisance that fits that toy best at psi. A set in psi holds data D if
-q(D; psi) does not exceed the level-quantile of a reference distribution at (psi, nu(D; psi)). Three of them, for one psi at a time:
-
-- **profiled** (plug-in), R_j itself: right as far as the distribution of q does not change within the error of nu. Where nu is hardly
-  identified (a blurring without sources to be blurred), it is wrong to first order.
-- **prepivoted** (Beran's double bootstrap): the plug-in p-value P_jt of toy jt at its own nu_jt would be uniform were the plug-in right.
-  The distribution of u = 1 - P at (psi, nu_j) depends on nu less than that of q; so u takes the place of q, its sorted values that of R_j,
-  and the p-value of the data is that of their u at nu(D). No further simulation is needed, and it can be done again: each round
-  removes the error that the last one left to next order. Given nu, all of it is a monotone map of q, so there still is a critical value.
-  The coverage is nominal at each nu, up to what the rounds leave; nothing guarantees more. Toys that are alike (counts are whole numbers)
-  count as alike in each round, so discreteness only adds to the coverage.
-- **supremum**: the largest quantile over nu_j. It covers at least as stated at every nu of the grid, and more than that at most.
-
-Source: Beran 1987 Biometrika 74, 457; Beran 1988 JASA 83, 687 (prepivoting); Casella & Berger 2002, section 8.3 (supremum).
+Source: Neyman 1937; Feldman & Cousins 1998, arXiv:physics/9711021; order statistics: Vovk et al. 2005; prepivoting: Beran 1987 Biometrika
+74, 457 and 1988 JASA 83, 687; supremum: Casella & Berger 2002, section 8.3.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -112,7 +104,7 @@ class Neyman(Construction):
     def _margin(self, data: Any, point: Array, chosen: int) -> Array:
         if not self.rounds:
             return super()._margin(data, point, chosen)
-        # not q - C: between the values of discrete data C would fall on one side or the other by rounding
+        # by p-values, not q - C: with discrete data rounding would decide on which side of C a value falls
         ((full, q),) = self._tests(data, point)
         return (1 - self.levels[chosen]) - self._tail(q, full) + 1e-9
 
@@ -120,7 +112,7 @@ class Neyman(Construction):
         return np.array(list(product(*self.axes[self.interest :])))
 
     def _scan_axis(self, i: int, points: int) -> Array:
-        # the grid's own points too: there C has its kinks
+        # the points of the grid are included, because C has kinks there
         return np.unique(np.concatenate([np.linspace(self.low[i], self.high[i], points), self.axes[i]]))
 
     def summary(self) -> str:
@@ -158,7 +150,7 @@ def neyman(
     r"""Critical values C_level(theta) of a test statistic by toys at each grid point; sets {theta: q(D; theta) <= C_level(theta)}.
 
     Args:
-        simulator: (theta (d,), n, rng) -> n data sets, as one array or whatever the statistic takes.
+        simulator: (theta (d,), n, rng) -> n data sets, as one array, or any object that the statistic accepts.
         statistic: (theta (d,), data of n sets) -> (n,), large where theta is bad; `LRT` gives Feldman and Cousins. With a `profile`
             or the supremum it is called with psi (interest,) alone. If it has a method `prepare(data)`, that is called once per batch.
         grid: rising values of the parameter; or one array per parameter, or {name: array}: their product is simulated.
@@ -190,7 +182,7 @@ def neyman(
     low, high = np.array([(a[0], a[-1]) for a in axes]).T
     edges = check_bounds(bounds, low, high)
     again = require_int("rounds", rounds, low=1) if how == "prepivoted" else 0
-    if how == "supremum":  # C is the same at all of them
+    if how == "supremum":  # C does not depend on the nuisances
         profile = Fixed(np.array([a[a.size // 2] for a in axes[wanted:]]))
     seen = wanted if profile is not None else len(axes)
     work = partial(_toys, simulator, statistic, profile if again else None, n_toys, seen, seed, plain)
@@ -219,7 +211,7 @@ def _settings(
 
 
 def _treatment(nuisance: str | None, profile: Profile | None, none: bool) -> str:
-    """Name of what is done about nuisances, checked against what is there."""
+    """Name of the treatment of nuisances, checked against the other arguments."""
     if nuisance is None:
         return "projected" if profile is None else "profiled"
     require_choice("nuisance", nuisance, NUISANCES)
@@ -272,7 +264,7 @@ def _quantiles(toys: Array, rounds: tuple[Array, ...], levels: tuple[float, ...]
     n = toys.shape[-1]
     values, errors = [], []
     for level in levels:
-        # the small amount keeps ceil from rising where level (n + 1) is whole but for rounding
+        # 1e-9: level (n + 1) may exceed a whole number by rounding
         k = int(np.ceil(level * (n + 1) - 1e-9))
         spread = np.sqrt(n * level * (1 - level))
         below, above = max(int(np.floor(k - spread)), 1), min(int(np.ceil(k + spread)), n)

@@ -1,54 +1,42 @@
-r"""Minus the log likelihood as iminuit wants it, with constraint terms, and minimisation that either converges or says so.
+r"""Maximum likelihood and profile likelihood with iminuit, for any log likelihood, exact or learned; asymptotic intervals, limits and CLs.
 
-Maximum likelihood and profile likelihood of any log likelihood, exact or learned, with iminuit.
+**Fit.** `fit` minimises
 
-    theta_hat = argmin [-ln L(theta) + sum_k (theta_k - m_k)^2 / (2 s_k^2)]
+    -ln L(theta) + sum_k (theta_k - m_k)^2 / (2 s_k^2)
 
-the second part for nuisances k that were measured elsewhere as m_k +- s_k. Errors are those of Hesse, from the curvature, and of Minos,
-where the profile likelihood
+where the sum is over nuisance parameters k that were measured elsewhere as m_k +- s_k. Hesse errors follow from the curvature at the
+minimum. Minos errors follow from the profile likelihood ratio
 
     q(psi) = 2 [ln L(theta_hat) - max_nu ln L(psi, nu)]
 
-reaches 1. In large samples q is distributed as chi-square with one degree of freedom per parameter of interest (Wilks), away from any
-limit: then {q <= chi2_level} covers. Close to a limit, or with few events, it does not: that is what `neyman` is for.
+where it reaches 1. In large samples and away from limits of the parameters q has a chi-square distribution with one degree of freedom
+per parameter of interest (Wilks), so that {q <= chi2_level} covers. Close to a limit, or with few events, it does not: use `neyman`.
 
-Source: James & Roos 1975 (Minuit); Cowan et al. 2011, arXiv:1007.1727; pulls and impacts as in ATLAS, arXiv:1408.7084 (figure 4).
+**Scans.** `profile` and `contour` fit the nuisance parameters at each point. Each fit starts at
+nu_hat + V_{nu psi} V_{psi psi}^-1 (psi - psi_hat), V being the covariance of the global fit: exact for a Gaussian likelihood.
 
-Scans of the profile likelihood, q(psi) = 2 [ln L(theta_hat) - max_nu ln L(psi, nu)], along one parameter and over two.
+**Impacts.** The impact of nu_k on psi is the shift of psi_hat when nu_k is fixed one error above or below its best value and all other
+parameters are fitted again. For a Gaussian likelihood it is V_{psi k} / sqrt(V_kk). The statistical error of psi is its error with all
+constrained parameters fixed.
 
-Each conditional fit begins where the covariance of the global one expects its answer,
-nu(psi) = nu_hat + V_{nu psi} V_{psi psi}^-1 (psi - psi_hat), which is exact for a Gaussian likelihood.
+**Asymptotic formulae**, with z_p = Phi^-1(p):
 
-Source: arXiv:1007.1727, section 2.1.
-
-Pulls of nuisance parameters and their impacts on a parameter of interest, ranked.
-
-Impact of nu_k: the shift of psi_hat when nu_k is fixed one fitted error above or below its best value and everything else is fitted
-again. For a Gaussian likelihood it is the correlation times the error of psi, V_{psi k} / sqrt(V_kk). What is left of the error of psi
-with all constrained parameters fixed is the statistical part.
-
-Source: ATLAS, arXiv:1408.7084, figure 4, and common use since.
-
-Intervals, limits and significances from the likelihood's asymptotic distributions.
-
-With q(mu) = 2 [ln L(mu_hat, nu_hat) - ln L(mu, nu(mu))] and z_p = Phi^-1(p):
-
-    interval        q(mu) <= chi2_level(1)                               both sides
+    interval        q(mu) <= chi2_level(1)
     upper limit     q_mu = q(mu) for mu_hat <= mu, else 0;   p = 1 - Phi(sqrt q_mu);   limit where q = z_level^2
     discovery       q_0 = q(0) for mu_hat >= 0, else 0;      p = 1 - Phi(sqrt q_0),    Z = sqrt q_0
     CLs             CLs(mu) = p_mu / P(q_mu >= q_obs | no signal), a limit where it is 1 - level
 
-For CLs the second probability needs sqrt(q_A) = mu / sigma, q_A being q of the Asimov data set (the expected data without signal):
-sqrt q is then shifted by it. With mu_hat >= 0 imposed (a limit at 0), large values follow another law:
+The second probability of CLs needs q_A, which is q of the Asimov data set (the expected data without signal). With mu_hat >= 0 imposed
+(a limit of the parameter at 0):
 
     q <= q_A:  p_mu = 1 - Phi(sqrt q),                   CL_b = Phi(sqrt q_A - sqrt q)
     q >  q_A:  p_mu = 1 - Phi((q + q_A) / (2 sqrt q_A)),  CL_b = 1 - Phi((q - q_A) / (2 sqrt q_A))
 
-Expected limits for data N sd from the median: sigma (Phi^-1(1 - alpha Phi(N)) + N) for CLs, alpha = 1 - level.
+The expected CLs limit for data N sd from the median is sigma (Phi^-1(1 - alpha Phi(N)) + N), alpha = 1 - level, sigma = mu / sqrt(q_A).
+At a limit of the parameter the nominal 68.3 % covers 84.1 %, and 90 % covers 95 %.
 
-All of it is for many events and mu away from a limit. At a limit the nominal 68.3 % covers 84.1 %, 90 % covers 95 %.
-
-Source: Cowan, Cranmer, Gross & Vitells 2011, arXiv:1007.1727; Read 2002 (CLs).
+Source: James & Roos 1975 (Minuit); Cowan, Cranmer, Gross & Vitells 2011, arXiv:1007.1727; Read 2002 (CLs); impacts and pulls as in
+ATLAS, arXiv:1408.7084, figure 4.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -94,7 +82,7 @@ __all__ = [
 
 LogLikelihood = Callable[[Array], ArrayLike]
 
-IMPOSSIBLE = 1e30  # stands for +Inf, which Minuit cannot compare
+IMPOSSIBLE = 1e30  # replaces +Inf, which Minuit cannot compare
 
 
 class Cost:
@@ -144,7 +132,7 @@ class Cost:
         """Value at one theta (d,)."""
         point = np.asarray(theta, dtype=np.float64)
         if not np.isfinite(point).all():
-            raise ConvergenceError(f"the fit did not converge, it ran away to {point.tolist()}; expected a log likelihood with a maximum, "
+            raise ConvergenceError(f"the fit did not converge, it diverged to {point.tolist()}; expected a log likelihood with a maximum, "
                                    "or limits")  # fmt: skip
         return float(self.batch(point[None, :])[0])
 
@@ -158,7 +146,7 @@ def minimise(cost: Cost, start: Array, step: Array, limits: Array, fixed: Mask, 
         from iminuit import Minuit
     except ImportError as err:
         raise SbiPhysError(f"{what} needs iminuit, which is not installed; expected `pip install iminuit`") from err
-    # at a limit Minuit's transform has no slope, and the fit would stay there
+    # the gradient of Minuit's transform vanishes at a limit: a fit that starts there would not move
     room = np.minimum(0.1 * step, 0.1 * np.diff(limits, axis=1)[:, 0])
     start = np.where(fixed, start, np.clip(start, limits[:, 0] + room, limits[:, 1] - room))
     if cost(start) >= IMPOSSIBLE:
@@ -193,7 +181,7 @@ Limits = Mapping[str, tuple[float | None, float | None]]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Fit:
-    r"""Best fit of d parameters, in their own units, and what is needed to go on from it.
+    r"""Best fit of d parameters, in their own units.
 
     values (d,); errors (d,), Hesse; covariance (d, d); minos (d, 2), (-, +), NaN where a side was not found, None if not asked for.
     nll, -ln L at the minimum with constraint terms. limits (d, 2), +-inf where there are none. constraints {name: (mean, sd)}.
@@ -226,7 +214,10 @@ class Fit:
 
     @property
     def pulls(self) -> dict[str, tuple[float, float]]:
-        """Pull ((fit - mean) / sd) and width (error / sd) of each constrained parameter. Read: width well below 1: the data know better."""
+        """Pull ((fit - mean) / sd) and width (error / sd) of each constrained parameter.
+
+        Read: a width well below 1 means that the data constrain the parameter more than the external measurement does.
+        """
         out = {}
         for name, (mean, sd) in self.constraints.items():
             i = find_name(name, self.names)
@@ -375,7 +366,7 @@ def _minos(best: Any, names: tuple[str, ...], values: Array, limits: Array) -> A
     return out
 
 
-DEEPER = 0.02  # by this much q may be negative: what minimisation leaves
+DEEPER = 0.02  # largest negative q that is attributed to the tolerance of the minimisation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -399,7 +390,7 @@ class Profile:
     error: float
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw q over the parabola that the Hesse error draws.   Read: where they part, the error is not Gaussian."""
+        """Draw q over the parabola that the Hesse error draws.   Read: where they differ, the error is not Gaussian."""
         return figures.confidence.profile(self, ax)
 
 
@@ -458,7 +449,7 @@ def conditional(fit: Fit, fixed: Mapping[str, float]) -> tuple[float, Array]:
     if fit.cost(values) >= IMPOSSIBLE:  # the straight line may lead out of the support
         values[free] = fit.values[free]
     mask = np.isin(np.arange(len(fit.names)), at)
-    # a fixed parameter needs no limits, and Minuit's transform of them would move a value that lies on one
+    # fixed parameters have no limits here: Minuit's transform would move a value that lies on a limit
     limits = np.where(mask[:, None], [-np.inf, np.inf], fit.limits)
     best = minimise(fit.cost, values, 0.3 * np.maximum(fit.errors, 1e-12), limits, mask, f"the fit at {point_words(tuple(fixed), wanted)}")
     return _checked(fit, float(best.fval), np.array(best.values))
@@ -773,7 +764,7 @@ def cls_limit(fit: Fit, asimov: Fit, name: str, level: float = 0.9) -> tuple[flo
 
 
 def _expected(asimov: Fit, name: str, alpha: float) -> Array:
-    # sigma = mu / sqrt(q_A(mu)) where it matters: at the limit itself, so found by iteration
+    # sigma = mu / sqrt(q_A(mu)) is taken at the limit itself, which is found by iteration
     out = []
     for n in BANDS:
         factor = float(ndtri(1 - alpha * ndtr(n))) + n

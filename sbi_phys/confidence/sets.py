@@ -1,14 +1,15 @@
 r"""Confidence sets from a test statistic and its critical values: {theta: q(D; theta) <= C_level(theta)}.
 
-q is large where theta is a bad description of the data D (-2 ln of a likelihood ratio, or WALDO). The set holds the true theta with
-probability `level` if C is the level-quantile of q(D; theta) for D ~ p(D | theta), at every theta. How C is found is the business of
-`neyman` (toys on a grid) and `critical_values` (quantile regression); what follows from it is here and the same for both.
+q is large where theta describes the data D badly (-2 ln of a likelihood ratio, or WALDO). The set holds the true theta with probability
+`level` if C is the level-quantile of q(D; theta) for D ~ p(D | theta), at every theta. `neyman` finds C by toys on a grid, `lf2i` by
+quantile regression; `Construction` is what both share.
 
-Parameters come as (psi, nu): first those of interest, then nuisances. With nuisances there are two ways to a set in psi:
+Parameters are ordered (psi, nu): first those of interest, then nuisance parameters. With nuisance parameters there are two ways to a
+set in psi:
 
-- a `profile` nu(D; psi), the nuisances that fit D best: {psi: q(D; psi) <= C(psi, nu(D; psi))}; right as far as C varies little with nu,
-  or as far as C was corrected for that (`nuisances`).
-- none: the projection {psi: q(D; psi, nu) <= C(psi, nu) for some nu of the grid}; it covers always, and more than the level.
+- with a `profile` nu(D; psi), the nuisances that fit D best: {psi: q(D; psi) <= C(psi, nu(D; psi))}. It covers as far as C varies little
+  with nu, or as far as C was corrected for that (see `neyman`).
+- without: the projection {psi: q(D; psi, nu) <= C(psi, nu) for some nu of the grid}. It covers at least the level.
 
 Source: Feldman & Cousins 1998, arXiv:physics/9711021; Dalmasso et al. 2021, arXiv:2107.03920.
 """
@@ -99,7 +100,9 @@ class Region:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Construction(ABC):
-    """What all constructions share: names (d,), the first `interest` of them wanted; the simulated box low..high; physical bounds.
+    """Base class of `Neyman` and `LF2I`.
+
+    names (d,), the first `interest` of them of interest; low, high (d,), the simulated box; bounds, physical ones.
 
     >>> from sbi_phys.confidence import Construction, neyman
     >>> sets = neyman(lambda t, n, rng: rng.normal(t[0], 1, n), lambda t, x: (x - t[0]) ** 2, [0, 1, 2], n_toys=200)
@@ -204,7 +207,7 @@ class Construction(ABC):
     def _prepare(self, data: Any) -> Any:
         data = np.asarray(data) if isinstance(data, list | tuple) else data
         prepare = getattr(self.statistic, "prepare", None)
-        # what does not depend on theta (the maximum of the likelihood, posterior moments) is found once for all theta
+        # quantities that do not depend on theta (maximum of the likelihood, posterior moments) are computed once
         return _Prepared(data, data if prepare is None else prepare(data))
 
     def _point(self, theta: ArrayLike) -> Array:
@@ -215,7 +218,7 @@ class Construction(ABC):
         return point
 
     def _tests(self, data: "_Prepared", point: Array) -> "list[tuple[Array, Array]]":
-        """[(full theta (n, d), q (n,))] of all tests that theta = point has to pass one of."""
+        """[(full theta (n, d), q (n,))]: theta = point is in the set if one of these tests accepts it."""
         k = self.interest
         wanted: list[tuple[Array, Array | None]]
         if self.dim == k:
@@ -259,7 +262,7 @@ class Construction(ABC):
             edge = (self.low, self.high)[side][0]
             physical = self.bounds[0][side]
             touched = margin[:, column] <= 0
-            if kind == ("upper", "lower")[side]:  # all values on this side belong to the set: the statistic looks at the other
+            if kind == ("upper", "lower")[side]:  # a one-sided statistic: the set extends to infinity on this side
                 ends[touched] = infinite if physical is None else physical
                 continue
             if (physical is not None and abs(edge - physical) <= 1e-9 * max(1.0, abs(edge))) or not touched.any():
@@ -290,7 +293,7 @@ def hull(axis: Array, margin: Array) -> tuple[Array, Array]:
     ends = []
     for at, beyond in ((first, np.maximum(first - 1, 0)), (last, np.minimum(last + 1, axis.size - 1))):
         here, there = margin[rows, at], margin[rows, beyond]
-        # there is > 0 >= here, or the same point; an infinite margin leaves the end at the last point inside
+        # there > 0 >= here, or both are the same point; with an infinite margin the end is the last point inside
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where(at == beyond, 0.0, -here / (there - here))
         ends.append(np.where(inside.any(axis=1), axis[at] + np.nan_to_num(share) * (axis[beyond] - axis[at]), np.nan))
@@ -299,7 +302,7 @@ def hull(axis: Array, margin: Array) -> tuple[Array, Array]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fixed:
-    """A profile that gives the same nuisances (m,) for all data: where nothing depends on them."""
+    """A profile that gives the same nuisances (m,) for all data, for critical values that do not depend on them."""
 
     nuisances: Array
 

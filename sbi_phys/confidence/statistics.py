@@ -1,61 +1,43 @@
-r"""Test statistics, large where theta describes the data badly: likelihood ratio, profile likelihood ratio, WALDO.
+r"""Test statistics q(D; theta), large where theta describes the data D badly: likelihood ratio, profile likelihood ratio, WALDO.
 
-Likelihood ratio, over a set Theta of parameters that are looked at:
+**Likelihood ratio** over a set Theta of parameters (`LRT`):
 
     q(D; theta) = -2 ln [ L(D; theta) / max_{t in Theta} L(D; t) ] .
 
-With this one a Neyman construction is that of Feldman and Cousins. For an upper limit q is 0 where the best value lies above theta, for
-a lower limit where it lies below: data are then held against theta on one side only (arXiv:1007.1727, section 2.4 and 2.5).
+With it a Neyman construction is that of Feldman and Cousins. For an upper limit q is 0 where the best value lies above theta, for a lower
+limit where it lies below (arXiv:1007.1727, sections 2.4 and 2.5).
 
-Profile likelihood ratio: the same with L(D; psi) = max_nu L(D; psi, nu), nuisances nu with their constraint terms in L. `Profiled`
-takes the maximum over a set of nu; a closed form serves as well, or better.
+**Profile likelihood ratio**: the same with L(D; psi) = max_nu L(D; psi, nu), the constraint terms of the nuisance parameters nu included
+in L. `Profiled` takes the maximum over a given set of nu. `RefinedLRT` searches for the maximum in a box low..high, for a log likelihood
+that is evaluated row by row, psi being one or two parameters:
 
-WALDO, from the mean and covariance of any posterior (or a regression's):
+- With one or two free parameters a grid over the box comes first. Then a grid of three points to each side of the best point follows,
+  again and again, with a spacing that shrinks to a third whenever the best point is not at the rim.
+- With more free parameters points spread evenly over the box come first, and Newton steps from the best of them follow.
 
-    q(D; theta) = (E[theta | D] - theta)^T V[theta | D]^-1 (E[theta | D] - theta) .
+All data sets are searched together, in few large batches. The search finds the highest peak that its first points resolve: `first`^2
+points in d dimensions resolve peaks about 1 / `first`^(2/d) of the box wide.
 
-A prior that pulls the mean changes the size of the sets and not their coverage, as critical values come from simulations. For an upper
-limit on one parameter its signed form
-
-    q(D; theta) = sign(theta - E) (theta - E)^2 / V ,        for a lower limit  sign(E - theta) (theta - E)^2 / V ,
-
-is negative where the data lie on the side that an upper (lower) limit does not object to; {q <= C} is E + sqrt(C V) and all below it.
-Unlike a statistic that is cut off at 0, this one has a continuous distribution: p-values are uniform, and any level will do.
-
-Any statistic gives sets that cover, a poor one large sets. So the maximum may be taken over a grid, and the likelihood may be learned.
-
-Source: arXiv:physics/9711021; Cowan et al. 2011, arXiv:1007.1727; Masserano et al. 2023 (WALDO), arXiv:2205.15680.
-
-Likelihood ratio with the maximum found by a search that narrows, for densities that are evaluated row by row; nuisances profiled.
-
-    q(D; psi) = 2 [ max_{psi', nu} ln L(D; psi', nu) - max_nu ln L(D; psi, nu) ]
-
-over the box low..high, psi one or two parameters of interest. With one or two parameters to vary the search begins on a grid over the box
-and then looks at points around the best place so far, three to each side, at a third of the distance each time the best of them is not
-at the rim (a narrow ridge is climbed along before it is resolved). With more, the grid gives way to points spread evenly over the box, and
-the looks to Newton steps from the best of them (`climb`); the conditional maxima at psi begin at the nuisances of the global one as well.
-All data sets go through it at once, so a learned ratio is asked in few large batches; a grid over the whole box would have to be finer
-than the narrowest likelihood. It finds the highest peak that the first points can see: first^2 points over d parameters see peaks that are
-wider than about first^(-2/d) of the box, and narrower ones by their slopes.
-
-Any rule that depends on the data alone gives a statistic whose sets cover: an imperfect maximum costs size, not coverage.
-
-Source: Feldman & Cousins 1998, arXiv:physics/9711021; Cowan et al. 2011, arXiv:1007.1727, section 2 (profiling, one-sided statistics).
-
-Maxima of many functions at once over a box of any number of parameters: Newton steps from differences that are as large as the peak.
-
-Around a point c, with a reach h_i in each parameter where ln L has changed by about 1/2, the 1 + d + d^2 values
+**Newton steps.** Around a point c, with a step h_i in each parameter that changes ln L by about 1/2, the 1 + d + d^2 values
 
     f(c), f(c +- h_i e_i), f(c +- (h_i e_i + h_j e_j))
 
-give slope g and curvature H, and the step p = -H^-1 g (curvature of the wrong sign is turned round), kept within the box and within a few
-reaches: a parameter that would leave is held at the end, and the others are solved for again. The reach then becomes 1 / sqrt(-H_ii).
-With differences of that size rounding does not matter, so a likelihood learned in single precision will do; no derivative is asked
-for. All data sets take their steps together, in one batch.
+give slope g and curvature H, and the step p = -H^-1 g, kept within the box and within a few h. Directions with curvature of the wrong sign
+are reversed; a parameter that would leave the box is held at its edge. Then h_i becomes 1 / sqrt(-H_ii). No derivative is needed, and
+single precision suffices.
 
-It climbs to the top of the peak it begins on: where there are several, the starts have to see the highest.
+**WALDO**, from the mean and covariance of any posterior (or of a regression), `Waldo`:
 
-Source: Conn, Scheinberg & Vicente 2009, Introduction to Derivative-Free Optimization, chapters 3 and 10; bounds by an active set.
+    q(D; theta) = (E[theta | D] - theta)^T V[theta | D]^-1 (E[theta | D] - theta) .
+
+The prior changes the size of the sets, not their coverage, because critical values come from simulations. For an upper limit on one
+parameter the signed form sign(theta - E) (theta - E)^2 / V is used, for a lower limit its negative; {q <= C} is then one-sided, and the
+distribution of q is continuous.
+
+Any statistic gives sets that cover; a poor one gives large sets. So the likelihood may be learned, and the maximum may be approximate.
+
+Source: arXiv:physics/9711021; Cowan et al. 2011, arXiv:1007.1727; Masserano et al. 2023 (WALDO), arXiv:2205.15680; Newton steps: Conn,
+Scheinberg & Vicente 2009, Introduction to Derivative-Free Optimization, chapters 3 and 10.
 """
 
 from collections.abc import Callable
@@ -76,7 +58,7 @@ __all__ = ["LRT", "Profiled", "RefinedLRT", "Waldo", "climb", "posterior_moments
 LogLikelihood = Callable[[Array, Any], ArrayLike]
 Maximum = Callable[[Any], tuple[ArrayLike, ArrayLike]]
 
-BLOCK = 256  # points at which a log likelihood is asked for at once: n data sets take n x 256 numbers
+BLOCK = 256  # points per call of the log likelihood: n data sets take n x 256 numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +146,7 @@ class LRT:
             value = _log_likelihood(self.log_likelihood, point[None, :], found.data, found.best.size)[:, 0]
         else:
             value = self._rows(found, point)
-        # a maximum from a grid or a fit may lie a little lower than the value itself
+        # the maximum of a grid or a fit may lie slightly below the value at theta
         q = 2 * np.maximum(found.best - value, 0.0)
         if self.kind == "interval":
             return q
@@ -335,11 +317,11 @@ class _Moments:
 
 Rows = Callable[[Any, Array], ArrayLike]
 
-MOST_WANTED = 2  # sets are looked at on a grid of the parameters of interest
-REACH = 3  # points to each side of the best place in each further look
-FINER = 4  # times that their distance becomes a third
+MOST_WANTED = 2  # sets are evaluated on a grid of the parameters of interest
+REACH = 3  # points to each side of the best point in each further grid
+FINER = 4  # number of times that the spacing shrinks to a third
 MOST_LOOKS = 14
-PAIRS = 1 << 17  # (data set, theta) pairs handed over at once
+PAIRS = 1 << 17  # (data set, theta) pairs per call of the log likelihood
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -441,7 +423,7 @@ class RefinedLRT:
     def _climbed(self, data: Any, fixed: Array | None, near: Array | None, low: Array, high: Array) -> tuple[Array, Array]:
         """Maxima over three free parameters or more: points spread over the box, and Newton steps from the best of them."""
         n, d = len(data), low.size
-        # with a first guess few others will do
+        # with a first guess a few further points suffice
         points = Halton(d, scramble=False).random(self.first**2 if near is None else 8 * d)[1:]
         tried = np.broadcast_to(low + points * (high - low), (n, len(points), d))
         tried = tried if near is None else np.concatenate([near[:, None, :], tried], axis=1)
@@ -501,12 +483,12 @@ def _joined(fixed: Array | None, rows: Integers, tried: Array) -> Array:
 
 Values = Callable[[Integers, Array], Array]
 
-CLOSE = 0.0005  # of f: what a step has to promise, or to give, for another one
+CLOSE = 0.0005  # smallest gain in f, predicted or achieved, for which another step is taken
 MOST_STEPS = 40
-TRUST = 6.0  # reaches that the first step may go; doubled where the quadratic was right, halved where it was not
+TRUST = 6.0  # limit of the first step in units of the spacing; doubled after a good prediction, halved after a bad one
 SWEEPS = 10
-SHARES = np.array([1.0, 0.4, 2.5])  # of the step that are tried
-LEAST, WIDEST = 1e-5, 0.2  # of the box: reach
+SHARES = np.array([1.0, 0.4, 2.5])  # multiples of the step that are tried
+LEAST, WIDEST = 1e-5, 0.2  # smallest and largest spacing, as a share of the box
 
 
 def climb(values: Values, start: Array, best: Array, low: Array, high: Array) -> tuple[Array, Array]:
@@ -539,19 +521,19 @@ def climb(values: Values, start: Array, best: Array, low: Array, high: Array) ->
         at[todo[up]], best[todo[up]] = all_t[each, k][up], all_f[each, k][up]
         model = np.einsum("ni,ni->n", g, p) + 0.5 * np.einsum("ni,nij,nj->n", p, hessian, p)
         promised = np.where(ok, f[:, 0] + model - best[todo], 0.0)
-        # a quadratic that does not know the value where it leads was drawn through points too far apart
+        # if the quadratic mispredicts the value at the step's end, its points were too far apart
         reached = all_f[:, len(stencil)]
         sure = ok & np.isfinite(reached) & (np.abs(np.where(ok, f[:, 0] + model - reached, 0.0)) < CLOSE)
-        short = np.asarray((np.abs(p) > far - 1e-9).any(axis=1))  # the top may lie further on
+        short = np.asarray((np.abs(p) > far - 1e-9).any(axis=1))  # the maximum may lie further away
         trust[todo] = np.clip(far[:, 0] * np.where(gain > promised / 2, 2.0, 0.5), 2.0, 1e4)
         curved = -np.diagonal(hessian, axis1=1, axis2=2)
-        # the conditional error in each parameter; where there is no peak yet, wider if that helped and closer if it did not
+        # next spacing: the conditional error; without a peak, wider after a gain and closer otherwise
         fit = np.where(curved > 1e-6, h / np.sqrt(np.maximum(curved, 1e-6)), h * np.where(gain > CLOSE, 2.0, 0.4)[:, None])
         fit = np.where((sure | short | (gain > CLOSE))[:, None], np.clip(fit, h / 10, 3 * h), 0.4 * h)
         reach[todo] = np.clip(fit, LEAST, WIDEST)
         done = (sure & ~short) | (h <= 1.01 * LEAST).all(axis=1)
         done &= (gain < CLOSE) & (promised < CLOSE)
-        # once more from points further apart: along a flat and bent ridge the first answer may be early
+        # confirmed once from points further apart: along a flat, bent ridge the first answer may be premature
         reach[todo[done]] = np.minimum(2.5 * reach[todo[done]], WIDEST)
         answers[todo] += done
         todo = todo[answers[todo] < 2]
@@ -571,7 +553,7 @@ def _stencil(d: int) -> Array:
 def _quadratic(f: Array, d: int) -> tuple[Array, Array]:
     """Slope (n, d) and curvature (n, d, d), in units of the reach, of the quadratic through values (n, j) on the stencil."""
     middle, plus, minus = f[:, 0], f[:, 1 : 1 + d], f[:, 1 + d : 1 + 2 * d]
-    # on both sides, so that what is of third order drops out: else it drowns the curvature along a flat ridge
+    # mean of both sides, so that third-order terms cancel: they would dominate the curvature along a flat ridge
     pairs = f[:, 1 + 2 * d :].reshape(len(f), 2, -1).mean(axis=1)
     sides = (plus + minus) / 2
     hessian = np.zeros((len(f), d, d))
@@ -588,7 +570,7 @@ def _step(g: Array, hessian: Array, low: Array, high: Array) -> Array:
     """Step (n, d) to the top of each quadratic within low..high (n, d): parameters are held at an end, and let go where it draws back."""
     n, d = g.shape
     value, vector = np.linalg.eigh(hessian)
-    # too flat a direction would send the step to the end of the box on rounding alone
+    # a floor on the curvature: in a flat direction rounding alone would send the step to the edge of the box
     concave = np.einsum("nij,nj,nkj->nik", vector, -np.maximum(np.abs(value), 1e-3), vector)
     p, held = np.zeros((n, d)), np.zeros((n, d), dtype=bool)
     for _ in range(2 * d):
@@ -604,7 +586,7 @@ def _step(g: Array, hessian: Array, low: Array, high: Array) -> Array:
         if not (out | back).any():
             break
         held = (held | out) & ~back
-    for _ in range(SWEEPS):  # where that went round in circles: uphill one by one, which never does harm
+    for _ in range(SWEEPS):  # coordinate ascent, in case the active set did not converge; it never decreases the model
         for i in range(d):
             slope = g[:, i] + np.einsum("nj,nj->n", concave[:, i], p)
             p[:, i] = np.clip(p[:, i] - slope / concave[:, i, i], low[:, i], high[:, i])
