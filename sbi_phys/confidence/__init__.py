@@ -1,4 +1,4 @@
-"""Confidence intervals, limits and confidence sets with calibrated coverage, from any likelihood or test statistic given as a function of arrays.
+"""Confidence intervals, limits and sets with calibrated coverage, from any likelihood or test statistic (a function of arrays).
 
 - counting experiments: `feldman_cousins`, `feldman_cousins_gaussian`, `acceptance`; `on_off` for a background measured off source
 - profile likelihood: `fit` (iminuit, with Hesse and Minos errors), `profile`, `contour`, `impacts`; asymptotic intervals, CLs, `discovery`

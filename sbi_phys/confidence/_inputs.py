@@ -72,7 +72,7 @@ def check_axes(
     """
     if isinstance(grid, Mapping):
         if names is not None:
-            raise SettingError(f"names is {tuple(names)!r} and grid has names of its own; expected one of both")
+            raise SettingError(f"names is {tuple(names)!r} and the grid has names too; expected only one of them")
         names, columns = tuple(grid), list(grid.values())
     elif isinstance(grid, np.ndarray) and grid.ndim == 1:
         columns = [grid]

@@ -167,11 +167,11 @@ def coverage_map(
     plain, labels = check_names(names, dim)
     low, high = points.min(axis=0), points.max(axis=0)
     if (low == high).any():
-        raise DataError(f"{plain[int(np.argmax(low == high))]} has one single value; expected a sample that fills the space")
+        raise DataError(f"{plain[int(np.argmax(low == high))]} has a single value; expected a sample that fills the space")
     order = require_int("degree", {1: 5, 2: 3}.get(dim, 2) if degree is None else degree, low=0, high=12)
     x = _basis(points, low, high, order)
     if x.shape[1] > n // 10:
-        raise SettingError(f"degree {order} has {x.shape[1]} terms for {n} simulations; expected 10 simulations a term or more")
+        raise SettingError(f"degree {order} has {x.shape[1]} terms for {n} simulations; expected at least 10 simulations per term")
     beta, covariance = _logistic(x, held, level)
     bins = _bins(points, held, level, plain, n_bins)
     pvalues = {"smooth": _score(x, held, level), "bins": min(1.0, len(bins) * min(b.pvalue for b in bins))}
@@ -200,7 +200,7 @@ def _sample(theta: ArrayLike, inside: ArrayLike) -> tuple[Array, Array]:
         raise ShapeError(f"inside has shape {held.shape}; expected (n,)")
     n = require_same_rows(theta=points, inside=held)
     if not np.isin(held, (0, 1)).all():
-        raise DataError("inside has values other than 0 and 1; expected whether each set holds its theta")
+        raise DataError("inside has values other than 0 and 1; expected 1 where the set holds its theta, 0 elsewhere")
     if n < MIN_ROWS:
         raise DataError(f"theta has {n} rows; expected {MIN_ROWS} or more simulations for a map of coverage")
     return points, held

@@ -335,7 +335,7 @@ def _sample(theta: Any, q: Any, names: Sequence[str | Parameter] | None) -> tupl
     require_same_rows(theta=points, q=values)
     if (np.ptp(points, axis=0) == 0).any():
         column = int(np.flatnonzero(np.ptp(points, axis=0) == 0)[0])
-        raise DataError(f"theta has one single value in column {column}; expected values that fill the space, leave the column out")
+        raise DataError(f"theta has a single value in column {column}; expected values that fill the space (or leave the column out)")
     return points, values, check_names(names, points.shape[1])[0]
 
 
@@ -380,7 +380,7 @@ class LF2I(Construction):
         Raises: SupportError, ShapeError, NonFiniteError.
         """
         if self.profile is not None:
-            raise SettingError("with profiled nuisances each theta needs its own call; expected contains(data, psi), psi by psi")
+            raise SettingError("contains_each does not support profiled nuisances; expected one call of contains(data, psi) for each psi")
         points = as_points("theta", theta, self.dim, self.names)
         q = check_statistic(self.statistic(points, data), points.shape[0], "row by row")
         require_within("theta", points, self.low, self.high, self.names)

@@ -6,7 +6,7 @@ At each point theta_i of a product grid, n toys D ~ p(D | theta_i) give n values
 
 so that level <= P(q_new <= C) <= level + 1 / (n + 1) for a further data set and any continuous distribution of q. Between grid points C
 and p-values are interpolated linearly; beyond the grid an error is raised. The error of C is half the distance between the order
-statistics one binomial sd, sqrt(n level (1 - level)), to each side. With a likelihood ratio this is the construction of Feldman and Cousins.
+statistics one binomial sd, sqrt(n level (1 - level)), to each side. With a likelihood ratio the sets are those of Feldman and Cousins.
 
 **Nuisance parameters.** Let R_j be the sorted statistics q_jt of the toys t at (psi, nu_j), and nu_jt the nuisances that fit toy jt best at
 psi. A set in psi holds the data D if q(D; psi) does not exceed the level-quantile of a reference distribution at (psi, nu(D; psi)):
@@ -203,7 +203,9 @@ def _settings(
     require_int("n_toys", n_toys, low=2)
     if max(levels) * (n_toys + 1) > n_toys + 1e-9:
         need = int(np.ceil(max(levels) / (1 - max(levels)) - 1e-9))
-        raise SettingError(f"n_toys is {n_toys}; expected {need} or more for a level of {max(levels):g} (100 times that to be precise)")
+        raise SettingError(
+            f"n_toys is {n_toys}; expected {need} or more for a level of {max(levels):g} (about 100 times as many for precise critical values)"
+        )
     wanted = dim if interest is None else require_int("interest", interest, low=1, high=dim)
     if profile is not None and wanted == dim:
         raise SettingError(f"profile is given but all {dim} parameters are of interest; expected interest < {dim}")
@@ -216,7 +218,7 @@ def _treatment(nuisance: str | None, profile: Profile | None, none: bool) -> str
         return "projected" if profile is None else "profiled"
     require_choice("nuisance", nuisance, NUISANCES)
     if none:
-        raise SettingError(f"nuisance is {nuisance!r} but all parameters are of interest; expected interest= to be fewer")
+        raise SettingError(f"nuisance is {nuisance!r} but all parameters are of interest; expected a smaller `interest`")
     if (profile is None) == (nuisance in ("profiled", "prepivoted")):
         raise SettingError(f"nuisance is {nuisance!r} {'without' if profile is None else 'with'} a profile; expected 'profiled' or "
                            "'prepivoted' with one, 'supremum' or 'projected' without")  # fmt: skip

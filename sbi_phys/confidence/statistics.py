@@ -218,7 +218,9 @@ def posterior_moments(draws: ArrayLike) -> tuple[Array, Array]:
     array = as_array("draws", draws, (None, None, None))
     n_draws, dim = array.shape[1:]
     if n_draws < dim + 2:
-        raise DataError(f"draws has {n_draws} draws of {dim} parameters; expected {dim + 2} or more for a covariance (100 to be of use)")
+        raise DataError(
+            f"draws has {n_draws} draws of {dim} parameters; expected {dim + 2} or more for a covariance (about 100 for a useful one)"
+        )
     mean = array.mean(axis=1)
     centred = array - mean[:, None]
     return mean, np.einsum("nla,nlb->nab", centred, centred) / (n_draws - 1)
@@ -239,7 +241,7 @@ def waldo(mean: ArrayLike, covariance: ArrayLike, theta: ArrayLike, kind: str = 
     centre = as_array("mean", mean, (None, None))
     require_choice("kind", kind, KINDS)
     if kind != "interval" and centre.shape[1] != 1:
-        raise SettingError(f"kind is {kind!r} with {centre.shape[1]} parameters; expected one, choose it with columns=(i,)")
+        raise SettingError(f"kind is {kind!r} with {centre.shape[1]} parameters; expected one: choose it with columns=(i,)")
     n, dim = centre.shape
     spread = as_array("covariance", covariance, (n, dim, dim))
     point = np.atleast_1d(as_real("theta", theta))
@@ -398,7 +400,9 @@ class RefinedLRT:
         array = np.atleast_1d(as_real("psi", psi))
         require_finite("psi", array)
         if array.shape[-1] < self.interest or array.ndim > 2 or (array.ndim == 2 and len(array) != n):
-            raise ShapeError(f"psi has shape {array.shape}; expected ({self.interest},), or ({n}, {self.interest}) with one row a data set")
+            raise ShapeError(
+                f"psi has shape {array.shape}; expected ({self.interest},), or ({n}, {self.interest}) with one row per data set"
+            )
         points = np.broadcast_to(array[..., : self.interest], (n, self.interest))
         low, high = self._box
         require_within("theta", points, low[: self.interest], high[: self.interest], self.names[: self.interest])
@@ -417,7 +421,7 @@ class RefinedLRT:
             best, at = self._climbed(data, fixed, None if near is None else near[:, start:], low, high)
         if fixed is None and np.isneginf(best).any():
             i = int(np.argmax(np.isneginf(best)))
-            raise DataError(f"data set {i} has ln L = -Inf at all places of the search; expected one that is possible")
+            raise DataError(f"data set {i} has ln L = -Inf at all points of the search; expected one that is possible")
         return best, at if fixed is None else np.concatenate([fixed, at], axis=1)
 
     def _climbed(self, data: Any, fixed: Array | None, near: Array | None, low: Array, high: Array) -> tuple[Array, Array]:
