@@ -204,7 +204,7 @@ def _settings(
     if max(levels) * (n_toys + 1) > n_toys + 1e-9:
         need = int(np.ceil(max(levels) / (1 - max(levels)) - 1e-9))
         raise SettingError(
-            f"n_toys is {n_toys}; expected {need} or more for a level of {max(levels):g} (about 100 times as many for precise critical values)"
+            f"n_toys is {n_toys}; expected {need} or more for a level of {max(levels):g} (about 100 times that for precision)"
         )
     wanted = dim if interest is None else require_int("interest", interest, low=1, high=dim)
     if profile is not None and wanted == dim:

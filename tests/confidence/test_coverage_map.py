@@ -104,7 +104,7 @@ def test_pictures():
         (np.zeros(200), np.ones(200), {}, DataError, "single value"),
         (np.full(200, np.nan), np.ones(200), {}, NonFiniteError, "theta"),
         (np.arange(200.0), np.ones(200), {"degree": 30}, SettingError, "degree"),
-        (np.random.default_rng(0).uniform(size=(200, 3)), np.ones(200), {"degree": 4}, SettingError, "10 simulations a term"),
+        (np.random.default_rng(0).uniform(size=(200, 3)), np.ones(200), {"degree": 4}, SettingError, "10 simulations per term"),
     ],
 )
 def test_bad_input(theta, inside, settings, error, words):
