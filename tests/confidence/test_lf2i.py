@@ -91,7 +91,7 @@ def test_nuisances_by_profiling():
     )
     inside = found.contains(toy.simulate((2.0, 1.0), 3000, rng), 2.0)
     assert abs(inside.mean() - 0.9) < 0.03
-    with pytest.raises(SettingError, match="psi by psi"):
+    with pytest.raises(SettingError, match="does not support profiled nuisances"):
         found.contains_each(data, theta)
     assert len(found.plot().get_legend_handles_labels()[1]) == 4
 
@@ -204,7 +204,7 @@ def test_the_box_reaches_a_bound_that_the_sample_nearly_reaches():
         (lambda t, q: learn_critical_values(t, np.where(q > 3, np.nan, q)), NonFiniteError, "is nan"),
         (lambda t, q: learn_critical_values(t, q, 0.99), DataError, "leave 4 beyond the 0.99 quantile"),
         (lambda t, q: learn_critical_values(t, q, model="forest"), SettingError, "model is 'forest'"),
-        (lambda t, q: learn_critical_values(np.zeros(400), q), DataError, "one single value"),
+        (lambda t, q: learn_critical_values(np.zeros(400), q), DataError, "a single value"),
         (lambda t, q: learn_critical_values(t, q, bounds=[(0.0, None)]), SettingError, "expected a grid within"),
         (lambda t, q: learn_pvalues(t[:100], q[:100]), DataError, "200 or more"),
         (lambda t, q: learn_pvalues(t, q).at([np.nan], 0.0), NonFiniteError, "is nan"),

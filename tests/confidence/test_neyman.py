@@ -218,7 +218,7 @@ class TestNothingIsExtrapolated:
         ({"grid": [0.0]}, SettingError, "2 or more, rising"),
         ({"grid": [1.0, 0.0]}, SettingError, "rising"),
         ({"grid": []}, DataError, "empty"),
-        ({"grid": {"mu": [0, 1]}, "names": ["mu"]}, SettingError, "one of both"),
+        ({"grid": {"mu": [0, 1]}, "names": ["mu"]}, SettingError, "only one of them"),
         ({"n_toys": 8}, SettingError, "expected 9 or more"),
         ({"level": 0.0}, SettingError, "level is 0.0"),
         ({"level": []}, SettingError, "empty"),

@@ -290,7 +290,7 @@ def test_bad_values_are_named(sample):
     _, x = sample
     with pytest.raises(SupportError, match=r"a = 1\.5 lies beyond what was simulated, \[0, 1\]"):
         ratio()([1.5], x)
-    with pytest.raises(ShapeError, match="one row a data set"):
+    with pytest.raises(ShapeError, match="one row per data set"):
         ratio()([[0.1], [0.2]], x)
     with pytest.raises(NonFiniteError, match="log_likelihood is nan at theta"):
         ratio(log_likelihood=lambda x, theta: np.full(len(x), np.nan))([0.5], x)
