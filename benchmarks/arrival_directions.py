@@ -250,7 +250,7 @@ def construct(top: Array, rows: Array) -> dict[str, Construction]:
     for how in ("prepivoted", "profiled", "supremum"):
         known = None if how == "supremum" else profile
         sets[how] = neyman(
-            simulator, statistic, axes, LEVELS, n_toys=len(top), interest=1, profile=known, nuisance=how, rounds=ROUNDS, bounds=bounds
+            simulator, statistic, axes, LEVELS, n_toys=len(top), interest=1, profile=known, nuisance=how, n_rounds=ROUNDS, bounds=bounds
         )
         print(sets[how].summary(), flush=True)  # type: ignore[attr-defined]
     rng = rng_for(42, "learn")
@@ -262,7 +262,7 @@ def construct(top: Array, rows: Array) -> dict[str, Construction]:
     for name, profiled in (("learned", None), ("learned, corrected", best)):
         sets[name] = lf2i(
             theta, statistic(theta, data), statistic, LEVELS, names=["f", "delta0"], interest=1, profile=profile, bounds=bounds,
-            model="splines-6", profiled=profiled, rounds=ROUNDS, seed=1,
+            model="splines-6", profiled=profiled, n_rounds=ROUNDS, seed=1,
         )  # fmt: skip
     return sets
 

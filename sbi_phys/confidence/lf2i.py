@@ -94,7 +94,7 @@ class PValues:
     >>> import numpy as np
     >>> from sbi_phys.confidence import learn_pvalues
     >>> theta, q = np.linspace(0, 1, 500), np.random.default_rng(0).permutation(500) / 500
-    >>> p = learn_pvalues(theta, q, cutoffs=2).at([0.1, 0.9], [0.5, 0.5])
+    >>> p = learn_pvalues(theta, q, n_cutoffs=2).at([0.1, 0.9], [0.5, 0.5])
     >>> bool(p[0] > 0.7), bool(p[1] < 0.3)
     (True, True)
     """
@@ -124,7 +124,7 @@ def learn_critical_values(
     names: Sequence[str | Parameter] | None = None,
     bounds: Bounds | None = None,
     model: str = "auto",
-    folds: int = 5,
+    n_folds: int = 5,
     seed: int = 0,
 ) -> CriticalValues:
     r"""Quantile regression of a test statistic on theta: C = argmin E[(level - 1{q < C}) (q - C)].
@@ -138,7 +138,7 @@ def learn_critical_values(
         bounds: physical bounds (low or None, high or None); the box reaches up to one that the sample nearly reaches.
         model: 'splines-3', 'splines-6', 'splines-12' (cubic, knots per parameter; products of pairs), 'boosting', 'constant', or 'auto':
             the lowest cross-validated loss.
-        folds: of the cross-validation.
+        n_folds: folds of the cross-validation.
         seed: of folds and boosting.
 
     Returns: CriticalValues.
@@ -163,7 +163,7 @@ def learn_critical_values(
     losses: dict[str, float] = {}
     chosen = model
     if model == "auto":
-        order = KFold(require_int("folds", folds, low=2), shuffle=True, random_state=seed_for(seed, "folds") % 2**32)
+        order = KFold(require_int("n_folds", n_folds, low=2), shuffle=True, random_state=seed_for(seed, "folds") % 2**32)
         splits = list(order.split(points))
         for name in _CANDIDATES:
             each = [pinball(values[b], _fit(name, points[a], values[a], level, low, high, seed)(points[b]), level) for a, b in splits]
@@ -270,12 +270,12 @@ def learn_pvalues(
     *,
     names: Sequence[str | Parameter] | None = None,
     bounds: Bounds | None = None,
-    cutoffs: int = 10,
+    n_cutoffs: int = 10,
     seed: int = 0,
 ) -> PValues:
     r"""Monotone regression of the tail probability P(Q >= c | theta) on (theta, c), for all cutoffs at once.
 
-    Args: theta (n, d), q (n,), names and bounds as in `learn_critical_values`. cutoffs: values of c drawn for each simulation.
+    Args: theta (n, d), q (n,), names and bounds as in `learn_critical_values`. n_cutoffs: values of c drawn for each simulation.
         seed: of these and the trees.
     Returns: PValues, falling with c; within 1 / n and 1.
     Raises: ShapeError, NonFiniteError, DataError (fewer than 200 simulations).   Source: arXiv:2107.03920, algorithm 2.
@@ -284,7 +284,7 @@ def learn_pvalues(
     >>> import numpy as np
     >>> from sbi_phys.confidence import learn_pvalues
     >>> theta, q = np.linspace(0, 1, 500), np.random.default_rng(0).permutation(500) / 500
-    >>> learn_pvalues(theta, q, cutoffs=2).at(0.0, 0.5).tolist()  # every q is as large
+    >>> learn_pvalues(theta, q, n_cutoffs=2).at(0.0, 0.5).tolist()  # every q is as large
     [1.0]
     """
     points, values, plain = _sample(theta, q, names)
@@ -293,7 +293,7 @@ def learn_pvalues(
         raise DataError(f"theta has {n} rows; expected {10 * MIN_TAIL} or more simulations to learn p-values from")
     if np.isinf(values).any():
         raise NonFiniteError(f"q is infinite for {int(np.isinf(values).sum())} simulations; expected finite values at their own theta")
-    k = require_int("cutoffs", cutoffs, low=1)
+    k = require_int("n_cutoffs", n_cutoffs, low=1)
     c = rng_for(seed, "cutoffs").choice(values, size=n * k)
     rows = np.repeat(np.arange(n), k)
     above = values[rows] >= c
@@ -408,7 +408,7 @@ def lf2i(
     model: str = "auto",
     pvalues: bool = False,
     profiled: ArrayLike | None = None,
-    rounds: int = 3,
+    n_rounds: int = 3,
     seed: int = 0,
 ) -> LF2I:
     r"""Confidence sets {theta: q(D; theta) <= C_level(theta)} with critical values learned from (theta_i, q_i).
@@ -425,7 +425,7 @@ def lf2i(
         model: as in `learn_critical_values`.
         pvalues: learn p-values too.
         profiled: (n, d - interest), `profile` of each simulation at its own psi: critical values are corrected for being taken there.
-        rounds: of that correction, each a regression.
+        n_rounds: rounds of that correction, each a regression.
         seed: of folds and trees.
 
     Returns: LF2I.
@@ -452,7 +452,7 @@ def lf2i(
     models = [learn_critical_values(theta, q, a, names=plain, bounds=bounds, model=model, seed=seed) for a in levels]
     tails = [learn_pvalues(theta, q, names=plain, bounds=bounds, seed=seed)] if pvalues else []
     if profiled is not None:
-        for _ in range(require_int("rounds", rounds, low=0)):
+        for _ in range(require_int("n_rounds", n_rounds, low=0)):
             models, tails = _corrected(models, tails, as_points("theta", theta, dim, plain), q, (profiled, wanted), bounds, seed)
     return LF2I(
         names=plain, labels=labels, interest=wanted, levels=levels, low=models[0].low, high=models[0].high,

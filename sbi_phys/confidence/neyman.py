@@ -141,7 +141,7 @@ def neyman(
     interest: int | None = None,
     profile: Profile | None = None,
     nuisance: str | None = None,
-    rounds: int = 3,
+    n_rounds: int = 3,
     bounds: Bounds | None = None,
     seed: int = 0,
     executor: Executor | None = None,
@@ -161,7 +161,7 @@ def neyman(
         profile: (psi (interest,), data of n sets) -> nuisances (n, d - interest) that fit best.
         nuisance: 'profiled', C at the nuisances of `profile`; 'prepivoted', corrected to cover at each of the grid's nuisances; 'supremum',
             the largest C over them; 'projected', psi is kept if one of them keeps it. None = 'profiled' with a profile, else 'projected'.
-        rounds: of prepivoting; they cost no simulations.
+        n_rounds: rounds of prepivoting; they cost no simulations.
         bounds: physical bounds (low or None, high or None) per parameter; a set may end there, but at no other end of the grid.
         seed: of the toys.
         executor: any concurrent.futures.Executor; for processes, simulator and statistic have to be picklable.
@@ -181,7 +181,7 @@ def neyman(
     how = _treatment(nuisance, profile, wanted == len(axes))
     low, high = np.array([(a[0], a[-1]) for a in axes]).T
     edges = check_bounds(bounds, low, high)
-    again = require_int("rounds", rounds, low=1) if how == "prepivoted" else 0
+    again = require_int("n_rounds", n_rounds, low=1) if how == "prepivoted" else 0
     if how == "supremum":  # C does not depend on the nuisances
         profile = Fixed(np.array([a[a.size // 2] for a in axes[wanted:]]))
     seen = wanted if profile is not None else len(axes)

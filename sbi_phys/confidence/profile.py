@@ -236,9 +236,9 @@ class Fit:
         """Profile likelihood of one parameter; see `profile`."""
         return profile(self, name, grid)
 
-    def contour(self, x: str, y: str, *, points: int = 25) -> "Contour":
+    def contour(self, x: str, y: str, *, n_points: int = 25) -> "Contour":
         """Joint profile likelihood of two parameters; see `scans.contour`."""
-        return contour(self, x, y, points=points)
+        return contour(self, x, y, n_points=n_points)
 
     def impacts(self, name: str) -> "Impacts":
         """Pulls and impacts of all other parameters on `name`; see `impacts`."""
@@ -400,7 +400,7 @@ class Contour:
 
     >>> from sbi_phys.confidence import fit
     >>> best = fit(lambda theta: -2 * ((theta - [1, 2]) ** 2).sum(axis=1), [0, 0], ["a", "b"])
-    >>> region = best.contour("a", "b", points=5).inside(0.9)
+    >>> region = best.contour("a", "b", n_points=5).inside(0.9)
     >>> bool(region[2, 2]), bool(region[0, 0])
     (True, False)
     """
@@ -494,20 +494,20 @@ def profile(fit: Fit, name: str, grid: ArrayLike | None = None) -> Profile:
     )
 
 
-def contour(fit: Fit, x: str, y: str, *, points: int = 25) -> Contour:
-    r"""Joint profile likelihood of two parameters on points x points values, +-3.2 errors around the best fit, within limits.
+def contour(fit: Fit, x: str, y: str, *, n_points: int = 25) -> Contour:
+    r"""Joint profile likelihood of two parameters on n_points x n_points values, +-3.2 errors around the best fit, within limits.
 
     Raises: ConvergenceError, SettingError (x = y, unknown), NonFiniteError.
 
     >>> from sbi_phys.confidence import contour, fit
     >>> best = fit(lambda theta: -2 * ((theta - [1, 2]) ** 2).sum(axis=1), [0, 0], ["a", "b"])
-    >>> contour(best, "a", "b", points=5).q.shape
+    >>> contour(best, "a", "b", n_points=5).q.shape
     (5, 5)
     """
     if x == y:
         raise SettingError(f"x and y are both {x!r}; expected two parameters")
     i, j = find_name(x, fit.names), find_name(y, fit.names)
-    m = require_int("points", points, low=5)
+    m = require_int("n_points", n_points, low=5)
     axes = []
     for k in (i, j):
         low, high = np.clip(fit.values[k] + np.array([-3.2, 3.2]) * fit.errors[k], *fit.limits[k])

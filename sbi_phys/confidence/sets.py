@@ -78,7 +78,7 @@ class Region:
     >>> from sbi_phys.confidence import neyman
     >>> grid = {"a": [-1.0, 0.0, 1.0], "b": [-1.0, 0.0, 1.0]}
     >>> sets = neyman(lambda t, n, rng: rng.normal(t, 0.2, (n, 2)), lambda t, x: ((x - t) ** 2).sum(axis=1), grid, n_toys=100)
-    >>> region = sets.region(np.array([[0.0, 0.0]]), points=5)
+    >>> region = sets.region(np.array([[0.0, 0.0]]), n_points=5)
     >>> region.inside.shape, bool(region.inside[0, 2, 2]), bool(region.inside[0, 0, 0])
     ((1, 5, 5), True, False)
     """
@@ -160,10 +160,10 @@ class Construction(ABC):
         assert best is not None
         return best
 
-    def interval(self, data: Any, level: float | None = None, *, points: int = 200, on_edge: str = "raise") -> Interval:
+    def interval(self, data: Any, level: float | None = None, *, n_points: int = 200, on_edge: str = "raise") -> Interval:
         """Interval (hull of the set) for the one parameter of interest.
 
-        Args: data: n data sets. level: one that the critical values were made for. points: values of the parameter that are tried; ends
+        Args: data: n data sets. level: one that the critical values were made for. n_points: values of the parameter that are tried; ends
             are interpolated linearly between them. on_edge: 'raise' if a set reaches an end of the grid that is no physical bound, or
             'open': that end becomes infinite, as nothing is known beyond.
         Returns: Interval, low (n,) and high (n,).
@@ -173,7 +173,7 @@ class Construction(ABC):
         if self.interest != 1:
             raise SettingError(f"there are {self.interest} parameters of interest, {self.names[: self.interest]}; expected 1, see region()")
         chosen = nearest_level(level, self.levels)
-        axis = self._scan_axis(0, require_int("points", points, low=3))
+        axis = self._scan_axis(0, require_int("n_points", n_points, low=3))
         prepared = self._prepare(data)
         margin = np.stack([self._margin(prepared, np.array([v]), chosen) for v in axis], axis=-1)
         return self.interval_of(axis, margin, self.levels[chosen], on_edge=on_edge)
@@ -190,12 +190,12 @@ class Construction(ABC):
         level = self.levels[nearest_level(level, self.levels)]
         return Interval(name=self.names[0], level=level, low=low, high=high, method=self.method)
 
-    def region(self, data: Any, level: float | None = None, *, points: int = 40) -> Region:
-        """Joint set of the two parameters of interest on a grid of points x points.   Raises: SettingError, SupportError."""
+    def region(self, data: Any, level: float | None = None, *, n_points: int = 40) -> Region:
+        """Joint set of the two parameters of interest on a grid of n_points x n_points.   Raises: SettingError, SupportError."""
         if self.interest != 2:
             raise SettingError(f"there are {self.interest} parameters of interest; expected 2 for a region, see interval()")
         chosen = nearest_level(level, self.levels)
-        axes = tuple(self._scan_axis(i, require_int("points", points, low=3)) for i in (0, 1))
+        axes = tuple(self._scan_axis(i, require_int("n_points", n_points, low=3)) for i in (0, 1))
         prepared = self._prepare(data)
         margin = [[self._margin(prepared, np.array([a, b]), chosen) for b in axes[1]] for a in axes[0]]
         together = np.moveaxis(np.array(margin), -1, 0)

@@ -159,7 +159,7 @@ def test_joint_region():
 
     axes = [np.linspace(-5, 5, 6)] * 2
     found = neyman(simulate, q, axes, 0.683, n_toys=4000, names=["a", "b"])
-    region = found.region(np.zeros((1, 2)), points=61)
+    region = found.region(np.zeros((1, 2)), n_points=61)
     area = region.inside.mean() * 100
     assert area == pytest.approx(np.pi * chi2.ppf(0.683, 2), rel=0.06)
     assert region.plot().get_xlabel() == "a"
@@ -309,7 +309,7 @@ def plug_in():
 
 @pytest.fixture(scope="module")
 def prepivoted():
-    return sets(nuisance="prepivoted", rounds=1)
+    return sets(nuisance="prepivoted", n_rounds=1)
 
 
 def test_the_plug_in_is_z_and_prepivoting_is_students_t(plug_in, prepivoted):
@@ -337,7 +337,7 @@ def test_power_is_that_of_the_t_test(prepivoted):
 
 
 def test_further_rounds_leave_a_pivot_as_it_is(prepivoted):
-    again = sets(nuisance="prepivoted", rounds=2)
+    again = sets(nuisance="prepivoted", n_rounds=2)
     data = simulate((0.0, 0.0), 4000, rng_for(3, "rounds"))
     assert (again.contains(data, 0.0, 0.9) == prepivoted.contains(data, 0.0, 0.9)).mean() > 0.98
     assert len(again.rounds) == 2 and "nuisances prepivoted" in again.summary()
@@ -353,7 +353,7 @@ def test_pvalues_with_nuisances_are_uniform_and_agree_with_the_sets(prepivoted):
 
 def test_intervals_are_students(prepivoted):
     data = np.array([[0.1, 0.3], [-0.2, 0.2]])
-    found = prepivoted.interval(data, 0.68, points=200)
+    found = prepivoted.interval(data, 0.68, n_points=200)
     half = student.ppf(0.84, DEGREES) * data[:, 1]
     assert np.allclose(found.low, data[:, 0] - half, atol=0.03)
     assert np.allclose(found.high, data[:, 0] + half, atol=0.03)
@@ -402,7 +402,7 @@ def test_learned_critical_values_are_corrected_too():
     best = asked["profile"](None, data)
     fresh = simulate((0.0, -0.5), 8000, rng_for(7, "fresh"))
     plain = lf2i(theta, q, distance, 0.9, model="splines-3", **asked)
-    found = lf2i(theta, q, distance, 0.9, model="splines-3", profiled=best, rounds=1, pvalues=True, **asked)
+    found = lf2i(theta, q, distance, 0.9, model="splines-3", profiled=best, n_rounds=1, pvalues=True, **asked)
     assert plain.contains(fresh, 0.0).mean() < 0.85
     assert found.contains(fresh, 0.0).mean() == pytest.approx(0.9, abs=0.02)
     assert np.mean(found.pvalue(fresh, 0.0) > 0.1) == pytest.approx(0.9, abs=0.04)  # .82 without, and trees are steps
@@ -414,7 +414,7 @@ def test_learned_critical_values_are_corrected_too():
         ({"nuisance": "profile"}, "did you mean 'profiled'"),
         ({"nuisance": "prepivoted", "profile": None}, "'prepivoted' without a profile"),
         ({"nuisance": "supremum"}, "'supremum' with a profile"),
-        ({"nuisance": "prepivoted", "rounds": 0}, "rounds is 0"),
+        ({"nuisance": "prepivoted", "n_rounds": 0}, "n_rounds is 0"),
         ({"nuisance": "supremum", "profile": None, "interest": 2}, "all parameters are of interest"),
     ],
 )

@@ -47,7 +47,7 @@ def test_profile_of_a_gaussian_is_its_marginal_parabola(best):
 
 
 def test_contour_content_and_axes(best):
-    found = contour(best, "a", "c", points=11)
+    found = contour(best, "a", "c", n_points=11)
     x, y = np.meshgrid(found.x - 1.0, found.y - 0.5, indexing="ij")
     marginal = np.linalg.inv(COVARIANCE[np.ix_([0, 2], [0, 2])])
     exact = marginal[0, 0] * x**2 + 2 * marginal[0, 1] * x * y + marginal[1, 1] * y**2
@@ -58,7 +58,7 @@ def test_contour_content_and_axes(best):
 
 def test_two_parameters_need_no_fits():
     two = fit(on_off(85, 70), [0.5, 1.0], ["mu", "nu"])
-    found = contour(two, "nu", "mu", points=9)
+    found = contour(two, "nu", "mu", n_points=9)
     nll = -on_off(85, 70)(np.array([[found.y[2], found.x[3]]]))[0]
     assert found.q[3, 2] == pytest.approx(2 * (nll - two.nll), abs=1e-6)
 

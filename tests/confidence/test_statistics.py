@@ -79,7 +79,7 @@ def test_one_sided_limits_are_those_of_the_gaussian(one_sided):
     # at each theta the statistic is a falling function of x (rising for a lower limit): the prior drops out
     side, x = (1, "high") if one_sided.statistic.kind == "upper" else (-1, "low"), np.array([-3.0, 0.0, 1.2, 4.0])
     for level in (0.3, 0.9):
-        found = one_sided.interval(x, level, points=100)
+        found = one_sided.interval(x, level, n_points=100)
         assert np.allclose(getattr(found, side[1]), x + side[0] * norm.ppf(level), atol=0.08)
         assert np.isinf(found.low if side[0] > 0 else found.high).all()
 
@@ -206,7 +206,7 @@ def test_sets_from_it_hold_the_truth(sample):
     q = ratio(low=theta.min(axis=0), high=theta.max(axis=0))
     sets = lf2i(theta, q(theta, x), q, 0.9, names=["a", "b"], interest=1, profile=q.nuisance, model="constant")
     x = x[np.abs(x - 0.5).max(axis=1) < 0.25]
-    found = sets.interval(x[:3], points=400)
+    found = sets.interval(x[:3], n_points=400)
     assert np.allclose(found.high - found.low, 2 * 1.645 * 0.02, rtol=0.15)
     assert np.allclose((found.high + found.low) / 2, x[:3, 0], atol=2e-3)
 
