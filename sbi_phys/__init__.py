@@ -6,7 +6,7 @@ The public names load when they are first used: `import sbi_phys` is quick, and 
 """
 
 from sbi_phys.core.lazy import public_names
-from sbi_phys.core.provenance import __version__
+from sbi_phys.core.version import __version__
 
 __getattr__, __dir__, _names = public_names(__name__, __file__)
 __all__ = ["__version__", *_names]

@@ -40,7 +40,7 @@ torch.set_num_threads(1)
 simulator = SourceSpectrum(composition="fixed")
 with tempfile.TemporaryDirectory() as folder:
     begin = time.perf_counter()
-    store = sp.simulate(simulator, 100_000, folder + "/store", seed=0, workers=0)
+    store = sp.simulate(simulator, 100_000, folder + "/store", seed=0, workers=1)
     seconds["simulate 1e5 rows"] = time.perf_counter() - begin
     theta, x = store.read()
 config = sp.TrainConfig(max_epochs=4, patience=4, batch_size=512)

@@ -6,9 +6,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["__version__", "git_commit", "git_state"]
-
-__version__ = "0.2.0"
+__all__ = ["git_commit", "git_state"]
 
 
 @functools.cache

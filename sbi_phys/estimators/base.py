@@ -35,9 +35,9 @@ from sbi_phys.core.checks import as_matrix, require_int
 from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, SimulatorMismatchError
 from sbi_phys.core.progress import Progress, or_none
-from sbi_phys.core.provenance import __version__
 from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.core.types import AnyArray, Array, ArrayLike, Integers
+from sbi_phys.core.version import __version__
 from sbi_phys.nets.classifier import ClassifierConfig
 from sbi_phys.nets.embedding_set import take_scaling
 from sbi_phys.nets.embedding_vector import EmbeddingConfig

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from sbi_phys.core.errors import SettingError, StoreError
-from sbi_phys.core.provenance import __version__, git_state
+from sbi_phys.core.provenance import git_state
 from sbi_phys.core.types import Array
+from sbi_phys.core.version import __version__
 from sbi_phys.store._encoding import read_label
 from sbi_phys.store.locks import LOCK_FILE, array_jobs, is_lock_file
 from sbi_phys.store.shards import (

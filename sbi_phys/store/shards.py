@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 
 from sbi_phys.core.errors import StoreError
 from sbi_phys.core.files import AsideFile, open_aside
-from sbi_phys.core.provenance import __version__, git_commit
+from sbi_phys.core.provenance import git_commit
 from sbi_phys.core.types import AnyArray, Array
+from sbi_phys.core.version import __version__
 from sbi_phys.store._encoding import (
     MOST_RANGES,
     SYNCED,

@@ -33,9 +33,9 @@ import numpy as np
 from sbi_phys.core.errors import DataError, RunFolderError, SbiPhysError, SettingError
 from sbi_phys.core.files import open_aside, write_aside
 from sbi_phys.core.progress import Progress, or_none
-from sbi_phys.core.provenance import __version__
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array
+from sbi_phys.core.version import __version__
 from sbi_phys.plotting.style import save_figure
 from sbi_phys.report.arviz import attributes, chains_to_dict, group, read_netcdf, to_inference_data, write_netcdf
 from sbi_phys.report.html import FigureBlock

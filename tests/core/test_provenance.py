@@ -4,7 +4,8 @@ import pytest
 
 import sbi_phys
 from sbi_phys.core import provenance
-from sbi_phys.core.provenance import __version__, git_commit, git_state
+from sbi_phys.core.provenance import git_commit, git_state
+from sbi_phys.core.version import __version__
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

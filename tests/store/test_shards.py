@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from sbi_phys.core.errors import StoreError
 from sbi_phys.core.files import AsideFile
-from sbi_phys.core.provenance import __version__, git_commit
+from sbi_phys.core.provenance import git_commit
+from sbi_phys.core.version import __version__
 from sbi_phys.store.shards import open_shard, read_arrays, read_facts, shard_name, verify_shard, write_shard
 from tests.store.helpers import HEADER, PRIOR, digests, rows
 
