@@ -25,7 +25,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypedDict, Unpack
+from typing import Any, ClassVar, Self, TypedDict, Unpack, cast
 
 import numpy as np
 import torch
@@ -207,6 +207,19 @@ class BaseEstimator:
 
     # ---- training
 
+    def _online_simulator(self, simulator: Any, online: bool, rows: Sequence[Any], weights: Any) -> Simulator:
+        """The simulator that runs beside the training, given no `rows` and no weights; its identity and observables are taken."""
+        if not online or simulator is None:
+            raise SettingError("online training takes both simulator=... and online=True; expected both, or theta and x, or a store")
+        if any(row is not None for row in rows):
+            raise DataError("theta or x was given beside a simulator; expected fit(simulator=..., online=True, n=...)")
+        if weights is not None:
+            raise DataError("weights were given beside a simulator, whose rows are fresh; expected weights of theta and x, or of a store")
+        check_simulator(simulator)
+        self.identity = self.identity or simulator_identity(simulator)
+        self.observables = self.observables or tuple(simulator.observables)
+        return cast(Simulator, simulator)
+
     def _train(self, rows: Rows, loss: Loss, checkpoint: str | Path | None, progress: Progress) -> None:
         """Train all members, then keep them: an estimator whose training fails stays as it was."""
         nets, histories = [], []
@@ -366,24 +379,13 @@ class Estimator(BaseEstimator):
         """
         progress = or_none(progress)
         if online or simulator is not None:
-            rows = self._online_rows(theta, x, weights, simulator, online, n, workers)
+            simulator = self._online_simulator(simulator, online, (theta, x), weights)
+            rows = from_simulator(simulator, n, self._source_settings(), workers)
         else:
             rows = self._stored_rows(theta, x, weights, memory, progress)
         with rows:
             self._train(rows, self._loss(rows.scaler), checkpoint, progress)
         return self
-
-    def _online_rows(self, theta: Any, x: Any, weights: Any, simulator: Any, online: bool, n: int | None, workers: int | None) -> Rows:
-        if not online or simulator is None:
-            raise SettingError("online training takes both simulator=... and online=True; expected both, or theta and x, or a store")
-        if theta is not None or x is not None:
-            raise DataError("theta or x was given beside a simulator; expected fit(simulator=..., online=True, n=...)")
-        if weights is not None:
-            raise DataError("weights were given beside a simulator, whose rows are fresh; expected weights of theta and x, or of a store")
-        check_simulator(simulator)
-        self.identity = self.identity or simulator_identity(simulator)
-        self.observables = self.observables or tuple(simulator.observables)
-        return from_simulator(simulator, n, self._source_settings(), workers)
 
     def _stored_rows(self, theta: Any, x: Any, weights: Any, memory: int | None, progress: Progress) -> Rows:
         stores = stores_of(theta, self.prior)

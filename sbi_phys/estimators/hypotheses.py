@@ -7,11 +7,15 @@ from row to row and is an input of the classifier:
 
 Every exact log ratio is such a difference of one function g. Learned in this form, r(x | a, b) r(x | b, c) = r(x | a, c) and
 r(x | a, b) = 1 / r(x | b, a) hold exactly, and training against one fixed theta1 is enough for the ratio of any two theta0. Two
-hypotheses without parameters have f = g(x). Afterwards the last layer is solved exactly (`nets.classifier`).
+hypotheses without parameters have f = g(x). Afterwards the last layer is solved exactly for rows in memory (`nets.classifier`).
+
+Rows (theta_i, x_i) of a store or of a simulator become pairs within a batch: theta0 = theta_i, and theta1 is the theta of another row.
+theta0 and theta1 are then exchangeable, and f(x, theta0, theta1) = -f(x, theta1, theta0): the loss is mean log(1 + e^-f), and f* = log r.
 
 Source: Cranmer, Pavez & Louppe 2015, arXiv:1506.02169.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,17 +28,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbi_phys.core.checks import as_matrix, as_real, require_finite
-from sbi_phys.core.errors import DataError, SettingError, ShapeError, SupportError
+from sbi_phys.core.errors import DataError, SettingError, ShapeError, SimulatorMismatchError, SupportError
 from sbi_phys.core.progress import Progress, or_none
-from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.estimators.base import BaseEstimator, Shared
 from sbi_phys.nets.classifier import ClassifierConfig, LabelledFeatures, PairClassifier, solve_last_layer
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
+from sbi_phys.priors import Prior, prior_from_dict
+from sbi_phys.simulation.protocol import Simulator
+from sbi_phys.store.store import Store
 from sbi_phys.training.batches import Batches, MemoryBatches
 from sbi_phys.training.loop import Loss, TrainConfig
 from sbi_phys.training.scaling import XScaler, count_columns, split_rows
-from sbi_phys.training.sources import InMemory, checked_weights
+from sbi_phys.training.sources import InMemory, Rows, Settings, checked_weights, from_simulator, from_stores, stores_of
 
 __all__ = ["Events", "HypothesisRatio", "TwoHypotheses", "as_events", "cross_entropy", "solve_head", "standard_units"]
 
@@ -77,15 +84,17 @@ class HypothesisRatio(BaseEstimator):
         self.network = network or ClassifierConfig()
         self._centre, self._width = np.zeros(0), np.ones(0)
         self._boxes: list[tuple[Array, Array]] = []
+        self._prior: Prior | None = None  # of a store or simulator, whose map replaces centre and width
 
     @property
     def dim(self) -> int:
         """Number of parameters, 0 for two fixed hypotheses."""
-        return len(self._centre)
+        return len(self._centre) if self._prior is None else self._prior.dim
 
     def build(self, scaler: Any, seed: int) -> PairClassifier:
         """Classifier that is given both hypotheses."""
-        return PairClassifier(self.dim, scaler.shape, self.network, self.embedding, seed=seed)
+        dim = self.dim if self._prior is None else self._prior.free_dim
+        return PairClassifier(dim, scaler.shape, self.network, self.embedding, seed=seed)
 
     def _fit_events(
         self,
@@ -102,7 +111,7 @@ class HypothesisRatio(BaseEstimator):
         scaler = XScaler.fit(events.x[first], count_columns(events.x, self.x_transform, self.observables))
         if (scaler.counts & (events.x < 0).any(axis=0)).any():
             raise DataError("x has negative values in columns declared as counts; expected counts >= 0")
-        self._boxes = [_box(t) for t in (events.theta0, events.theta1)]
+        self._prior, self._boxes = None, [_box(t) for t in (events.theta0, events.theta1)]
         self._centre, self._width = standard_units(np.concatenate([events.theta0, events.theta1]))
         columns = list(events.extra) if weights is None else [*events.extra, checked_weights(weights, len(events.x))]
         rows = [scaler.apply(events.x), self._theta_inputs(events.theta0), self._theta_inputs(events.theta1)]
@@ -111,6 +120,8 @@ class HypothesisRatio(BaseEstimator):
         self._train(data, loss, checkpoint, or_none(progress))
 
     def _theta_inputs(self, theta: Array) -> Tensor:
+        if self._prior is not None:
+            return torch.from_numpy(self._prior.to_network(theta).astype(np.float32))
         return torch.from_numpy(((theta - self._centre) / self._width).astype(np.float32))
 
     def log_ratio(self, x: ArrayLike, theta0: ArrayLike | None = None, theta1: ArrayLike | None = None) -> Array:
@@ -159,15 +170,17 @@ class HypothesisRatio(BaseEstimator):
     def state(self) -> dict[str, Any]:
         """Units and ranges of theta."""
         ranges = {"centre": self._centre, "width": self._width, "boxes": np.array(self._boxes)}
-        return {name: torch.from_numpy(np.array(value)) for name, value in ranges.items()}
+        prior = None if self._prior is None else json.dumps(self._prior.to_dict())
+        return {"prior": prior} | {name: torch.from_numpy(np.array(value)) for name, value in ranges.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Inverse of `state`."""
         self._centre, self._width, boxes = (state[name].numpy() for name in ("centre", "width", "boxes"))
         self._boxes = [(low, high) for low, high in boxes]
+        self._prior = prior_from_dict(json.loads(state["prior"])) if state.get("prior") else None
 
 
-def solve_head(net: PairClassifier, batches: MemoryBatches) -> None:
+def solve_head(net: PairClassifier, train: Sequence[Tensor], valid: Sequence[Tensor]) -> None:
     """Solve the last layer of a cross entropy exactly; rows hold x, both theta, both weights[, weight of the row]."""
 
     @torch.no_grad()
@@ -178,7 +191,7 @@ def solve_head(net: PairClassifier, batches: MemoryBatches) -> None:
         return found
 
     # the constant cancels in a difference
-    solve_last_layer(net.head, labelled(batches.train), labelled(batches.valid), intercept=net.dim == 0)
+    solve_last_layer(net.head, labelled(train), labelled(valid), intercept=net.dim == 0)
 
 
 class TwoHypotheses(HypothesisRatio):
@@ -196,24 +209,84 @@ class TwoHypotheses(HypothesisRatio):
 
     def fit(
         self,
-        theta0: ArrayLike | None,
-        x0: ArrayLike,
-        theta1: ArrayLike | None,
-        x1: ArrayLike,
+        theta0: ArrayLike | Store | str | Path | Sequence[Store | str | Path] | None = None,
+        x0: ArrayLike | Store | str | Path | None = None,
+        theta1: ArrayLike | None = None,
+        x1: ArrayLike | None = None,
         *,
-        weights: tuple[ArrayLike, ArrayLike] | None = None,
+        weights: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+        simulator: Simulator | None = None,
+        online: bool = False,
+        n: int | None = None,
+        memory: int | None = None,
+        workers: int | None = None,
         checkpoint: str | Path | None = None,
         progress: Progress | None = None,
     ) -> Self:
-        """Train on events x0 (n0, ...) ~ p(x | theta0) and x1 (n1, ...) ~ p(x | theta1).
+        """Train on events x0 (n0, ...) ~ p(x | theta0) and x1 (n1, ...) ~ p(x | theta1), on stores, or on a simulator.
 
         Args: theta0, theta1: None for two hypotheses without parameters; (d,) for a fixed one; (n0, d), (n1, d) for one theta per event.
         Row i of theta0 and of theta1 are a pair of hypotheses, so that n0 = n1 if both vary; if only one varies, its values are
-        also given, in random order, to the other's events.
-        weights: (n0,) and (n1,), > 0, of the events of each hypothesis. checkpoint: path prefix, as of `Estimator.fit`.
-        The priors of the two classes are equal whatever n0 and n1, and whatever the sums of their weights.
-        Raises: ShapeError, NonFiniteError, DataError (fewer than 20 events, mixed None), TrainingError.
+        also given, in random order, to the other's events. The priors of the two classes are equal whatever n0 and n1 are.
+        In place of the arrays, fit(store), fit(store0, store1) or fit([store0, store1, ...]): stores (or paths) of one simulator and
+        prior, with theta from the prior or given to `simulate`. Every row is an event of its own theta, compared with the theta of
+        another row of any of the stores. Or fit(simulator=..., online=True, n=...): n fresh simulations with theta from the simulator's
+        prior, paired in the same way. Stores and simulators have parameters; hypotheses without parameters are arrays in memory.
+        weights: (n0,) and (n1,), > 0, of the events of each hypothesis; of stores, (n,), one per successful row, in their order.
+        memory, workers, checkpoint: as of `Estimator.fit`.
+        Raises: ShapeError, NonFiniteError, DataError (fewer than 20 events, mixed None), TrainingError, StoreError, SettingError,
+        SimulatorMismatchError (stores of different simulators).
         """
+        given, progress = (theta0, x0, theta1, x1), or_none(progress)
+        present = [value for value in given if value is not None]
+        stores = stores_of(theta0 if len(present) == 1 else present)
+        if online or simulator is not None:
+            simulator = self._online_simulator(simulator, online, given, weights)
+            settings = self._pair_settings(simulator.prior, n or 0, [simulator.prior.sample(_ROWS, rng_for(self.seed, "range"))])
+            rows = from_simulator(simulator, n, settings, workers)
+        elif stores is not None:
+            rows = self._stored_pairs(stores, weights, memory, progress)
+        elif x0 is None or x1 is None:
+            missing = "x0" if x0 is None else "x1"
+            raise DataError(f"{missing} is missing; expected fit(theta0, x0, theta1, x1), fit(store) or fit(store0, store1)")
+        else:
+            return self._fit_arrays(theta0, x0, theta1, x1, weights, checkpoint, progress)
+        with rows:
+            self._train(rows, self.row_loss, checkpoint, progress)
+        return self
+
+    def _stored_pairs(self, stores: list[Store], weights: Any, memory: int | None, progress: Progress) -> Rows:
+        for store in stores[1:]:
+            if (store.identity, store.prior.to_dict()) != (stores[0].identity, stores[0].prior.to_dict()):
+                raise SimulatorMismatchError(
+                    f"{store!r} has another simulator or prior than {stores[0]!r}; expected stores of one simulator and prior, "
+                    "or arrays: fit(None, x0, None, x1)"
+                )
+        self.identity = self.identity or stores[0].identity
+        self.observables = self.observables or stores[0].observables
+        ends = [[f(t, axis=0) for t, _, _ in store.shards(valid_only=True) if len(t) for f in (np.min, np.max)] for store in stores]
+        n = sum(store.n_ok for store in stores)
+        settings = self._pair_settings(stores[0].prior, n, [np.array(e) for e in ends if e])
+        return from_stores(stores, settings, memory, progress, weights)
+
+    def _pair_settings(self, prior: Prior, n: int, thetas: Sequence[Array]) -> Settings:
+        """Settings of n rows (theta, x); the prior and the ranges of theta are kept."""
+        self._prior, self._boxes = prior, [_box(theta) for theta in thetas]
+        config = self.config or _default_config(max(n, MIN_EVENTS))
+        return Settings(prior, self.seed, config, self.device, self.x_transform, self.observables)
+
+    def row_loss(self, net: nn.Module, u: Tensor, x: Tensor) -> Tensor:
+        """Cross entropy of pairs made of rows (u, x)."""
+        return cross_entropy(net, *_pairs(u, x))
+
+    def member_batches(self, net: Any, batches: Batches, config: TrainConfig, seed: int, progress: Progress) -> tuple[Batches, TrainConfig]:
+        """Shuffle validation rows (u, x[, weight]), which would otherwise be paired within the same part of a store."""
+        if self._prior is not None:
+            order = torch.randperm(len(batches.validation[0]), generator=torch_rng_for(seed, "pairs")).to(self.device)
+            cast(Any, batches).validation = tuple(t[order] for t in batches.validation)
+        return batches, config
+
+    def _fit_arrays(self, theta0: Any, x0: Any, theta1: Any, x1: Any, weights: Any, checkpoint: Any, progress: Progress) -> Self:
         first, second = as_events("x0", x0), as_events("x1", x1)
         if first.shape[1:] != second.shape[1:]:
             raise ShapeError(f"x0 has rows of shape {first.shape[1:]}, x1 of {second.shape[1:]}; expected the same")
@@ -230,8 +303,11 @@ class TwoHypotheses(HypothesisRatio):
         return self
 
     def finish(self, net: PairClassifier, batches: Batches) -> None:
-        """Solve the last layer exactly."""
-        solve_head(net, cast(MemoryBatches, batches))
+        """Solve the last layer exactly for rows in memory."""
+        if self._prior is None:
+            solve_head(net, cast(MemoryBatches, batches).train, cast(MemoryBatches, batches).valid)
+        elif isinstance(batches, MemoryBatches):
+            solve_head(net, *(_pairs(*rows) for rows in (batches.train, batches.valid)))
 
     def _thetas(self, theta0: ArrayLike | None, theta1: ArrayLike | None, n0: int, n1: int) -> tuple[Array, Array]:
         """Both hypotheses of all n0 + n1 events."""
@@ -248,6 +324,11 @@ class TwoHypotheses(HypothesisRatio):
             return np.concatenate([a, a]), np.concatenate([b, b])
         rng = rng_for(self.seed, "thetas")
         return _spread(a, n0, n1, rng), _spread(b, n1, n0, rng)[np.r_[n1 : n0 + n1, 0:n1]]
+
+
+def _pairs(u: Tensor, x: Tensor, *weight: Tensor) -> tuple[Tensor, ...]:
+    """Rows (x, own theta, that of the row half the batch further on, 1, 0[, weight]) of `cross_entropy`."""
+    return x, u, u.roll(len(u) // 2, dims=0), torch.ones_like(u[:, 0]), torch.zeros_like(u[:, 0]), *weight
 
 
 def _spread(theta: Array, own: int, other: int, rng: np.random.Generator) -> Array:

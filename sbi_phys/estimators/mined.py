@@ -42,10 +42,11 @@ from sbi_phys.estimators.base import BaseEstimator, Shared
 from sbi_phys.estimators.hypotheses import Events, HypothesisRatio, RatioShared, as_events, cross_entropy, solve_head, standard_units
 from sbi_phys.nets.classifier import PairClassifier
 from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP
+from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.training.batches import Batches, MemoryBatches
 from sbi_phys.training.loop import Loss, TrainConfig
 from sbi_phys.training.scaling import XScaler, count_columns, split_rows
-from sbi_phys.training.sources import InMemory, checked_weights
+from sbi_phys.training.sources import InMemory, checked_weights, stores_of
 
 __all__ = ["SALLY", "MinedRatio", "alice_loss", "rolr_loss"]
 
@@ -69,6 +70,9 @@ def alice_loss(log_r: Tensor, gold: Tensor) -> Tensor:
 class MinedRatio(HypothesisRatio):
     """log r(x | theta0, theta1) learned from joint ratios and, for 'alices' and 'rascal', joint scores.
 
+    The rows are arrays in memory: they belong to two hypotheses and to latent variables z, and neither a store nor a simulator gives
+    the joint ratio of a row.
+
     Args: loss: 'alice', 'alices', 'rolr' or 'rascal'. alpha: weight of the score term, for scores in units of their own sd.
     Others as `HypothesisRatio`.   Raises: SettingError.
 
@@ -90,14 +94,16 @@ class MinedRatio(HypothesisRatio):
 
     def fit(
         self,
-        theta0: ArrayLike,
-        theta1: ArrayLike,
-        x: ArrayLike,
-        y: ArrayLike,
-        log_r_joint: ArrayLike,
+        theta0: ArrayLike | None = None,
+        theta1: ArrayLike | None = None,
+        x: ArrayLike | None = None,
+        y: ArrayLike | None = None,
+        log_r_joint: ArrayLike | None = None,
         score: ArrayLike | None = None,
         *,
         weights: ArrayLike | None = None,
+        simulator: Simulator | None = None,
+        online: bool = False,
         checkpoint: str | Path | None = None,
         progress: Progress | None = None,
     ) -> Self:
@@ -112,11 +118,15 @@ class MinedRatio(HypothesisRatio):
             score: (n, d), gradient of log p(x, z | theta) with respect to theta at the theta that the event was drawn from, one over
                 the parameters' units; needed by 'alices' and 'rascal'.
             weights: (n,), > 0.
+            simulator: refused, as a store is, with what to do instead.
+            online: refused as well.
             checkpoint: path prefix, as of `Estimator.fit`.
             progress: shows epochs and losses.
 
-        Raises: ShapeError, NonFiniteError, DataError (y not 0 or 1, all of one kind, no scores), TrainingError.
+        Raises: ShapeError, NonFiniteError, DataError (y not 0 or 1, all of one kind, no scores), TrainingError, SettingError.
         """
+        rows = {"theta0": theta0, "theta1": theta1, "x": x, "y": y, "log_r_joint": log_r_joint}
+        _require_arrays("MinedRatio", "joint ratios", rows, simulator, online)
         events = as_events("x", x)
         n = len(events)
         a = as_array("theta0", _column("theta0", theta0), (n, None), note="one row per event")
@@ -145,7 +155,7 @@ class MinedRatio(HypothesisRatio):
     def finish(self, net: PairClassifier, batches: Batches) -> None:
         """Solve the last layer exactly where the loss is a cross entropy."""
         if self.loss == "alice":
-            solve_head(net, cast(MemoryBatches, batches))
+            solve_head(net, cast(MemoryBatches, batches).train, cast(MemoryBatches, batches).valid)
 
 
 class _GoldLoss:
@@ -176,6 +186,7 @@ class SALLY(BaseEstimator):
     r"""Score regression at one reference point: t^(x) -> E[t(x, z | theta_ref) | x] = grad_theta log p(x | theta) at theta_ref.
 
     Close to theta_ref, log r(x | theta, theta_ref) = t(x) . (theta - theta_ref) + ...: no other statistic of x tells theta apart better.
+    The rows are arrays in memory: neither a store nor a simulator gives the joint score of a row, which depends on latent variables z.
 
     Args: embedding: an EmbeddingConfig, of the perceptron x -> t. n_ensemble: networks, whose mean is taken. config: of the training loop;
     None chooses from the number of rows. Others as `BaseEstimator`.   Raises: SettingError.
@@ -199,18 +210,22 @@ class SALLY(BaseEstimator):
 
     def fit(
         self,
-        x: ArrayLike,
-        score: ArrayLike,
+        x: ArrayLike | None = None,
+        score: ArrayLike | None = None,
         *,
         weights: ArrayLike | None = None,
+        simulator: Simulator | None = None,
+        online: bool = False,
         checkpoint: str | Path | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Train on events x (n, ...) ~ p(x | theta_ref) and their joint scores (n, d), one over the parameters' units.
 
-        Args: weights: (n,), > 0. checkpoint: path prefix, as of `Estimator.fit`.
-        Raises: ShapeError, NonFiniteError, DataError, TrainingError.
+        Args: weights: (n,), > 0. checkpoint: path prefix, as of `Estimator.fit`. simulator, online: refused, as a store is, with what to
+        do instead.
+        Raises: ShapeError, NonFiniteError, DataError, TrainingError, SettingError.
         """
+        _require_arrays("SALLY", "joint scores", {"x": x, "score": score}, simulator, online)
         events = as_events("x", x)
         target = as_array("score", _column("score", score), (len(events), None), note="one row per event")
         n = len(events)
@@ -269,7 +284,19 @@ class SALLY(BaseEstimator):
         return t.T @ t / len(t)
 
 
-def _column(name: str, value: ArrayLike) -> Array:
+def _require_arrays(name: str, learned: str, rows: dict[str, Any], simulator: Simulator | None, online: bool) -> None:
+    """Raise SettingError for a store or a simulator, DataError for a missing array."""
+    if simulator is not None or online or any(stores_of(value) is not None for value in rows.values()):
+        raise SettingError(
+            f"{name} learns from {learned}, which neither a store nor a simulator gives; expected arrays in memory: simulate x, compute "
+            f"the {learned} of the same events from their latent variables, and call fit({', '.join(rows)})"
+        )
+    missing = [key for key, value in rows.items() if value is None]
+    if missing:
+        raise DataError(f"{', '.join(missing)} missing; expected fit({', '.join(rows)})")
+
+
+def _column(name: str, value: Any) -> Array:
     """(n,) as one column."""
     array = as_real(name, value)
     return array[:, None] if array.ndim == 1 else array

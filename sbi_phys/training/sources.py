@@ -211,16 +211,20 @@ def checked_weights(weights: Any, n: int) -> Array:
     return array
 
 
-def stores_of(value: Any, prior: Prior) -> list[Store] | None:
-    """Stores, if the value is a store, a path, or a sequence of these; None if it is data.   Raises: SimulatorMismatchError."""
+def stores_of(value: Any, prior: Prior | None = None) -> list[Store] | None:
+    """Stores, if the value is a store, a path, or a sequence of these; None if it is data.
+
+    Args: prior: whose parameters they must have; None: those of the first store's.   Raises: SimulatorMismatchError.
+    """
     if isinstance(value, str | Path | Store):
         value = [value]
     if not isinstance(value, Sequence) or not value or not all(isinstance(v, str | Path | Store) for v in value):
         return None
     stores = [v if isinstance(v, Store) else Store(v) for v in value]
+    names = (prior or stores[0].prior).names
     for store in stores:
-        if store.prior.names != prior.names:
-            raise SimulatorMismatchError(f"{store!r} has parameters {store.prior.names}; expected {prior.names}")
+        if store.prior.names != names:
+            raise SimulatorMismatchError(f"{store!r} has parameters {store.prior.names}; expected {names}")
     return stores
 
 

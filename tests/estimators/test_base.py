@@ -98,6 +98,7 @@ CASES = {
 OVER_PRIOR = [name for name, case in CASES.items() if case.over_prior]
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 over_prior = pytest.mark.parametrize("name", OVER_PRIOR)
+from_pairs = pytest.mark.parametrize("name", [*OVER_PRIOR, "TwoHypotheses"])  # rows (theta, x)
 
 
 def simulator_of(name: str) -> LinearGaussian:
@@ -196,7 +197,7 @@ def test_the_loss_is_the_weighted_mean() -> None:
     assert model.history[0][0]["valid"] == pytest.approx(float((w * loss).sum() / w.sum()), rel=1e-5)
 
 
-@over_prior
+@from_pairs
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_store_larger_than_memory_is_streamed(name: str, weighted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, sim = CASES[name], simulator_of(name)
@@ -239,7 +240,7 @@ def test_streamed_weights_belong_to_their_rows(tmp_path: Path) -> None:
         sp.Stream(store, SIM.prior, weights=weights[1:])
 
 
-@over_prior
+@from_pairs
 def test_online_data(name: str) -> None:
     case, sim = CASES[name], simulator_of(name)
     model = case.make(n_ensemble=2).fit(simulator=sim, online=True, n=500, workers=0)
@@ -253,6 +254,17 @@ def test_online_data(name: str) -> None:
             case.make().fit(**half)
     with pytest.raises(DataError, match="theta or x was given beside a simulator"):
         case.make().fit(THETA, X, simulator=sim, online=True)
+
+
+@pytest.mark.parametrize("name", ["MinedRatio", "SALLY"])
+def test_joint_scores_and_ratios_are_arrays(name: str, tmp_path: Path) -> None:
+    fit = CASES[name].make().fit
+    store = sp.simulate(SIM, 30, tmp_path / "store", seed=0, workers=1)
+    for given, settings in (((store,), {}), ((tmp_path / "store",), {}), ((), {"simulator": SIM, "online": True}), ((), {"online": True})):
+        with pytest.raises(SettingError, match=f"{name} learns from joint .*expected arrays in memory: simulate x, compute"):
+            fit(*given, **settings)
+    with pytest.raises(DataError, match=r"missing; expected fit\("):
+        fit(THETA)
 
 
 @over_prior

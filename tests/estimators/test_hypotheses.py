@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 import sbi_phys as sp
-from sbi_phys.core.errors import DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SupportError
+from sbi_phys.core.errors import DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SimulatorMismatchError, SupportError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.hypotheses import TwoHypotheses
 from sbi_phys.nets.classifier import ClassifierConfig
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
+from tests.toys import LinearGaussian
 
 SMALL = {
     "network": ClassifierConfig(hidden=32, n_features=16, rank=16),
@@ -114,6 +115,63 @@ def test_ensemble_seed_and_global_generator() -> None:
         single._scaler, single._boxes, single._centre, single._width, single._nets = one._scaler, one._boxes, one._centre, one._width, [net]
         members.append(single.log_ratio(x, theta0, theta1))
     np.testing.assert_allclose(np.mean(members, axis=0), one.log_ratio(x, theta0, theta1), atol=1e-6)
+
+
+# stores and simulators
+
+
+TOY = LinearGaussian(dim=1, n_columns=2, noise=2.0)
+
+
+def toy_error(ratio: TwoHypotheses, a: np.ndarray, b: np.ndarray) -> float:
+    """Mean squared error over the variance of log r of 4000 events of a."""
+    x = TOY.simulate(a, rng_for(9))
+    truth = TOY.log_likelihood(x, a) - TOY.log_likelihood(x, b)
+    return float(((ratio.log_ratio(x, a, b) - truth) ** 2).mean() / truth.var())
+
+
+@pytest.mark.parametrize("source", ["memory", "streamed", "online"])
+def test_rows_of_a_store_or_simulator_become_pairs(source: str, tmp_path: Path) -> None:
+    fresh = TwoHypotheses(seed=0, config=sp.TrainConfig(max_epochs=6, batch_size=128), **SMALL)
+    if source == "online":
+        ratio = fresh.fit(simulator=TOY, online=True, n=24_000, workers=0)
+    else:
+        store = sp.simulate(TOY, 4000, tmp_path / "store", seed=0, workers=1, shard_size=500)
+        ratio = fresh.fit(store, memory=100_000 if source == "streamed" else None)
+        assert ratio.identity == store.identity
+    a, b = TOY.prior.sample(4000, rng_for(1)).clip(-2, 2), TOY.prior.sample(4000, rng_for(2)).clip(-2, 2)
+    assert toy_error(ratio, a, b) < 0.05
+    ratio.save(tmp_path / "ratio.pt")
+    again = sp.load(tmp_path / "ratio.pt", device="cpu")
+    x = TOY.simulate(a[:5], rng_for(3))
+    np.testing.assert_array_equal(again.log_ratio(x, a[:5], b[:5]), ratio.log_ratio(x, a[:5], b[:5]))
+    with pytest.raises(SupportError, match="outside what was trained on"):
+        again.log_ratio(x, [50.0], [0.0])
+
+
+@pytest.mark.parametrize("memory", [None, 100_000])
+def test_two_stores_at_fixed_theta(memory: int | None, tmp_path: Path) -> None:
+    """3 : 1 in number, and the ratio is that of densities."""
+    stores = [
+        sp.simulate(TOY, None, tmp_path / str(n), theta=np.full((n, 1), theta), seed=n, workers=1, shard_size=500)
+        for theta, n in ((0.5, 6000), (-0.5, 2000))
+    ]
+    ratio = TwoHypotheses(seed=0, config=sp.TrainConfig(max_epochs=6, batch_size=128), **SMALL).fit(*stores, memory=memory)
+    assert toy_error(ratio, np.full((4000, 1), 0.5), np.full((4000, 1), -0.5)) < 0.05
+    with pytest.raises(SupportError, match=r"expected \[0.5\] to \[0.5\] or \[-0.5\] to \[-0.5\]"):
+        ratio.log_ratio([0.0, 0.0], [0.0], [0.5])
+
+
+def test_stores_that_do_not_belong_together(tmp_path: Path) -> None:
+    first = sp.simulate(TOY, 30, tmp_path / "first", seed=0, workers=1)
+    other = sp.simulate(LinearGaussian(dim=1, n_columns=2, noise=0.2), 30, tmp_path / "other", seed=0, workers=1)
+    fit = TwoHypotheses(config=QUICK, **SMALL).fit
+    with pytest.raises(SimulatorMismatchError, match=r"another simulator or prior.*or arrays: fit\(None, x0, None, x1\)"):
+        fit(first, other)
+    with pytest.raises(DataError, match="x1 is missing; expected fit"):
+        fit(first, np.zeros((30, 2)))
+    with pytest.raises(DataError, match="x0 is missing; expected fit"):
+        fit()
 
 
 # what is refused
