@@ -25,6 +25,7 @@ __all__ = [
     "MARKERS",
     "MUTED",
     "PALETTE",
+    "POINTS",
     "STYLE",
     "finish",
     "house_style",
@@ -51,6 +52,7 @@ BAND = "#D9D9D9"  # the range that a hypothesis allows, or a 95 % band
 MUTED = "#999999"  # what stands in the background: measured counts, an uncorrected result
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("*", "D", "^", "s", "P", "v", "X", "o")
+POINTS = ("o", "D", "s", "^", "v", "P", "X")  # recognised at the size of data points
 
 STYLE: dict[str, Any] = {
     "figure.facecolor": "white",

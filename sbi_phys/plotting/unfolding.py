@@ -16,7 +16,7 @@ from sbi_phys.calibration.pvalues import ALPHA
 from sbi_phys.core.checks import as_array
 from sbi_phys.core.errors import DataError
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.plotting.style import BAND, MARKERS, MUTED, PALETTE, finish, house_style, new_axes, new_figure
+from sbi_phys.plotting.style import BAND, MUTED, PALETTE, POINTS, finish, house_style, new_axes, new_figure
 from sbi_phys.unfold.checks import ONE_SIGMA, TWO_SIGMA
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _places(result: "Validation") -> list[tuple["MethodValidation", Array, dict[
     k = len(result.methods)
     out = []
     for i, m in enumerate(result.methods.values()):
-        look = {"fmt": MARKERS[i % len(MARKERS)], "color": PALETTE[i % len(PALETTE)], "markersize": 3.2, "elinewidth": 1.1}
+        look = {"fmt": POINTS[i % len(POINTS)], "color": PALETTE[i % len(PALETTE)], "markersize": 3.2, "elinewidth": 1.1}
         out.append((m, centre + width * 0.6 * ((i + 0.5) / k - 0.5), look))
     return out
 
@@ -544,7 +544,7 @@ def _offset(k: int, n: int) -> float:
 
 def _points(k: int, **changes: Any) -> dict[str, Any]:
     """Look of the points of method k, for plot."""
-    look = {"linestyle": "", "marker": MARKERS[k % len(MARKERS)], "color": PALETTE[k % len(PALETTE)], "markersize": 5}
+    look = {"linestyle": "", "marker": POINTS[k % len(POINTS)], "color": PALETTE[k % len(PALETTE)], "markersize": 5}
     return look | {"mec": "white", "mew": 0.4} | changes
 
 
