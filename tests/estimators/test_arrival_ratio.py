@@ -36,6 +36,6 @@ def test_the_statistic_is_zero_at_the_best_fraction_and_profiles_the_blurring():
     top, rows = np.array([4.0, 3.0]), np.zeros((2, DELTAS.size))
     rows[0, 2], rows[1, 6] = 4.0, 1.0
     data = joined(top, rows)
-    np.testing.assert_allclose(statistic(data, np.array([0.05])), [0.0, 4.0])
-    np.testing.assert_array_equal(profile(data, np.array([0.05])), DELTAS[[2, 6]])
-    assert profile(data, np.array([0.0])).tolist() == [15.0, 15.0]
+    np.testing.assert_allclose(statistic(np.array([0.05]), data), [0.0, 4.0])
+    np.testing.assert_array_equal(profile(np.array([0.05]), data), DELTAS[[2, 6]])
+    assert profile(np.array([0.0]), data).tolist() == [15.0, 15.0]
