@@ -21,7 +21,7 @@ A simulated experiment i is the same at all grid points as far as it can be: of 
 rows of signal events, one for each blurring, the first m_i, m_i the number of uniform numbers of that experiment below the share of
 signal events. At each grid point it is an exact draw; experiments i and j are independent. So all points cost little more than one.
 With --keep they are kept in a folder, and with --parts only so many thousands are made before the run stops: start it again to go on.
-Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed.
+Prints each number with its required value, writes JSON and exits with 1 if a requirement is not met.
 """
 
 import os

@@ -2,7 +2,7 @@
 
     python benchmarks/confidence_coverage.py [--toys 4000] [--out benchmarks/results/confidence_coverage.json]
 
-Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed.
+Prints each number with its required value, writes JSON and exits with 1 if a requirement is not met.
 """
 
 import os

@@ -7,7 +7,7 @@ posterior    learned likelihood of events, then a SetNPE on sets of 8 to 1200 of
 deep set     the same by a deep set alone, every set used once, for comparison
 attention    the same by the small set transformer, a quarter of the sets
 arrival      test statistic and fitted fraction of 1400 arrival directions, with and without sources
-Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed.
+Prints each number with its required value, writes JSON and exits with 1 if a requirement is not met.
 """
 
 import os

@@ -5,8 +5,8 @@
 The flow is the default one, for columns of counts a conditional Gaussian with full covariance over the stabilised, dequantised counts;
 `--layers` puts spline couplings behind it (its numbers are kept under a name of their own, without a bound).
 Posteriors by NLE against the exact ones by grid: mean C2ST; the divergence E[log p(x | theta) - log q(x | theta)] per data set over fresh
-pairs; seconds for 1e4 posterior draws. Then the extended likelihood of a million events. Prints each number with what is asked of it,
-writes JSON and exits with 1 if one is missed.
+pairs; seconds for 1e4 posterior draws. Then the extended likelihood of a million events. Prints each number with its required value,
+writes JSON and exits with 1 if a requirement is not met.
 """
 
 import sys

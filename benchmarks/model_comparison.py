@@ -7,7 +7,7 @@ poisson     two Poisson models with gamma priors of one mean on the rate, 4 coun
 evidence    evidence by importance sampling from an NPE of the same Gaussian models: 20 data sets
 test        size and power of the test of calibrated probabilities, 1000 repetitions
 toys        p-value of a signal in an on/off experiment against the sum over all counts
-Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed.
+Prints each number with its required value, writes JSON and exits with 1 if a requirement is not met.
 """
 
 import os

@@ -6,8 +6,8 @@ Toy: z ~ N(theta, 1), x ~ N(z, 2), theta in [-4, 4] against theta = 0; log r = (
 from 1e5 events by labels (CARL), joint ratios (ALICE) and joint scores (SALLY); ratios recalibrated per theta on 1e5 + 1e5 events of their
 own and checked on as many again; the reweighting area on so many events that its error is .002, beside that of the exact ratio on the
 same. Source spectrum: NRE's posteriors against the exact ones by grid, beside sbi's in the same run, and its ratio, as learned and
-divided by its mean over the prior, against the exact one, p(x) by grid. Prints each number with what is asked of it, writes JSON and
-exits with 1 if one is missed.
+divided by its mean over the prior, against the exact one, p(x) by grid. Prints each number with its required value, writes JSON and
+exits with 1 if a requirement is not met.
 """
 
 import sys

@@ -4,8 +4,8 @@
 
 Shards of a no-op simulator go through a local Dask cluster (scheduler and two workers, processes that talk over TCP) and through a process
 pool; memory and processor time of the scheduler and of the calling process are read from the system once a second. Then the folder
-they left is opened, listed, continued. Rows of source_spectrum are simulated in growing numbers. Prints each number with what is asked of
-it, the rows of the tables in docs/scaling.md, writes JSON and exits with 1 if a number is missed.
+they left is opened, listed, continued. Rows of source_spectrum are simulated in growing numbers. Prints each number with its required
+value, the rows of the tables in docs/scaling.md, writes JSON and exits with 1 if a requirement is not met.
 """
 
 import os

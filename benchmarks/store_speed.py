@@ -4,8 +4,8 @@
 
 Both sides of every ratio are measured in turns in the same run, and the best of all turns counts: on a machine that does
 other things as well, that is what the code needs. "CPU" is processor time of this process, system calls included. Checksums
-are zlib's, or isal's where that is installed (the same numbers, faster). Prints each number with what is asked of it, writes
-JSON and exits with 1 if one is missed.
+are zlib's, or isal's where that is installed (the same numbers, faster). Prints each number with its required value, writes
+JSON and exits with 1 if a requirement is not met.
 """
 
 import os

@@ -2,7 +2,7 @@
 
     python benchmarks/unfolding_classical.py [--toys 500] [--out benchmarks/results/unfolding_classical.json]
 
-Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed.
+Prints each number with its required value, writes JSON and exits with 1 if a requirement is not met.
 """
 
 import csv

@@ -2,7 +2,7 @@
 
     python benchmarks/unfolding_forward.py [--toys 150] [--only PART] [--out benchmarks/results/unfolding_forward.json]
 
-Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed.
+Prints each number with its required value, writes JSON and exits with 1 if a requirement is not met.
 """
 
 import os

@@ -2,7 +2,7 @@
 
     python benchmarks/unfolding_proof.py [--toys 200] [--events 100000] [--figures FOLDER] [--out benchmarks/results/unfolding_proof.json]
 
-Prints each number with what is asked of it, writes JSON and exits with 1 if one is missed. About half an hour on a quiet core, half of it
+Prints each number with its required value, writes JSON and exits with 1 if a requirement is not met. About half an hour on a quiet core, half of it
 "learned extras"; --only names a part.
 """
 

@@ -107,7 +107,7 @@ class Context:
         return 2_000 if self.quick else 5_000
 
     def worker(self, tool: str) -> Worker | None:
-        """The process of a tool, started when first asked for; None where it can not run (the reason was printed)."""
+        """The process of a tool, started when first asked for; None where it cannot run (the reason was printed)."""
         if tool not in self._workers:
             self._workers[tool] = self._start(tool)
         return self._workers[tool]
@@ -143,7 +143,7 @@ class Context:
     def train(
         self, tool: str, network: str, *, batch: int, epochs: int = 0, seed: int = 0, n: int = 0, keep: bool = False
     ) -> Trained | None:
-        """Train one tool on n rows; None where it can not. With `keep` the model serves `model` from then on.
+        """Train one tool on n rows; None where it cannot. With `keep` the model serves `model` from then on.
 
         Raises: WorkerError where ours fails.
         """

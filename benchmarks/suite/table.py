@@ -72,7 +72,7 @@ def report(numbers: Numbers, kept: list[dict[str, Any]], facts: dict[str, Any], 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, with what was asked of them."""
-    lines = ["| | measured | asked |", "| --- | --- | --- |"]
+    lines = ["| | measured | required |", "| --- | --- | --- |"]
     lines += [f"| {r['name']} | {r['value']:.3g} | {r['asked'] or ''}{'' if r['met'] else ' **missed**'} |" for r in rows]
     return "\n".join(lines)
 

@@ -59,7 +59,7 @@ def test_a_posterior_of_larger_sets_than_the_scores_have_seen(embedding, tmp_pat
     np.testing.assert_array_equal(again.sample(one, 50), npe.sample(one, 50))
     same, content = LikelihoodSet(1, 1, hidden=32, rank=8, config=SMALL), read_file(tmp_path / "sets.pt", *FILE)
     assert content["estimator"] == "SetNPE"
-    with pytest.raises(RuntimeError, match="size mismatch"):  # a plain NPE can not take the weights for its own
+    with pytest.raises(RuntimeError, match="size mismatch"):  # a plain NPE cannot take the weights for its own
         NPE._from_content(tmp_path / "sets.pt", content, same, "cpu")
     write_file(tmp_path / "other.pt", *FILE, content | {"estimator": "NPE"})
     with pytest.raises(ModelFileError, match="does not describe a model"):

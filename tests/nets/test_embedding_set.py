@@ -90,7 +90,7 @@ def test_the_scaling_by_columns_is_undone(net):
     np.testing.assert_allclose(run(net, as_sets.apply(data)), got, atol=2e-5)
 
 
-def test_what_can_not_be_a_set(net):
+def test_what_cannot_be_a_set(net):
     with pytest.raises(ShapeError, match="7 columns; expected a multiple of 3"):
         net(torch.zeros(2, 7))
     take_scaling(net, XScaler.fit(np.arange(12.0).reshape(2, 6), np.zeros(6, dtype=bool)))

@@ -34,7 +34,7 @@ class Findings:
 
 
 def missing_browser():
-    """Why the check can not run here, or ''."""
+    """Why the check cannot run here, or ''."""
     try:
         import selenium  # noqa: F401
     except ImportError:
@@ -55,7 +55,7 @@ def check_report(path, *, widths=(1280, 400), screenshots=None):
     driver = _start(profile)
     try:
         for width in widths:
-            # the window of a desktop browser can not be 400 px wide: the metrics of a narrow device are emulated
+            # the window of a desktop browser cannot be 400 px wide: the metrics of a narrow device are emulated
             metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
             driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
             driver.get(Path(path).resolve().as_uri())

@@ -155,7 +155,7 @@ def test_a_lost_manifest_is_made_again(tmp_path, reference):
 # ---- settings
 
 
-def test_what_can_not_be_pickled_is_refused_with_advice(tmp_path):
+def test_what_cannot_be_pickled_is_refused_with_advice(tmp_path):
     class Local(LinearGaussian):
         pass
 
@@ -264,7 +264,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, simulator, changes, mes
     assert {k: v for k, v in digests(tmp_path).items() if k != "store.json"} == {k: v for k, v in before.items() if k != "store.json"}
 
 
-def test_a_folder_that_can_not_be_made(tmp_path):
+def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be created"):
         simulate(LinearGaussian(), 5, tmp_path / "file" / "store", workers=1)

@@ -104,7 +104,7 @@ def test_a_torch_tensor_is_refused(tmp_path):
         simulate(Torch(), 5, tmp_path, workers=1)
 
 
-def test_a_pickle_that_a_worker_can_not_read_is_explained():
+def test_a_pickle_that_a_worker_cannot_read_is_explained():
     data = pickle.dumps(LinearGaussian()).replace(b"LinearGaussian", b"LinearGauzzian")
     with pytest.raises(SettingError, match="cannot be rebuilt in a worker process: AttributeError: .*LinearGauzzian"):
         processes.unpickle_simulator(data)

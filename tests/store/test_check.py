@@ -128,7 +128,7 @@ def test_a_newer_file_is_left_alone(copy):
     assert done.moved == () and "schema 9" in done.notes[0] and (copy / shard_name(1)).exists()
 
 
-def test_what_can_not_be_repaired_says_why(copy, tmp_path):
+def test_what_cannot_be_repaired_says_why(copy, tmp_path):
     with StoreLock(copy), pytest.raises(StoreError, match="is being written by another"):
         repair_store(copy)
     with pytest.raises(StoreError, match="is not a folder"):

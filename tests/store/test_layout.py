@@ -145,7 +145,7 @@ def test_a_layout_that_does_not_fit(settings, error, message):
         Layout(**settings).check(HEADER.observables, "float32")
 
 
-def test_a_number_that_the_narrow_type_can_not_hold_is_refused(tmp_path):
+def test_a_number_that_the_narrow_type_cannot_hold_is_refused(tmp_path):
     header = replace(HEADER, layout=Layout(dtypes={"n": "float16"}).plain())
     big = rows(40)
     big.x[3, 1] = 1e6

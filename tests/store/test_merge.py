@@ -75,7 +75,7 @@ def test_other_seeds_are_laid_end_to_end(made, tmp_path):
     same(everything(other), everything(store))
 
 
-def test_what_can_not_be_merged(made, tmp_path):
+def test_what_cannot_be_merged(made, tmp_path):
     a, b = (s.path for s in made)
     shutil.copytree(a, tmp_path / "copy")
     flaky(tmp_path / "cut", 350, seed=5, shard_size=35)

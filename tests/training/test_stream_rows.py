@@ -151,7 +151,7 @@ def test_a_damaged_cache_is_made_again(store, damage):
     assert path.stat().st_size == size and not list(path.parent.glob(".*.tmp"))
 
 
-def test_a_cache_that_can_not_be_written(store, tmp_path):
+def test_a_cache_that_cannot_be_written(store, tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StoreError, match=r"cache .*file cannot be created: .*; expected a writable folder as cache="):
         Stream(store, PRIOR, cache=tmp_path / "file")
@@ -231,7 +231,7 @@ def test_theta_outside_the_prior_and_negative_counts(tmp_path):
         Stream(store, prior)
 
 
-def test_a_value_that_float32_can_not_hold(store):
+def test_a_value_that_float32_cannot_hold(store):
     edit(store.path / shard_name(1), "x", 30, 0, 1e60)
     with pytest.raises(DataError, match=r"shard-00001\.h5, good row 30: x\[0\] is 1e\+60"):
         Stream(store, PRIOR)

@@ -240,7 +240,7 @@ def test_the_page_shows_what_was_run(made):
         (["--parameter", "t0", "--level", "1.5"], "level is 1.5"),
     ],
 )
-def test_what_limits_can_not_answer_is_named(made, words, complaint):
+def test_what_limits_cannot_answer_is_named(made, words, complaint):
     result = sbi_phys("limits", made.folder, *words)
     assert result.exit_code == 1 and re.search(complaint, result.stderr), result.stderr
 

@@ -225,7 +225,7 @@ def test_an_unknown_stage_is_named(tmp_path):
         run_stages(tiny(), tmp_path / "run", ["trian"])
 
 
-def test_null_safe_leaves_nothing_that_json_can_not_hold():
+def test_null_safe_leaves_nothing_that_json_cannot_hold():
     value = {"a": np.array([1.0, np.nan]), "b": (np.float32(2), float("inf")), 3: [np.int64(4), None, True], "p": Path("x")}
     assert null_safe(value) == {"a": [1.0, None], "b": [2.0, None], "3": [4, None, True], "p": "x"}
     json.dumps(null_safe(value), allow_nan=False)
