@@ -1,26 +1,26 @@
-"""Arrival directions, 1400 events: a learned test statistic beside the exact one, and confidence sets for the signal fraction that cover.
+"""Arrival directions, 1400 events: a learned test statistic compared with the exact one, and confidence sets for the signal fraction.
 
     python benchmarks/arrival_directions.py [--toys 12000] [--events 250000] [--keep FOLDER] [--parts 2]
         [--out benchmarks/results/arrival_directions.json]
 
 An event comes from a catalogue of sources blurred by delta0, s(u | delta0), or from an isotropic sky, b(u), both seen through the exposure.
-A classifier with delta0 as an input learns r = s / b. What it sees of an event is the catalogue smoothed by five fixed angles, at the
-event's direction: nothing of the exposure, the normalisation, or how the blurring depends on delta0. With the relative exposure
-a(delta0), a set of n events then has the learned log likelihood ratio
+A classifier with delta0 as an input learns r = s / b. Its inputs for an event are the catalogue smoothed by five fixed angles, at the
+event's direction; the exposure, the normalisation and the dependence of the blurring on delta0 are not among them. With the relative
+exposure a(delta0), a set of n events then has the learned log likelihood ratio
 
     log Lambda(f, delta0) = sum_e log(1 + f (a r_e - 1)) - n log(1 + f (a - 1)),   q(f) = 2 [max log Lambda - max_delta0 log Lambda(f)].
 
 statistic   2 max log Lambda, learned against exact, on the same data sets: correlation, shift of the mean
 coverage    sets in f from a Neyman construction on a grid of (f, delta0), at f in [0, .2] and three blurrings, and on average over the
-            prior of the blurring. Without many sources delta0 is hardly identified, and what is done about it matters: its profiled
-            value taken for the true one, that corrected by prepivoting, the supremum over it; learned critical values, with and
+            prior of the blurring. With few sources delta0 is hardly identified, and its treatment matters. Compared are: its profiled
+            value taken for the true one, the same corrected by prepivoting, the supremum over it; learned critical values, with and
             without correction; Wilks'.
 size        how often the sets hold a wrong f
 
-A simulated experiment i is the same at all grid points as far as it can be: of a row of isotropic events the first n - m_i are taken, of
-rows of signal events, one for each blurring, the first m_i, m_i the number of uniform numbers of that experiment below the share of
-signal events. At each grid point it is an exact draw; experiments i and j are independent. So all points cost little more than one.
-With --keep they are kept in a folder, and with --parts only so many thousands are made before the run stops: start it again to go on.
+Experiment i shares its random numbers between all grid points: it takes the first n - m_i of a row of isotropic events and the first m_i
+of a row of signal events (one row for each blurring), where m_i counts the uniform numbers of that experiment below the share of signal
+events. At each grid point it is an exact draw, and experiments i and j are independent. All points cost little more than one.
+With --keep the experiments are kept in a folder; with --parts the run stops after that many thousands, and the same command continues it.
 Prints each number with its required value, writes JSON and exits with 1 if a requirement is not met.
 """
 

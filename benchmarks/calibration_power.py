@@ -1,9 +1,9 @@
-"""Size and power of every calibration test on posteriors whose answer is known, and what the repairs restore.
+"""Size and power of every calibration test on posteriors whose exact form is known, and the coverage after each repair.
 
     python benchmarks/calibration_power.py [--workers 2] [--repetitions 400] [--quick]
 
 Prints Markdown, writes benchmarks/results/calibration_power.json and fills the marked block of docs/calibration.md (--quick writes
-neither). Exits with 1 if a size is off by more than three standard errors, or a power is below what is asked for. Every repetition has
+neither). Exits with 1 if a size is off by more than three standard errors, or a power is below its requirement. Every repetition has
 its own seed, so that the result does not depend on the number of workers.
 """
 
@@ -169,13 +169,13 @@ def error(rate: float, n: int) -> float:
 
 
 def failures(rates: Rates, in_band: tuple[int, int]) -> list[str]:
-    """What is not as asked for, in words."""
+    """The requirements that are not met, in words."""
     found = []
     for name, by_oracle in rates.items():
         for oracle, by_wrong in by_oracle.items():
             rejected, n = by_wrong["exact"]
             if abs(rejected / n - ALPHA) > 3 * np.sqrt(ALPHA * (1 - ALPHA) / n):
-                # a joint test by Bonferroni may be too careful, never too eager
+                # a joint test by Bonferroni may reject too rarely, never too often
                 if name == TOGETHER and rejected / n < ALPHA:
                     continue
                 found.append(f"size of {name} on {oracle}: {100 * rejected / n:.1f} %")
@@ -231,7 +231,7 @@ def markdown(result: dict[str, Any]) -> str:
     failed = "; ".join(result["failures"]) or "nothing"
     one_observation = f"; {LC2ST} at one observation, N = {2 * result['n']}" if LC2ST in rates else f"; {LC2ST} was not run"
     said.append(
-        f"N = {result['n']}, L = {result['n_draws']}, level 5 %{one_observation}. Outside of what is asked for: {failed}. "
+        f"N = {result['n']}, L = {result['n_draws']}, level 5 %{one_observation}. Requirements not met: {failed}. "
         f"Seed {result['seed']}{took}."
     )
     return "\n\n".join(said) + "\n"

@@ -19,7 +19,7 @@ CRASHES, NANS, HANGS = 0.01, 0.02, 0.021  # where u lies below: 1 %, 1 % and 0.1
 
 
 class Rows:
-    """Noise beside theta; a batch takes `seconds` of sleep, so that a busy machine changes nothing."""
+    """x = theta + noise; a batch sleeps for `seconds`, so that its time does not depend on the load of the machine."""
 
     def __init__(self, seconds: float = 0.0, columns: int = COLUMNS) -> None:
         self.settings: dict[str, Any] = {"seconds": seconds, "columns": columns}

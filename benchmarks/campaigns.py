@@ -3,8 +3,8 @@
     python benchmarks/campaigns.py [--only kills|parents|disk|failures|batches|dask|pool] [--quick] [--page docs/scaling.md] [--out FILE]
 
 Every disturbed campaign is compared, file by file, with an undisturbed one. Prints each number with its required value, writes JSON and
-exits with 1 if a requirement is not met. Ratios of times are taken in turns in the same run; on a machine that does other things as well they say
-less than on a quiet one. A disk of its own is a tmpfs mount; where that is refused, fsync says that the disk is full.
+exits with 1 if a requirement is not met. Both times of a ratio are measured alternately in the same run; other load on the machine makes
+them less precise. The full disk is a small tmpfs mount; where mounting is refused, fsync is made to report a full disk.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Confidence sets against what they must show: Feldman-Cousins endpoints, coverage of toy and learned constructions beside Wilks'.
+"""Confidence sets against their requirements: Feldman-Cousins endpoints, and the coverage of toy, learned and Wilks' constructions.
 
     python benchmarks/confidence_coverage.py [--toys 4000] [--out benchmarks/results/confidence_coverage.json]
 
@@ -133,7 +133,7 @@ def _coverage(what: str, rows: list[tuple[Array, Array]], statistic: LRT, sets: 
         print(f"{what}, {100 * level:.4g} %: " + ", ".join(table))
         for i, (theta, _) in enumerate(rows):
             print(f"  {np.array2string(theta, precision=3):<14}" + "  ".join(f"{column[i]:.4f}" for column in table.values()))
-        # asked of 90 %; at 68.3 % the largest of 30 deviations of 4000 toys reaches .02 by chance in one run of five
+        # required at 90 % only; at 68.3 % the largest of 30 deviations of 4000 toys reaches .02 by chance in one run of five
         asked: tuple[str, float | None] = ("<=", 0.02) if level == 0.9 else ("", None)
         for name in sets:
             worst = float(np.abs(np.array(table[name]) - level).max())

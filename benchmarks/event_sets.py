@@ -1,4 +1,4 @@
-"""Posteriors from sets of events of any size, by one training, against the exact ones; and what the simulators of sets find.
+"""Posteriors of sets of events of any size, from one training, against the exact ones; and fits to simulated sets of arrival directions.
 
     python benchmarks/event_sets.py [--scores 1800000] [--rows 300000] [--only posterior] [--out benchmarks/results/event_sets.json]
 
@@ -39,7 +39,7 @@ from simulators import ArrivalDirections, LineSearch
 
 Array = NDArray[np.float64]
 SIZES = (10, 100, 1000)
-N_MAX = 1200  # sizes to learn from reach beyond those asked for: nothing is at the edge
+N_MAX = 1200  # training sizes extend beyond the tested ones, so that no test is at the edge
 SUMMARY = EmbeddingConfig(hidden=128, n_blocks=2, n_features=64)
 
 
@@ -117,7 +117,7 @@ def exact_coverage(size: int, n: int) -> Numbers:
 
 
 def calibrated(npe: sp.NPE, name: str, n: int, seed: int = 13) -> Numbers:
-    """SBC and coverage of highest-density regions at each size; p-values of three sizes, so a third of 5 % is asked of each."""
+    """SBC and coverage of highest-density regions at each size; with p-values at three sizes, each must exceed a third of 5 %."""
     numbers: Numbers = {}
     for size in SIZES:
         sim, theta, x = calibration_sets(size, n, seed)

@@ -1,9 +1,9 @@
-"""Learned likelihoods against what they must show, on the two-parameter source spectrum, and beside sbi's in the same run.
+"""Learned likelihoods against their requirements on the two-parameter source spectrum, compared with sbi in the same run.
 
     python benchmarks/likelihoods.py [--n 20000] [--layers N] [--observations 8] [--threads 2] [--no-peer] [--only source|sets]
 
 The flow is the default one, for columns of counts a conditional Gaussian with full covariance over the stabilised, dequantised counts;
-`--layers` puts spline couplings behind it (its numbers are kept under a name of their own, without a bound).
+`--layers` adds spline couplings after it (its numbers are written under another name, without a requirement).
 Posteriors by NLE against the exact ones by grid: mean C2ST; the divergence E[log p(x | theta) - log q(x | theta)] per data set over fresh
 pairs; seconds for 1e4 posterior draws. Then the extended likelihood of a million events. Prints each number with its required value,
 writes JSON and exits with 1 if a requirement is not met.
@@ -61,7 +61,7 @@ def exact_draws(simulator: SourceSpectrum, x: Array, seed: int) -> Array:
 
 
 def source(n: int, layers: int | None, n_observations: int, threads: int, seed: int, peer: bool, peer_epochs: int) -> Numbers:
-    """NLE on the source spectrum, against the grid and beside sbi."""
+    """NLE on the source spectrum, against the grid, compared with sbi."""
     simulator, theta, x, theta_test, x_test = simulate(n, seed)
     begin = time.perf_counter()
     flow = "auto" if layers is None else FlowConfig(n_layers=layers, hidden=32)
@@ -90,13 +90,13 @@ def source(n: int, layers: int | None, n_observations: int, threads: int, seed: 
         numbers = {name.replace("NLE:", f"NLE, {layers} couplings:"): (value, "", None) for name, (value, _, _) in numbers.items()}
     if peer and PEERS.exists():
         try:
-            numbers |= beside_sbi(simulator, theta, x, x_test, exact, threads, seed, peer_epochs)
+            numbers |= sbi_numbers(simulator, theta, x, x_test, exact, threads, seed, peer_epochs)
         except WorkerError as err:
             print(f"sbi could not be measured: {err}", flush=True)
     return numbers
 
 
-def beside_sbi(
+def sbi_numbers(
     simulator: SourceSpectrum, theta: Array, x: Array, x_test: Array, exact: list[Array], threads: int, seed: int, max_epochs: int
 ) -> Numbers:
     """sbi's NLE with its defaults on the same simulations, the counts after Anscombe's root and standardised."""
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--peer-epochs", type=int, default=0, help="most epochs of sbi's training; 0: until it stops by itself")
+    parser.add_argument("--peer-epochs", type=int, default=0, help="most epochs of sbi's training; 0: until its own stopping rule ends it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 

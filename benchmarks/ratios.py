@@ -1,12 +1,12 @@
-"""Learned ratios against what they must show: the toy with an exact ratio, and posteriors of the two-parameter source spectrum.
+"""Learned ratios against their requirements: a toy with an exact ratio, and posteriors of the two-parameter source spectrum.
 
     python benchmarks/ratios.py [--n 20000] [--observations 8] [--threads 2] [--no-peer] [--only toy|source]
 
 Toy: z ~ N(theta, 1), x ~ N(z, 2), theta in [-4, 4] against theta = 0; log r = (x theta - theta^2 / 2) / 5, score (x - theta) / 5. Learned
-from 1e5 events by labels (CARL), joint ratios (ALICE) and joint scores (SALLY); ratios recalibrated per theta on 1e5 + 1e5 events of their
-own and checked on as many again; the reweighting area on so many events that its error is .002, beside that of the exact ratio on the
-same. Source spectrum: NRE's posteriors against the exact ones by grid, beside sbi's in the same run, and its ratio, as learned and
-divided by its mean over the prior, against the exact one, p(x) by grid. Prints each number with its required value, writes JSON and
+from 1e5 events by labels (CARL), joint ratios (ALICE) and joint scores (SALLY); ratios recalibrated per theta on 1e5 + 1e5 further
+events and checked on as many again; the reweighting area with a standard error of 0.002, compared with that of the exact ratio on the
+same events. Source spectrum: NRE's and sbi's posteriors against the exact ones by grid, and NRE's ratio, as learned and divided by its
+mean over the prior, against the exact one, with p(x) by grid. Prints each number with its required value, writes JSON and
 exits with 1 if a requirement is not met.
 """
 
@@ -205,7 +205,7 @@ def ratio_itself(simulator: SourceSpectrum, nre: NRE, theta: Array, x: Array) ->
 def source(
     n: int, n_observations: int, threads: int, seed: int, peer: bool, loss: str, peer_epochs: int, model: Path | None = None
 ) -> Numbers:
-    """NRE on the source spectrum, against the grid and beside sbi."""
+    """NRE on the source spectrum, against the grid, compared with sbi."""
     simulator, theta, x, theta_test, x_test = simulate(n, seed)
     if model is not None and model.exists():
         found = load(model)
@@ -237,13 +237,13 @@ def source(
     }
     if peer and PEERS.exists():
         try:
-            numbers |= beside_sbi(simulator, theta, x, x_test, exact, threads, seed, peer_epochs)
+            numbers |= sbi_numbers(simulator, theta, x, x_test, exact, threads, seed, peer_epochs)
         except WorkerError as err:
             print(f"sbi could not be measured: {err}", flush=True)
     return numbers
 
 
-def beside_sbi(
+def sbi_numbers(
     simulator: SourceSpectrum, theta: Array, x: Array, x_test: Array, exact: list[Array], threads: int, seed: int, max_epochs: int
 ) -> Numbers:
     """sbi's NRE-C with its defaults on the same simulations, the counts after Anscombe's root and standardised."""
@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--peer-epochs", type=int, default=0, help="most epochs of sbi's training; 0: until it stops by itself")
+    parser.add_argument("--peer-epochs", type=int, default=0, help="most epochs of sbi's training; 0: until its own stopping rule ends it")
     parser.add_argument("--model", type=Path, help="the source spectrum's NRE: read if it is there, else trained and written")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

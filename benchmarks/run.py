@@ -1,11 +1,11 @@
-"""Speed of sbi_phys beside its peers: the same data, threads, networks and stopping rules, in one run.
+"""Speed of sbi_phys compared with sbi and BayesFlow: the same data, threads, networks and stopping rules, in one run.
 
     make bench                                   # with sbi and BayesFlow in .venv-bench
     python benchmarks/run.py --only step growth --threads 2
 
-Every tool runs in a process of its own, and they take turns. Medians go to benchmarks/results/latest.json, every single run
-beside it, a table to docs/benchmarks.md and a figure to docs/images/benchmarks.png. With --quick (a check that all works)
-they go to runs/bench/ and the page is left alone.
+Every tool runs in its own process, and their runs alternate. Medians are written to benchmarks/results/latest.json, single runs
+to latest_runs.json, a table to docs/benchmarks.md and a figure to docs/images/benchmarks.png. With --quick (a functional test)
+the results are written to runs/bench/ and the page is not changed.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What a campaign costs beside the simulator: the scheduler under many shards, the folder that holds them, rows from 1e4 to 1e7.
+"""Costs of a campaign in addition to the simulator: the scheduler with many shards, their folder, and the scaling from 1e4 to 1e7 rows.
 
     python benchmarks/scheduler_load.py [--n 100000] [--rows 1000000] [--only dask|pool|folder|rows] [--out FILE]
 
 Shards of a no-op simulator go through a local Dask cluster (scheduler and two workers, processes that talk over TCP) and through a process
-pool; memory and processor time of the scheduler and of the calling process are read from the system once a second. Then the folder
-they left is opened, listed, continued. Rows of source_spectrum are simulated in growing numbers. Prints each number with its required
+pool; memory and processor time of the scheduler and of the calling process are read from the system once a second. Then their folder
+is opened, listed and continued. Rows of source_spectrum are simulated in growing numbers. Prints each number with its required
 value, the rows of the tables in docs/scaling.md, writes JSON and exits with 1 if a requirement is not met.
 """
 

@@ -1,9 +1,9 @@
-"""Speed of simulation stores: writing beside bare h5py, opening 10,000 shards, verifying beside a plain read, compression.
+"""Speed of simulation stores: writing compared with bare h5py, opening 10,000 shards, verifying compared with a plain read, compression.
 
     python benchmarks/store_speed.py [--rows 400000] [--shards 10000] [--folder DIR] [--out benchmarks/results/store_speed.json]
 
-Both sides of every ratio are measured in turns in the same run, and the best of all turns counts: on a machine that does
-other things as well, that is what the code needs. "CPU" is processor time of this process, system calls included. Checksums
+Both times of a ratio are measured alternately in the same run, and the shortest time of each counts, because other load on the
+machine only lengthens times. "CPU" is processor time of this process, system calls included. Checksums
 are zlib's, or isal's where that is installed (the same numbers, faster). Prints each number with its required value, writes
 JSON and exits with 1 if a requirement is not met.
 """
@@ -88,7 +88,7 @@ def turns(n: int, *jobs: Callable[[], Any]) -> list[tuple[float, float]]:
 
 
 def writing(folder: Path, total: int) -> Numbers:
-    """Rows a second of write_shard, synced and not, beside bare h5py writing the same arrays to as many files."""
+    """Rows a second of write_shard, synced and not, compared with bare h5py writing the same arrays to as many files."""
     numbers: Numbers = {}
     for rows in (4096, 65536):
         count, data, head = max(1, total // rows), shard(rows), header(rows)
@@ -161,7 +161,7 @@ def opening(folder: Path, n_shards: int) -> Numbers:
 
 
 def verifying(folder: Path, total: int) -> Numbers:
-    """MB/s of check_store beside reading the same files whole: from the page cache, and from the disk with the cache given up."""
+    """MB/s of check_store and of reading the same files completely: from the page cache, and from the disk after dropping it."""
     numbers: Numbers = {}
     for rows in (4096, 65536):
         count, name = max(1, total // rows), f"verify, shards of {rows}"

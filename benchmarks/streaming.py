@@ -1,11 +1,11 @@
-"""Streaming from disk against rows in memory, with data 8 times the memory that streaming is allowed.
+"""Streaming from disk against rows in memory, with data 8 times as large as the memory allowed for streaming.
 
 python benchmarks/streaming.py [--out streaming.json] [--memory-mib 16] [--repeats 3] [--threads 2] [--batch 2048]
 
 - rows a second of draining an epoch: bare, on one thread, against batches by index_select out of tensors in memory;
 - rows a second of training the default network, streamed and in memory, epochs alternating;
 - growth of the process's peak resident memory over a whole stream (the pass at the start, validation rows, an epoch)
-  against the allowance, in a process of its own.
+  against the allowed memory, in a separate process.
 
 Rows: {"name", "value", "unit", "peer", "peer_value", "ratio", "device", "versions"}, medians over the repeats.
 """

@@ -1,4 +1,4 @@
-"""How far the learned posterior is from the exact one: the two-parameter source spectrum against a fine grid.
+"""Distance of the learned posterior from the exact one, computed on a fine grid, for the two-parameter source spectrum.
 
     python benchmarks/two_parameters.py --n 20000 --threads 2
     python benchmarks/two_parameters.py --n 20000 --emulated 4000000 --threads 2
@@ -6,7 +6,7 @@
 Prints and writes as JSON: expected divergence E[log p(theta|x) - log q(theta|x)] in nats over fresh pairs (validation
 loss minus its exact optimum, by grid), mean C2ST over 20 observations for the amortised posterior and after importance
 refinement with the exact likelihood, training seconds, and the step time over the training. With --emulated the n simulations
-teach a likelihood (NLE), and the posterior is trained on that many pairs which it emulates: a row of its own beside the plain one.
+train a likelihood (NLE), and the posterior is trained on that many pairs drawn from it: a further row of the results.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def train(n: int, config: sp.TrainConfig, n_ensemble: int, seed: int) -> dict[st
 
 
 def train_emulated(n: int, n_emulated: int, config: sp.TrainConfig, seed: int, model: Path | None) -> dict[str, object]:
-    """NLE on n simulations, then NPE on pairs that it emulates; an interrupted training goes on from files beside `model`."""
+    """NLE on n simulations, then NPE on pairs that it emulates; an interrupted training continues from files next to `model`."""
     simulator, theta, x = simulations(n, seed)
     nle = sp.NLE(simulator.prior, seed=seed, observables=simulator.observables)
     nle.fit(theta, x, checkpoint=model and f"{model}.nle")

@@ -1,4 +1,4 @@
-"""Classical unfolding against what it must show: oracles, coverage on a steep spectrum, covariance, background, Auger's corrections.
+"""Classical unfolding against its requirements: oracles, coverage on a steep spectrum, covariance, background, Auger's corrections.
 
     python benchmarks/unfolding_classical.py [--toys 500] [--out benchmarks/results/unfolding_classical.json]
 

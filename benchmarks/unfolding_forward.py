@@ -1,4 +1,4 @@
-"""Bayesian unfolding and prior-free forward inference against what they must show.
+"""Bayesian unfolding and prior-free forward inference against their requirements.
 
     python benchmarks/unfolding_forward.py [--toys 150] [--only PART] [--out benchmarks/results/unfolding_forward.json]
 

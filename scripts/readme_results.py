@@ -24,7 +24,7 @@ def results(found: dict[str, Any]) -> str:
         cells = (format_interval(row["q50"], row["q16"], row["q84"]) for row in (ours, exact))
         rows.append((label, *cells, f"{found['median_shift_sd'][name]:+.3f}", about["unit"] or "–"))
     header = ("parameter", "posterior", "exact MCMC", "shift of the median [sd]", "unit")
-    proof = {
+    checks = {
         "C2ST of the amortised network against exact MCMC (0.5 is no difference)": found["c2st_amortised"],
         "C2ST of the final posterior": found["c2st_final"],
         "effective share of the importance draws": found["importance_ess_fraction"],
@@ -32,7 +32,7 @@ def results(found: dict[str, Any]) -> str:
         "SBC p-value, held-out simulations": found["sbc_pvalue"],
         "coverage p-value, held-out simulations": found["coverage_pvalue"],
     }
-    said = tuple((name, "not run" if value is None else f"{value:.3g}") for name, value in proof.items())
+    said = tuple((name, "not run" if value is None else f"{value:.3g}") for name, value in checks.items())
     seconds = (
         f"{found['n_simulations']} simulations, {found['seconds']['total']:.0f} s in all, {found['threads']} threads, seed {found['seed']}."
     )

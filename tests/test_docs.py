@@ -77,7 +77,7 @@ def test_calibration_of_the_observation_and_in_one_call(tmp_path, monkeypatch, c
     x = simulator.simulate(theta, rng_for(1))
     npe = sp.NPE(simulator.prior, device="cpu", config=sp.TrainConfig(max_epochs=2)).fit(theta, x)
     namespace = {"npe": npe, "simulator": simulator, "x_prior": x, "x_rep": x, "x_obs": x[0], "names": ["x_0", "x_1"], "sp": sp}
-    replace = (("range(30)", "range(2)"), ("n=1000", "n=100"))
+    replace = (("range(30)", "range(2)"), ("n=1000", "n=50"))
     found = run("calibration.md", namespace, replace=replace, part=slice(2, 4))["found"]
     assert (tmp_path / "calibration.json").stat().st_size > 1000
     assert len(found.results) >= 8 and found.verdict in capsys.readouterr().out
@@ -119,7 +119,12 @@ def test_calibration_of_arrays_from_elsewhere():
     entries = {name: draws[..., [i]] for i, name in enumerate(given["names"])}
     given |= {"workflow": SimpleNamespace(sample=lambda conditions, num_samples: entries), "d": 2, "thin": 2}
     given |= {"chains": np.repeat(draws[:, None], 2, axis=2)}
-    found = run("calibration.md", given, replace=(("sp.calibrate(inference_data, (theta, x), names=names)", "callable(sp.calibrate)"),), part=slice(5, 6))
+    found = run(
+        "calibration.md",
+        given,
+        replace=(("sp.calibrate(inference_data, (theta, x), names=names)", "callable(sp.calibrate)"),),
+        part=slice(5, 6),
+    )
     np.testing.assert_array_equal(found["draws"], draws)
 
 
@@ -174,7 +179,9 @@ def commands() -> list[list[str]]:
 def test_every_command_and_option_exists():
     assert len(commands()) >= 20
     for words in commands():
-        path = words[1:3] if words[1] in ("store", "limits") and words[2] in ("counting", "info", "verify", "merge", "import") else words[1:2]
+        path = (
+            words[1:3] if words[1] in ("store", "limits") and words[2] in ("counting", "info", "verify", "merge", "import") else words[1:2]
+        )
         result = CliRunner().invoke(app, [*path, "--help"])
         assert result.exit_code == 0, words
         assert all(option in result.stdout for option in words[2:] if option.startswith("--")), words

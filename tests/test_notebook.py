@@ -18,7 +18,7 @@ assert result.pareto_k < 0.7 and (shift < 0.1).all() and (np.abs(ratio - 1) < 0.
     # corrections are the published ones, the rule passes every test and four iterations do not, the posterior holds the true index
     "unfold_a_spectrum": """
 assert np.abs(fit.correction / auger.published["correction"] - 1).max() < 0.006
-assert proof.methods["by the rule"].passed and "closure" in proof.methods["4 iterations"].failed
+assert validation.methods["by the rule"].passed and "closure" in validation.methods["4 iterations"].failed
 assert abs(index(wide).mean() - index(truth)) < 4 * index(wide).std()
 """,
     # the learned posterior is the exact one within half an sd; sets cover within 4 errors of their toys and of the check

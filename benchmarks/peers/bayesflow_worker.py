@@ -1,6 +1,6 @@
-"""BayesFlow behind the commands (run as `python -m benchmarks.peers.bayesflow_worker` with the peers' interpreter).
+"""BayesFlow as a worker of the benchmark (run as `python -m benchmarks.peers.bayesflow_worker` with the peers' interpreter).
 
-The backend is the environment's KERAS_BACKEND. Its own defaults: `BasicWorkflow`, Adam with a cosine schedule from 5e-4,
+The backend is the environment's KERAS_BACKEND. BayesFlow's defaults are used: `BasicWorkflow`, Adam with a cosine schedule from 5e-4,
 parameters standardised.
 """
 

@@ -1,4 +1,4 @@
-"""One training of a given size in a process of its own: seconds and peak memory (run as `python -m benchmarks.peers.growth_worker`).
+"""One training of a given size in a separate process: seconds and peak memory (run as `python -m benchmarks.peers.growth_worker`).
 
 theta ~ U(-1, 1)^d, x = A theta + 0.3 noise in 18 dimensions, float32.
 """

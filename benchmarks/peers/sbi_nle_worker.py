@@ -1,6 +1,6 @@
-"""sbi's likelihood estimator behind the commands (run as `python -m benchmarks.peers.sbi_nle_worker`).
+"""sbi's likelihood estimator as a worker of the benchmark (run as `python -m benchmarks.peers.sbi_nle_worker`).
 
-Its own defaults throughout: network, training and the vectorised slice sampler in 20 chains.
+sbi's defaults are used: network, training and the vectorised slice sampler in 20 chains.
 """
 
 import time

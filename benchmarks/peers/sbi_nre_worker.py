@@ -1,6 +1,6 @@
-"""sbi's ratio estimators behind the commands (run as `python -m benchmarks.peers.sbi_nre_worker`).
+"""sbi's ratio estimators as a worker of the benchmark (run as `python -m benchmarks.peers.sbi_nre_worker`).
 
-Its own defaults throughout: network, training and the vectorised slice sampler in 20 chains.
+sbi's defaults are used: network, training and the vectorised slice sampler in 20 chains.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""sbi_phys behind the same commands as its peers, by its public interface alone (run as `python -m benchmarks.peers.sbi_phys_worker`)."""
+"""sbi_phys as a worker of the benchmark, by its public interface alone (run as `python -m benchmarks.peers.sbi_phys_worker`)."""
 
 import tempfile
 import time

@@ -1,6 +1,6 @@
-"""sbi behind the commands (run as `python -m benchmarks.peers.sbi_worker` with the peers' interpreter).
+"""sbi as a worker of the benchmark (run as `python -m benchmarks.peers.sbi_worker` with the peers' interpreter).
 
-Its own defaults throughout: learning rate 5e-4, Adam, clipping at 5, z-scored inputs, the best weights kept.
+sbi's defaults are used: learning rate 5e-4, Adam, clipping at 5, z-scored inputs, the best weights kept.
 """
 
 import time
@@ -52,7 +52,7 @@ def train(*, data: str, key: str, network: dict[str, Any], batch: int, epochs: i
     inference = NPE(prior=prior, density_estimator=builder, device=DEVICE, show_progress_bars=False)
     settings: dict[str, Any] = {"training_batch_size": batch} if batch else {}
     if epochs:
-        # every epoch that was asked for, and no more: sbi stops when its count exceeds the limit
+        # exactly the given number of epochs: sbi stops when its count exceeds the limit
         settings["max_num_epochs"] = epochs - 1
     begin = time.perf_counter()
     inference.append_simulations(toy["theta"][:n], toy["z"][:n])

@@ -1,7 +1,7 @@
-"""What every measured tool runs in: a process of its own that answers commands, one JSON object a line, until its input ends.
+"""The loop of a worker process, which runs one measured tool and answers commands, one JSON object per line, until its input ends.
 
-Nothing but the standard library is imported here, so that the same loop serves every interpreter. The tool's own output goes
-to the log (stderr): a library that prints cannot disturb the answers.
+Only the standard library is imported, so that the loop runs in every interpreter. Output that a tool prints is redirected to
+stderr, so that it cannot be mistaken for an answer.
 """
 
 import json
@@ -22,7 +22,7 @@ def serve(commands: Mapping[str, Callable[..., Any]]) -> None:
             request = json.loads(line)
             try:
                 answer = {"result": commands[request["command"]](**request["arguments"])}
-            except Exception:  # whatever a peer raises is its answer; the driver names it and goes on with the others
+            except Exception:  # an exception of a tool is its answer; the benchmark reports it and continues with the others
                 answer = {"error": traceback.format_exc()}
             answers.write(json.dumps(answer) + "\n")
             answers.flush()

@@ -1,4 +1,4 @@
-"""What every topic gets: the settings of the run, the data, the processes of ours and of the peers."""
+"""Inputs of every topic: the settings of the run, the data, and the processes of the measured tools."""
 
 import os
 import sys
@@ -107,7 +107,7 @@ class Context:
         return 2_000 if self.quick else 5_000
 
     def worker(self, tool: str) -> Worker | None:
-        """The process of a tool, started when first asked for; None where it cannot run (the reason was printed)."""
+        """The process of a tool, started at the first call; None where it cannot run (the reason was printed)."""
         if tool not in self._workers:
             self._workers[tool] = self._start(tool)
         return self._workers[tool]

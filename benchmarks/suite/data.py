@@ -1,7 +1,7 @@
-"""The toy that all tools learn: the source spectrum with fixed composition, two parameters and 15 counts.
+"""The data that all tools learn from: the source spectrum with fixed composition, two parameters and 15 counts.
 
-Written once as .npz and read by every process. `z` are the counts after Anscombe's root, standardised: what sbi_phys makes
-of the counts by itself is handed to the peers, so that all networks see the same inputs. The held-out pairs are fresh
+Written once as .npz and read by every process. `z` are the counts after Anscombe's root, standardised: this scaling of
+sbi_phys is given to the other tools too, so that all networks have the same inputs. The held-out pairs are fresh
 simulations: mean -log q(theta | x) over them, in the parameters' own units, is the loss that tools are compared by.
 """
 

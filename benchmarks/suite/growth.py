@@ -1,4 +1,4 @@
-"""(g) Growth: training time a row and peak memory, each size in a process of its own."""
+"""(g) Growth: training time per row and peak memory, each size in a separate process."""
 
 import sys
 from pathlib import Path

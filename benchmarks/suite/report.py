@@ -1,4 +1,4 @@
-"""The measurements for a reader: a Markdown table in the marked block of `docs/benchmarks.md`, and a figure."""
+"""Report of the measurements: a Markdown table in the marked block of `docs/benchmarks.md`, and a figure."""
 
 import math
 import platform

@@ -1,4 +1,4 @@
-"""Measurements as rows: medians in `latest.json`, every single run beside it in `latest_runs.json`.
+"""Measurements as rows: medians in `latest.json`, single runs in `latest_runs.json`.
 
     {"name", "value", "unit", "peer", "peer_value", "ratio", "device", "versions"},   ratio = value / peer_value
 
@@ -124,7 +124,7 @@ def read_rows(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def keep_curves(out: Path, curves: Curves) -> Curves:
-    """Write the loss curves of this run beside its medians; without any, those of the run before."""
+    """Write the loss curves of this run next to its medians; if there are none, keep those of the previous run."""
     path = out.with_name(f"{out.stem}_curves.json")
     if curves:
         write_aside(path, json.dumps(curves) + "\n", make_folder=True)
@@ -133,7 +133,7 @@ def keep_curves(out: Path, curves: Curves) -> Curves:
 
 
 def write_rows(out: Path, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Merge into `out` and the single runs beside it -> both, as written.   Raises: ValueError for a malformed row."""
+    """Merge into `out` and the file of single runs next to it -> both, as written.   Raises: ValueError for a malformed row."""
     new = [row.to_dict() for row in rows]
     check_rows(new)
     old, old_runs = read_rows(out)

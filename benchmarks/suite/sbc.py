@@ -9,7 +9,7 @@ __all__ = ["run"]
 
 
 def run(context: Context) -> list[Row]:
-    """One row for each peer; a tool that has taken half a minute is not asked again."""
+    """One row for each peer; a tool that has taken half a minute is not run again."""
     n = 100 if context.quick else 1000
     ours = context.model(OURS, "equal", batch=0)
     assert ours is not None

@@ -25,7 +25,7 @@ def _one(context: Context, network: str, batch: int, compiled: bool) -> list[Row
     worker = context.worker(OURS)
     assert worker is not None
     steps = max(4, 16384 // batch) // (4 if context.quick else 1)
-    # a step of a small network runs on one thread (`train._threads`): beside it the same products on one, and on all
+    # a step of a small network runs on one thread (`loop._threads`): the same products are timed on one thread and on all
     counts = sorted({1, context.threads})
     ours: list[float] = []
     bare: dict[int, list[float]] = {threads: [] for threads in counts}

@@ -1,4 +1,4 @@
-"""Numbers with what is asked of them: the parts of a benchmark run one after another, printed as a table, written as JSON.
+"""Numbers with their requirements: runs the parts of a benchmark one after another, prints a table and writes JSON.
 
 A benchmark is a dictionary of parts, each a function that returns `Numbers`:
 
@@ -36,14 +36,14 @@ def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:
 
 
 def run(parts: Mapping[str, Part], options: argparse.Namespace, facts: dict[str, Any] | None = None) -> int:
-    """Run the parts that --only asks for, print and write -> exit code: 1 if a number missed what is asked of it."""
+    """Run the parts that --only selects, print and write -> exit code: 1 if a requirement is not met."""
     return 0 if run_parts(parts, options, facts)[0] else 1
 
 
 def run_parts(
     parts: Mapping[str, Part], options: argparse.Namespace, facts: dict[str, Any] | None = None
 ) -> tuple[bool, list[dict[str, Any]]]:
-    """The same -> whether all numbers are as asked, and all rows of the file."""
+    """The same -> whether all requirements are met, and all rows of the file."""
     if options.only is not None and options.only not in parts:
         raise SystemExit(f"--only {options.only}: expected one of {', '.join(parts)}")
     kept = json.loads(options.out.read_text(encoding="utf-8")) if options.only and options.out.exists() else {}
@@ -58,7 +58,7 @@ def run_parts(
 
 
 def report(numbers: Numbers, kept: list[dict[str, Any]], facts: dict[str, Any], out: Path) -> tuple[bool, list[dict[str, Any]]]:
-    """Print and write numbers, beside the rows that are kept -> whether all are as asked, and all rows."""
+    """Print and write numbers, together with the kept rows -> whether all requirements are met, and all rows."""
     rows = {row["name"]: row for row in kept}
     for name, (value, sign, bound) in numbers.items():
         met = bound is None or bool(_MET[sign](float(value), float(bound)))
@@ -71,7 +71,7 @@ def report(numbers: Numbers, kept: list[dict[str, Any]], facts: dict[str, Any], 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, with what was asked of them."""
+    """The rows as Markdown, with their requirements."""
     lines = ["| | measured | required |", "| --- | --- | --- |"]
     lines += [f"| {r['name']} | {r['value']:.3g} | {r['asked'] or ''}{'' if r['met'] else ' **missed**'} |" for r in rows]
     return "\n".join(lines)

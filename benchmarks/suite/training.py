@@ -1,8 +1,8 @@
-"""(a) Training rows per second, and what the time buys: the loss on common held-out pairs.
+"""(a) Training rows per second, and the loss reached in a given time on common held-out pairs.
 
-Rates (`run_rates`) are short runs of all tools in turn, so that a busy moment of the machine meets all of them. Then (`run`) whole
-trainings, each by its tool's own rule: when does ours reach the loss that the peer ends with, and who is ahead after
-equal wall time? BayesFlow has no stopping rule; it gets the epochs that fill sbi's time, since its schedule depends on
+Rates (`run_rates`) are alternating short runs of all tools, so that other load of the machine affects all of them. Then (`run`) complete
+trainings, each with its tool's own stopping rule: the time after which sbi_phys reaches the final loss of the other tool, and the losses
+after equal wall time. BayesFlow has no stopping rule; it gets the epochs that fill sbi's time, since its schedule depends on
 their number.
 """
 

@@ -1,4 +1,4 @@
-"""Processes that measure: one for each tool, kept alive so that runs of different tools can alternate."""
+"""Processes that run the measured tools, one for each, kept alive so that runs of different tools can alternate."""
 
 import json
 import os

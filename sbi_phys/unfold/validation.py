@@ -277,7 +277,7 @@ class Validation:
         return "\n".join(lines)
 
     def figures(self) -> "dict[str, Figure]":
-        """Figures by name: closure, stress, pulls, coverage, correlation; regularisation and events where they were asked for.
+        """Figures by name: closure, stress, pulls, coverage, correlation; regularisation and events where they were requested.
 
         Read: the docstrings in `sbi_phys.plotting.unfolding` say what to expect of a correct method.
         """

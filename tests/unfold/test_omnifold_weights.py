@@ -315,7 +315,7 @@ def test_full_size_missed_events(efficiency, seeds) -> None:
     """With the turn-on the mean of one toy has an error of at least 0.0085, were the form of the truth known: three are averaged.
 
     Among the three is the one of five (12 to 16) that is farthest off, 12, and the one that iterations without a smoothness prior lose: 16.
-    Iterations with the exact response scatter by 0.021 (`benchmarks/unfolding_proof.py --only turn-on`).
+    Iterations with the exact response scatter by 0.021 (`benchmarks/unfolding_validation.py --only turn-on`).
     """
     found = []
     for seed in seeds:

@@ -1,9 +1,10 @@
-"""Proof of the unfoldings: validate() on the steep toy, background and fakes over toys, two dimensions, event-wise ranks.
+"""Validation of the unfolding methods: validate() on the steep toy, background and fakes over toys, two dimensions, event-wise ranks.
 
-    python benchmarks/unfolding_proof.py [--toys 200] [--events 100000] [--figures FOLDER] [--out benchmarks/results/unfolding_proof.json]
+    python benchmarks/unfolding_validation.py [--toys 200] [--events 100000] [--figures FOLDER]
+        [--out benchmarks/results/unfolding_validation.json]
 
-Prints each number with its required value, writes JSON and exits with 1 if a requirement is not met. About half an hour on a quiet core, half of it
-"learned extras"; --only names a part.
+Prints each number with its required value, writes JSON and exits with 1 if a requirement is not met. It takes half an hour
+on a quiet core, half of it for "learned extras"; --only selects a part.
 """
 
 import os
@@ -69,7 +70,7 @@ def steep(n_toys: int, figures: Path | None) -> Numbers:
 
 
 def _rows(where: str, report: Validation) -> Numbers:
-    """What is asked of the worst bins, as numbers, and the number of tests that fail, for information."""
+    """Requirements on the worst bins, as numbers, and the number of tests that fail, for information."""
     numbers: Numbers = {}
     for name, found in report.methods.items():
         values = {row.name: row.value for row in found.rows()}
@@ -105,7 +106,7 @@ def extras(n_toys: int) -> Numbers:
 def learned_extras(n_toys: int) -> Numbers:
     """OmniFold on toys with a tenth of background and of fakes: mean bias of binned counts in units of their spread over toys.
 
-    The exact method's own bias, with infinitely many events, is given beside it: what four iterations leave of the simulation.
+    The exact method's own bias, with infinitely many events, is given as well: the influence of the simulation that four iterations leave.
     """
     n, edges = 5000, np.linspace(-1.4, 1.8, 6)
     true = n * np.diff(norm.cdf(edges, omnifold_oracle.MEAN, omnifold_oracle.SD))
@@ -266,7 +267,7 @@ def event_wise(n: int) -> Numbers:
 
 
 def main() -> None:
-    parser = arguments(__doc__, "unfolding_proof")
+    parser = arguments(__doc__, "unfolding_validation")
     parser.add_argument("--toys", type=int, default=200)
     parser.add_argument("--events", type=int, default=100_000)
     parser.add_argument("--learned-toys", type=int, default=160)
