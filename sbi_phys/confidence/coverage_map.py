@@ -145,7 +145,7 @@ def coverage_map(
     Args:
         theta: (n, d) true parameters of simulations that critical values were not made from.
         inside: (n,), whether each set held its truth (booleans, or 0 and 1).
-        level: what the sets are said to cover.
+        level: nominal coverage of the sets.
         names: d names or Parameters.
         degree: of the polynomials; default 5, 3, 2 for one, two, more parameters.
         n_bins: per parameter; default some 100 rows in a bin.

@@ -279,7 +279,7 @@ class Construction(ABC):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prepared:
-    """Data as they came, and as the statistic wants them."""
+    """Data as given, and in the form that the statistic takes."""
 
     raw: Any
     reduced: Any

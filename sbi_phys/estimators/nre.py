@@ -187,8 +187,8 @@ class NRE(Estimator):
 
         Args: theta (m, d), prior units. x: one observation (k,) for all theta, or m paired ones (m, k), all at one theta if there is one;
         with event_set=True the (n_events, k) events of one data set, whose log ratios are added up for every theta. normalise: divide r
-        by its mean over the prior at each x (`prior_mean`), which the exact ratio has 1: for whoever needs r itself and not only how it
-        changes with theta.
+        by its mean over the prior at each x (`prior_mean`), which is 1 for the exact ratio; needed if r itself is used, and not only its
+        dependence on theta.
         Raises: SupportError (a theta outside the prior, where nothing was learned), ShapeError, NonFiniteError, DataError,
         ConvergenceError (as `prior_mean`).
         """

@@ -64,7 +64,7 @@ class Check:
     >>> import sbi_phys as sp
     >>> check = sp.store.Check((), n_shards=8, n_whole=8, n_bytes=10**6, seconds=0.1, strays=())
     >>> check.ok, check.summary()
-    (True, '8 of 8 shards are whole (10 MB/s)')
+    (True, '8 of 8 shards are intact (10 MB/s)')
     """
 
     findings: tuple[Finding, ...]
@@ -84,7 +84,7 @@ class Check:
         lines = [f"{f.kind:<10} {f.file}: {f.what}" for f in self.findings]
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(f.kind for f in self.findings).items()))
         rate = self.n_bytes / max(self.seconds, 1e-9) / 1e6
-        lines.append(f"{self.n_whole} of {self.n_shards} shards are whole{'; ' + kinds if kinds else ''} ({rate:.0f} MB/s)")
+        lines.append(f"{self.n_whole} of {self.n_shards} shards are intact{'; ' + kinds if kinds else ''} ({rate:.0f} MB/s)")
         return "\n".join(lines)
 
 

@@ -206,7 +206,7 @@ def read_chunks(path: Path, keys: Sequence[str], *, tree: str | None = None, row
     except (OSError, ValueError, EOFError) as err:
         if isinstance(err, DataError | SettingError):
             raise
-        raise DataError(f"{path} cannot be read: {err}; expected a whole {suffix} file") from err
+        raise DataError(f"{path} cannot be read: {err}; expected a complete {suffix} file") from err
 
 
 def _require(path: Path, keys: Sequence[str], there: Sequence[str]) -> None:

@@ -31,14 +31,14 @@ _HELP = "Simulation-based inference with calibration tests. Every command works 
 app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings; those of the run folder if it has them.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder; made if missing, continued if begun.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder; created if missing, continued if it exists.")]
 Simulator = Annotated[str | None, typer.Option(help="Simulator as package.module:Class.")]
 Number = Annotated[int | None, typer.Option("--n", help="Simulations to draw from the prior.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Any setting; may be repeated.")]
 Quick = Annotated[bool, typer.Option("--quick", help="The same stages at reduced size.")]
 Seed = Annotated[int | None, typer.Option(help="Determines every random number.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N")]
-Workers = Annotated[int | None, typer.Option(help="Processes that simulate; 0 is one per core.")]
+Workers = Annotated[int | None, typer.Option(help="Worker processes of the simulation; 0 means one per core.")]
 Scheduler = Annotated[str | None, typer.Option(help="Dask scheduler whose workers simulate: tcp://host:port.")]
 Cluster = Annotated[str | None, typer.Option(help="TOML file of a batch system (HTCondor, Slurm, ...) whose jobs simulate.")]
 Shards = Annotated[

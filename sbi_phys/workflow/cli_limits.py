@@ -19,7 +19,7 @@ from sbi_phys.workflow._console import Debug, plain_errors, prepare_process
 __all__ = ["counting", "register"]
 
 What = Annotated[str, typer.Argument(metavar="counting|RUN", help="counting, or the folder of a trained run.")]
-Levels = Annotated[list[float] | None, typer.Option("--level", help="Confidence level; may be repeated. 0.9; of a run 0.683 and 0.9.")]
+Levels = Annotated[list[float] | None, typer.Option("--level", help="May be repeated; default 0.9, for a run 0.683 and 0.9.")]
 Kind = Annotated[str | None, typer.Option(help="interval (default), upper or lower.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")]
 Number = Annotated[int | None, typer.Option("--n", help="Counts on source; with a run, simulations for the critical values (5000).")]

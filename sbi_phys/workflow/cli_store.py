@@ -30,9 +30,9 @@ __all__ = ["array_job", "register"]
 Folder = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
 Folders = Annotated[list[Path], typer.Argument(metavar="STORE STORE...", help="Two stores or more.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the new store; must not exist.")]
-Rows = Annotated[int | None, typer.Option("--shard-size", help="Rows of a shard of the new store; that of the first.")]
+Rows = Annotated[int | None, typer.Option("--shard-size", help="Rows per shard of the new store; default: as in the first store.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Repeat until the store is complete.")]
-Interval = Annotated[float, typer.Option("--interval", min=0.05, help="Seconds between looks.")]
+Interval = Annotated[float, typer.Option("--interval", min=0.05, help="Seconds between updates.")]
 Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 

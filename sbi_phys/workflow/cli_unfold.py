@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 Problem = Annotated[str | None, typer.Argument(metavar="[PROBLEM]", help="auger, or package.module:Class; none with --input.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder; made if missing, continued if begun.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder; created if missing, continued if it exists.")]
 Input = Annotated[Path | None, typer.Option("--input", metavar="FILE.csv", help="Columns lg_e_low, lg_e_high, counts.")]
 Resolution = Annotated[
     str | None, typer.Option(metavar="NUMBER|FILE.csv", help="With --input: sigma(E)/E, a number or columns lg_e, sigma.")

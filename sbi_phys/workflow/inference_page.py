@@ -491,7 +491,7 @@ def _judge_prediction(found: dict[str, Any]) -> Verdict:
         level = "warn" if p >= 1e-3 else "bad"
         return Verdict(
             level,
-            "The data are more extreme than the model makes them, even at its best parameters: the model is not the whole story.",
+            "The data are more extreme than the model makes them, even at its best parameters: the model does not describe them fully.",
             detail,
         )
     return Verdict("good", "The data look like data of the model at its posterior.", detail)

@@ -72,7 +72,7 @@ DEFAULT = ("simulate", "train", "infer", "rounds", "refine", "reference", "compa
 def run_stages(config: Config, folder: str | Path, until: Iterable[str] = ("report",), *, progress: Progress | None = None) -> Run:
     """Run the stages named in `until` and all stages that they need, skipping those that the folder has finished.
 
-    Args: config. folder: made if missing; one made with other settings is refused. until: names of stages.
+    Args: config. folder: created if missing; one with other settings is refused. until: names of stages.
     Returns: the run, whose files are complete up to these stages.
     Raises: SettingError, RunFolderError, SimulatorMismatchError, StoreError, DataError, TrainingError, ConvergenceError.
 

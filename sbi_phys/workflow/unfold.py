@@ -42,7 +42,7 @@ def unfold_spectrum(
 ) -> UnfoldRun:
     """Unfold by every method asked for, test the binned ones on toys, and write tables, figures and the page.
 
-    Args: measurement. folder: made if missing, continued if begun. settings. methods: names of METHODS; 'folding' always runs.
+    Args: measurement. folder: created if missing, continued if it exists. settings. methods: names of METHODS; 'folding' always runs.
     source: how the measurement was named, kept with the settings.
     Returns: the run, whose files are complete; `failed` has the methods without a result.
     Raises: SettingError, RunFolderError, DataError, ConvergenceError (forward folding failed, which the other methods need).

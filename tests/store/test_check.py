@@ -45,7 +45,7 @@ def test_a_good_store_has_no_findings(made):
     found = check_store(made)
     assert found.ok and found.findings == () and (found.n_whole, found.n_shards) == (8, 8) and found.strays == ()
     assert found.n_bytes == sum(p.stat().st_size for p in made.glob("shard-*"))
-    assert found.summary().startswith("8 of 8 shards are whole (")
+    assert found.summary().startswith("8 of 8 shards are intact (")
 
 
 def test_every_kind_of_trouble_is_found_by_name(copy, tmp_path):
@@ -58,7 +58,7 @@ def test_every_kind_of_trouble_is_found_by_name(copy, tmp_path):
     assert found.n_whole == 2 and found.strays == ("notes.txt",) and not found.ok
     damaged = next(f for f in found.findings if f.kind == "damaged")
     assert "dataset x has checksum" in damaged.what
-    assert "2 of 8 shards are whole; 1 damaged, 2 foreign, 1 misplaced, 1 missing, 1 surplus, 1 truncated" in found.summary()
+    assert "2 of 8 shards are intact; 1 damaged, 2 foreign, 1 misplaced, 1 missing, 1 surplus, 1 truncated" in found.summary()
 
 
 def test_rows_that_come_twice_are_found(copy):

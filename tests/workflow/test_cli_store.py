@@ -69,7 +69,7 @@ def test_the_store_commands(tmp_path):
     flaky(tmp_path / "b", 250, seed=2)
     invoke = CliRunner().invoke
     got = invoke(app, ["store", "verify", str(tmp_path / "a")])
-    assert got.exit_code == 0 and "3 of 3 shards are whole" in got.output
+    assert got.exit_code == 0 and "3 of 3 shards are intact" in got.output
     got = invoke(app, ["store", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "ab")])
     assert got.exit_code == 0 and "rows       500 of 500" in got.output
     (tmp_path / "ab" / shard_name(2)).write_bytes(b"")
