@@ -1,9 +1,9 @@
-"""The structure of the package and its speed, side by side with an earlier commit.
+"""Structure and speed of the package, compared with an earlier commit.
 
     python scripts/house.py [--before a771cce] [--speed] [--out house.json]
 
 Counts folders and files, lines and docstrings, imports between folders (against the order of the earlier or the present layer
-test), circles, duplicated lines and tests. `--speed` times import, simulation, training and draws of both trees in turn, in one
+test), circles, duplicated lines and tests. `--speed` times import, simulation, training and draws of both versions alternately in one
 run, and prints the ratio of the medians. Duplicates are found by `symilar` of pylint: blocks of six lines or more, without comments and
 imports.
 """

@@ -9,7 +9,7 @@ and every L. The null distribution of mean(u) and var(u) over n simulations is s
 random in every row. The size of the test is exact for skewed, heavy-tailed and bimodal posteriors; a t test of mean(pull^2) = 1 has no
 exact size there.
 
-The result reports the usual pulls, which are not bounded by sqrt(L) as u is, and beside their width the width expected from the same
+The result reports the usual pulls, which are not bounded by sqrt(L) as u is, and next to their width the width expected from the same
 draws if they are right.
 
 A contraction near 0 means that the posterior is as wide as the prior, which SBC and pulls do not detect: either x carries no information

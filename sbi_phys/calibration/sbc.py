@@ -8,7 +8,7 @@ therefore evaluated at multiples of 1/(L+1), where its counts are exactly binomi
 probabilities of the discrete uniform distribution, also where L + 1 is not a multiple of the number of bins.
 
 The p-value of a parameter is that of the ECDF test with simultaneous band. At N = 500 and L = 1000 it detects a width of x0.9 in two
-of three repetitions (chi-square on 10 bins: one of two) and a shift of 0.15 sd in 79 % (59 %). Chi-square is reported beside it.
+of three repetitions (chi-square on 10 bins: one of two) and a shift of 0.15 sd in 79 % (59 %). Chi-square is reported as well.
 
 SBC tests marginals only, and a posterior equal to the prior passes. To detect that, rank a quantity that depends on x, such as the log
 likelihood, with the argument `quantities` (Modrak et al. 2023, arXiv:2211.02383).

@@ -271,7 +271,9 @@ def _check_samples(names: tuple[str, ...], samples: list[NDArray[np.floating]]) 
         if x.ndim < 2 or x.shape[1:] != samples[0].shape[1:]:
             raise ShapeError(f"simulations of {name} have shape {x.shape}; expected (n, {', '.join(map(str, samples[0].shape[1:]))})")
         if len(x) < MIN_SIMULATIONS:
-            raise DataError(f"{name} has {len(x)} simulations to train on; expected at least {MIN_SIMULATIONS} beside those of n_check")
+            raise DataError(
+                f"{name} has {len(x)} simulations to train on; expected at least {MIN_SIMULATIONS} in addition to those of n_check"
+            )
 
 
 def _observables(names: tuple[str, ...], models: Mapping[str, Any]) -> tuple[Observable, ...] | None:

@@ -8,7 +8,7 @@ the null distribution of both statistics below for any bins and any number of da
     log score           S = mean_i -log p_i,k_i, whose mean under the null is the mean entropy of the p_i
 
 The first is sensitive to any deviation of the reliability curve, the second (two-sided) to a general over- or underconfidence. The ECE of
-exact probabilities is not zero; its mean under the null is reported beside it. p-value: the smaller of the two, times two.
+exact probabilities is not zero; its mean under the null is reported as well. p-value: the smaller of the two, times two.
 
 Source: Guo et al. 2017, arXiv:1706.04599 (ECE); Vaicenavicius et al. 2019, arXiv:1902.06977 (its null distribution).
 """

@@ -84,7 +84,7 @@ def feldman_cousins(n: ArrayLike, background: ArrayLike, level: float = 0.9, *, 
     Returns: (low, high), counts; numbers for numbers, else arrays of the common shape.
     Raises: ShapeError, NonFiniteError, DataError (negative or fractional counts, negative background), SettingError (level).
     Source: arXiv:physics/9711021, table IV; b = 0, n = 3 gives [1.10, 7.42].
-    Read: low = 0 is an upper limit. Fewer counts than background give a small limit: quote the expected one beside it.
+    Read: low = 0 is an upper limit. Fewer counts than background give a small limit: quote the expected one as well.
 
     >>> from sbi_phys.confidence import feldman_cousins
     >>> [round(end, 1) for end in feldman_cousins(3, 0.0, 0.9)]

@@ -10,7 +10,7 @@ A new estimator is one class with a network and a loss (CONTRIBUTING.md, "Add an
             return -net.log_prob(u, x)
 
 u = prior.to_unbounded(theta) are the parameters in the prior's whitened space, x the observations, scaled. The base trains on arrays,
-on stores (streamed from disk where they exceed the memory) and on a simulator that runs beside the training; it takes weights, writes
+on stores (streamed from disk where they exceed the memory) and on a simulator that runs during the training; it takes weights, writes
 checkpoints, shares the work under torchrun, and gives `save`, `load` and a representation. With weights w_i > 0 it minimises
 
     sum_i w_i L_i / sum_i w_i.
@@ -199,7 +199,7 @@ class BaseEstimator:
         """Change a trained network, e.g. solve its last layer. Default: leave it."""
 
     def state(self) -> dict[str, Any]:
-        """What `fit` has learned beside scaling and weights, as tensors and plain values for the file. Default: nothing."""
+        """What `fit` has learned in addition to scaling and weights, as tensors and plain values for the file. Default: nothing."""
         return {}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -212,9 +212,11 @@ class BaseEstimator:
         if not online or simulator is None:
             raise SettingError("online training takes both simulator=... and online=True; expected both, or theta and x, or a store")
         if any(row is not None for row in rows):
-            raise DataError("theta or x was given beside a simulator; expected fit(simulator=..., online=True, n=...)")
+            raise DataError("theta or x was given together with a simulator; expected fit(simulator=..., online=True, n=...)")
         if weights is not None:
-            raise DataError("weights were given beside a simulator, whose rows are fresh; expected weights of theta and x, or of a store")
+            raise DataError(
+                "weights were given together with a simulator, whose rows are fresh; expected weights of theta and x, or of a store"
+            )
         check_simulator(simulator)
         self.identity = self.identity or simulator_identity(simulator)
         self.observables = self.observables or tuple(simulator.observables)
@@ -366,7 +368,7 @@ class Estimator(BaseEstimator):
         checkpoint: str | Path | None = None,
         progress: Progress | None = None,
     ) -> Self:
-        """Train on simulations: arrays, stores, or a simulator that runs beside the training.
+        """Train on simulations: arrays, stores, or a simulator that runs during the training.
 
         Args: theta (n, d) in the prior's support and x (n, ...); or a store (or its path, or several) in place of both; or
         simulator=..., online=True, n=...: n fresh simulations, each used once.
@@ -394,7 +396,7 @@ class Estimator(BaseEstimator):
                 raise DataError(f"{'theta' if theta is None else 'x'} is missing; expected {_WAYS}")
             return from_arrays(theta, x, self._source_settings(), weights)
         if x is not None:
-            raise DataError(f"x was given beside a store; expected {_WAYS}")
+            raise DataError(f"x was given together with a store; expected {_WAYS}")
         self.identity = self.identity or stores[0].identity
         self.observables = self.observables or stores[0].observables
         return from_stores(stores, self._source_settings(), memory, progress, weights)

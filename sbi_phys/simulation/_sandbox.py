@@ -9,7 +9,7 @@ row, with rng_i = rng.spawn(n)[i]. Rows are then received one at a time, a crash
 
 A process can also be killed from outside (by the kernel when another program uses all memory, or by an operator). Every call is therefore
 tried a second time from the same state of the generator before its rows are considered at fault, and such a kill leaves no trace in the
-results. A batch that ends by itself (an exit, a segmentation fault) is divided at once: a second try would cost as much as the first.
+results. A batch that ends the process (an exit, a segmentation fault) is divided at once: a second try would cost as much as the first.
 
 **Starting children.** Starting a Python process that imports a simulator and reads its tables takes a second or more. The simulator is
 therefore rebuilt once, in a server process that never simulates, and every child is a fork of the server:

@@ -52,7 +52,7 @@ class StoreLock:
 
 
 class ArrayLock:
-    """Lock of some shards of a folder beside other array jobs, as a context manager.
+    """Lock of some shards of a folder, compatible with other array jobs, as a context manager.
 
         with ArrayLock(folder) as lock:
             with lock.planning():   # one job at a time

@@ -217,7 +217,7 @@ def _training(run: Run) -> list[Block]:
 
 def _literature(run: Run, found: Numbers) -> list[Block]:
     final, parameters, fits = run.read_draws("posterior.nc").flat, run.simulator.parameters, published(run)
-    caption = f"Published values beside this posterior. Sources: {', '.join(dict.fromkeys(fit['source'] for fit in fits))}."
+    caption = f"Published values and this posterior. Sources: {', '.join(dict.fromkeys(fit['source'] for fit in fits))}."
     return [
         run.draw(comparison_figure(_sample_sets(run), parameters, fits, truth=run.truth), "published", caption, "published fits"),
         Details("Table", [rows_to_table(comparison_table(final, parameters, fits))]),

@@ -247,12 +247,12 @@ def test_online_data(name: str) -> None:
     assert np.isfinite(case.ask(model)).all()
     assert model.identity is not None and model.identity["class"].endswith(type(sim).__name__)
     assert [len(member) for member in model.history] == [3, 3]
-    with pytest.raises(DataError, match="weights were given beside a simulator"):
+    with pytest.raises(DataError, match="weights were given together with a simulator"):
         case.make().fit(simulator=sim, online=True, n=500, weights=np.ones(500))
     for half in ({"simulator": sim}, {"online": True}):
         with pytest.raises(SettingError, match="takes both simulator=... and online=True"):
             case.make().fit(**half)
-    with pytest.raises(DataError, match="theta or x was given beside a simulator"):
+    with pytest.raises(DataError, match="theta or x was given together with a simulator"):
         case.make().fit(THETA, X, simulator=sim, online=True)
 
 
@@ -301,7 +301,7 @@ def test_asked_before_training_and_with_other_columns(case: Case, tmp_path: Path
 def test_a_store_tells_what_made_it(tmp_path: Path) -> None:
     store = sp.simulate(SIM, 30, tmp_path / "store", seed=0, workers=1)
     model = sp.NRE(SIM.prior, config=sp.TrainConfig(max_epochs=1))
-    with pytest.raises(DataError, match="x was given beside a store"):
+    with pytest.raises(DataError, match="x was given together with a store"):
         model.fit(store, np.zeros((30, 4)))
     assert model.identity is None
     model.fit(tmp_path / "store")

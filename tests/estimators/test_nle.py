@@ -268,7 +268,7 @@ def test_a_store_a_seed_and_a_checkpoint(tmp_path: Path) -> None:
     again = make(config=quick).fit(store, checkpoint=tmp_path / "check")
     assert (kept.log_likelihood(x, theta) == again.log_likelihood(x, theta)).all()
     assert len(again.history[0]) == 2
-    with pytest.raises(DataError, match="beside a store"):
+    with pytest.raises(DataError, match="together with a store"):
         make().fit(store, x)
 
 

@@ -229,7 +229,7 @@ def test_fit_from_a_store(tmp_path: Path) -> None:
     ).all()
     with pytest.raises(SimulatorMismatchError, match="expected"):
         sp.NPE(sp.BoxPrior([sp.Parameter("a", 0, 1)])).fit(store)
-    with pytest.raises(DataError, match="beside a store"):
+    with pytest.raises(DataError, match="together with a store"):
         make().fit(store, np.zeros((400, 2)))
 
 

@@ -87,7 +87,7 @@ def test_what_is_missing_is_named() -> None:
         npe.fit(simulator=SIM, n=100)
     with pytest.raises(SettingError, match="n is None"):
         npe.fit(simulator=SIM, online=True)
-    with pytest.raises(DataError, match="beside a simulator"):
+    with pytest.raises(DataError, match="together with a simulator"):
         npe.fit(np.zeros((3, 2)), simulator=SIM, online=True, n=100)
     with pytest.raises(SimulatorMismatchError, match="the simulator has parameters"):
         npe.fit(simulator=LinearGaussian(dim=3), online=True, n=100)
