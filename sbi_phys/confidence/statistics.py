@@ -15,8 +15,8 @@ that is evaluated row by row, psi being one or two parameters:
   again and again, with a spacing that shrinks to a third whenever the best point is not at the rim.
 - With more free parameters points spread evenly over the box come first, and Newton steps from the best of them follow.
 
-All data sets are searched together, in few large batches. The search finds the highest peak that its first points resolve: `first`^2
-points in d dimensions resolve peaks about 1 / `first`^(2/d) of the box wide.
+All data sets are searched together, in few large batches. The search finds the highest peak that its first points resolve: `n_points`^2
+points in d dimensions resolve peaks about 1 / `n_points`^(2/d) of the box wide.
 
 **Newton steps.** Around a point c, with a step h_i in each parameter that changes ln L by about 1/2, the 1 + d + d^2 values
 
@@ -317,7 +317,7 @@ class _Moments:
     covariance: Array
 
 
-Rows = Callable[[Any, Array], ArrayLike]
+Rows = Callable[[Array, Any], ArrayLike]
 
 MOST_WANTED = 2  # sets are evaluated on a grid of the parameters of interest
 REACH = 3  # points to each side of the best point in each further grid
@@ -330,15 +330,15 @@ PAIRS = 1 << 17  # (data set, theta) pairs per call of the log likelihood
 class RefinedLRT:
     r"""Profile likelihood ratio over a box of any number of parameters; the first `interest` of them, one or two, are wanted.
 
-    Args: log_likelihood: (data of n sets, theta (n, d)) -> (n,), row by row, -inf allowed; data are indexed by rows. low, high (d,): the
-        box. interest: 1 or 2. kind: 'interval', 'upper' (0 where psi_hat > psi), 'lower'. first: points per parameter of the first grid
+    Args: log_likelihood: (theta (n, d), data of n sets) -> (n,), row by row, -inf allowed; data are indexed by rows. low, high (d,): the
+        box. interest: 1 or 2. kind: 'interval', 'upper' (0 where psi_hat > psi), 'lower'. n_points: per parameter of the first grid
         where at most two vary; its square is the number of first points where more do.
     Called with (psi (interest,) or (n, interest), data) -> (n,); `.nuisance(psi, data)` is the `profile` that `lf2i` takes.
     Raises: SettingError (interest), ShapeError, NonFiniteError, SupportError (psi outside the box), DataError.
 
     >>> from sbi_phys.confidence import RefinedLRT
     >>> import numpy as np
-    >>> def log_likelihood(x, theta):  # x ~ N(mu + nu, 1), nu constrained to 0 +- 1
+    >>> def log_likelihood(theta, x):  # x ~ N(mu + nu, 1), nu constrained to 0 +- 1
     ...     return -0.5 * (x - theta.sum(axis=1)) ** 2 - 0.5 * theta[:, 1] ** 2
     >>> q = RefinedLRT(log_likelihood=log_likelihood, low=[-5, -5], high=[5, 5], names=("mu", "nu"))
     >>> q([0.0], np.array([2.0])).round(1).tolist()
@@ -351,7 +351,7 @@ class RefinedLRT:
     names: tuple[str, ...]
     interest: int = 1
     kind: str = "interval"
-    first: int = 24
+    n_points: int = 24
 
     def __post_init__(self) -> None:
         """Check the box."""
@@ -361,7 +361,7 @@ class RefinedLRT:
             raise SettingError(f"low is {self._box[0].tolist()} and high {self._box[1].tolist()}; expected low < high")
         require_int("interest", self.interest, low=1, high=min(len(self.names), MOST_WANTED))
         require_choice("kind", self.kind, KINDS)
-        require_int("first", self.first, low=3)
+        require_int("n_points", self.n_points, low=3)
 
     @property
     def _box(self) -> tuple[Array, Array]:
@@ -428,7 +428,7 @@ class RefinedLRT:
         """Maxima over three free parameters or more: points spread over the box, and Newton steps from the best of them."""
         n, d = len(data), low.size
         # with a first guess a few further points suffice
-        points = Halton(d, scramble=False).random(self.first**2 if near is None else 8 * d)[1:]
+        points = Halton(d, scramble=False).random(self.n_points**2 if near is None else 8 * d)[1:]
         tried = np.broadcast_to(low + points * (high - low), (n, len(points), d))
         tried = tried if near is None else np.concatenate([near[:, None, :], tried], axis=1)
 
@@ -445,10 +445,10 @@ class RefinedLRT:
         """Maxima over one or two free parameters, by a grid that narrows."""
         n = len(data)
         best, at = np.full(n, -np.inf), np.tile((low + high) / 2, (n, 1))
-        spacing = (high - low) / (self.first - 1)
+        spacing = (high - low) / (self.n_points - 1)
         finer = np.zeros(n)  # times that the distance of a data set's points has become a third
         for look in range(MOST_LOOKS):
-            half = (self.first - 1) / 2 if look == 0 else REACH
+            half = (self.n_points - 1) / 2 if look == 0 else REACH
             steps = np.arange(-half, half + 0.5)
             mesh = np.stack([g.ravel() for g in np.meshgrid(*[steps] * low.size, indexing="ij")], axis=-1)
             rim = np.abs(mesh).max(axis=1) == half
@@ -469,7 +469,7 @@ class RefinedLRT:
     def _values(self, data: Any, theta: Array) -> Array:
         """Values (n, m) of theta (n, m, d)."""
         n, m, d = theta.shape
-        values = as_array("log_likelihood(data, theta)", self.log_likelihood(np.repeat(data, m, axis=0), theta.reshape(-1, d)), (n * m,),
+        values = as_array("log_likelihood(theta, data)", self.log_likelihood(theta.reshape(-1, d), np.repeat(data, m, axis=0)), (n * m,),
                           finite=False)  # fmt: skip
         bad = np.isnan(values) | np.isposinf(values)
         if bad.any():

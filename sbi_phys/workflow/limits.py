@@ -115,7 +115,7 @@ def make_statistic(run: Run, settings: LimitsSettings, order: list[int], low: Ar
     return RefinedLRT(log_likelihood=rows, low=low, high=high, names=names, interest=k, kind=kind)
 
 
-def _rows(density: Any, back: Integers, x: Array, theta: Array) -> Array:
+def _rows(density: Any, back: Integers, theta: Array, x: Array) -> Array:
     return np.asarray(density(x, theta[:, back]), dtype=np.float64)
 
 

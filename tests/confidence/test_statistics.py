@@ -153,7 +153,7 @@ COVARIANCE = np.array([[1.0, 0.98], [0.98, 1.0]]) * 0.02**2
 PRECISION = np.linalg.inv(COVARIANCE)
 
 
-def ridge(x, theta):
+def ridge(theta, x):
     d = x - theta
     return -0.5 * np.einsum("ni,ij,nj->n", d, PRECISION, d)
 
@@ -224,10 +224,10 @@ def many():
     theta = rng.uniform(0.1, 0.9, (200, d))
     x = theta + rng.multivariate_normal(np.zeros(d), covariance, 200)
 
-    def gaussian(x, theta):
+    def gaussian(theta, x):
         return -0.5 * np.einsum("ni,ij,nj->n", x - theta, precision, x - theta)
 
-    q = RefinedLRT(log_likelihood=gaussian, low=np.zeros(d), high=np.ones(d), names=tuple("abcdef"), first=12)
+    q = RefinedLRT(log_likelihood=gaussian, low=np.zeros(d), high=np.ones(d), names=tuple("abcdef"), n_points=12)
     return q, theta, x, covariance
 
 
@@ -241,7 +241,7 @@ def test_many_nuisances_are_profiled(many):
     expected = x[:, 1:] + 0.9 * (theta - x)[:, :1]
     assert np.abs(q.nuisance(theta, prepared) - expected).max() < 1e-3
     assert np.abs(q.nuisance(theta, x) - expected).max() < 1e-3  # without the first guess
-    pair = RefinedLRT(log_likelihood=q.log_likelihood, low=q.low, high=q.high, names=q.names, interest=2, first=12)(theta[:50], x[:50])
+    pair = RefinedLRT(log_likelihood=q.log_likelihood, low=q.low, high=q.high, names=q.names, interest=2, n_points=12)(theta[:50], x[:50])
     d = (x - theta)[:50, :2]
     assert np.abs(pair - np.einsum("ni,ij,nj->n", d, np.linalg.inv(covariance[:2, :2]), d)).max() < 0.01
 
@@ -252,16 +252,16 @@ def test_counts_with_four_nuisances_agree_with_minuit():
     shapes = np.stack([np.exp(-0.5 * ((np.arange(16) - m) / w) ** 2) for m, w in ((7, 0.7), (0, 2.5), (5, 2.5), (10, 2.5), (15, 2.5))])
     scale = np.array([15.0, 20.0, 20.0, 20.0, 20.0])
 
-    def counts(n, theta):
+    def counts(theta, n):
         mean = (theta * scale) @ shapes + 1.0
         return (n * np.log(mean) - mean).sum(axis=1)
 
     names, low, high = ("mu", "a", "b", "c", "d"), np.zeros(5), np.full(5, 4.0)
     data = rng.poisson((np.ones(5) * scale) @ shapes + 1.0, (4, 16)).astype(float)
-    q = RefinedLRT(log_likelihood=counts, low=low, high=high, names=names, first=12)
+    q = RefinedLRT(log_likelihood=counts, low=low, high=high, names=names, n_points=12)
     for row, value in zip(data, q([1.6], data), strict=True):
         sides = dict(zip(names, zip(low, high, strict=True), strict=True))
-        exact = fit(lambda t, row=row: counts(row, t), np.ones(5), names, sides, minos=False, strategy=2).profile("mu", [1.6])
+        exact = fit(lambda t, row=row: counts(t, row), np.ones(5), names, sides, minos=False, strategy=2).profile("mu", [1.6])
         assert value == pytest.approx(exact.q[0], abs=0.01)
 
 
@@ -293,9 +293,9 @@ def test_bad_values_are_named(sample):
     with pytest.raises(ShapeError, match="one row per data set"):
         ratio()([[0.1], [0.2]], x)
     with pytest.raises(NonFiniteError, match="log_likelihood is nan at theta"):
-        ratio(log_likelihood=lambda x, theta: np.full(len(x), np.nan))([0.5], x)
+        ratio(log_likelihood=lambda theta, x: np.full(len(x), np.nan))([0.5], x)
     with pytest.raises(DataError, match="data set 0 has ln L = -Inf at all"):
-        ratio(log_likelihood=lambda x, theta: np.full(len(x), -np.inf))([0.5], x)
+        ratio(log_likelihood=lambda theta, x: np.full(len(x), -np.inf))([0.5], x)
 
 
 N = 60
