@@ -174,6 +174,7 @@ def test_memory_that_runs_out_names_the_setting(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler uses what torch deprecates
 def test_compiled_training_gives_the_same_losses() -> None:
     """Slow: the compiler takes about a minute."""
     train, valid = data(500)
