@@ -164,7 +164,9 @@ def test_contributing_calibration_test():
     """The example of a power test, for SBC; tests/estimators/test_recipe.py runs the example of an estimator."""
     pvalue = {"ORACLES": oracles.ORACLES, "WRONG": oracles.WRONG, "rejection_rate": rejection_rate, "my_test": my_test}
     replace = (("n=500", "n=200"), ("100, seed=1", "10, seed=1"))
-    run("CONTRIBUTING.md", pvalue, replace=replace, part=slice(1, 2))
+    found = run("CONTRIBUTING.md", pvalue, replace=replace, part=slice(1, 2))  # asserts the power
+    exact = oracles.ORACLES["Gaussian, d = 2"](rng_for(3), n=200, n_draws=100, **oracles.WRONG["exact"])
+    assert found["pvalue"](rng_for(3), 3) < 0.01 < my_test(exact.theta, exact.draws, seed=3).pvalue
 
 
 def my_test(theta, draws, *, seed=0):
