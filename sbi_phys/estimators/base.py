@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sbi_phys.core.checks import as_matrix, require_int
+from sbi_phys.core.checks import as_matrix, did_you_mean, require_int
 from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, SimulatorMismatchError
 from sbi_phys.core.progress import Progress, or_none
@@ -155,6 +155,14 @@ class BaseEstimator:
         self.history: list[History] = []
         self._scaler: Any = None
         self._nets = []
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Refuse a setting that the class does not have, by name.   Raises: TypeError."""
+        known = inspect.signature(cls).parameters
+        for name in settings:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no setting {name!r}{did_you_mean(name, list(known))}; expected {', '.join(known)}")
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the class for `load`, and show the shared settings in its signature."""

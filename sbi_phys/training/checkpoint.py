@@ -36,16 +36,16 @@ def read_file(path: str | Path, kind: str, version: int) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelFileError(f"{path} is not a file; expected a {kind} file written by sbi_phys")
+        raise ModelFileError(f"{path} is not a file; expected a file of kind {kind!r} written by sbi_phys")
     try:
         if not zipfile.is_zipfile(path):
-            raise ModelFileError(f"{path} is truncated or not a file of sbi_phys (no zip archive); expected a {kind} file")
+            raise ModelFileError(f"{path} is truncated or not a file of sbi_phys (no zip archive); expected a file of kind {kind!r}")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as err:
         # the first line only, because torch adds advice on how to unpickle the file
         raise ModelFileError(f"{path} cannot be read as a {kind} file: {str(err).splitlines()[0]}") from err
     if not isinstance(payload, dict) or payload.get("format") != _MAGIC:
-        raise ModelFileError(f"{path} was not written by sbi_phys; expected a {kind} file")
+        raise ModelFileError(f"{path} was not written by sbi_phys; expected a file of kind {kind!r}")
     if payload.get("kind") != kind:
         raise ModelFileError(f"{path} is a {payload.get('kind')!r} file; expected {kind!r}")
     if payload["version"] > version:

@@ -341,3 +341,8 @@ def test_what_a_subclass_has_forgotten_is_named(tmp_path: Path) -> None:
     model.flow = object()
     with pytest.raises(ModelFileError, match="setting flow is a object"):
         model.save(tmp_path / "npe.pt")
+
+
+def test_a_misspelt_setting_is_named_with_the_nearest_one():
+    with pytest.raises(TypeError, match="NPE has no setting 'flwo'; did you mean 'flow'.*expected prior, "):
+        sp.NPE(sp.BoxPrior([sp.Parameter("a", 0, 1)]), flwo="maf")
