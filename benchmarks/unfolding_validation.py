@@ -248,7 +248,7 @@ def event_wise(n: int) -> Numbers:
     begin = time.perf_counter()
     unfolder = FlowUnfolder(seed=0, device="cpu").fit(truth, reco, data, n_iterations=5)
     seconds = time.perf_counter() - begin
-    last = unfolder.history[-1]
+    last = unfolder.iterations[-1]
     mean, sd = omnifold_oracle.gaussian_recursion(4, 16, 10, 3.8**2, 9, 4)  # the prior that the fifth network was trained with
     y = np.quantile(data, [0.05, 0.25, 0.5, 0.75, 0.95])
     centre, width = (9 * mean + sd**2 * (y - BIAS)) / (sd**2 + 9), np.sqrt(9 * sd**2 / (sd**2 + 9))

@@ -45,7 +45,7 @@ from sbi_phys.priors import Parameter
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["FeatureSpace", "Misspecification", "feature_space", "misspecification"]
+__all__ = ["FeatureSpace", "Misspecification", "feature_space", "fit_mixture", "misspecification"]
 MIN_SIMULATIONS = 40
 MAX_PERMUTED = 500  # simulations in the MMD of a set
 N_PERMUTATIONS = 999
@@ -149,8 +149,9 @@ def misspecification(
     fit, held = np.array_split(simulated[order[: require_int("max_simulations", max_simulations, low=MIN_SIMULATIONS)]], 2)
     n_neighbours = min(require_int("n_neighbours", n_neighbours, low=1), len(fit))
     with threadpool_limits(1):  # the numbers must not depend on the number of BLAS threads
-        space = feature_space(fit, seed)
-        held_out, scores = space.scores(held, n_neighbours), space.scores(observed, n_neighbours)
+        space = feature_space(fit)
+        mixture = fit_mixture(space.rows, seed)
+        held_out, scores = (space.scores(x, n_neighbours, mixture) for x in (held, observed))
     each = _each(np.stack(list(held_out.values())), np.stack(list(scores.values())))
     pvalues, test = {name: _rank_pvalue(held_out[name], scores[name][0]) for name in scores}, None
     if len(observed) > 1:
@@ -170,7 +171,7 @@ def misspecification(
         pulls=pulls,
         conditional_pulls=conditional,
         mmd=test,
-        n_mixture=int(space.mixture.n_components),
+        n_mixture=int(mixture.n_components),
         n_fit=len(fit),
         n_held=len(held),
     )
@@ -226,7 +227,7 @@ NO_WIDTH = 1e-6  # relative to the largest component: the sd below which a direc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureSpace:
-    """Features (n, k) -> whitened components (n, c), scores and pulls; `rows` (n, c) are the components of the simulations."""
+    """Features (n, k) -> whitened components (n, c), distances, scores and pulls; `rows` (n, c) are the components of the simulations."""
 
     mean: Array
     scale: Array
@@ -234,7 +235,6 @@ class FeatureSpace:
     empty: Array
     precision: Array
     rows: Array
-    mixture: Any
 
     def _standard(self, x: Array) -> Array:
         return (x - self.mean) / self.scale
@@ -243,14 +243,18 @@ class FeatureSpace:
         """Return the components, of unit variance over the simulations."""
         return np.asarray(self._standard(x) @ self.axes)
 
-    def scores(self, x: Array, n_neighbours: int) -> dict[str, Array]:
+    def mahalanobis(self, x: Array) -> Array:
+        """Return the distances (n,) from the mean of the simulations, in whitened features."""
+        return np.asarray(np.sqrt((self.whiten(x) ** 2).sum(axis=1)))
+
+    def scores(self, x: Array, n_neighbours: int, mixture: Any) -> dict[str, Array]:
         """Return {name: (n,)}, larger is more unusual: mahalanobis, neighbours, density, and span if the simulations lie in a subspace."""
         from sklearn.neighbors import NearestNeighbors
 
         w = self.whiten(x)
         near = NearestNeighbors(n_neighbors=n_neighbours).fit(self.rows).kneighbors(w)[0].mean(axis=1)
-        density = -self.mixture.score_samples(w[:, :MIXTURE_DIM])
-        found = {"mahalanobis": np.sqrt((w**2).sum(axis=1)), "neighbours": near, "density": density}
+        density = -mixture.score_samples(w[:, :MIXTURE_DIM])
+        found = {"mahalanobis": self.mahalanobis(x), "neighbours": near, "density": density}
         if self.empty.shape[1]:
             away = np.sqrt(((self._standard(x) @ self.empty) ** 2).sum(axis=1))
             # rows that lie in the subspace must not be ranked by rounding errors
@@ -266,8 +270,8 @@ class FeatureSpace:
         return standard, np.where(left > 0, conditional, standard)
 
 
-def feature_space(fit: Array, seed: int) -> FeatureSpace:
-    """Fit to simulations (n, k).   Raises: DataError if no feature varies."""
+def feature_space(fit: Array) -> FeatureSpace:
+    """Mean and whitening of simulations' features (n, k).   Raises: DataError if no feature varies."""
     mean, sd = fit.mean(axis=0), fit.std(axis=0)
     varies = sd > 1e-12 * np.maximum(np.abs(fit).max(axis=0), 1e-300)
     if not varies.any():
@@ -280,15 +284,13 @@ def feature_space(fit: Array, seed: int) -> FeatureSpace:
     size = np.concatenate([size, np.zeros(fit.shape[1] - size.size)]) / np.sqrt(fit.shape[0])
     moves = size > NO_WIDTH * size[0]
     axes = vector[moves].T / size[moves]
-    rows = standard @ axes
     return FeatureSpace(
         mean=mean,
         scale=scale,
         axes=axes,
         empty=vector[~moves].T,
         precision=axes @ axes.T,
-        rows=rows,
-        mixture=_mixture(rows[:MIXTURE_ROWS, :MIXTURE_DIM], seed),
+        rows=standard @ axes,
     )
 
 
@@ -297,11 +299,12 @@ def _thin(standard: Array) -> tuple[Array, Array, Array]:
     return np.linalg.svd(np.linalg.qr(standard, mode="r"))
 
 
-def _mixture(rows: Array, seed: int) -> Any:
-    """Gaussian mixture with the number of components of smallest BIC; the search ends when two in a row are worse."""
+def fit_mixture(rows: Array, seed: int) -> Any:
+    """Gaussian mixture of whitened rows with the number of components of smallest BIC; the search ends when two in a row are worse."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
+    rows = rows[:MIXTURE_ROWS, :MIXTURE_DIM]
     n, dim = rows.shape
     best, lowest, worse = None, np.inf, 0
     for number in MIXTURES:

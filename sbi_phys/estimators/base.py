@@ -58,7 +58,7 @@ __all__ = ["FILE", "BaseEstimator", "Estimator", "History", "Shared", "load"]
 History = list[dict[str, Any]]  # of one training, a dictionary per epoch
 
 FILE = ("estimator", 2)
-# estimators of this package, so that `load` can import the one that a file names
+# estimators of this package, so that `load` can import the one that a file names; only the file's request imports a folder above
 _MODULES = {
     "NPE": "sbi_phys.estimators.npe",
     "NLE": "sbi_phys.estimators.nle",
@@ -67,6 +67,8 @@ _MODULES = {
     "MinedRatio": "sbi_phys.estimators.mined",
     "SALLY": "sbi_phys.estimators.mined",
     "SetNPE": "sbi_phys.estimators.set_npe",
+    "FlowUnfolder": "sbi_phys.unfold.flow",
+    "ForwardUnfolder": "sbi_phys.unfold.forward",
 }
 _CLASSES: "dict[str, type[BaseEstimator]]" = {}  # every subclass that has been imported
 _CONFIGS = {c.__name__: c for c in (ClassifierConfig, EmbeddingConfig, FlowConfig, TrainConfig)}
@@ -257,7 +259,7 @@ class BaseEstimator:
         self.finish(net, batches)
         return net, history
 
-    def _new_net(self, scaler: Any, seed: int) -> nn.Module:
+    def _new_net(self, scaler: Any, seed: int) -> Any:
         with torch.random.fork_rng([]):  # torch's global generator stays as it was
             torch.manual_seed(seed)
             return self.build(scaler, seed).to(self.device)

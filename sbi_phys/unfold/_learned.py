@@ -1,56 +1,86 @@
-"""The base of the learned unfolders: settings, an ensemble of conditional flows q(target | condition), scaling, and argument checks."""
+"""The base of the learned unfolders: an estimator whose networks are conditional flows q(target | condition) of truth and reco."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sbi_phys.core.checks import require_int
-from sbi_phys.core.device import resolve_device
-from sbi_phys.core.errors import DataError, SettingError, ShapeError
-from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
+from sbi_phys.estimators.base import BaseEstimator, History
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import PosteriorNet, log_prob_nets
 from sbi_phys.training.loop import TrainConfig, fit
+from sbi_phys.training.scaling import XScaler
 from sbi_phys.unfold._inputs import MIN_EVENTS, as_columns, as_mask, as_weights
 from sbi_phys.unfold.classifier import training_config
 
-__all__ = ["LearnedUnfolder", "weighted_loss"]
+__all__ = ["LearnedUnfolder", "PairScaler"]
 
 
-def weighted_loss(net: nn.Module, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """-w log q(u | x), one value per row."""
-    return -w * net.log_prob(u, x)  # type: ignore[operator]
+@dataclass(frozen=True, slots=True)
+class PairScaler:
+    """Standardisation of truth and of reco."""
+
+    truth: XScaler
+    reco: XScaler
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return tensors and numbers for a model file."""
+        return {"truth": self.truth.to_dict(), "reco": self.reco.to_dict()}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Self:
+        """Rebuild from `to_dict`."""
+        return cls(XScaler.from_dict(state["truth"]), XScaler.from_dict(state["reco"]))
 
 
-class LearnedUnfolder:
-    """Settings and networks of an unfolder; a subclass chooses which of truth and reco is the target and which the condition."""
+class LearnedUnfolder(BaseEstimator):
+    """Settings and networks of an unfolder; in `build` a subclass chooses which of truth and reco is the target and which the condition."""
+
+    scaler_class = PairScaler
+    default_embedding = EmbeddingConfig(hidden=64, n_blocks=1, n_features=32)
+    _scaler: PairScaler
+    _nets: list[PosteriorNet]
 
     def __init__(
         self,
         *,
         flow: str | FlowConfig = "spline",
-        embedding: EmbeddingConfig | None = None,
+        embedding: EmbeddingConfig | nn.Module | None = None,
         n_ensemble: int = 1,
         device: str | torch.device = "auto",
         config: TrainConfig | None = None,
         seed: int = 0,
     ) -> None:
-        self.seed = require_int("seed", seed, low=0)
+        super().__init__(seed=seed, embedding=embedding, n_ensemble=n_ensemble, device=device, config=config)
         self.flow = FlowConfig(kind=flow, n_layers=3, hidden=48) if isinstance(flow, str) else flow
-        self.embedding = EmbeddingConfig(hidden=64, n_blocks=1, n_features=32) if embedding is None else embedding
-        self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
-        self.device = resolve_device(device)
-        self.config = config
-        self._nets: list[PosteriorNet] = []
-        self._truth_scale: tuple[Array, Array] = (np.empty(0), np.empty(0))
-        self._reco_scale: tuple[Array, Array] = (np.empty(0), np.empty(0))
+
+    def row_loss(self, net: nn.Module, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """-w log q(u | x), one value per row."""
+        return -w * net.log_prob(u, x)  # type: ignore[operator]
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """An unfolder whose `fit` fails stays as it was."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
 
     def _pairs(
         self, truth: ArrayLike, reco: ArrayLike, reco_pass: ArrayLike | None, weights: ArrayLike | None
     ) -> tuple[Array, Array, Mask, Array, Mask]:
-        """Truth (n, d), reco (n, k), reconstructed (n,), weights (n,), and the events to train on (n,); sets the two scales."""
+        """Truth (n, d), reco (n, k), reconstructed (n,), weights (n,), and the events to train on (n,); sets the scaling."""
         t = as_columns("truth", truth)
         seen = as_mask("reco_pass", reco_pass, len(t), "truth")
         r, own = as_columns("reco", reco, seen), as_weights("weights", weights, len(t), "truth")
@@ -59,42 +89,37 @@ class LearnedUnfolder:
         keep = seen & (own > 0)
         if keep.sum() < MIN_EVENTS:
             raise DataError(f"{keep.sum()} of {len(t)} simulated events are reconstructed, with weight; expected at least {MIN_EVENTS}")
-        self._truth_scale, self._reco_scale = _scale(t[keep]), _scale(r[keep])
+        self._scaler = PairScaler(_standardised(t[keep]), _standardised(r[keep]))
         return t, r, seen, own, keep
 
-    def _new_net(self, m: int, n_target: int, n_condition: int) -> PosteriorNet:
-        return PosteriorNet(n_target, (n_condition,), self.flow, self.embedding, seed=seed_for(self.seed, "member", m)).to(self.device)
-
-    def _train(self, net: PosteriorNet, target: Tensor, condition: Tensor, w: Array, seed: int, epochs: int, learning_rate: float) -> float:
-        """Train a network further; return the best held-out loss."""
+    def _train_further(
+        self, net: PosteriorNet, target: Tensor, condition: Tensor, w: Array, seed: int, epochs: int, learning_rate: float
+    ) -> History:
+        """Train a network further on target and condition, scaled, with weights w (n,)."""
         config = self.config or training_config(len(w), epochs=epochs, learning_rate=learning_rate)
         order = torch.from_numpy(rng_for(seed, "split").permutation(len(w)))
         n_valid = max(1, round(config.validation_fraction * len(w)))
-        rows = (target, condition, self._tensor(w / w.mean()))
+        rows = [a.to(self.device) for a in (target, condition, torch.from_numpy((w / w.mean()).astype(np.float32)))]
         valid, train = ([a[part.to(self.device)] for a in rows] for part in (order[:n_valid], order[n_valid:]))
-        return min(record.valid for record in fit(weighted_loss, net, train, valid, config, seed=seed))
+        return [asdict(record) for record in fit(self.row_loss, net, train, valid, config, seed=seed)]
 
-    def _log_prob(self, target: Array, target_scale: tuple[Array, Array], condition: Tensor) -> Array:
+    def _log_prob(self, target: Array, scaler: XScaler, condition: Tensor) -> Array:
         """log q(target | condition) (n,) of paired rows, in the units of the target."""
-        return log_prob_nets(self._nets, self._tensor(target, target_scale), condition) - np.log(target_scale[1]).sum()
+        return log_prob_nets(self._nets, scaler.apply(target).to(self.device), condition) - np.log(scaler.scale).sum()
 
-    def _check(self, name: str, value: ArrayLike, scale: tuple[Array, Array]) -> Array:
-        """Columns as in the training.   Raises: SettingError (not trained), ShapeError, NonFiniteError."""
-        self._require_trained()
+    def _check(self, name: str, value: ArrayLike, kind: str) -> tuple[Array, Tensor]:
+        """Columns of `kind` ('truth' or 'reco') as in the training, and the same scaled.
+
+        Raises: SettingError (not trained), ShapeError, NonFiniteError.
+        """
+        scaler: XScaler = getattr(self._require_fit(), kind)
         x = as_columns(name, value)
-        if x.shape[1] != len(scale[0]):
-            raise ShapeError(f"{name} has {x.shape[1]} columns; expected {len(scale[0])}, as in the training")
-        return x
-
-    def _require_trained(self) -> None:
-        if not self._nets:
-            raise SettingError(f"this {type(self).__name__} is not trained; expected .fit(truth, reco) first")
-
-    def _tensor(self, array: Array, scale: tuple[Array, Array] | None = None) -> Tensor:
-        values = array if scale is None else (array - scale[0]) / scale[1]
-        return torch.from_numpy(values.astype(np.float32)).to(self.device)
+        if x.shape[1:] != scaler.shape:
+            raise ShapeError(f"{name} has {x.shape[1]} columns; expected {scaler.shape[0]}, as in the training")
+        return x, scaler.apply(x).to(self.device)
 
 
-def _scale(x: Array) -> tuple[Array, Array]:
+def _standardised(x: Array) -> XScaler:
     sd = x.std(axis=0)
-    return x.mean(axis=0), np.where(sd > 1e-12 * (1 + np.abs(x).max(axis=0)), sd, 1.0)
+    scale = np.where(sd > 1e-12 * (1 + np.abs(x).max(axis=0)), sd, 1.0)
+    return XScaler(x.shape[1:], np.zeros(x.shape[1:], dtype=bool), x.mean(axis=0), scale)

@@ -23,6 +23,7 @@ Source: Cranmer, Pavez & Louppe 2015, arXiv:1506.02169; MacKay 1992, Neural Comp
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -181,6 +182,23 @@ class RatioEstimator:
         """log(w1 / w0) at x (n, k) -> (n,); the shapes' ratio is cut at e^+-10."""
         return self._logits(self._inputs(x)).cpu().numpy() + self._offset
 
+    def state(self) -> dict[str, Any]:
+        """Scaling and weights of a trained ratio, for a model file."""
+        weights = [{k: v.cpu() for k, v in net.state_dict().items()} for net in self._nets]
+        return {
+            "scale": [torch.from_numpy(a) for a in self._require_fit()],
+            "offset": self._offset,
+            "n_fits": self._n_fits,
+            "weights": weights,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`, of a ratio with the same settings."""
+        mean, sd = (a.numpy() for a in state["scale"])
+        self._scale, self._offset, self._n_fits = (mean, sd), state["offset"], state["n_fits"]
+        for net, weights in zip(self._nets, state["weights"], strict=True):
+            net.load_state_dict(weights)
+
     @torch.inference_mode()
     def _logits(self, x: Tensor) -> Tensor:
         """Mean log odds of balanced samples, double."""
@@ -190,9 +208,13 @@ class RatioEstimator:
         return torch.cat(parts).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
     def _inputs(self, x: Array) -> Tensor:
+        mean, sd = self._require_fit()
+        return self._tensor((x - mean) / sd)
+
+    def _require_fit(self) -> tuple[Array, Array]:
         if self._scale is None:
             raise SettingError("this ratio is not trained; expected .fit(x, w1, w0) first")
-        return self._tensor((x - self._scale[0]) / self._scale[1])
+        return self._scale
 
     def _tensor(self, array: Array) -> Tensor:
         return torch.from_numpy(array.astype(np.float32)).to(self.device)

@@ -22,11 +22,12 @@ Source: Bellagente+ 2020, arXiv:2006.06685 (cINN); Backes+ 2022, arXiv:2212.0867
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import nn
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import DataError, ShapeError
@@ -35,10 +36,10 @@ from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
-from sbi_phys.nets.posterior import sample_net
+from sbi_phys.nets.posterior import PosteriorNet, sample_net
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.unfold._inputs import MIN_EVENTS, as_columns, as_weights, check_overlap
-from sbi_phys.unfold._learned import LearnedUnfolder
+from sbi_phys.unfold._learned import LearnedUnfolder, PairScaler
 from sbi_phys.unfold.classifier import RatioEstimator
 from sbi_phys.unfold.replicas import Sample, WeightReplicas, bootstrap
 
@@ -69,13 +70,14 @@ class FlowUnfolder(LearnedUnfolder):
     """Invertible network q(truth | reco) in any number of dimensions.
 
     Args: seed: of weights, splits, order and the draws between iterations. flow: 'spline', 'affine', 'maf' or a FlowConfig.
-    embedding: of reco, None or an EmbeddingConfig. n_ensemble: networks; a draw comes from one at random. device: 'auto' takes CUDA where
-    there is one. config: of every training; None chooses batches and epochs from the number of events.
+    embedding: of reco, None, an EmbeddingConfig or a module. n_ensemble: networks; a draw comes from one at random. device: 'auto' takes
+    CUDA where there is one. config: of every training; None chooses batches and epochs from the number of events.
     Raises: SettingError.
 
-    After `fit`: history, one record per iteration; weights (n,), of all simulated truths: `np.histogram(truth, weights=unfolder.weights)`
+    After `fit`: iterations, one record of each; weights (n,), of all simulated truths: `np.histogram(truth, weights=unfolder.weights)`
     is the spectrum unfolded with the last network, in counts, corrected for efficiency (the nominal weights without data); data_weights
-    (m,), of the data events: as given, times their probability to be signal.
+    (m,), of the data events: as given, times their probability to be signal; history, of each network, a dictionary per epoch.
+    `save(path)` writes all of it, and `sp.load(path)` reads it.
 
     >>> import numpy as np
     >>> from sbi_phys.training import TrainConfig
@@ -88,9 +90,24 @@ class FlowUnfolder(LearnedUnfolder):
     ((100, 3, 1), (120,))
     """
 
-    history: tuple[UnfoldIteration, ...] = ()
+    iterations: tuple[UnfoldIteration, ...] = ()
     weights: Array = np.empty(0)
     data_weights: Array = np.empty(0)
+
+    def build(self, scaler: PairScaler, seed: int) -> PosteriorNet:
+        """Flow of truth, given reco."""
+        return PosteriorNet(scaler.truth.shape[0], scaler.reco.shape, self.flow, self.embedding, seed=seed)
+
+    def state(self) -> dict[str, Any]:
+        """Weights of truths and data, and the records of the iterations."""
+        records = [asdict(record) | {"mean": record.mean.tolist(), "sd": record.sd.tolist()} for record in self.iterations]
+        return {"iterations": records, **{name: torch.from_numpy(getattr(self, name)) for name in ("weights", "data_weights")}}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        records = (record | {"mean": np.array(record["mean"]), "sd": np.array(record["sd"])} for record in state["iterations"])
+        self.iterations = tuple(UnfoldIteration(**record) for record in records)
+        self.weights, self.data_weights = state["weights"].numpy(), state["data_weights"].numpy()
 
     def fit(
         self,
@@ -112,21 +129,22 @@ class FlowUnfolder(LearnedUnfolder):
         may be NaN. weights (n,), data_weights (m,): >= 0. background (b, k), background_weights (b,): expected counts among the data.
         Raises: ShapeError, NonFiniteError, DataError (too few events, negative weights, no overlap, more background than data),
         SettingError, TrainingError.
-        Read: one iteration leaves the simulation's prior in; compare `history` means until they stop moving.
+        Read: one iteration leaves the simulation's prior in; compare the means of `iterations` until they stop moving.
         """
         n_iterations = require_int("n_iterations", n_iterations, low=1)
         if n_iterations > 1 and data is None:
             raise DataError(f"n_iterations is {n_iterations} and data is None; expected data to reweight the simulation to, or 1 iteration")
-        t_all, r_all, seen, own, keep = self._pairs(truth, reco, reco_pass, weights)
-        t, r, w = t_all[keep], r_all[keep], own[keep] / own[keep].mean()
-        measured, counts = self._check_data(data, data_weights, r)
-        counts = self.data_weights = self._signal(measured, counts, background, background_weights)
-        self._nets = [self._new_net(m, t.shape[1], r.shape[1]) for m in range(self.n_ensemble)]
-        self.weights = np.ones(len(t_all))
-        with or_none(progress).task("unfold", n_iterations * self.n_ensemble) as task:
-            self.history = tuple(self._iterate(t, r, w, t_all, keep, measured, counts, n_iterations, task))
-        scale = counts.sum() / own[seen].sum() if len(measured) else 1.0
-        self.weights = scale * own * self.weights
+        with self._all_or_nothing():
+            t_all, r_all, seen, own, keep = self._pairs(truth, reco, reco_pass, weights)
+            t, r, w = t_all[keep], r_all[keep], own[keep] / own[keep].mean()
+            measured, counts = self._check_data(data, data_weights, r)
+            counts = self.data_weights = self._signal(measured, counts, background, background_weights)
+            self._nets = [self._new_net(self._scaler, seed_for(self.seed, "member", m)) for m in range(self.n_ensemble)]
+            self.history, self.weights = [[] for _ in self._nets], np.ones(len(t_all))
+            with or_none(progress).task("unfold", n_iterations * self.n_ensemble) as task:
+                self.iterations = tuple(self._iterate(t, r, w, t_all, keep, measured, counts, n_iterations, task))
+            scale = counts.sum() / own[seen].sum() if len(measured) else 1.0
+            self.weights = scale * own * self.weights
         return self
 
     def _check_data(self, data: ArrayLike | None, data_weights: ArrayLike | None, reco: Array) -> tuple[Array, Array]:
@@ -173,13 +191,15 @@ class FlowUnfolder(LearnedUnfolder):
     ) -> Iterator[UnfoldIteration]:
         """Train, unfold, reweight; yields a record per iteration."""
         ratio = RatioEstimator(t.shape[1], seed=seed_for(self.seed, "ratio"), n_ensemble=self.n_ensemble, device=self.device)
-        rows = self._tensor(t, self._truth_scale), self._tensor(r, self._reco_scale)
+        rows = self._scaler.truth.apply(t), self._scaler.reco.apply(r)
         rho = np.ones(len(t))
         for k in range(n_iterations):
             losses = []
             for m, net in enumerate(self._nets):
                 epochs, rate = (14, 5e-3) if k == 0 else (8, 2e-3)
-                losses.append(self._train(net, *rows, w * rho, seed_for(self.seed, "fit", m, k), epochs, rate))
+                history = self._train_further(net, *rows, w * rho, seed_for(self.seed, "fit", m, k), epochs, rate)
+                self.history[m] += history
+                losses.append(min(record["valid"] for record in history))
                 task.advance(1, text=f"iteration {k + 1} loss {losses[-1]:.3f}")
             mean, sd, separation = np.full(t.shape[1], np.nan), np.full(t.shape[1], np.nan), math.nan
             if len(data):
@@ -204,11 +224,11 @@ class FlowUnfolder(LearnedUnfolder):
 
         Raises: SettingError (not trained), ShapeError, NonFiniteError.
         """
-        x, n = self._check("data", data, self._reco_scale), require_int("n", n, low=1)
+        (x, inputs), n = self._check("data", data, "reco"), require_int("n", n, low=1)
+        scaler = self._scaler.truth
         owner = np.repeat(np.arange(len(x)), n)
         member = rng_for(seed, "members").integers(self.n_ensemble, size=len(owner))
-        out = np.empty((len(owner), len(self._truth_scale[0])))
-        inputs = self._tensor(x, self._reco_scale)
+        out = np.empty((len(owner), *scaler.shape))
         for m, net in enumerate(self._nets):
             generator = torch_rng_for(seed, "draws", m, device=self.device)
             rows = np.flatnonzero(member == m)
@@ -216,15 +236,15 @@ class FlowUnfolder(LearnedUnfolder):
                 if len(part):
                     own = inputs[torch.from_numpy(owner[part]).to(self.device)]
                     out[part] = sample_net(net, own, 1, generator)[:, 0].double().numpy()
-        mean, sd = self._truth_scale
-        return (mean + sd * out).reshape(len(x), n, -1)
+        return (scaler.mean + scaler.scale * out).reshape(len(x), n, -1)
 
     def log_prob(self, truth: ArrayLike, data: ArrayLike) -> Array:
         """log q(truth | data) of paired rows truth (m, d), data (m, k) -> (m,).   Raises: SettingError, ShapeError, NonFiniteError."""
-        x, t = self._check("data", data, self._reco_scale), as_columns("truth", truth)
-        if t.shape != (len(x), len(self._truth_scale[0])):
-            raise ShapeError(f"truth has shape {t.shape}; expected ({len(x)}, {len(self._truth_scale[0])}), a row per event of data")
-        return self._log_prob(t, self._truth_scale, self._tensor(x, self._reco_scale))
+        (x, inputs), t = self._check("data", data, "reco"), as_columns("truth", truth)
+        scaler = self._scaler.truth
+        if t.shape != (len(x), *scaler.shape):
+            raise ShapeError(f"truth has shape {t.shape}; expected ({len(x)}, {scaler.shape[0]}), a row per event of data")
+        return self._log_prob(t, scaler, inputs)
 
 
 def bootstrap_flow(
@@ -242,7 +262,7 @@ def bootstrap_flow(
     n_ensemble: int = 1,
     seed: int = 0,
     flow: str | FlowConfig = "spline",
-    embedding: EmbeddingConfig | None = None,
+    embedding: EmbeddingConfig | nn.Module | None = None,
     device: str | torch.device = "auto",
     config: TrainConfig | None = None,
     progress: Progress | None = None,

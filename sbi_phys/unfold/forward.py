@@ -46,9 +46,9 @@ from sbi_phys.core.errors import ConvergenceError, DataError, SbiPhysError, Sett
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
-from sbi_phys.nets.posterior import encode_net, log_prob_nets, sample_net
+from sbi_phys.nets.posterior import PosteriorNet, encode_net, log_prob_nets, sample_net
 from sbi_phys.unfold._inputs import as_columns, as_weights, bin_name, check_edges, check_overlap
-from sbi_phys.unfold._learned import LearnedUnfolder
+from sbi_phys.unfold._learned import LearnedUnfolder, PairScaler
 from sbi_phys.unfold.classifier import RatioEstimator
 from sbi_phys.unfold.histograms import to_hist
 from sbi_phys.unfold.response import Response
@@ -395,10 +395,12 @@ _ROWS = 262_144
 class ForwardUnfolder(LearnedUnfolder):
     """Conditional flow q(reco | truth) and efficiency eps(truth); then the truth's spectrum by maximum likelihood.
 
-    Args: seed: of weights, splits and order. flow: 'spline', 'affine', 'maf' or a FlowConfig. embedding: of truth, None or an
-    EmbeddingConfig. n_ensemble: networks, whose densities are averaged. device: 'auto' takes CUDA where there is one. config: of every
-    training; None chooses batches and epochs from the number of events.
+    Args: seed: of weights, splits and order. flow: 'spline', 'affine', 'maf' or a FlowConfig. embedding: of truth, None, an
+    EmbeddingConfig or a module. n_ensemble: networks, whose densities are averaged. device: 'auto' takes CUDA where there is one. config:
+    of every training; None chooses batches and epochs from the number of events.
     Raises: SettingError.
+
+    `save(path)` writes the detector, with the truths that it was learned from, and `sp.load(path)` reads it.
 
     >>> import numpy as np
     >>> from sbi_phys.training import TrainConfig
@@ -411,9 +413,30 @@ class ForwardUnfolder(LearnedUnfolder):
     (4, 2)
     """
 
-    losses: tuple[float, ...] = ()
     _acceptance: RatioEstimator | None = None
     _intercept = 0.0
+
+    def build(self, scaler: PairScaler, seed: int) -> PosteriorNet:
+        """Flow of reco, given truth."""
+        return PosteriorNet(scaler.reco.shape[0], scaler.truth.shape, self.flow, self.embedding, seed=seed)
+
+    def state(self) -> dict[str, Any]:
+        """Simulated truths and their weights, range of the reco, and the classifier of the efficiency."""
+        arrays = {name: torch.from_numpy(getattr(self, f"_{name}")) for name in ("truth", "truth_weights", "reco_range")}
+        return arrays | {"acceptance": None if self._acceptance is None else self._acceptance.state(), "intercept": self._intercept}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        self._truth, self._truth_weights, self._reco_range = (state[k].numpy() for k in ("truth", "truth_weights", "reco_range"))
+        self._acceptance, self._intercept = None, state["intercept"]
+        if state["acceptance"] is not None:
+            self._acceptance = self._new_acceptance()
+            self._acceptance.set_state(state["acceptance"])
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Best held-out -log q per event of each network, in units of the standardised reco."""
+        return tuple(min(record["valid"] for record in member) for member in self.history)
 
     def fit(
         self,
@@ -428,57 +451,61 @@ class ForwardUnfolder(LearnedUnfolder):
 
         Args: truth (n, d), reco (n, k). reco_pass (n,): reconstructed; where False, reco may be NaN. weights (n,) >= 0.
         Raises: ShapeError, NonFiniteError, DataError (too few events, negative weights), TrainingError.
-        Read: `losses`, best held-out -log q per event of each network, in units of the standardised reco.
+        Read: `losses`; `history`, of each network, a dictionary per epoch.
         """
-        t, r, seen, own, keep = self._pairs(truth, reco, reco_pass, weights)
-        self._truth, self._truth_weights, self._reco = t, own, r[keep]
-        rows = self._tensor(r[keep], self._reco_scale), self._tensor(t[keep], self._truth_scale)
-        self._nets, losses = [], list[float]()
-        with or_none(progress).task("learn the detector", self.n_ensemble + 1) as task:
+        with self._all_or_nothing(), or_none(progress).task("learn the detector", self.n_ensemble + 1) as task:
+            t, r, seen, own, keep = self._pairs(truth, reco, reco_pass, weights)
+            self._truth, self._truth_weights = t, own
+            self._reco_range = np.stack([r[keep].min(axis=0), r[keep].max(axis=0)])
+            rows = self._scaler.reco.apply(r[keep]), self._scaler.truth.apply(t[keep])
+            self._nets, self.history = [], []
             for m in range(self.n_ensemble):
-                self._nets.append(self._new_net(m, r.shape[1], t.shape[1]))
-                losses.append(self._train(self._nets[m], *rows, own[keep], seed_for(self.seed, "fit", m), 16, 5e-3))
-                task.advance(1, text=f"loss {losses[-1]:.3f}")
+                self._nets.append(self._new_net(self._scaler, seed_for(self.seed, "member", m)))
+                self.history.append(self._train_further(self._nets[m], *rows, own[keep], seed_for(self.seed, "fit", m), 16, 5e-3))
+                task.advance(1, text=f"loss {self.losses[-1]:.3f}")
             self._acceptance = self._learn_acceptance(t, seen, own)
             task.advance()
-        self.losses = tuple(losses)
         return self
 
     def _learn_acceptance(self, t: Array, seen: Mask, own: Array) -> RatioEstimator | None:
         if own[~seen].sum() == 0:
             return None
-        ratio = RatioEstimator(t.shape[1], seed=seed_for(self.seed, "acceptance"), n_ensemble=self.n_ensemble, device=self.device)
+        ratio = self._new_acceptance()
         found = ratio.fit(t, np.where(seen, own, 0.0), np.where(seen, 0.0, own))
         # a ratio is scaled so that it sums to one over the missed events, of which there are none where nearly all are seen; as log odds
         # the classifier's own constant is the right one
         self._intercept = math.log(found.norm)
         return ratio
 
+    def _new_acceptance(self) -> RatioEstimator:
+        n_inputs, seed = self._truth.shape[1], seed_for(self.seed, "acceptance")
+        return RatioEstimator(n_inputs, seed=seed, n_ensemble=self.n_ensemble, device=self.device)
+
     def efficiency(self, truth: ArrayLike) -> Array:
         """eps(truth) (n,), P(reconstructed | truth), from a classifier of reconstructed against missed; 1 if none was missed.
 
         Raises: SettingError (not trained), ShapeError, NonFiniteError.
         """
-        t = self._check("truth", truth, self._truth_scale)
+        t, _ = self._check("truth", truth, "truth")
         return np.ones(len(t)) if self._acceptance is None else np.asarray(expit(self._acceptance.log_ratio(t) + self._intercept))
 
     def sample(self, truth: ArrayLike, n: int = 1, *, seed: int = 0) -> Array:
         """Draw n reconstructions of each truth (m, d) -> (m, n, k), given that it is reconstructed.   Raises: as `efficiency`."""
-        t, n = self._check("truth", truth, self._truth_scale), require_int("n", n, low=1)
-        inputs = self._tensor(t, self._truth_scale)
+        (t, inputs), n = self._check("truth", truth, "truth"), require_int("n", n, low=1)
+        scaler = self._scaler.reco
         owner = rng_for(seed, "members").integers(self.n_ensemble, size=(len(t), n))
-        out = np.empty((len(t), n, self._reco.shape[1]))
+        out = np.empty((len(t), n, *scaler.shape))
         for m, net in enumerate(self._nets):
             drawn = sample_net(net, inputs, n, torch_rng_for(seed, "draws", m, device=self.device)).double().numpy()
             out = np.where((owner == m)[:, :, None], drawn, out)
-        return self._reco_scale[0] + self._reco_scale[1] * out
+        return np.asarray(scaler.mean + scaler.scale * out)
 
     def log_likelihood(self, reco: ArrayLike, truth: ArrayLike) -> Array:
         """log q(reco | truth) of paired rows reco (n, k), truth (n, d) -> (n,), in the reco's units.   Raises: as `efficiency`."""
-        r, t = self._check("reco", reco, self._reco_scale), self._check("truth", truth, self._truth_scale)
+        (r, _), (t, inputs) = self._check("reco", reco, "reco"), self._check("truth", truth, "truth")
         if len(r) != len(t):
             raise ShapeError(f"reco has {len(r)} rows and truth {len(t)}; expected pairs")
-        return self._log_prob(r, self._reco_scale, self._tensor(t, self._truth_scale))
+        return self._log_prob(r, self._scaler.reco, inputs)
 
     def response(
         self,
@@ -499,9 +526,9 @@ class ForwardUnfolder(LearnedUnfolder):
             network is below.
         Raises: SettingError (several truths or recos), DataError (a truth bin without training events: named), ShapeError.
         """
-        self._require_trained()
-        if self._truth.shape[1] != 1 or self._reco.shape[1] != 1:
-            dims = f"{self._truth.shape[1]} truth and {self._reco.shape[1]} reco quantities"
+        n_truth, n_reco = (scaler.shape[0] for scaler in (self._require_fit().truth, self._scaler.reco))
+        if n_truth != 1 or n_reco != 1:
+            dims = f"{n_truth} truth and {n_reco} reco quantities"
             raise SettingError(f"the detector has {dims}; expected one of each for a matrix, use `unfold` or `fit_density`")
         bins_t, bins_r = check_edges("truth_edges", truth_edges), check_edges("reco_edges", reco_edges)
         index = None if spectrum_index is None else require_number("spectrum_index", spectrum_index)
@@ -529,9 +556,9 @@ class ForwardUnfolder(LearnedUnfolder):
 
     def _distribution(self, t: Array, edges: Array) -> Array:
         """P(reco < edge | t) (n, k) of t (n,), edges (k,): in one dimension the flow's base coordinate rises with reco."""
-        inputs = self._tensor(t[:, None], self._truth_scale)
+        inputs = self._scaler.truth.apply(t[:, None]).to(self.device)
         owner = torch.arange(len(t), device=self.device).repeat_interleave(len(edges))
-        u = self._tensor(np.tile(edges, len(t))[:, None], self._reco_scale)
+        u = self._scaler.reco.apply(np.tile(edges, len(t))[:, None]).to(self.device)
         parts = [ndtr(encode_net(net, u, inputs, owner)[0][:, 0].double().cpu().numpy()) for net in self._nets]
         return np.asarray(np.mean(parts, axis=0).reshape(len(t), len(edges)))
 
@@ -563,7 +590,7 @@ class ForwardUnfolder(LearnedUnfolder):
         width = 0.0 if smoothing is None else require_number("smoothing", smoothing, low=0)
         n_replicas = require_int("n_replicas", n_replicas, low=0)
         with or_none(progress).task("expectation maximisation", 1 + n_replicas) as task:
-            return fit_weights(kernel, steps, width * self._truth_scale[1], n_replicas, rng_for(seed, "bootstrap forward"), task)
+            return fit_weights(kernel, steps, width * self._scaler.truth.scale, n_replicas, rng_for(seed, "bootstrap forward"), task)
 
     def fit_density(
         self,
@@ -587,11 +614,11 @@ class ForwardUnfolder(LearnedUnfolder):
 
     def _kernel(self, data: ArrayLike, data_weights: ArrayLike | None, support: ArrayLike | int, seed: int) -> Kernel:
         """eps_i q(r_e | t_i) (m, s) of data and truth points; many events of one reco quantity are gathered on a fine grid first."""
-        r = self._check("data", data, self._reco_scale)
+        r, _ = self._check("data", data, "reco")
         if len(r) == 0:
             raise DataError("data has no rows; expected at least one event")
         w = as_weights("data_weights", data_weights, len(r), "data")
-        check_overlap(r, self._reco)
+        check_overlap(r, self._reco_range)
         points, volume = points_of(support, self._truth, seed)
         r, counts = gathered(r[:, 0], w, GRID) if r.shape[1] == 1 and len(r) > GRID else (r, w)
         if len(r) * len(points) > MAX_PAIRS:
@@ -599,7 +626,7 @@ class ForwardUnfolder(LearnedUnfolder):
                 f"{len(r)} events x {len(points)} truth points = {len(r) * len(points)} pairs; expected at most {MAX_PAIRS}: fewer points,"
                 " or events gathered in fine bins with data_weights"
             )
-        inputs, targets = self._tensor(points, self._truth_scale), self._tensor(r, self._reco_scale)
+        inputs, targets = self._scaler.truth.apply(points).to(self.device), self._scaler.reco.apply(r).to(self.device)
         shape = (len(r), len(points))
         out = np.empty(shape)
         for rows in np.array_split(np.arange(len(r)), max(1, math.ceil(out.size / _ROWS))):
@@ -609,7 +636,7 @@ class ForwardUnfolder(LearnedUnfolder):
                 out[rows] = log_prob_nets(self._nets, u, inputs, owner).reshape(len(rows), -1)
         # a constant per event takes no part in the fit and keeps far tails from underflowing
         top = out.max(axis=1)
-        offset = top - np.log(self._reco_scale[1]).sum()
+        offset = top - np.log(self._scaler.reco.scale).sum()
         return Kernel(np.exp(out - top[:, None]), offset, self.efficiency(points), counts, w, points, volume)
 
 

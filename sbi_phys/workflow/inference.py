@@ -18,6 +18,7 @@ import torch
 
 from sbi_phys.calibration import c2st, predictive_pvalue
 from sbi_phys.calibration.calibrate import calibrate as run_tests
+from sbi_phys.calibration.misspecification import feature_space
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.types import Array
 from sbi_phys.estimators.base import load
@@ -317,7 +318,10 @@ def check(run: Run, numbers: dict[str, Any]) -> None:
     mean, sd = replicas.mean(axis=0), replicas.std(axis=0)
     pulls = np.divide(run.observation - mean, sd, out=np.zeros_like(mean), where=sd > 0)
     npe = load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device)
-    distances, observed = feature_distances(npe, Store(run.path("simulations")), run.observation)
+    features = npe.embed(Store(run.path("simulations")).read()[1][:_MAX_FEATURE_ROWS])
+    half = len(features) // 2  # mean and covariance come from one half of the simulations, the distances from the other
+    space = feature_space(features[:half])
+    distances, observed = space.mahalanobis(features[half:]), float(space.mahalanobis(np.atleast_2d(npe.embed(run.observation)))[0])
     label = "distance of the network's features from the mean of the simulations [sd]"
     run.save_figure(misfit_figure(distances, observed, label=label), "misfit")
     run.save_figure(panels_figure({"": result}, columns=1, width=5.0, height=3.8), "predictive")
@@ -347,23 +351,6 @@ def predictive(run: Run) -> tuple[Array, Array, tuple[Array, Array]]:
     scale = np.where(variance > 0, variance, 1.0)
     t_rep, t_obs = (((x - mean) ** 2 / scale).sum(axis=-1) for x in (replicas, run.observation))
     return theta, replicas, (t_rep, np.broadcast_to(t_obs, t_rep.shape))
-
-
-def feature_distances(npe: NPE, store: Store, x: Array) -> tuple[Array, float]:
-    """Mahalanobis distances of simulations' features, and of the observation's, from the mean of the simulations.
-
-    Mean and covariance come from one half of the simulations, the distances from the other.
-    Read: an observation beyond nearly all simulations is unlike the training data.
-    """
-    features = npe.embed(store.read()[1][:_MAX_FEATURE_ROWS])
-    half = len(features) // 2
-    mean = features[:half].mean(axis=0)
-    # features may be collinear: directions without spread carry no distance
-    values, vectors = np.linalg.eigh(np.cov(features[:half], rowvar=False).reshape(features.shape[1], -1))
-    keep = values > 1e-9 * values.max()
-    whiten = vectors[:, keep] / np.sqrt(values[keep])
-    distances = np.linalg.norm((features[half:] - mean) @ whiten, axis=1)
-    return distances, float(np.linalg.norm((npe.embed(x) - mean) @ whiten))
 
 
 def _blocks(run: Run) -> list[tuple[Any, slice]]:

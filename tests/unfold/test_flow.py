@@ -70,12 +70,12 @@ def test_iterations_follow_the_recursion() -> None:
     truth, reco = pairs(8000, 4, 4, 1)
     data = pairs(8000, 10, 3.8, 2)[1]
     unfolder = FlowUnfolder(seed=0, device="cpu", flow=SMALL).fit(truth, reco, data, n_iterations=2)
-    for k, record in enumerate(unfolder.history):
+    for k, record in enumerate(unfolder.iterations):
         mean, sd = gaussian_recursion(4, 16, 10, 3.8**2, 9, k + 1)
         assert record.iteration == k + 1
         assert record.mean[0] == pytest.approx(mean, abs=0.3) and record.sd[0] == pytest.approx(sd, abs=0.3)
-    assert unfolder.history[0].separation > 0.05 and unfolder.history[1].effective_sample_size < 0.6
-    assert moments(truth, unfolder.weights) == pytest.approx((unfolder.history[1].mean[0], unfolder.history[1].sd[0]), abs=0.4)
+    assert unfolder.iterations[0].separation > 0.05 and unfolder.iterations[1].effective_sample_size < 0.6
+    assert moments(truth, unfolder.weights) == pytest.approx((unfolder.iterations[1].mean[0], unfolder.iterations[1].sd[0]), abs=0.4)
 
 
 def test_the_recursion_is_the_published_one() -> None:
@@ -142,8 +142,8 @@ def test_background_is_taken_off_by_weights_of_the_data() -> None:
     density = 0.8 * norm.pdf(data, 5 + BIAS, np.hypot(3.8, SMEAR))
     exact = density / (density + 0.2 * norm.pdf(data, 3, 1))
     assert np.abs(weights - exact).mean() < 0.05
-    assert with_it.history[0].mean[0] == pytest.approx(clean.history[0].mean[0], abs=0.15)
-    assert without.history[0].mean[0] > clean.history[0].mean[0] + 0.4  # the test sees what it is for
+    assert with_it.iterations[0].mean[0] == pytest.approx(clean.iterations[0].mean[0], abs=0.15)
+    assert without.iterations[0].mean[0] > clean.iterations[0].mean[0] + 0.4  # the test sees what it is for
     assert with_it.weights.sum() == pytest.approx(4000, rel=0.01)
 
 
@@ -192,7 +192,7 @@ def test_full_size_icinn() -> None:
     truth, reco = pairs(100_000, 4, 4, 21)
     data_truth, data = pairs(100_000, 10, 3.8, 22)
     unfolder = FlowUnfolder(seed=0, device="cpu").fit(truth, reco, data, n_iterations=5)
-    for record in unfolder.history:
+    for record in unfolder.iterations:
         print(f"iteration {record.iteration}: mean {record.mean[0]:.3f} sd {record.sd[0]:.3f} ESS {record.effective_sample_size:.3f}")
     mean, sd = gaussian_recursion(4, 16, 10, 3.8**2, 9, 4)  # the prior that the fifth network was trained with
     y = np.quantile(data, [0.05, 0.25, 0.5, 0.75, 0.95])
@@ -203,8 +203,8 @@ def test_full_size_icinn() -> None:
     ranks = unfolder.sample(data[:1000], 199, seed=4)[:, :, 0]
     pit = ((ranks < data_truth[:1000, None]).sum(axis=1) + 0.5) / 200
     print(f"W1 {np.round(distances, 3)}, PIT p {kstest(pit, 'uniform').pvalue:.3f}, {time.perf_counter() - begin:.0f} s")
-    assert unfolder.history[-1].mean[0] == pytest.approx(9.957, abs=0.10)
-    assert unfolder.history[-1].sd[0] == pytest.approx(3.817, abs=0.10)
+    assert unfolder.iterations[-1].mean[0] == pytest.approx(9.957, abs=0.10)
+    assert unfolder.iterations[-1].sd[0] == pytest.approx(3.817, abs=0.10)
     assert max(distances) < 0.15
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from sbi_phys.core.errors import DataError, RunFolderError, SettingError
+from sbi_phys.estimators.base import load
+from sbi_phys.store.store import Store
 from sbi_phys.workflow.inference_page import seconds, verdicts
 from sbi_phys.workflow.run import Run, null_safe
 from sbi_phys.workflow.settings import Config
@@ -91,6 +93,18 @@ def test_summary_has_what_others_rely_on(whole):
     assert found["n_simulations"] == 600
     assert set(found["seconds"]) == {*DEFAULT, "total"} - {"report"}
     assert 0 < found["predictive_pvalue"] <= 1 and 0 < found["importance_ess_fraction"] <= 1
+
+
+def test_the_observations_distance_is_that_of_the_networks_features(whole):
+    npe = load(whole.path("model.pt"), device="cpu")
+    features, observed = npe.embed(Store(whole.path("simulations")).read()[1]), npe.embed(whole.observation)
+    first, second = np.array_split(features, 2)
+    unit, away = ((x - first.mean(axis=0)) / first.std(axis=0) for x in (first, np.vstack([observed, second])))
+    # the least coefficients a with a . rows = x have a norm of distance / sqrt(number of rows)
+    distances = np.sqrt(len(unit) * (np.linalg.lstsq(unit.T, away.T, rcond=1e-6)[0] ** 2).sum(axis=0))
+    found = json.loads(whole.path("stages", "check.json").read_text())["numbers"]
+    assert found["distance"] == pytest.approx(distances[0], rel=1e-3)
+    assert found["distance_quantile"] == pytest.approx((distances[1:] < distances[0]).mean(), abs=0.005)
 
 
 def test_every_file_is_there(whole):
