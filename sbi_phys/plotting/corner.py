@@ -1,7 +1,7 @@
-"""The corner plot: every one- and two-dimensional marginal, with several sample sets laid over one another.
+"""The corner plot: all one- and two-dimensional marginals of several overlaid sample sets.
 
-Drawn here and not with the `corner` package: importing that one imports arviz (2 s, and a warning) and pyplot, and its
-contours of three overlaid sets cannot share one smoothing that respects the edges of a prior.
+The `corner` package is not used: it imports arviz (2 s, and a warning) and pyplot, and it has no smoothing with reflection at the
+bounds of the prior that several overlaid sets share.
 """
 
 import math
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["checked_sets", "corner_figure", "display_ranges", "marginal_density", "mass_levels", "smoothed_density", "truth_values"]
 
-_MAX_DRAWS = 60_000  # more draws change only the time of drawing
+_MAX_DRAWS = 60_000  # more draws increase only the time
 _LINES: tuple[dict[str, Any], ...] = (
     {"color": COLOURS["flow"], "linestyle": "solid", "linewidth": 1.0},
     {"color": COLOURS["reference"], "linestyle": "solid", "linewidth": 1.1},
@@ -42,10 +42,10 @@ def corner_figure(
 ) -> "Figure":
     """Corner plot of up to four sample sets {label: (n, d)}, in the parameters' units.
 
-    The first set is filled (68 and 95 % regions of highest density), the second drawn in black lines (the exact MCMC),
-    the third thin and dashed (the amortised posterior). `truth` is a dashed cross, `published` fits (dicts with label,
-    source, theta) are markers; one that lies outside a panel is an arrow head at the edge of its column's histogram.
-    `ranges` fixes axes by name; others show 99.8 % of the draws within the prior.
+    The first set has filled 68 and 95 % regions of highest density, the second black lines (intended for exact MCMC), the third thin
+    dashed lines (intended for the amortised posterior). `truth` is marked by dashed lines, `published` fits (dicts with label, source,
+    theta) by markers; a value outside a panel is an arrow at the edge of the histogram of its column. `ranges` sets axis limits by
+    parameter name; the others show the central 99.8 % of the draws within the prior.
     Raises: ShapeError, NonFiniteError, DataError, SettingError.
     >>> import numpy as np
     >>> from sbi_phys.plotting import corner_figure
@@ -55,7 +55,7 @@ def corner_figure(
     >>> len(corner_figure({"posterior": draws}, parameters, truth={"mass": 5.0}).axes)
     3
 
-    Read: black lines on the edges of the filled regions = the flow is right; a wider fill = it is under-confident.
+    Read: filled regions that agree with the black lines: the first posterior is accurate; larger filled regions: it is underconfident.
     """
     sets = checked_sets(samples, parameters)
     if len(sets) > len(_LINES):
@@ -65,7 +65,7 @@ def corner_figure(
     d = len(parameters)
     with house_style():
         side = max(1.3, 2.3 - 0.16 * d)
-        height, extra = side * d + 1.15, 2.2 if d == 1 else 0.0  # one parameter has no empty triangle: the legend stands beside it
+        height, extra = side * d + 1.15, 2.2 if d == 1 else 0.0  # without an empty triangle the legend is beside the panel
         width = height + extra
         fig = new_figure(width, height, constrained=False)
         grid = fig.subplots(d, d, squeeze=False)
@@ -84,13 +84,13 @@ def corner_figure(
                 else:
                     _panel(ax, sets, (j, i), (limits[j], limits[i]), marks)
                 _mark_fits(ax, fits, parameters, (j, i), (limits[j], limits[i]))
-                _dress(ax, (i, j, d), parameters, small, side)
+                _set_ticks(ax, (i, j, d), parameters, small, side)
         _legend(fig, grid, sets, fits, marks, d)
     return fig
 
 
 def checked_sets(samples: Mapping[str, ArrayLike], parameters: Sequence[Parameter]) -> dict[str, Array]:
-    """Sample sets as float64 (n, d) with at least 10 rows each, thinned evenly to what a picture can show."""
+    """Sample sets as float64 (n, d) with at least 10 rows each, thinned evenly to at most 60 000 rows."""
     if not samples:
         raise DataError("samples is empty; expected {label: (n, d)} with at least one set")
     names = [p.name for p in parameters]
@@ -98,7 +98,7 @@ def checked_sets(samples: Mapping[str, ArrayLike], parameters: Sequence[Paramete
     for label, value in samples.items():
         theta = as_matrix(f"samples[{label!r}]", value, len(names), names)
         if theta.shape[0] < 10:
-            raise DataError(f"samples[{label!r}] has {theta.shape[0]} rows; expected at least 10 for a picture")
+            raise DataError(f"samples[{label!r}] has {theta.shape[0]} rows; expected at least 10 for a figure")
         out[str(label)] = theta[:: max(1, math.ceil(theta.shape[0] / _MAX_DRAWS))]
     return out
 
@@ -106,7 +106,7 @@ def checked_sets(samples: Mapping[str, ArrayLike], parameters: Sequence[Paramete
 def display_ranges(
     sets: Mapping[str, Array], parameters: Sequence[Parameter], ranges: Mapping[str, tuple[float, float]] | None = None
 ) -> list[tuple[float, float]]:
-    """Axis limits: the union over the sets of their central 99.8 %, a little wider, never beyond the parameter's own range."""
+    """Axis limits: the union of the central 99.8 % intervals of the sets, widened by 6 %, within the range of the parameter."""
     unknown = set(ranges or {}) - {p.name for p in parameters}
     if unknown:
         raise SettingError(f"ranges has unknown parameters {sorted(unknown)}; expected some of {[p.name for p in parameters]}")
@@ -121,27 +121,27 @@ def display_ranges(
             low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
             pad = 0.06 * (high - low) or 0.01 * max(1.0, abs(high))
             low, high = max(p.low, low - pad), min(p.high, high + pad)
-            if not low < high:  # every draw on an edge of the prior
+            if not low < high:  # all draws on a bound of the prior
                 low, high = low - pad, high + pad
         out.append((low, high))
     return out
 
 
 def mass_levels(density: ArrayLike, masses: Sequence[float]) -> list[float]:
-    """Density levels whose super-level sets hold the given masses, ascending and distinct, for contour calls.
+    """Density levels whose superlevel sets contain the given masses, strictly ascending, for contour plots.
 
     Args: density (a, b) >= 0 on a regular grid; masses in (0, 1), e.g. (0.68, 0.95).   Returns: one level per mass.
     """
     flat = np.sort(np.asarray(density, dtype=np.float64).ravel())[::-1]
     mass = np.cumsum(flat)
     levels = sorted(float(flat[min(int(np.searchsorted(mass, m * mass[-1])), flat.size - 1)]) for m in masses)
-    for k in range(1, len(levels)):  # a contour call wants them strictly ascending, also for degenerate samples
+    for k in range(1, len(levels)):  # contour plots need strictly ascending levels, also for degenerate samples
         levels[k] = max(levels[k], np.nextafter(levels[k - 1], np.inf))
     return levels
 
 
 def truth_values(truth: ArrayLike | Mapping[str, float] | None, parameters: Sequence[Parameter]) -> list[float | None]:
-    """The true value of each parameter, None where not known."""
+    """The true value of each parameter, None where unknown."""
     if truth is None:
         return [None] * len(parameters)
     if isinstance(truth, Mapping):
@@ -153,15 +153,15 @@ def truth_values(truth: ArrayLike | Mapping[str, float] | None, parameters: Sequ
 
 
 def _smooth_width(n: int, bins: int) -> float:
-    # Scott's exponent in two dimensions, in units of bins: 1 bin of 40 at 20 000 draws.
+    # kernel width in bins with Scott's exponent for two dimensions: 1 of 40 bins for 20 000 draws
     return float(np.clip(bins / 40 * (20_000 / n) ** (1 / 6), 0.8, 4.0))
 
 
 def smoothed_density(theta: Array, limits: tuple[tuple[float, float], tuple[float, float]], bins: int) -> tuple[Array, Array, Array]:
-    """Smoothed histogram (b, b), first axis = y, with its grid; reflected at the frame, so that an edge keeps its mass."""
+    """Smoothed histogram with its grid -> x (b,), y (b,), density (b, b) with first axis y; reflected at the limits to conserve mass."""
     counts, x_edges, y_edges = np.histogram2d(theta[:, 0], theta[:, 1], bins=bins, range=limits)
     smooth = gaussian_filter(counts, _smooth_width(theta.shape[0], bins), mode="reflect")
-    # one more row and column on the frame itself: contours run up to the edge instead of stopping half a bin short
+    # add rows and columns at the limits, so that contours extend to the edge of the panel, not to the outermost bin centres
     padded = np.pad(smooth.T, 1, mode="edge")
     x, y = (np.concatenate([[e[0]], 0.5 * (e[1:] + e[:-1]), [e[-1]]]) for e in (x_edges, y_edges))
     return x, y, padded
@@ -174,7 +174,7 @@ def _panel(
     limits: tuple[tuple[float, float], tuple[float, float]],
     truth: Sequence[float | None],
 ) -> None:
-    """Two-dimensional marginal: regions of highest density of each set."""
+    """Draw the 68 and 95 % regions of highest density of each set for one pair of parameters."""
     from matplotlib.colors import to_rgba
 
     for k, theta in enumerate(sets.values()):
@@ -205,7 +205,7 @@ def _diagonal(
     truth: Sequence[float | None],
     size: float,
 ) -> None:
-    """One-dimensional marginals with the first set's median and 68 % interval as title."""
+    """Draw the one-dimensional marginals of one parameter; the title has the median and 68 % interval of the first set."""
     top = 0.0
     for index, theta in enumerate(sets.values()):
         centres, density = marginal_density(theta[:, k], limits)
@@ -224,7 +224,7 @@ def _diagonal(
 
 
 def marginal_density(values: Array, limits: tuple[float, float], bins: int = 60) -> tuple[Array, Array]:
-    """Smoothed density of one marginal on the frame -> (grid, density per unit), reflected at the frame's ends."""
+    """Smoothed density of one marginal within the limits -> grid (b,), density (b,) per unit; reflected at the limits."""
     counts, edges = np.histogram(values, bins=bins, range=limits)
     width = float(np.clip(bins / 60 * 1.5 * (20_000 / values.size) ** 0.2, 0.8, 5.0))
     smooth = gaussian_filter1d(counts.astype(np.float64), width, mode="reflect")
@@ -240,7 +240,7 @@ def _mark_fits(
     pair: tuple[int, int],
     limits: tuple[tuple[float, float], tuple[float, float]],
 ) -> None:
-    """Published values: a marker in a panel, a stem on a diagonal, an arrow head at the frame where a value lies outside."""
+    """Draw published values: markers in the two-dimensional panels, stems on the diagonal, arrows for values outside the limits."""
     for k, fit in enumerate(fits):
         x, y = (fit["theta"].get(parameters[index].name) for index in pair)
         marker, colour = MARKERS[k % len(MARKERS)], COLOURS["published"]
@@ -271,8 +271,8 @@ def _mark_fits(
             ax.plot([x], [y], marker, color=colour, markersize=size, mec="white", mew=0.5, clip_on=False, zorder=5)
 
 
-def _dress(ax: "Axes", place: tuple[int, int, int], parameters: Sequence[Parameter], size: float, side: float) -> None:
-    """Ticks and labels of the panel in row i, column j of d; `side` of a panel in inches."""
+def _set_ticks(ax: "Axes", place: tuple[int, int, int], parameters: Sequence[Parameter], size: float, side: float) -> None:
+    """Set ticks and labels of the panel in row i and column j of d; `side` is the size of a panel in inches."""
     from matplotlib.ticker import MaxNLocator, NullLocator
 
     i, j, d = place
@@ -292,7 +292,7 @@ def _dress(ax: "Axes", place: tuple[int, int, int], parameters: Sequence[Paramet
 def _legend(
     fig: "Figure", grid: Any, sets: Mapping[str, Array], fits: Sequence[Mapping[str, Any]], truth: Sequence[float | None], d: int
 ) -> None:
-    """Legend in the empty upper triangle; beside the only panel for one parameter."""
+    """Draw the legend in the empty upper triangle, or beside the panel for one parameter."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

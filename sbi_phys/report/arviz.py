@@ -1,8 +1,8 @@
 """Posterior files that ArviZ reads: NetCDF groups, the same for arviz 0.2x (InferenceData) and 1.x (xarray DataTree).
 
-The only module of the package that imports arviz, and only when a function is called. The file is plain NetCDF 4
-written by h5netcdf, so xarray, h5py and other languages read it too. Seeds and versions travel as JSON in the
-attribute `sbi_phys` of the file's root; units and labels are attributes of each variable.
+Only this module imports arviz, and only when a function is called. The file is NetCDF 4 written by h5netcdf, which
+xarray, h5py and other languages also read. Seeds and versions are stored as JSON in the attribute `sbi_phys` of the
+file's root; units and labels are attributes of each variable.
 """
 
 import json
@@ -43,7 +43,7 @@ def to_inference_data(
 
     Args: posterior, {name: (chains, draws, ...)}; prior, sample_stats, posterior_predictive, log_likelihood likewise (the
     last three with the posterior's chains and draws, predictions may be fewer); observed_data, {name: (k, ...)};
-    attrs, JSON-able, kept as one text: seeds, versions, settings; parameters give unit and label to variables of their name.
+    attrs, JSON-able, stored as one text: seeds, versions, settings; parameters, for unit and label of the variables with their names.
     Raises: ShapeError, NonFiniteError (posterior), DataError.   Source: ArviZ InferenceData schema, doi:10.21105/joss.01143.
 
     >>> import numpy as np
@@ -82,7 +82,7 @@ def to_inference_data(
 def spectra_to_inference_data(
     posterior: Variables, constants: Variables, observed_data: Variables, *, lg_energy: ArrayLike, attrs: Mapping[str, Any] | None = None
 ) -> Any:
-    """Draws of binned spectra {name: (n, r)} as one chain, with the bins' centres lg_energy (r,) as coordinate of every array.
+    """Draws of binned spectra {name: (n, r)} as one chain, with the bin centres lg_energy (r,) as coordinate of each array.
 
     Args: constants, {name: (r,) or (r, r)}: point estimates, covariances, published values; observed_data, {name: (r,)}; attrs, JSON-able.
     Raises: ShapeError, NonFiniteError (posterior), DataError.
@@ -156,14 +156,14 @@ def read_netcdf(path: str | os.PathLike[str]) -> Any:
 
 
 def groups(data: Any) -> tuple[str, ...]:
-    """Names of the groups, for either version's object."""
+    """Names of the groups of an InferenceData or DataTree."""
     if hasattr(data, "children"):
         return tuple(data.children)
     return tuple(data.groups()) if callable(getattr(data, "groups", None)) else ()
 
 
 def group(data: Any, name: str) -> dict[str, AnyArray]:
-    """One group as {variable: array}, for either version's object.   Raises: DataError.
+    """One group of an InferenceData or DataTree as {variable: array}.   Raises: DataError.
 
     >>> import numpy as np
     >>> from sbi_phys.report import group, to_inference_data
@@ -177,7 +177,7 @@ def group(data: Any, name: str) -> dict[str, AnyArray]:
 
 
 def attributes(data: Any) -> dict[str, Any]:
-    """The `attrs` given to `to_inference_data`, or {} for a file of other origin."""
+    """The `attrs` given to `to_inference_data`, or {} for a file without them."""
     try:
         out = json.loads(data.attrs.get(_NOTE, "{}"))
     except (TypeError, ValueError) as err:
@@ -203,7 +203,7 @@ def chains_to_dict(samples: ArrayLike, names: Sequence[str]) -> dict[str, Array]
 
 
 def _sampled(name: str, variables: Variables, shape: tuple[int, ...] | None = None) -> dict[str, Array]:
-    """Arrays that all begin with the same (chains, draws)."""
+    """The arrays, checked for equal leading dimensions (chains, draws)."""
     out = {key: as_real(f"{name}[{key!r}]", value) for key, value in variables.items()}
     for key, array in out.items():
         wanted = shape or next(iter(out.values())).shape[:2]
@@ -215,7 +215,7 @@ def _sampled(name: str, variables: Variables, shape: tuple[int, ...] | None = No
 
 def _import_arviz() -> Any:
     with warnings.catch_warnings():
-        # 0.23 announces the 1.x refactoring at every import; this module is what speaks both
+        # 0.23 warns of the 1.x refactoring at each import; this module supports both
         warnings.filterwarnings("ignore", category=FutureWarning, module="arviz")
         warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
         import arviz
@@ -223,13 +223,13 @@ def _import_arviz() -> Any:
 
 
 def _old(arviz: Any) -> bool:
-    # not hasattr: 1.x answers for the missing name with a warning of its own
+    # not hasattr: 1.x warns on access to a missing name
     return "InferenceData" in vars(arviz)
 
 
 def _convert(data: dict[str, dict[str, Array]], **named: Any) -> Any:
     arviz = _import_arviz()
-    # "more chains than draws" is a guess at a transposed array; shapes were checked above
+    # arviz warns of more chains than draws, as for a transposed array; shapes were checked above
     if _old(arviz):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="More chains", category=UserWarning)
@@ -237,7 +237,7 @@ def _convert(data: dict[str, dict[str, Array]], **named: Any) -> Any:
     else:
         tree = arviz.from_dict(data, check_conventions=False, **named)
     for name in groups(tree):
-        tree[name].attrs.pop("created_at", None)  # the same run gives the same file, whenever it is made
+        tree[name].attrs.pop("created_at", None)  # the file must not depend on the time
     return tree
 
 

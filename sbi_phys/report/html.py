@@ -1,8 +1,7 @@
-"""The report of a run as one HTML file without external parts: sections of text, tables, figures, key-value lists and verdicts.
+"""The report of a run as a self-contained HTML file: sections of text, tables, figures, key-value lists and verdicts.
 
-Figures are data URIs and the style sheet is inline; a content security policy in the page forbids every request and every script, so
-that the file looks the same on a machine without a network. All text is escaped; it may contain `code`, **bold**, $LaTeX$ and https
-addresses.
+Figures are data URIs and the style sheet is inline; a content security policy in the page forbids requests and scripts, so that the
+file does not need a network. Text is escaped; it may contain `code`, **bold**, $LaTeX$ and https addresses.
 """
 
 import base64
@@ -39,7 +38,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Text that is shown unchanged: a settings file, a command.
+    """Verbatim text, such as a settings file or a command.
 
     >>> from sbi_phys.report import Code
     >>> Code("sbi-phys report --out runs/mine", caption="The command").caption
@@ -52,10 +51,10 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class FigureBlock:
-    """A PNG picture (path or bytes) with its caption; alt describes it for readers who cannot see it.
+    """A PNG figure (path or bytes) with a caption and alt, a description for readers who cannot see it.
 
-    Args: pdf, path relative to the report of the same figure as PDF, or ''; max_width in CSS pixels, None for the full column.
-    Raises: DataError for a file that is missing or no PNG, or an empty alt; SettingError for a pdf that is no relative path.
+    Args: pdf, path of the figure as PDF relative to the report, or ''; max_width in CSS pixels, None for the full column.
+    Raises: DataError for a file that is missing or not PNG, or an empty alt; SettingError for a pdf that is not a relative path.
 
     >>> from sbi_phys.plotting import new_axes, save_figure
     >>> from sbi_phys.report import FigureBlock
@@ -71,7 +70,7 @@ class FigureBlock:
     max_width: int | None = None
 
     def __post_init__(self) -> None:
-        """Fail where the block is made, not where the page is written."""
+        """Check the arguments and the file when the block is created."""
         if not self.alt.strip():
             raise DataError(f"figure {self.caption[:40]!r} has an empty alt; expected a description for readers who cannot see it")
         if self.pdf and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", self.pdf):
@@ -79,7 +78,7 @@ class FigureBlock:
         self.png()
 
     def png(self) -> bytes:
-        """The bytes of the picture."""
+        """The bytes of the PNG file."""
         if isinstance(self.source, bytes):
             data, name = self.source, "source"
         else:
@@ -88,24 +87,24 @@ class FigureBlock:
             except OSError as err:
                 raise DataError(f"figure {self.source} cannot be read: {err.strerror}; expected a PNG file") from err
         if not data.startswith(_PNG) or len(data) < 33:
-            raise DataError(f"figure {name} has {len(data)} bytes that are no PNG; expected a PNG picture")
+            raise DataError(f"figure {name} has {len(data)} bytes that are not PNG; expected a PNG file")
         return data
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels, from the PNG header; given to the browser so that the page does not jump."""
+        """Width and height in pixels, from the PNG header; with them the browser reserves the space before it draws."""
         head = self.png()[16:24]
         return int.from_bytes(head[:4], "big"), int.from_bytes(head[4:], "big")
 
     @property
     def uri(self) -> str:
-        """The picture as a data URI."""
+        """The figure as a data URI."""
         return "data:image/png;base64," + base64.b64encode(self.png()).decode("ascii")
 
 
 @dataclass(frozen=True, slots=True)
 class KeyValues:
-    """A list of names and values: settings, seeds, versions.
+    """A list of names and values, such as settings or versions.
 
     >>> from sbi_phys.report import KeyValues
     >>> KeyValues({"seed": 1}, "Settings").items
@@ -118,7 +117,7 @@ class KeyValues:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A judgement in words: level 'good', 'warn' or 'bad', shown by a sign and a word besides the colour.   Raises: SettingError.
+    """The result of a check in words; level 'good', 'warn' or 'bad' is shown by a sign, a word and a colour.   Raises: SettingError.
 
     >>> from sbi_phys.report import Verdict
     >>> Verdict("good", "The network is calibrated.").name
@@ -135,7 +134,7 @@ class Verdict:
 
     @property
     def sign(self) -> str:
-        """The sign in front."""
+        """The sign of the level."""
         return _LEVELS[self.level][0]
 
     @property
@@ -146,7 +145,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """Blocks behind a line that opens on a click; printed only if open.
+    """Blocks below a summary line that expands on a click; printed only if expanded.
 
     >>> from sbi_phys.report import Details, Text
     >>> len(Details("All numbers", [Text("p = 0.3")]).body)
@@ -163,7 +162,7 @@ Block = Text | Code | Table | FigureBlock | KeyValues | Verdict | Details
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A titled part of the report; the title is also in the table of contents.
+    """A section of the report; its title is also in the table of contents.
 
     >>> from sbi_phys.report import Section, Text
     >>> Section("Result", [Text("p = 0.3")]).title
@@ -175,7 +174,7 @@ class Section:
     anchor: str = field(default="")
 
     def __post_init__(self) -> None:
-        """Check the blocks: a bare str would be read letter by letter."""
+        """Check the blocks; a str is refused, because its characters would be taken as blocks."""
         if not self.title.strip():
             raise DataError("section has an empty title; expected words for the table of contents")
         body: Any = self.body
@@ -196,8 +195,8 @@ def render_report(
 ) -> Path:
     """Write the report to `path` and return the path.
 
-    Args: verdicts: the results in short, shown below the title. footer: one line, e.g. versions and seed.
-    Raises: DataError for no sections or foreign blocks; SettingError for a lang that is no language tag.
+    Args: verdicts: shown below the title. footer: one line, e.g. versions and seed. lang: language tag of the page.
+    Raises: DataError for no sections or other types of blocks; SettingError for a lang that is not a language tag.
 
     >>> from sbi_phys.report import Section, Text, render_report
     >>> path = render_report("report.html", "A run", "seed 1", [Section("Result", [Text("p = 0.3")])])
@@ -259,7 +258,7 @@ def _paragraphs(text: str) -> str:
 
 
 def _anchors(sections: Sequence[Section]) -> list[str]:
-    """Distinct fragment names from the titles."""
+    """Distinct fragment identifiers (slugs) from the titles."""
     out: list[str] = []
     for k, part in enumerate(sections):
         slug = re.sub(r"[^a-z0-9]+", "-", (part.anchor or part.title).lower()).strip("-") or f"section-{k + 1}"

@@ -1,8 +1,8 @@
 r"""Short LaTeX labels (`\lg(R_\mathrm{cut}/V)`, `f_\mathrm{He}`) as HTML: letters in italics, sub, sup and Greek.
 
-A report must show its symbols without a script and without a request. Labels use a few commands; an unknown command is shown by its
-name, and no input raises an error. MathML by the library latex2mathml is no replacement: it sets one-letter units such as \mathrm{V} in
-italics, leaves no space after \lg and raises an error for incomplete input.
+The report shows symbols without scripts or requests. Labels use a few commands; an unknown command is shown by its name, and no input
+raises an error. MathML by the library latex2mathml is not used: it sets one-letter units such as \mathrm{V} in italics, omits the space
+after \lg and raises an error for incomplete input.
 """
 
 # ruff: noqa: RUF001  (Greek letters and signs that look like Latin ones are what this module is about)
@@ -59,13 +59,13 @@ def latex_to_html(latex: str) -> str:
 
 
 class _Reader:
-    """Recursive descent over the characters; every branch consumes at least one, so it ends on any input."""
+    """Recursive-descent parser; each branch consumes at least one character, so that it terminates for any input."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at, self.depth = text, 0, 0
 
     def sequence(self, *, italic: bool, inner: bool) -> str:
-        """Everything up to the closing brace (inner) or the end."""
+        """HTML of the text up to the closing brace (inner) or the end."""
         out: list[str] = []
         while self.at < len(self.text):
             if self.text[self.at] == "}":
@@ -98,7 +98,7 @@ class _Reader:
         return f"<i>{escape(char)}</i>" if italic and char.isalpha() else escape(char)
 
     def group(self, italic: bool) -> str:
-        """The inside of braces; nesting beyond 50 is read as text, so that no input exhausts the stack."""
+        """HTML of the text in braces; the depth of nesting is limited to 50, so that no input exhausts the stack."""
         if self.depth > 50:
             return ""
         self.depth += 1
@@ -107,7 +107,7 @@ class _Reader:
         return out
 
     def argument(self, italic: bool) -> str:
-        """The next group or atom, skipping blanks."""
+        """HTML of the next group or atom, after blanks."""
         while self.at < len(self.text) and self.text[self.at] == " ":
             self.at += 1
         if self.at < len(self.text) and self.text[self.at] not in "}":
@@ -121,7 +121,7 @@ class _Reader:
         return ""
 
     def command(self, italic: bool) -> str:
-        """What follows a backslash."""
+        """HTML of the command after a backslash."""
         start = self.at
         while self.at < len(self.text) and self.text[self.at].isalpha():
             self.at += 1

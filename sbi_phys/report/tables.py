@@ -1,6 +1,6 @@
-"""Numbers of a posterior as rows, and rows as tables: text with sensible digits, Markdown, CSV and HTML.
+"""Summaries of a posterior as rows, and rows as tables of text, Markdown, CSV and HTML.
 
-Rows hold full precision; only `Table` holds words. Intervals are central: 68 % is [q16, q84], 95 % is [q025, q975].
+Rows have full precision; a `Table` has rounded text. Intervals are central: 68 % is [q16, q84], 95 % is [q025, q975].
 """
 
 import csv
@@ -46,9 +46,9 @@ _MARKUP = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table of words: header (c,), rows (r, c), a caption; cells may hold `code`, **bold** and $LaTeX$.
+    """A table of text: header (c,), rows (r, c), a caption; cells may contain `code`, **bold** and $LaTeX$.
 
-    Raises: ShapeError where a row's length is not the header's.
+    Raises: ShapeError for a row whose length differs from that of the header.
 
     >>> from sbi_phys.report import Table
     >>> Table(("Test", "p"), (("SBC", "0.3"),)).header
@@ -60,7 +60,7 @@ class Table:
     caption: str = ""
 
     def __post_init__(self) -> None:
-        """Take any sequences and check their lengths."""
+        """Convert sequences to tuples of str and check their lengths."""
         object.__setattr__(self, "header", tuple(str(h) for h in self.header))
         object.__setattr__(self, "rows", tuple(tuple(str(cell) for cell in row) for row in self.rows))
         for i, row in enumerate(self.rows):
@@ -68,19 +68,19 @@ class Table:
                 raise ShapeError(f"row {i} of the table has {len(row)} cells; expected {len(self.header)} = {self.header}")
 
     def to_markdown(self) -> str:
-        """GitHub's table syntax; the caption stands below."""
+        """The table in GitHub's Markdown, with the caption below."""
         lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in (self.header, *self.rows)]
         lines.insert(1, "|" + "|".join(" --- " for _ in self.header) + "|")
         return "\n".join([*lines, *(["", self.caption] if self.caption else [])]) + "\n"
 
     def to_csv(self) -> str:
-        """The words as RFC 4180 text; for numbers at full precision see `rows_to_csv`."""
+        """The text of the cells as CSV (RFC 4180); `rows_to_csv` gives numbers at full precision."""
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([self.header, *self.rows])
         return out.getvalue()
 
     def to_html(self) -> str:
-        """A `<table>`, everything escaped; the first column is the row's heading."""
+        """The table as an HTML `<table>`, with escaped text; the first column has the row headings."""
         head = "".join(f'<th scope="col">{inline_html(h)}</th>' for h in self.header)
         body = "".join(
             "<tr>" + f'<th scope="row">{inline_html(row[0])}</th>' + "".join(f"<td>{inline_html(c)}</td>" for c in row[1:]) + "</tr>\n"
@@ -93,7 +93,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class PosteriorRow:
-    """Marginal of one parameter, in `unit`: mean, sd (n - 1), quantiles."""
+    """Marginal of one parameter in units of `unit`: mean, standard deviation (n - 1), quantiles."""
 
     header: ClassVar[tuple[str, ...]] = ("Parameter", "Median and 68 % interval", "95 % interval", "Mean", "Sd", "Unit")
     name: str
@@ -115,7 +115,7 @@ class PosteriorRow:
         return format_interval(self.q50, self.q16, self.q84, self.unit)
 
     def cells(self) -> tuple[str, ...]:
-        """The row in words; all but the 68 % interval carry one digit more than that."""
+        """The cells as text; all numbers have one digit more than the 68 % interval."""
         digits = decimals(self.q50 - self.q16, self.q84 - self.q50) + 1
         low, high, mean, sd = (fixed(v, digits) for v in (self.q025, self.q975, self.mean, self.sd))
         central = format_interval(self.q50, self.q16, self.q84)
@@ -124,7 +124,7 @@ class PosteriorRow:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
-    """A published value of one parameter against the posterior: offset = (value - median) / sd, and the posterior mass below it."""
+    """A published value of one parameter and the posterior: offset = (value - median) / sd, and the posterior mass below the value."""
 
     header: ClassVar[tuple[str, ...]] = ("Parameter", "Fit", "Published", "This posterior", "Offset [sd]", "Posterior mass below")
     name: str
@@ -142,14 +142,14 @@ class ComparisonRow:
     below: float
 
     def cells(self) -> tuple[str, ...]:
-        """The row in words."""
+        """The cells as text."""
         ours = format_interval(self.q50, self.q16, self.q84, self.unit)
         return (self.label, self.fit, f"{self.value:.4g}".replace("-", MINUS), ours, fixed(self.offset, 1, sign=True), f"{self.below:.3f}")
 
 
 @dataclass(frozen=True, slots=True)
 class ShiftRow:
-    """One parameter of a posterior against a reference: shift = (median - reference median) / reference sd, and the ratio of sds."""
+    """One parameter of a posterior and of a reference: shift = (median - reference median) / reference sd, and the ratio of sds."""
 
     header: ClassVar[tuple[str, ...]] = ("Parameter", "Posterior", "Reference", "Median shift [sd]", "Ratio of widths")
     name: str
@@ -165,7 +165,7 @@ class ShiftRow:
     width_ratio: float
 
     def cells(self) -> tuple[str, ...]:
-        """The row in words."""
+        """The cells as text."""
         ours = format_interval(self.q50, self.q16, self.q84, self.unit)
         theirs = format_interval(self.reference_q50, self.reference_q16, self.reference_q84, self.unit)
         return (self.label, ours, theirs, fixed(self.shift, 3, sign=True), f"{self.width_ratio:.3f}")
@@ -211,9 +211,9 @@ def posterior_table(samples: ArrayLike, parameters: Sequence[Parameter]) -> list
 
 
 def comparison_table(samples: ArrayLike, parameters: Sequence[Parameter], published: Sequence[Mapping[str, Any]]) -> list[ComparisonRow]:
-    """Published fits (dicts with label, source, theta {name: value}) against samples (n, d); values not given are left out.
+    """Published fits (dicts with label, source, theta {name: value}) against samples (n, d); parameters without a value have no row.
 
-    Read: |offset| counts posterior sds, which says little where the marginal is skewed; `below` near 0 or 1 is a disagreement.
+    Read: offset is in posterior sds and can mislead for a skewed marginal; `below` near 0 or 1 means disagreement.
     Raises: ShapeError, NonFiniteError, DataError.
 
     >>> import numpy as np
@@ -233,7 +233,7 @@ def comparison_table(samples: ArrayLike, parameters: Sequence[Parameter], publis
             value = float(fit["theta"][p.name])
             shared = {q: getattr(ours, q) for q in ("name", "label", "unit", "q025", "q16", "q50", "q84", "q975")}
             offset = (value - ours.q50) / ours.sd if ours.sd > 0 else math.nan
-            # half of the ties: a fraction of exactly 0 sits at the edge, not beyond it
+            # half of the ties count as below, so that draws equal to the value are neither below nor above it
             below = float(np.mean(theta[:, k] < value) + 0.5 * np.mean(theta[:, k] == value))
             rows.append(
                 ComparisonRow(fit=fit["label"], source=str(fit.get("source", "")), value=value, offset=offset, below=below, **shared)
@@ -261,7 +261,7 @@ def shift_table(samples: ArrayLike, reference: ArrayLike, parameters: Sequence[P
 
 
 def rows_to_table(rows: Sequence[PosteriorRow] | Sequence[ComparisonRow] | Sequence[ShiftRow], caption: str = "") -> Table:
-    """Rows of one kind as a table of words.   Raises: DataError for no rows.
+    """Rows of one class as a table of text.   Raises: DataError for no rows.
 
     >>> import numpy as np
     >>> from sbi_phys.priors import Parameter
@@ -272,12 +272,12 @@ def rows_to_table(rows: Sequence[PosteriorRow] | Sequence[ComparisonRow] | Seque
     'Parameter'
     """
     if not rows:
-        raise DataError("rows is empty; expected at least one row to make a table of")
+        raise DataError("rows is empty; expected at least one row")
     return Table(rows[0].header, tuple(row.cells() for row in rows), caption)
 
 
 def rows_to_csv(rows: Sequence[PosteriorRow] | Sequence[ComparisonRow] | Sequence[ShiftRow]) -> str:
-    """Rows of one kind as CSV with every field at full precision (repr of a float reads back to itself).
+    """Rows of one class as CSV with all fields at full precision (repr of a float, which reads back without loss).
 
     >>> import numpy as np
     >>> from sbi_phys.priors import Parameter
@@ -287,7 +287,7 @@ def rows_to_csv(rows: Sequence[PosteriorRow] | Sequence[ComparisonRow] | Sequenc
     3
     """
     if not rows:
-        raise DataError("rows is empty; expected at least one row to make a table of")
+        raise DataError("rows is empty; expected at least one row")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = [f.name for f in fields(rows[0])]
@@ -297,7 +297,7 @@ def rows_to_csv(rows: Sequence[PosteriorRow] | Sequence[ComparisonRow] | Sequenc
 
 
 def inline_html(text: str) -> str:
-    """Escape `text`, then turn `code`, **bold**, $LaTeX$ and https addresses into HTML; anything else stays as typed."""
+    """Escape `text` and convert `code`, **bold**, $LaTeX$ and https addresses to HTML; other text is unchanged."""
     out, at = [], 0
     for match in _MARKUP.finditer(text):
         out.append(escape(text[at : match.start()]))

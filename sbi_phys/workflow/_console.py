@@ -1,4 +1,4 @@
-"""What the commands of `sbi-phys` share: errors as one line, and the preparation of the process before heavy imports."""
+"""Shared by the commands of `sbi-phys`: errors as one line, and the setup of the process before heavy imports."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @contextmanager
 def plain_errors(debug: bool) -> Iterator[None]:
-    """Turn an error of this package into one line and status 1, and Ctrl-C into advice and status 130."""
+    """Print an error of this package as one line with exit status 1, and a hint after Ctrl-C with exit status 130."""
     try:
         yield
     except SbiPhysError as err:
@@ -27,13 +27,13 @@ def plain_errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         command = " ".join(["sbi-phys", *sys.argv[1:]])
-        typer.echo(f"\nstopped; finished stages are kept, and the same command continues from there:\n  {command}", err=True)
+        typer.echo(f"\nstopped; finished stages are kept, and the same command continues the run:\n  {command}", err=True)
         raise typer.Exit(130) from None
 
 
 def prepare_process() -> None:
-    """Set what must be set before torch is imported, and make modules of the working directory importable."""
-    # threads that wait should sleep: busy waiting slows a training step thirty-fold on a machine that has other work
+    """Set OMP_WAIT_POLICY before torch is imported, and make modules of the working directory importable."""
+    # waiting threads sleep: busy waiting slows down a training step by a factor of 30 on a machine with other load
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # a console script does not search the working directory, where the user's simulator is
     if "" not in sys.path and os.getcwd() not in sys.path:

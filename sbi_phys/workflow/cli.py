@@ -1,10 +1,10 @@
 """The command line `sbi-phys`: every command works on one run folder and takes a TOML file, flags, or both.
 
-sbi-phys demo --out runs/demo              the main job on the Auger data
-sbi-phys train run.toml --out runs/mine    up to a stage, with your own settings
-sbi-phys report --out runs/mine            the stages that are still missing
+sbi-phys demo --out runs/demo              inference of cosmic-ray sources from the Auger data
+sbi-phys train run.toml --out runs/mine    all stages up to the training, with your settings
+sbi-phys report --out runs/mine            all stages that have not run yet, and the report
 
-torchrun --nproc-per-node 2 -m sbi_phys train run.toml --out runs/mine     several processes or GPUs train together
+torchrun --nproc-per-node 2 -m sbi_phys train run.toml --out runs/mine     training on several processes or GPUs
 """
 
 import os
@@ -30,22 +30,22 @@ __all__ = ["app", "main"]
 _HELP = "Simulation-based inference with calibration tests. Every command works on one run folder and takes a TOML file, flags, or both."
 app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings; those of the run folder if it has them.")]
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings file; default: config.toml of the run folder.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder; created if missing, continued if it exists.")]
 Simulator = Annotated[str | None, typer.Option(help="Simulator as package.module:Class.")]
-Number = Annotated[int | None, typer.Option("--n", help="Simulations to draw from the prior.")]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Any setting; may be repeated.")]
-Quick = Annotated[bool, typer.Option("--quick", help="The same stages at reduced size.")]
-Seed = Annotated[int | None, typer.Option(help="Determines every random number.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N")]
-Workers = Annotated[int | None, typer.Option(help="Worker processes of the simulation; 0 means one per core.")]
-Scheduler = Annotated[str | None, typer.Option(help="Dask scheduler whose workers simulate: tcp://host:port.")]
-Cluster = Annotated[str | None, typer.Option(help="TOML file of a batch system (HTCondor, Slurm, ...) whose jobs simulate.")]
+Number = Annotated[int | None, typer.Option("--n", help="Number of simulations with parameters from the prior.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a setting; may be repeated.")]
+Quick = Annotated[bool, typer.Option("--quick", help="All stages at reduced size.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
+Device = Annotated[str | None, typer.Option(help="Device of the network: auto, cpu, cuda or cuda:N.")]
+Workers = Annotated[int | None, typer.Option(help="Worker processes for the simulations; 0: one per core.")]
+Scheduler = Annotated[str | None, typer.Option(help="Dask scheduler whose workers run the simulations: tcp://host:port.")]
+Cluster = Annotated[str | None, typer.Option(help="TOML file of a batch system (HTCondor, Slurm, ...) whose jobs run the simulations.")]
 Shards = Annotated[
     str | None,
-    typer.Option("--shards", metavar="START:STOP", help="With simulate: only these shards (0:64; 3/100), while other jobs write others."),
+    typer.Option("--shards", metavar="START:STOP", help="With simulate: write only these shards (0:64; 3/100); other jobs write the others."),
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="With calibrate: status 3 if a test fails.")]
+Strict = Annotated[bool, typer.Option("--strict", help="With calibrate: exit status 3 if a test fails.")]
 Method = Annotated[str | None, typer.Option(help="With train and infer: npe (default), nle or nre.")]
 
 
@@ -59,7 +59,7 @@ def demo(
     workers: Workers = None,
     debug: Debug = False,
 ) -> None:
-    """Run the main job: sources of ultra-high-energy cosmic rays from the Auger data."""
+    """Infer the properties of the sources of ultra-high-energy cosmic rays from the Auger data."""
     flags = {"run.seed": seed, "run.device": device, "run.workers": workers}
     with plain_errors(debug), resources.as_file(resources.files("sbi_phys.workflow") / "configs" / "demo.toml") as path:
         _run(path, out, flags, changes, quick, "report")
@@ -67,11 +67,11 @@ def demo(
 
 # command -> the stage it runs up to, and its help; all take the same file and flags
 _COMMANDS = {
-    "simulate": ("simulate", "Draw simulations from the prior into the run folder's store."),
-    "train": ("train", "Train the amortised network, after the simulations that are missing."),
-    "infer": ("compare", "Infer the parameters behind the observation: amortised, in rounds, refined, and by exact Markov chains."),
-    "calibrate": ("calibrate", "Test the amortised network on held-out simulations by every calibration test."),
-    "report": ("report", "Run the stages that are missing and write summary.json and report.html."),
+    "simulate": ("simulate", "Simulate with parameters drawn from the prior; write the store of the run folder."),
+    "train": ("train", "Train the amortised network, after missing simulations."),
+    "infer": ("compare", "Infer the parameters from the observation: amortised, in rounds, refined, and by exact MCMC."),
+    "calibrate": ("calibrate", "Run all calibration tests of the amortised network on held-out simulations."),
+    "report": ("report", "Run the missing stages and write summary.json and report.html."),
 }
 
 
@@ -106,7 +106,7 @@ def _stage_command(
 
 
 def _by_method(command: str, until: str, method: str | None) -> str:
-    """The stage that a command runs up to with --method; likelihood and ratio have their own stages.   Raises: SettingError."""
+    """The stage up to which a command runs with --method; nle and nre have separate stages.   Raises: SettingError."""
     from sbi_phys.core.checks import require_choice
 
     if method is None or require_choice("--method", method, ("npe", "nle", "nre")) == "npe":
@@ -122,7 +122,7 @@ def _report_calibration(out: Path, strict: bool) -> None:
 
     found = json.loads((out / "calibration.json").read_text(encoding="utf-8")) if (out / "calibration.json").is_file() else None
     if found is None:
-        typer.echo("the network was not calibrated: calibrate.n = 0")
+        typer.echo("the calibration of the network was not tested: calibrate.n = 0")
         raise typer.Exit(3 if strict else 0)
     typer.echo(found["verdict"])
     for name in found["failed"]:
@@ -159,7 +159,7 @@ def _run(
     path: Path | None, out: Path, flags: dict[str, Any], changes: list[str] | None, quick: bool, until: str, shards: str | None = None
 ) -> None:
     prepare_process()
-    # heavy imports come late, so that --help and a misspelt flag answer at once
+    # heavy imports are delayed, so that --help and errors of the command line are immediate
     from sbi_phys.core.progress import RichProgress
     from sbi_phys.training.ranks import started_by_torchrun
     from sbi_phys.workflow.stages import run_stages, train_distributed
@@ -177,7 +177,7 @@ def _run(
 
 
 def settings(path: Path | None, out: Path, flags: dict[str, Any], changes: list[str] | None, quick: bool) -> "Config":
-    """The settings of a command: the file (or those of the run folder), reduced by --quick, then --set, then the other flags.
+    """The settings of a command: the file or that of the run folder, reduced by --quick, changed by --set, then by the other flags.
 
     Raises: SettingError.
     """
@@ -191,7 +191,7 @@ def settings(path: Path | None, out: Path, flags: dict[str, Any], changes: list[
     elif flags.get("simulator.spec"):
         config = Config()
     else:
-        raise SettingError(f"no settings: {out} is no run folder yet; expected a CONFIG.toml or --simulator package.module:Class")
+        raise SettingError(f"no settings: {out} is not a run folder; expected a CONFIG.toml or --simulator package.module:Class")
     config = config.quick() if quick else config
     config = config.override(dict(parse_override(text) for text in changes or ()))
     return config.override({key: value for key, value in flags.items() if value is not None})
@@ -200,7 +200,7 @@ def settings(path: Path | None, out: Path, flags: dict[str, Any], changes: list[
 def _print_result(run: "Run", until: str) -> None:
     if until in ("infer_nle", "infer_nre"):
         typer.echo(run.numbers(until)["words"])
-        typer.echo(f"{run.path(f'posterior_{until[-3:]}.nc')} has the draws; sbi-phys report compares them with the others")
+        typer.echo(f"draws: {run.path(f'posterior_{until[-3:]}.nc')}; sbi-phys report compares them with the other methods")
         return
     if until != "report":
         typer.echo(f"done: {run.folder}")
@@ -213,7 +213,7 @@ def _print_result(run: "Run", until: str) -> None:
     for verdict in verdicts(found):
         typer.echo(f"{verdict.sign} {verdict.words} {verdict.detail}")
     typer.echo(
-        f"\n{run.path('report.html')} shows it; {run.path('summary.json')} has the numbers; {found['seconds']['total']:.0f} s in all"
+        f"\nreport: {run.path('report.html')}; numbers: {run.path('summary.json')}; total time {found['seconds']['total']:.0f} s"
     )
 
 

@@ -1,10 +1,10 @@
 """The command `sbi-phys limits`: confidence sets with frequentist coverage, for counts and for a trained run.
 
-sbi-phys limits counting --n 3 --background 1.2 --level 0.9          Feldman and Cousins, and Wilks' and CLs
-sbi-phys limits counting --n 12 --off 20 --tau 4                     the background counted off source
-sbi-phys limits runs/mine --parameter gamma                          WALDO from the run's posterior
-sbi-phys limits runs/mine --parameter gamma --statistic nre          the learned ratio, also nle and exact
-sbi-phys limits runs/mine --parameter gamma --parameter lg_rcut      a joint set
+sbi-phys limits counting --n 3 --background 1.2 --level 0.9          Feldman-Cousins, Wilks and CLs
+sbi-phys limits counting --n 12 --off 20 --tau 4                     background from off-source counts
+sbi-phys limits runs/mine --parameter gamma                          WALDO with the posterior of the run
+sbi-phys limits runs/mine --parameter gamma --statistic nre          the learned ratio; also nle, exact
+sbi-phys limits runs/mine --parameter gamma --parameter lg_rcut      joint confidence set
 """
 
 import json
@@ -18,20 +18,20 @@ from sbi_phys.workflow._console import Debug, plain_errors, prepare_process
 
 __all__ = ["counting", "register"]
 
-What = Annotated[str, typer.Argument(metavar="counting|RUN", help="counting, or the folder of a trained run.")]
-Levels = Annotated[list[float] | None, typer.Option("--level", help="May be repeated; default 0.9, for a run 0.683 and 0.9.")]
+What = Annotated[str, typer.Argument(metavar="counting|RUN", help="counting, or the folder of a trained run (RUN).")]
+Levels = Annotated[list[float] | None, typer.Option("--level", help="Confidence level; may be repeated. Default: 0.9 for counting, 0.683 and 0.9 for RUN.")]
 Kind = Annotated[str | None, typer.Option(help="interval (default), upper or lower.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")]
-Number = Annotated[int | None, typer.Option("--n", help="Counts on source; with a run, simulations for the critical values (5000).")]
+Number = Annotated[int | None, typer.Option("--n", help="counting: counts on source. RUN: simulations for critical values and coverage (default 5000).")]
 Background = Annotated[float | None, typer.Option(help="counting: known background.")]
-Off = Annotated[int | None, typer.Option(help="counting: counts off source, instead of a known background.")]
+Off = Annotated[int | None, typer.Option(help="counting: counts off source, in place of --background.")]
 Tau = Annotated[float | None, typer.Option(help="counting: exposure off source over exposure on source.")]
-Parameters = Annotated[list[str] | None, typer.Option("--parameter", help="RUN: parameter of interest; two for a joint set.")]
+Parameters = Annotated[list[str] | None, typer.Option("--parameter", help="RUN: parameter of interest; twice for a joint set.")]
 Statistic = Annotated[str | None, typer.Option(help="RUN: waldo (default), nre, nle or exact.")]
-Value = Annotated[float | None, typer.Option(help="RUN: print the p-value of this value.")]
+Value = Annotated[float | None, typer.Option(help="RUN: also compute the p-value of this parameter value.")]
 Physical = Annotated[str | None, typer.Option(help="RUN: ends of the range that are physical bounds: none, low, high or both.")]
-Open = Annotated[bool, typer.Option("--open", help="RUN: an end that reaches the simulated range becomes infinite.")]
-Critical = Annotated[str | None, typer.Option(help="RUN: regression of the critical values: auto, splines-6, boosting, ...")]
+Open = Annotated[bool, typer.Option("--open", help="RUN: an end of the set at an end of the simulated range becomes infinite.")]
+Critical = Annotated[str | None, typer.Option(help="RUN: regression model of the critical values: auto, splines-6, boosting, ...")]
 
 
 def register(app: typer.Typer) -> None:
@@ -55,7 +55,7 @@ def register(app: typer.Typer) -> None:
         as_json: Json = False,
         debug: Debug = False,
     ) -> None:
-        """Compute limits and intervals with frequentist coverage, of counts or of the parameters of a run."""
+        """Compute limits and intervals with frequentist coverage for a counting experiment or the parameters of a run."""
         with plain_errors(debug):
             of_counts = {"--background": background, "--off": off, "--tau": tau}
             of_a_run = {"--parameter": parameters, "--statistic": statistic, "--value": value, "--physical": physical}
@@ -83,14 +83,14 @@ def _refuse(what: str, options: dict[str, Any]) -> None:
 
 
 def counting(n: int | None, levels: list[float], kind: str, background: float | None, off: int | None, tau: float | None) -> dict[str, Any]:
-    """Intervals of a counting experiment by every method that applies, as plain values.   Raises: SettingError, DataError."""
+    """Intervals of a counting experiment by all methods that apply, as JSON values.   Raises: SettingError, DataError."""
     from sbi_phys.core.checks import require_choice
 
     require_choice("--kind", kind, ("interval", "upper", "lower"))
     if n is None:
         raise SettingError("--n is not given; expected the counts on source")
     if (background is None) == (off is None) or (off is None) != (tau is None):
-        raise SettingError("expected --background for a known background, or --off and --tau for one that was counted")
+        raise SettingError("expected --background for a known background, or --off and --tau for one from off-source counts")
     asked = {"n": n} | ({"background": background} if off is None else {"off": off, "tau": tau})
     intervals = []
     for level in levels:
@@ -137,20 +137,20 @@ def _sensitivity(background: float, level: float) -> float:
     from sbi_phys.confidence import feldman_cousins
 
     k = np.arange(int(poisson.ppf(1 - 1e-6, background)) + 2)
-    # without the correction for monotone ends, which takes seconds and changes the mean by less than a percent
+    # without the correction for monotone ends, which takes seconds and changes the mean by less than a per cent
     return float(poisson.pmf(k, background) @ np.asarray(feldman_cousins(k, background, level, monotone=False)[1]))
 
 
 def _counting_text(found: dict[str, Any]) -> str:
     where = f"b = {found['background']:g}" if "background" in found else f"n_off = {found['off']}, tau = {found['tau']:g}"
-    lines = [f"n = {found['n']}, {where}: {found['kind']}, counts of signal"]
+    lines = [f"n = {found['n']}, {where}: {found['kind']} for the signal counts"]
     for row in found["intervals"]:
         low, high = f"{row['low']:.3f}", "inf" if row["high"] is None else f"{row['high']:.3f}"
         lines.append(f"  {100 * row['level']:>5.4g} %  {row['method']:<27} [{low}, {high}]")
     if "significance" in found:
-        lines.append(f"  significance of Li and Ma {found['significance']:.2f} sd")
+        lines.append(f"  Li-Ma significance {found['significance']:.2f} sd")
     for row in found.get("sensitivity", ()):
-        lines.append(f"  mean {100 * row['level']:.4g} % upper end without signal {row['high']:.3f}")
+        lines.append(f"  sensitivity: mean {100 * row['level']:.4g} % upper end without signal {row['high']:.3f}")
     return "\n".join(lines)
 
 
@@ -171,7 +171,7 @@ def _of_a_run(folder: Path, asked: dict[str, Any], as_json: bool) -> None:
         found = find_limits(run, settings).numbers
     typer.echo(json.dumps(null_safe(found)) if as_json else _run_text(found))
     if not as_json:
-        typer.echo(f"\n{run.path('limits.csv')} is the table; {run.path('figures', f'limits_{settings.name}.png')} shows it")
+        typer.echo(f"\ntable: {run.path('limits.csv')}; figure: {run.path('figures', f'limits_{settings.name}.png')}")
 
 
 def _run_text(found: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
-"""The commands `sbi-phys store ...`: what is in a store, whether it is complete, and how it is repaired and merged.
+"""The commands `sbi-phys store ...`: inspect, check, repair and merge simulation stores.
 
-sbi-phys store info runs/spectra --watch        how far a campaign is, from another terminal
-sbi-phys store verify runs/spectra              reads everything; status 1 if anything is wrong
-sbi-phys store repair runs/spectra              moves broken files aside, for simulate to make them again
+sbi-phys store info runs/spectra --watch        progress of a running campaign
+sbi-phys store verify runs/spectra              checks all files; exit status 1 for an error
+sbi-phys store repair runs/spectra              moves damaged files away; simulate writes them again
 sbi-phys store merge runs/a runs/b --out runs/ab
 
-Here too: `sbi-phys simulate --shards 0:64`, one of many array jobs that write the same folder at once.
+This module also has `sbi-phys simulate --shards 0:64`, one of several array jobs that write to the same folder.
 """
 
 import dataclasses
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 __all__ = ["array_job", "register"]
 
 Folder = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
-Folders = Annotated[list[Path], typer.Argument(metavar="STORE STORE...", help="Two stores or more.")]
+Folders = Annotated[list[Path], typer.Argument(metavar="STORE STORE...", help="At least two stores.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the new store; must not exist.")]
-Rows = Annotated[int | None, typer.Option("--shard-size", help="Rows per shard of the new store; default: as in the first store.")]
+Rows = Annotated[int | None, typer.Option("--shard-size", help="Rows per shard of the new store; default: that of the first store.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Repeat until the store is complete.")]
 Interval = Annotated[float, typer.Option("--interval", min=0.05, help="Seconds between updates.")]
-Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def array_job(config: "Config", out: Path, shards: str, until: str) -> None:
-    """Write some shards of a run's store while other jobs write others; print what was written and what is missing.
+    """Write some shards of a run's store while other jobs write others; print the numbers of written and missing shards.
 
-    The store is the one that `simulate` makes for these settings; the later stages use it once nothing is missing.
-    Raises: SettingError with another command, or for a wrong range; RunFolderError; StoreError.
+    The store is that of `simulate` with these settings; later stages use it when no shard is missing.
+    Raises: SettingError with another command, or for an invalid range; RunFolderError; StoreError.
     """
     from sbi_phys.core.progress import RichProgress
     from sbi_phys.simulation.campaign import simulate
@@ -68,13 +68,13 @@ def array_job(config: "Config", out: Path, shards: str, until: str) -> None:
     )
     mine, missing = shard_range(shards, store.n_shards), store.missing
     made = [i for i in mine if before is None or i in before]
-    typer.echo(f"shards {mine.start}:{mine.stop} are there: {len(made)} of {len(mine)} written by this job")
-    left = f"missing of all {store.n_shards}: {ranges_text(missing)}" if missing else f"all {store.n_shards} shards are there"
+    typer.echo(f"shards {mine.start}:{mine.stop} are complete: {len(made)} of {len(mine)} written by this job")
+    left = f"missing of all {store.n_shards}: {ranges_text(missing)}" if missing else f"all {store.n_shards} shards are complete"
     typer.echo(f"{left}; store {folder}")
 
 
 def _join_run(config: "Config", out: Path) -> "Run":
-    """The run folder, made by this job or by another that started at the same time.   Raises: RunFolderError."""
+    """The run folder, created by this job or by another that started at the same time.   Raises: RunFolderError."""
     from sbi_phys.workflow.stages import Run
 
     for left in reversed(range(40)):
@@ -84,7 +84,7 @@ def _join_run(config: "Config", out: Path) -> "Run":
             run.begin()
             return run
         except RunFolderError:
-            # another job has made the folder and is writing config.toml
+            # another job has created the folder and is writing config.toml
             if begun or not left or not (out / "stages").is_dir():
                 raise
             time.sleep(0.05)
@@ -99,7 +99,7 @@ def register(app: typer.Typer) -> None:
 
     @store.command()
     def info(folder: Folder, watch: Watch = False, interval: Interval = 2.0, as_json: Json = False, debug: Debug = False) -> None:
-        """Print rows, gaps, failures by reason, bytes, rate and time left; works while another process writes."""
+        """Print rows, missing shards, failures by reason, size, rate and remaining time; also while another process writes."""
         with plain_errors(debug):
             from sbi_phys.store.info import store_info, watch_store
 
@@ -112,7 +112,7 @@ def register(app: typer.Typer) -> None:
 
     @store.command()
     def verify(folder: Folder, as_json: Json = False, debug: Debug = False) -> None:
-        """Read everything and compare it with the checksums; status 1 if a file is missing, damaged or foreign."""
+        """Read all files and compare their checksums; exit status 1 if a file is missing, damaged or foreign."""
         with plain_errors(debug):
             from sbi_phys.core.progress import RichProgress
             from sbi_phys.store.check import check_store
@@ -131,7 +131,7 @@ def _register_changes(store: typer.Typer) -> None:
 
     @store.command()
     def repair(folder: Folder, debug: Debug = False) -> None:
-        """Move broken files into the folder `broken`; the same simulate call makes these shards again."""
+        """Move damaged files into the folder `broken`; the same simulate command writes these shards again."""
         with plain_errors(debug):
             from sbi_phys.core.progress import RichProgress
             from sbi_phys.store.check import ranges_text, repair_store
@@ -139,12 +139,12 @@ def _register_changes(store: typer.Typer) -> None:
             done = repair_store(folder, progress=RichProgress())
             for line in (*done.notes, *(f"moved to {name}" for name in done.moved)):
                 typer.echo(line)
-            left = f"shards to make: {ranges_text(done.to_make)}; run simulate again" if done.to_make else "the store is complete"
+            left = f"shards to simulate: {ranges_text(done.to_make)}; run simulate again" if done.to_make else "the store is complete"
             typer.echo(left)
 
     @store.command()
     def merge(folders: Folders, out: Out, shard_size: Rows = None, debug: Debug = False) -> None:
-        """Make one store of several of the same simulator and prior."""
+        """Merge stores of the same simulator and prior into a new one."""
         with plain_errors(debug):
             from sbi_phys.core.progress import RichProgress
             from sbi_phys.store.info import store_info

@@ -1,7 +1,7 @@
-"""The command `sbi-phys unfold`: unfold a measured spectrum by every method.
+"""The command `sbi-phys unfold`: unfold a measured spectrum by several methods.
 
 sbi-phys unfold auger --out runs/unfold                                  the Auger 2020 spectrum
-sbi-phys unfold package.module:Class --out runs/mine                     your own problem
+sbi-phys unfold package.module:Class --out runs/mine                     a measurement of your own
 sbi-phys unfold --input counts.csv --resolution 0.15 --out runs/mine     counts in bins of lg(E/eV)
 """
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-Problem = Annotated[str | None, typer.Argument(metavar="[PROBLEM]", help="auger, or package.module:Class; none with --input.")]
+Problem = Annotated[str | None, typer.Argument(metavar="[PROBLEM]", help="auger, or package.module:Class; omitted with --input.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder; created if missing, continued if it exists.")]
 Input = Annotated[Path | None, typer.Option("--input", metavar="FILE.csv", help="Columns lg_e_low, lg_e_high, counts.")]
 Resolution = Annotated[
     str | None, typer.Option(metavar="NUMBER|FILE.csv", help="With --input: sigma(E)/E, a number or columns lg_e, sigma.")
 ]
-Exposure = Annotated[float | None, typer.Option(help="With --input: km2 sr yr; 1 if not given.")]
-Methods = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Some of folding, ibu, tikhonov, bayes, omnifold, flow.")]
-Toys = Annotated[int | None, typer.Option(help="Toys of the stopping rule of iterative Bayes.")]
+Exposure = Annotated[float | None, typer.Option(help="With --input: exposure in km2 sr yr; default 1.")]
+Methods = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Subset of folding, ibu, tikhonov, bayes, omnifold, flow; default: all.")]
+Toys = Annotated[int | None, typer.Option(help="Number of toys for the stopping rule of iterative Bayes.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer toys, events and replicas.")]
-Seed = Annotated[int | None, typer.Option(help="Determines every random number.")]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, or problem.KEY; may be repeated.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, or problem.KEY of the measurement; may be repeated.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
         changes: Changes = None,
         debug: Debug = False,
     ) -> None:
-        """Unfold a measured spectrum by every method: auger is the 2020 spectrum of the Pierre Auger Observatory."""
+        """Unfold a measured spectrum; auger is the 2020 spectrum of the Pierre Auger Observatory."""
         with plain_errors(debug):
             own, source = _measurement(problem, counts, resolution, exposure, changes)
             settings = unfold_settings(quick, {"n_toys": toys, "seed": seed}, changes)
@@ -62,7 +62,7 @@ def register(app: typer.Typer) -> None:
 def _measurement(
     problem: str | None, file: Path | None, resolution: str | None, exposure: float | None, changes: list[str] | None
 ) -> tuple["Measurement", dict[str, Any]]:
-    """The measurement, and how it was named.   Raises: SettingError, DataError, ShapeError."""
+    """The measurement, and the arguments that define it.   Raises: SettingError, DataError, ShapeError."""
     prepare_process()
     from sbi_phys.unfold.measurement import load_measurement, read_measurement
 
@@ -73,7 +73,7 @@ def _measurement(
         )
     if problem is not None:
         if resolution is not None or exposure is not None:
-            raise SettingError(f"--resolution and --exposure were given with problem {problem!r}; expected them with --input alone")
+            raise SettingError(f"--resolution and --exposure were given with problem {problem!r}; expected them only with --input")
         return load_measurement(problem, own), {"problem": problem, "problem_settings": own}
     if own:
         raise SettingError(f"--set problem.{next(iter(own))} was given with --input; expected it with a named problem")
@@ -84,7 +84,7 @@ def _measurement(
 
 
 def unfold_settings(quick: bool, flags: dict[str, Any], changes: list[str] | None) -> "UnfoldSettings":
-    """Settings of a command: defaults, cut down by --quick, then --set, then the other flags.   Raises: SettingError."""
+    """Settings of a command: defaults, reduced by --quick, changed by --set, then by the other flags.   Raises: SettingError."""
     from sbi_phys.workflow.settings import UnfoldSettings
 
     settings = UnfoldSettings().quick() if quick else UnfoldSettings()
@@ -112,17 +112,17 @@ def _work(measurement: "Measurement", out: Path, settings: "UnfoldSettings", met
 
 
 def _print_result(run: "UnfoldRun") -> None:
-    """Print verdicts and a line for each method; status 1 if a method has no result."""
+    """Print a line for each method and the verdicts; exit status 1 if a method has no result."""
     from sbi_phys.workflow.unfold_page import verdicts
     from sbi_phys.workflow.unfold_run import deviations
 
     away = deviations(run)
     for name, found in run.found.items():
         chi2, ndf = found.record["chi2"], found.record["ndf"]
-        far = f", corrections within {100 * away[name]['worst']:.2f} % (at {away[name]['at']:.2f})" if name in away else ""
+        far = f", corrections within {100 * away[name]['worst']:.2f} % of the published (at {away[name]['at']:.2f})" if name in away else ""
         typer.echo(f"{found.title:<20} refolded chi2 / ndf = {chi2:.2f} / {ndf:.1f}{far}, {found.record['seconds']:.1f} s")
     for verdict in verdicts(run):
         typer.echo(f"{verdict.sign} {verdict.words} {verdict.detail}".rstrip())
-    typer.echo(f"\n{run.path('report.html')} shows it; {run.path('spectrum.csv')} is the table; {sum(run.seconds.values()):.0f} s in all")
+    typer.echo(f"\nreport: {run.path('report.html')}; table: {run.path('spectrum.csv')}; total time {sum(run.seconds.values()):.0f} s")
     if run.failed:
         raise typer.Exit(1)

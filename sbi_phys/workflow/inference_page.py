@@ -1,4 +1,4 @@
-"""Stage `report`: summary.json with every number, the verdicts in words, figures, and the HTML page."""
+"""Stage `report`: summary.json with all numbers, the verdicts on them, the figures, and the HTML page."""
 
 import json
 from pathlib import Path
@@ -32,18 +32,18 @@ _PARETO = 0.7  # arXiv:1507.02646
 
 
 def report(run: Run, numbers: Numbers) -> None:
-    """Draw, summarise and write the page."""
+    """Write summary.json, the figures and report.html."""
     found = summary(run)
-    answer = _answer(run, found)
+    posterior = _posterior(run, found)  # before _physics, which reads the figure `corner`
     sections = [
-        Section("What was asked", _question(run)),
-        Section("The answer", answer),
-        *([Section("The data and the model", physics)] if (physics := _physics(run)) else []),
-        Section("How good is it", _proof(run, found)),
+        Section("Data and prior", _data_and_prior(run)),
+        Section("Posterior", posterior),
+        *([Section("Data and model", physics)] if (physics := _physics(run)) else []),
+        Section("Calibration and model checks", _checks(run, found)),
         *method_sections(run),
         Section("Training", _training(run)),
-        *([Section("Published fits", _literature(run, found))] if published(run) else []),
-        Section("How it was made", _making(run, found)),
+        *([Section("Published fits", _published_fits(run, found))] if published(run) else []),
+        Section("Settings and versions", _settings(run, found)),
     ]
     run.write_json("summary.json", found)
     total = found["seconds"]["total"]
@@ -58,7 +58,7 @@ def report(run: Run, numbers: Numbers) -> None:
     numbers["sections"] = [section.title for section in sections]
 
 
-def _question(run: Run) -> list[Block]:
+def _data_and_prior(run: Run) -> list[Block]:
     simulator, prior = run.simulator, run.simulator.prior
     blocks = getattr(prior, "blocks", (prior,))
     rows = [
@@ -71,15 +71,15 @@ def _question(run: Run) -> list[Block]:
         for o in simulator.observables
     ]
     source = run.config.infer.observation
-    words = {"observed": "the real data that the simulator ships", "simulated": "one simulation with parameters drawn from the prior"}
+    words = {"observed": "the measured data that the simulator provides", "simulated": "one simulation with parameters drawn from the prior"}
     about = (type(simulator).__doc__ or "").strip().split("\n")[0]
     return [
         Text(
-            f"{about}\n\nWhich parameters describe {words.get(source, f'the data in `{source}`')}? The simulator is "
-            f"`{run.config.simulator.spec}`; its settings stand at the end of this page."
+            f"{about}\n\nThe parameters are inferred from {words.get(source, f'the data in `{source}`')}. The simulator is "
+            f"`{run.config.simulator.spec}`; its settings are listed at the end of this page."
         ),
-        Table(("Parameter", "Name", "Prior", "Range", "Unit"), tuple(rows), "What is inferred, and what was believed before"),
-        Details("The observation, block by block", [Table(("Block", "Columns", "Kind", "Bins"), tuple(data))]),
+        Table(("Parameter", "Name", "Prior", "Range", "Unit"), tuple(rows), "Parameters and their priors"),
+        Details("Blocks of the observation", [Table(("Block", "Columns", "Kind", "Bins"), tuple(data))]),
     ]
 
 
@@ -87,7 +87,7 @@ def _range(p: Any) -> str:
     return f"{p.low:g} to {p.high:g}".replace("-", "−") if abs(p.low) < float("inf") and abs(p.high) < float("inf") else "unbounded"
 
 
-def _answer(run: Run, found: Numbers) -> list[Block]:
+def _posterior(run: Run, found: Numbers) -> list[Block]:
     sets, parameters = _sample_sets(run), run.simulator.parameters
     final = next(iter(sets.values()))
     rows = posterior_table(final, parameters)
@@ -95,20 +95,20 @@ def _answer(run: Run, found: Numbers) -> list[Block]:
     corner = run.draw(
         corner_figure(sets, parameters, truth=run.truth, published=published(run)),
         "corner",
-        f"Every one- and two-dimensional marginal, with regions of 68 and 95 %. Filled: the final posterior ({found['method']})."
-        + (" Black lines: Markov chains on the exact likelihood." if len(sets) > 2 else "")
-        + " Dashed: the amortised network before any refinement.",
+        f"One- and two-dimensional marginals with 68 and 95 % regions. Filled: the final posterior ({found['method']})."
+        + (" Black lines: MCMC with the exact likelihood." if len(sets) > 2 else "")
+        + " Dashed: the amortised network before refinement.",
         "corner plot of the posterior",
     )
     evidence = found["log_evidence"]
-    said = (
-        f"The logarithm of the evidence, $\\ln p(x)$, is {_text(evidence)} ± {found['log_evidence_err']:.2f}."
+    log_evidence = (
+        f"The log evidence, $\\ln p(x)$, is {_text(evidence)} ± {found['log_evidence_err']:.2f}."
         if evidence is not None
         else ""
     )
     return [
         rows_to_table(rows, "Median with 68 % interval; 95 % interval; mean and standard deviation"),
-        *([Text(said)] if said else []),
+        *([Text(log_evidence)] if log_evidence else []),
         corner,
     ]
 
@@ -129,7 +129,7 @@ def _physics(run: Run) -> list[Block]:
 
 
 def _side_by_side(paths: list[Path], height: float = 7.0) -> Any:
-    """Pictures of equal height in one row: an overview for a README or a talk."""
+    """The PNG files in one row at equal height, in inches: an overview for a README or a talk."""
     from matplotlib.image import imread
 
     pictures = [imread(path) for path in paths]
@@ -142,32 +142,33 @@ def _side_by_side(paths: list[Path], height: float = 7.0) -> Any:
     return figure
 
 
-def _proof(run: Run, found: Numbers) -> list[Block]:
+def _checks(run: Run, found: Numbers) -> list[Block]:
     out: list[Block] = []
     if run.config.rounds.n_rounds and "skipped" in found["rounds"]:
-        out.append(Verdict("warn", "The truncated rounds were left out.", found["rounds"]["skipped"]))
+        out.append(Verdict("warn", "The truncated rounds were skipped.", found["rounds"]["skipped"]))
     if found["reference"] is not None:
         final, exact = run.read_draws("posterior.nc").flat, run.read_draws("reference.nc").flat
         out += [
             Text(
-                "**Against exact Markov chains.** A classifier tells the amortised posterior from the exact one with accuracy "
-                f"{_text(found['c2st_amortised'])}, and the final one with {_text(found['c2st_final'])}: 0.5 is no difference at all."
+                "**Comparison with exact MCMC.** The accuracy of a classifier between posterior and MCMC draws (C2ST) is "
+                f"{_text(found['c2st_amortised'])} for the amortised posterior and {_text(found['c2st_final'])} for the final one; "
+                "0.5 means that no difference was found."
             ),
-            rows_to_table(shift_table(final, exact, run.simulator.parameters), "The final posterior against the chains"),
+            rows_to_table(shift_table(final, exact, run.simulator.parameters), "The final posterior compared with exact MCMC"),
             Text(found["mcmc"]["words"] + "."),
             KeyValues(_per_parameter(found["mcmc"]), "Convergence of the chains, by free parameter"),
         ]
     if run.path("weights.npy").exists():
         weights = run.read_array("weights.npy")
         figure = weights_figure(weights, pareto_k=found["importance_pareto_k"])
-        caption = "Importance weights of the network's draws under the exact likelihood; a network without error has equal weights."
+        caption = "Importance weights of the network's draws with the exact likelihood; they are equal if the network is exact."
         out.append(run.draw(figure, "weights", caption, "histogram and cumulative share of the importance weights"))
     if run.path("figures", "calibration.png").exists():
         out += _calibration(run)
     out.append(
-        run.figure_block("predictive", f"Posterior predictive check, statistic: {found['predictive_statistic']}.", "predictive check", 560)
+        run.figure_block("predictive", f"Posterior predictive check, statistic: {found['predictive_statistic']}.", "posterior predictive check", 560)
     )
-    caption = "The observation among the simulations that the network has learnt from, in the network's own features."
+    caption = "Distance from the mean of the training simulations in the network's features: simulations (histogram) and observation (line)."
     out.append(run.figure_block("misfit", caption, "histogram of distances with the observation marked", 720))
     worst = sorted(((abs(v), v, name, i) for name, row in found["pulls"].items() for i, v in enumerate(row)), reverse=True)[:8]
     rows = [(name, str(i), f"{v:+.2f}".replace("-", "−")) for _, v, name, i in worst]
@@ -182,22 +183,22 @@ def _calibration(run: Run) -> list[Block]:
         for name, p in found["pvalues"].items()
     ]
     header = ("Test", "$p$", "$p$, corrected", "At 5 %")
-    caption = "Amortised network on held-out simulations: curves within the grey bands are those of a calibrated posterior."
+    caption = "Amortised network on held-out simulations. A calibrated posterior has its curves within the grey bands."
     figures = [
         block
         for name, words in found["words"].items()
         for block in (run.figure_block(f"calibration_{name}", TITLES[name], TITLES[name], 620), Code(words))
     ]
-    left_out = (
-        [Text("Left out: " + "; ".join(f"`{name}`, {why}" for name, why in found["skipped"].items()) + ".")] if found["skipped"] else []
+    not_run = (
+        [Text("Tests not run: " + "; ".join(f"`{name}`, {why}" for name, why in found["skipped"].items()) + ".")] if found["skipped"] else []
     )
     return [
-        Text(f"**Calibration of the network**, {found['n']} held-out simulations, {found['n_draws']} draws each. {found['verdict']}"),
+        Text(f"**Calibration of the network**, {found['n']} held-out simulations, {found['n_draws']} posterior draws each. {found['verdict']}"),
         run.figure_block("calibration", caption, "ranks and coverage with simultaneous bands"),
-        Table(header, tuple(rows), "Every test of calibration; corrected for their number (Holm)"),
+        Table(header, tuple(rows), "Calibration tests; p-values corrected for their number (Holm)"),
         *([Text(found["likeness"])] if found["likeness"] else []),
-        *left_out,
-        Details("Each test: figure and words", [*figures, run.figure_block("sbc_histograms", "Ranks", "rank histograms")]),
+        *not_run,
+        Details("Figure and summary of each test", [*figures, run.figure_block("sbc_histograms", "Rank histograms (SBC)", "rank histograms")]),
     ]
 
 
@@ -209,13 +210,13 @@ def _per_parameter(mcmc: Numbers) -> dict[str, str]:
 def _training(run: Run) -> list[Block]:
     history = load(run.path("model.pt"), device="cpu").history
     steps = run.draw(
-        step_time_figure(history), "epoch_seconds", "Seconds per epoch: a level line is what it should be.", "seconds per epoch", 720
+        step_time_figure(history), "epoch_seconds", "Seconds per epoch; expected to be constant.", "seconds per epoch", 720
     )
-    caption = "Loss per simulation, in nats: minus the mean log density that the network gives to the true parameters."
+    caption = "Loss per simulation, in nats: the negative mean log density of the true parameters under the network."
     return [run.draw(loss_figure(history), "loss", caption, "training and validation loss against epoch", 820), Details("Time", [steps])]
 
 
-def _literature(run: Run, found: Numbers) -> list[Block]:
+def _published_fits(run: Run, found: Numbers) -> list[Block]:
     final, parameters, fits = run.read_draws("posterior.nc").flat, run.simulator.parameters, published(run)
     caption = f"Published values and this posterior. Sources: {', '.join(dict.fromkeys(fit['source'] for fit in fits))}."
     return [
@@ -224,12 +225,12 @@ def _literature(run: Run, found: Numbers) -> list[Block]:
     ]
 
 
-def _making(run: Run, found: Numbers) -> list[Block]:
+def _settings(run: Run, found: Numbers) -> list[Block]:
     spent = {name: f"{value:.1f} s" for name, value in seconds(run).items()}
     return [
         KeyValues({"seed": run.config.run.seed, "device": found["device"], "threads": found["threads"], **found["versions"]}, "Versions"),
         KeyValues(spent, "Time of each stage"),
-        Details("All settings", [Code(run.config.to_toml(), "config.toml: the same file gives the same numbers")]),
+        Details("All settings", [Code(run.config.to_toml(), "config.toml; the same settings reproduce the same numbers")]),
     ]
 
 
@@ -242,10 +243,10 @@ def _text(value: Any) -> str:
 
 
 def method_sections(run: Run) -> list[Section]:
-    """Sections of the methods and limits that were run."""
+    """Sections on NLE, NRE and confidence sets, for what was run."""
     out = []
     if found := methods_of(run):
-        out.append(Section("Posterior, likelihood and ratio", _methods(run, found)))
+        out.append(Section("Comparison of NPE, NLE and NRE", _methods(run, found)))
     if limits := limits_of(run):
         out.append(Section("Confidence sets", [block for one in limits for block in _limits(run, one)]))
     return out
@@ -264,28 +265,29 @@ def limits_of(run: Run) -> list[dict[str, Any]]:
 
 def _methods(run: Run, found: dict[str, Any]) -> list[Block]:
     parameters = run.simulator.parameters
-    shown = list(parameters)[:2]  # those of the figure; the others are in summary.json
+    shown = list(parameters)[:2]  # those of the figure; summary.json has all
     ran = [m for m in METHOD_TITLES if m in found]
     rows = [_row(METHOD_TITLES[m], found[m], shown) for m in ran]
     if found["exact_posterior"] is not None:
         rows.append(_row(f"exact ({found['exact']})", {"posterior": found["exact_posterior"]}, shown))
     header = ("Method", *(p.label for p in shown), "C2ST", "Training [s]", "Draws [s]", "Effective draws")
-    over = f"over the exact ones ({found['exact']})" if found["exact_posterior"] is not None else f"({found['exact']})"
+    over = f"; grey: exact posterior ({found['exact']})" if found["exact_posterior"] is not None else f" ({found['exact']})"
     names = " and ".join(p.label for p in shown)
     blocks: list[Block] = [
         Text(
-            "One network learns the posterior, $p(\\theta | x)$, one the likelihood, $p(x | \\theta)$, one the ratio "
-            "$p(x | \\theta) / p(x)$, from the same simulations; none is refined here. A C2ST of 0.5 is no difference from the exact draws."
+            "The methods learn the posterior, $p(\\theta | x)$ (NPE), the likelihood, $p(x | \\theta)$ (NLE), and the ratio "
+            "$p(x | \\theta) / p(x)$ (NRE) from the same simulations; none is refined here. A C2ST of 0.5 means that no difference from "
+            "the exact draws was found."
         ),
-        run.figure_block("methods", f"{names}: regions of 68 and 95 % {over}.", "contours of the methods over the exact posterior", 640),
-        Table(header, tuple(rows), "Posteriors by every method that was run: median ± standard deviation"),
+        run.figure_block("methods", f"{names}: 68 and 95 % regions{over}.", "contours of the methods over the exact posterior", 640),
+        Table(header, tuple(rows), "Posteriors by method: median ± standard deviation"),
     ]
     ratios = found["ratios"]
     if "skipped" in ratios:
         return [*blocks, Text(f"Learned ratios were not compared with exact ones: {ratios['skipped']}.")]
     caption = (
-        f"Learned against exact {ratios['what']}, {ratios['n']} held-out simulations. Reliability: among pairs for which the classifier "
-        "says p, the share of joint ones should be p; bands hold 95 %."
+        f"Learned against exact {ratios['what']}, {ratios['n']} held-out simulations. Reliability: fraction of joint pairs against the "
+        "classifier output, equal if calibrated; 95 % bands."
     )
     words = [
         f"{METHOD_TITLES[m]}: rms {ratios[m]['rms']:.2f} nats, mean {ratios[m]['mean']:+.2f} nats"
@@ -296,7 +298,7 @@ def _methods(run: Run, found: dict[str, Any]) -> list[Block]:
     return [
         *blocks,
         run.figure_block("ratios", caption, "learned against exact log ratios"),
-        Details("In numbers", [Code("\n".join(words))]),
+        Details("Errors of the log ratios", [Code("\n".join(words))]),
     ]
 
 
@@ -320,16 +322,16 @@ def _limits(run: Run, one: dict[str, Any]) -> list[Block]:
     ]  # fmt: skip
     rest = "" if one["nuisances"] == "none" else f" Other parameters: {one['nuisances']}."
     head = (
-        f"**{one['title']}**, {one['kind']}, critical values from {one['n_simulations']} new simulations, a quarter of them for coverage."
+        f"**{one['title']}**, {one['kind']}, {one['n_simulations']} new simulations: three quarters for the critical values, a quarter for the coverage."
     )
     value = f" The p-value of {one['value']['at']:g} is {one['value']['pvalue']:.3g}." if "value" in one else ""
     return [
         Text(head + rest + value),
-        Table(("Level", "Parameter", "Set", "Wilks", "Coverage", "Wilks' coverage"), tuple(rows), "Sets of the observation"),
+        Table(("Level", "Parameter", "Set", "Wilks", "Coverage", "Coverage, Wilks"), tuple(rows), "Confidence sets of the observation"),
         run.figure_block(
-            f"limits_{name}", "Where the statistic lies below its critical value, theta is in the set.", "confidence sets", 620
+            f"limits_{name}", "Test statistic of the observation and critical values; the set is where the statistic is at most the critical value.", "confidence sets", 620
         ),
-        run.figure_block(f"coverage_{name}", "Coverage over theta, of these sets and of Wilks'.", "coverage maps with their error"),
+        run.figure_block(f"coverage_{name}", "Coverage against the true parameters, of these sets and of those by Wilks' theorem.", "coverage maps with their error"),
     ]
 
 
@@ -341,7 +343,7 @@ def _ends(ends: list[float | None] | None) -> str:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """All numbers of the run; what was not run, or is not finite, is None."""
+    """All numbers of the run; None where a stage was not run or a value is not finite."""
     get = {
         name: run.numbers(name) for name in ("simulate", "train", "infer", "rounds", "refine", "reference", "compare", "calibrate", "check")
     }
@@ -403,14 +405,14 @@ def summary(run: Run) -> dict[str, Any]:
 
 
 def seconds(run: Run) -> dict[str, float]:
-    """Seconds of every finished stage and in total; of a stage that ran concurrently, the total includes only the time waited for it."""
+    """Seconds of each finished stage and in total; for a concurrent stage the total includes only the time spent waiting for it."""
     records = {name: record for name in _STAGES if (record := run.record(name)) is not None}
     total = sum(record.get("waited", record["seconds"]) for record in records.values())
     return {**{name: record["seconds"] for name, record in records.items()}, "total": round(total, 3)}
 
 
 def published(run: Run) -> list[dict[str, Any]]:
-    """Published fits that the simulator knows."""
+    """Published fits that the simulator provides."""
     return list(run.simulator.published()) if hasattr(run.simulator, "published") else []
 
 
@@ -427,7 +429,7 @@ def _published(run: Run, theta: Any) -> list[dict[str, Any]]:
 
 
 def verdicts(found: dict[str, Any]) -> list[Verdict]:
-    """Verdicts on the numbers of `summary`; a stage that was not run has a verdict that says so."""
+    """Verdicts on the numbers of `summary`, one also for each stage that was not run."""
     return [
         _judge_posterior(found),
         *_judge_refinement(found),
@@ -441,80 +443,80 @@ def _judge_posterior(found: dict[str, Any]) -> Verdict:
     c2st, shift = found["c2st_final"], found["max_median_shift_sd"]
     if shift is None:
         return Verdict(
-            "warn", "The posterior was not compared with an exact answer.", "No reference was run, or the likelihood is not tractable."
+            "warn", "The posterior was not compared with an exact posterior.", "Stage reference was not run, or the likelihood is not tractable."
         )
     detail = (
-        f"C2ST {_number(c2st)} (0.5 is no difference), largest shift of a median {shift:.3f} sd; "
-        f"before rounds and refinement C2ST {_number(found['c2st_amortised'])}."
+        f"C2ST {_number(c2st)} (0.5: no difference found), largest shift of a median {shift:.3f} sd; "
+        f"C2ST before rounds and refinement {_number(found['c2st_amortised'])}."
     )
     if c2st is None:
-        return Verdict("bad", "The final posterior has too few distinct draws to be compared with exact Markov chains.", detail)
+        return Verdict("bad", "The final posterior has too few distinct draws for a comparison with exact MCMC.", detail)
     if not found["mcmc"]["converged"]:
-        return Verdict("warn", "The exact Markov chains have not converged: the comparison says little.", detail)
+        return Verdict("warn", "The exact MCMC has not converged: the comparison is not conclusive.", detail)
     if c2st <= _C2ST and shift <= _SHIFT:
-        return Verdict("good", "The final posterior agrees with exact Markov chains.", detail)
-    return Verdict("bad", "The final posterior differs from exact Markov chains.", detail)
+        return Verdict("good", "The final posterior agrees with exact MCMC.", detail)
+    return Verdict("bad", "The final posterior differs from exact MCMC.", detail)
 
 
 def _judge_refinement(found: dict[str, Any]) -> list[Verdict]:
     share, k = found["importance_ess_fraction"], found["importance_pareto_k"]
     if share is None:
-        return [Verdict("warn", "The network's draws were not refined with an exact likelihood.")]
-    detail = f"Effective sample {found['importance_ess']:.0f}, {100 * share:.2g} % of the proposals; Pareto k {_number(k)}."
+        return [Verdict("warn", "The network's draws were not refined with the exact likelihood.")]
+    detail = f"Effective sample size {found['importance_ess']:.0f}, {100 * share:.2g} % of the proposals; Pareto k {_number(k)}."
     if not found["refined"]:
-        return [Verdict("bad", "Refinement failed: the network is too far from the exact posterior, and its own draws are shown.", detail)]
+        return [Verdict("bad", "Refinement failed: the network is too far from the exact posterior; the unrefined draws are shown.", detail)]
     if k is not None and k < _PARETO and found["importance_ess"] >= 1000:
-        return [Verdict("good", "Weighted with the exact likelihood, the draws carry the answer.", detail)]
-    return [Verdict("warn", "Few draws carry most of the weight: the refined posterior may miss mass.", detail)]
+        return [Verdict("good", "Importance sampling with the exact likelihood is reliable.", detail)]
+    return [Verdict("warn", "Importance sampling may be unreliable: few draws have most of the weight, and the refined posterior may miss probability mass.", detail)]
 
 
 def _judge_calibration(found: dict[str, Any]) -> Verdict:
     tests = found["calibration"]
     if tests["adjusted"] is None:
-        return Verdict("warn", "The network was not calibrated on held-out simulations.")
+        return Verdict("warn", "The calibration of the network was not tested.")
     if tests["passed"]:
         return Verdict("good", "The amortised network is calibrated on held-out simulations.", tests["verdict"])
     if set(tests["failed"]) <= AT_THE_OBSERVATION:
-        head = "The amortised network is calibrated on average, but not for data like the observed; refinement mends that for them."
+        head = "The amortised network is calibrated on average over the prior, but not near the observation; refinement corrects this observation."
         return Verdict("warn", head, tests["verdict"])
-    level, words = ("warn", "slightly off") if min(tests["adjusted"].values()) >= 1e-3 else ("bad", "not calibrated")
-    head = f"The amortised network is {words} on held-out simulations; refinement mends that for this observation alone."
+    level, words = ("warn", "slightly miscalibrated") if min(tests["adjusted"].values()) >= 1e-3 else ("bad", "not calibrated")
+    head = f"The amortised network is {words} on held-out simulations; refinement corrects the posterior of this observation only."
     return Verdict(level, head, tests["verdict"])
 
 
 def _judge_prediction(found: dict[str, Any]) -> Verdict:
     p = found["predictive_pvalue"]
     if p is None:
-        return Verdict("warn", "The model was not checked against the data.")
+        return Verdict("warn", "No posterior predictive check was run.")
     detail = f"Posterior predictive p = {p:.3g}, statistic: {found['predictive_statistic']}."
     if p < 0.05:
         level = "warn" if p >= 1e-3 else "bad"
         return Verdict(
             level,
-            "The data are more extreme than the model makes them, even at its best parameters: the model does not describe them fully.",
+            "The data are more extreme than posterior predictive simulations: the model does not describe them fully.",
             detail,
         )
-    return Verdict("good", "The data look like data of the model at its posterior.", detail)
+    return Verdict("good", "The data agree with posterior predictive simulations.", detail)
 
 
 def _judge_observation(found: dict[str, Any]) -> Verdict:
     """The more extreme of two out-of-distribution scores: the distance in the network's features, and the tests of `misspecification`."""
     quantile, p = found["misspecification"]["quantile"], found["misspecification"].get("pvalue")
     if quantile is None and p is None:
-        return Verdict("warn", "It was not checked whether the observation is like the simulations.")
+        return Verdict("warn", "The observation was not compared with the training simulations.")
     details = []
     if quantile is not None:
-        details.append(f"It lies further out than {100 * quantile:.1f} % of the simulations, in the features that the network has learnt.")
+        details.append(f"Its distance in the network's features is larger than that of {100 * quantile:.1f} % of the simulations.")
     if p is not None:
-        details.append(f"Tests on the observation itself: p = {p:.3g}.")
-    usual = min(1.0 if quantile is None else 1 - quantile, 1.0 if p is None else p)
+        details.append(f"Misspecification tests of the observation: p = {p:.3g}.")
+    pvalue = min(1.0 if quantile is None else 1 - quantile, 1.0 if p is None else p)
     detail = " ".join(details)
-    if usual >= 0.05:
-        return Verdict("good", "The observation lies within what the network was trained on.", detail)
-    words = "at the edge of" if usual >= 0.01 else "outside"
+    if pvalue >= 0.05:
+        return Verdict("good", "The observation lies within the training distribution.", detail)
+    words = "at the edge of" if pvalue >= 0.01 else "outside"
     return Verdict(
-        "warn" if usual >= 0.01 else "bad",
-        f"The observation lies {words} what the network was trained on: it extrapolates there.",
+        "warn" if pvalue >= 0.01 else "bad",
+        f"The observation lies {words} the training distribution, where the network extrapolates.",
         detail,
     )
 

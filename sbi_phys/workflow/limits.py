@@ -2,13 +2,13 @@ r"""`sbi-phys limits RUN`: confidence sets with frequentist coverage for the par
 
     theta_i ~ prior, x_i ~ p(x | theta_i)   ->   q_i = q(x_i; theta_i)   ->   C_level(theta) by quantile regression   ->   {q(x_o) <= C}
 
-The simulations are new: with the training simulations a network would look better than it is. The last quarter of them is
-kept for the coverage of the sets, which is compared with that of Wilks' chi-square. With other parameters than those of interest,
-C is taken at the values that fit the data best (profiled); with more than three parameters in all, C is learned as a function of
-the parameters of interest alone, so that the sets cover on average over the prior of the others.
+The simulations are new, because a network performs better on its training simulations. A quarter of them is reserved for the
+coverage of the sets, which is compared with that of sets by Wilks' theorem (chi-square critical values). Nuisance parameters are
+profiled: C is taken at their best-fit values. With more than three parameters in total, C is learned as a function of the parameters
+of interest only, and the sets have their coverage on average over the prior of the nuisance parameters.
 
-limits/            simulations, one .json a call, named by parameters and statistic
-limits.json, .csv  all of them                                          figures/limits_*, figures/coverage_*
+limits/            simulations, and one .json for each call, named by parameters and statistic
+limits.json, .csv  the results of all calls                             figures/limits_*, figures/coverage_*
 """
 
 import json
@@ -39,16 +39,16 @@ COLUMNS = (
     "parameters", "statistic", "kind", "level", "parameter", "low", "high", "wilks_low", "wilks_high",
     "coverage", "coverage_error", "coverage_pvalue", "wilks_coverage", "n_simulations",
 )  # fmt: skip
-POINTS = 200  # of a scan along one parameter
-PLANE = 60  # of one along each of two
+POINTS = 200  # of a scan of one parameter
+PLANE = 60  # along each axis of a scan of two parameters
 BLOCK = 500  # data sets per step of the progress display
-TESTED = 4  # one in so many simulations is kept for the coverage
-ALL_PROFILED = 3  # parameters up to which critical values are learned as a function of them all
-DRAWS = 400  # of a posterior, for its mean and covariance
+TESTED = 4  # every fourth simulation is reserved for the coverage
+ALL_PROFILED = 3  # largest number of parameters for which critical values are a function of all of them
+DRAWS = 400  # posterior draws for the mean and covariance
 
 
 def require_model(run: Run, settings: LimitsSettings) -> None:
-    """Refuse a statistic that the folder, the simulator or the number of parameters does not allow.   Raises: SettingError."""
+    """Check that the folder, the simulator and the parameters allow the statistic.   Raises: SettingError."""
     if settings.statistic == "exact":
         if not callable(getattr(run.simulator, "log_likelihood", None)):
             raise SettingError(f"--statistic is 'exact', but {run.config.simulator.spec} has no log_likelihood; expected waldo, nre or nle")
@@ -56,18 +56,18 @@ def require_model(run: Run, settings: LimitsSettings) -> None:
         file, method = {"waldo": ("model.pt", "npe")}.get(settings.statistic, (f"model_{settings.statistic}.pt", settings.statistic))
         if not run.path(file).is_file():
             raise SettingError(
-                f"--statistic is {settings.statistic!r}, but {run.path(file)} is not there; expected it trained: "
+                f"--statistic is {settings.statistic!r}, but {run.path(file)} does not exist; train it first: "
                 f"sbi-phys train --method {method} --out {run.folder}"
             )
     if settings.statistic != "waldo" and run.simulator.prior.free_dim != len(run.names):
         raise SettingError(
-            f"--statistic is {settings.statistic!r} with the parameters {', '.join(run.names)}, some of them fixed by the others; expected "
-            "waldo: a likelihood's maximum is searched for in a box"
+            f"--statistic is {settings.statistic!r} with the parameters {', '.join(run.names)}, some of which are functions of the others; "
+            "expected waldo: the likelihood is maximised over independent parameters"
         )
 
 
 class PosteriorWaldo:
-    """WALDO of the parameters of interest from an amortised posterior; nuisances at their best values given psi, were it Gaussian."""
+    """WALDO of the parameters of interest from an amortised posterior; nuisances at E[nu | x, psi] of its Gaussian approximation."""
 
     def __init__(self, run: Run, order: list[int], interest: int, low: Array, high: Array, kind: str) -> None:
         self.npe = load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device)
@@ -75,22 +75,22 @@ class PosteriorWaldo:
         self.low, self.high, self.kind = low, high, kind
 
     def prepare(self, data: Any) -> tuple[Array, Array]:
-        """Posterior mean (n, d) and covariance (n, d, d), once for any number of psi."""
+        """Posterior mean (n, d) and covariance (n, d, d), reused for any number of psi."""
         return posterior_moments(self.npe.sample(np.asarray(data), DRAWS, seed=self.seed)[..., self.order])
 
     def __call__(self, psi: Any, data: Any) -> Array:
-        """Values (n,) at psi (interest,) or row by row; further columns are left out."""
+        """Values (n,) at psi (interest,) or (n, interest); further columns of psi are ignored."""
         mean, spread = data if isinstance(data, tuple) else self.prepare(data)
         k = self.interest
         return waldo(mean[:, :k], spread[:, :k, :k], np.atleast_1d(psi)[..., :k], self.kind)
 
     def repeated(self, data: Any, m: int) -> tuple[Array, Array]:
-        """Moments of one data set m times, from the same draws."""
+        """Moments of one data set, repeated m times."""
         mean, spread = self.prepare(data)
         return np.repeat(mean, m, axis=0), np.repeat(spread, m, axis=0)
 
     def nuisance(self, psi: Any, data: Any) -> Array:
-        """E[nu | x, psi] (n, d - interest) of a Gaussian posterior, within the box."""
+        """E[nu | x, psi] (n, d - interest) of the Gaussian approximation, clipped to the box."""
         mean, spread = data if isinstance(data, tuple) else self.prepare(data)
         k = self.interest
         gain = np.linalg.solve(spread[:, :k, :k], (np.atleast_1d(psi)[..., :k] - mean[:, :k])[..., None])
@@ -99,7 +99,7 @@ class PosteriorWaldo:
 
 
 def make_statistic(run: Run, settings: LimitsSettings, order: list[int], low: Array, high: Array) -> Any:
-    """The test statistic over the box low..high (d,), parameters in this order, those of interest first."""
+    """The test statistic over the box low..high (d,); `order` has the parameters of interest first."""
     k = len(settings.parameters)
     kind = settings.kind
     if settings.statistic == "waldo":
@@ -144,8 +144,8 @@ class LimitsResult:
 def find_limits(run: Run, settings: LimitsSettings) -> LimitsResult:
     """Simulate, learn critical values, find the sets of the observation, test their coverage; write files and figures.
 
-    Raises: SettingError (an unknown parameter, no such model in the folder), SupportError (a set that reaches the end of what was
-    simulated, a value beyond it), StoreError, DataError.
+    Raises: SettingError (unknown parameter, model missing in the folder), SupportError (a set that reaches an end of the simulated
+    range, a value outside it), StoreError, DataError.
     """
     begin = time.perf_counter()
     order = [find_name(name, run.names) for name in settings.parameters]
@@ -161,7 +161,7 @@ def find_limits(run: Run, settings: LimitsSettings) -> LimitsResult:
     if settings.value is not None:
         require_within("--value", np.array([[settings.value]]), low[:1], high[:1], settings.parameters)
     statistic = make_statistic(run, settings, order, low, high)
-    # critical values are not extrapolated: test simulations beyond the box of the others are left out
+    # critical values are not extrapolated: test simulations outside the box of the others are removed
     kept = ((theta >= low) & (theta <= high)).all(axis=1)
     theta, x, learned, tested = theta[kept], x[kept], learned[kept], ~learned[kept]
     q, best = _evaluate(run, statistic, x, theta, len(order) - len(settings.parameters))
@@ -180,13 +180,13 @@ def find_limits(run: Run, settings: LimitsSettings) -> LimitsResult:
 
 
 def _bounds(run: Run, settings: LimitsSettings, order: list[int], low: Array, high: Array) -> tuple[tuple[float | None, float | None], ...]:
-    """Physical bounds of each parameter; the box is widened (in place) up to those that the sample nearly reaches."""
+    """Physical bounds of each parameter; widens the box (in place) to a bound that the sample nearly reaches."""
     first = run.simulator.parameters[order[0]]
     left = first.low if settings.physical in ("low", "both") else None
     right = first.high if settings.physical in ("high", "both") else None
     for end in (left, right):
         if end is not None and not np.isfinite(end):
-            raise SettingError(f"--physical is {settings.physical!r}, but {first.name} is not bounded there; expected a bounded end")
+            raise SettingError(f"--physical is {settings.physical!r}, but {first.name} has no bound there; expected a finite end of its range")
     near = 0.01 * (high[0] - low[0])
     low[0] = left if left is not None and low[0] - left <= near else low[0]
     high[0] = right if right is not None and right - high[0] <= near else high[0]
@@ -194,7 +194,7 @@ def _bounds(run: Run, settings: LimitsSettings, order: list[int], low: Array, hi
 
 
 def _evaluate(run: Run, statistic: Any, x: Array, theta: Array, nuisances: int) -> tuple[Array, Array]:
-    """q_i (n,) of the simulations at their own theta, and the nuisances (n, j) that fit each best there."""
+    """q_i (n,) of the simulations at their true theta, and the best-fit nuisances (n, j)."""
     q, best = np.empty(len(x)), np.empty((len(x), nuisances))
     with run.progress.task("test statistic", len(x)) as task:
         for start in range(0, len(x), BLOCK):
@@ -210,7 +210,7 @@ def _evaluate(run: Run, statistic: Any, x: Array, theta: Array, nuisances: int) 
 def _sets(run: Run, settings: LimitsSettings, statistic: Any, order: list[int], sample: tuple[Array, Array, Array], bounds: Any) -> LF2I:
     k = len(settings.parameters)
     dim = len(order) if len(order) <= ALL_PROFILED else k
-    # with a few thousand rows, trees are slower on several threads than on one
+    # for a few thousand rows, boosted trees are slower on several threads than on one
     with run.progress.task("critical values", None), threadpool_limits(limits=1, user_api="openmp"):
         return lf2i(
             sample[0][:, :dim],
@@ -306,13 +306,13 @@ def _nuisances(run: Run, sets: LF2I) -> str:
 
 
 def _interval(settings: LimitsSettings, sets: LF2I, scan: Scan, level: float, wilks: float) -> dict[str, Any]:
-    """Ends of the set and of Wilks'; None where a set is empty. Infinite ends become null in the file."""
+    """Ends of the set and of the one by Wilks; None for an empty set. Infinite ends become null in the file."""
     name, axis = settings.parameters[0], scan.axes[0]
     margin = (scan.q - scan.critical[level])[None]
     try:
         found = sets.interval_of(axis, margin, level, on_edge="open" if settings.open_ends else "raise")
     except SupportError as err:
-        raise SupportError(f"{err} (--physical says that an end is a physical bound, --open leaves it infinite)") from err
+        raise SupportError(f"{err} (--physical declares an end a physical bound, --open makes it infinite)") from err
     theirs = sets.interval_of(axis, (scan.q - wilks)[None], level, on_edge="open")
     return {
         key: {name: None if one.empty[0] else [float(one.low[0]), float(one.high[0])]} for key, one in (("set", found), ("wilks", theirs))
@@ -320,7 +320,7 @@ def _interval(settings: LimitsSettings, sets: LF2I, scan: Scan, level: float, wi
 
 
 def _region(settings: LimitsSettings, sets: LF2I, scan: Scan, level: float, wilks: float) -> dict[str, Any]:
-    """Extent of the joint set, and of Wilks', along both parameters.   Raises: SupportError at the end of what was simulated."""
+    """Extent of the joint set, and of the one by Wilks, along both parameters.   Raises: SupportError at an end of the simulated range."""
     held = scan.q <= scan.critical[level]
     out: dict[str, Any] = {"set": {}, "wilks": {}}
     for i, name in enumerate(settings.parameters):
@@ -329,7 +329,7 @@ def _region(settings: LimitsSettings, sets: LF2I, scan: Scan, level: float, wilk
         for end, place, bound in ((sets.low[i], 0, sets.bounds[i][0]), (sets.high[i], -1, sets.bounds[i][1])):
             if mine[place] and axis[place] == end and bound is None and not settings.open_ends:
                 raise SupportError(
-                    f"the set reaches the end of what was simulated at {name} = {end:g}; critical values are not extrapolated: "
+                    f"the set reaches the end of the simulated range at {name} = {end:g}; critical values are not extrapolated: "
                     "expected a wider prior, --physical where it is a physical bound, or --open"
                 )
         out["set"][name] = _extent(axis, mine)
@@ -357,7 +357,7 @@ def _write(run: Run, found: LimitsResult) -> None:
 
 
 def _rows_of(every: list[dict[str, Any]]) -> list[list[Any]]:
-    """Rows of limits.csv: one for each call, level and parameter; an empty set and an infinite end stay empty."""
+    """Rows of limits.csv by call, level and parameter; cells of an empty set or an infinite end are empty."""
     rows = []
     for one in every:
         for row in one["levels"]:

@@ -2,12 +2,12 @@ r"""Stages of a learned likelihood (NLE) and ratio (NRE), and their comparison w
 
 train_nle, train_nre    store  ->  q(x | theta) or r(x | theta)
 infer_nle, infer_nre    theta ~ q(x_o | theta) p(theta), or r(x_o | theta) p(theta)
-methods                 every posterior against the exact one where that is known: a grid for one or two free parameters, else the Markov
-                        chains of stage `reference`; and learned against exact log r = log p(x | theta) - log p(x) at held-out pairs,
-                        p(x) by a grid. With more parameters the difference of ln L between the true theta and one a posterior's width
-                        away is compared, which does not need p(x).
+methods                 each posterior is compared with the exact one where it is known: by a grid for one or two free parameters, else
+                        by the MCMC of stage `reference`. Learned log r = log p(x | theta) - log p(x) is compared with the exact one at
+                        held-out pairs, with p(x) by a grid. With more than two free parameters the difference of ln L between the true
+                        theta and one at a posterior width from it is compared, which does not need p(x).
 
-These stages run on request; their files are their own, and those of the posterior network do not change.
+These stages run on request and do not change the files of the posterior network.
 """
 
 from typing import Any
@@ -39,12 +39,12 @@ __all__ = [
 METHODS = {"npe": "posterior_amortised.nc", "nle": "posterior_nle.nc", "nre": "posterior_nre.nc"}
 TITLES = {"npe": "NPE, posterior", "nle": "NLE, likelihood", "nre": "NRE, ratio"}
 
-MOST_R_HAT, LEAST_EFFECTIVE = 1.02, 100  # limits beyond which chains have not converged, or draws do not describe a posterior
-_PARTS = 4  # of independent draws, compared with one another like chains
-_EDGE = 8.0  # in u: nothing of the prior lies beyond
+MOST_R_HAT, LEAST_EFFECTIVE = 1.02, 100  # largest R-hat of converged chains, and smallest effective number of draws
+_PARTS = 4  # parts of independent draws, for which R-hat is computed as for chains
+_EDGE = 8.0  # in u: the prior mass beyond is negligible
 _C2ST_DRAWS = 2000
-_CELLS = (1_600, 5_000, 40_000)  # of the grid under one p(x), at each of its levels: more where the posterior is narrow
-_LEAST_CURVE = 40  # pairs of each kind for a reliability curve
+_CELLS = (1_600, 5_000, 40_000)  # of the grid for one p(x), by level of refinement; a narrow posterior needs more
+_LEAST_CURVE = 40  # smallest number of pairs of each kind for a reliability curve
 
 
 def train_nle(run: Run, numbers: dict[str, Any]) -> None:
@@ -80,12 +80,12 @@ def _training(model: NLE | NRE) -> dict[str, Any]:
 
 
 def infer_nle(run: Run, numbers: dict[str, Any]) -> None:
-    """Draw from the posterior of the observation by the learned likelihood."""
+    """Draw from the posterior of the observation with the learned likelihood."""
     _infer(run, "nle", numbers)
 
 
 def infer_nre(run: Run, numbers: dict[str, Any]) -> None:
-    """Draw from the posterior of the observation by the learned ratio."""
+    """Draw from the posterior of the observation with the learned ratio."""
     _infer(run, "nre", numbers)
 
 
@@ -104,9 +104,9 @@ def _infer(run: Run, method: str, numbers: dict[str, Any]) -> None:
 
 
 def require_converged(title: str, found: PosteriorDraws) -> dict[str, Any]:
-    """Return the numbers that draws are judged by: split R-hat by free parameter, effective draws, Pareto k.
+    """Return the convergence diagnostics of draws: split R-hat by free parameter, effective number of draws, Pareto k.
 
-    Of independent draws (importance sampling, a grid) R-hat is that of four parts of them.   Raises: ConvergenceError.
+    For independent draws (importance sampling, a grid) R-hat compares four parts of them.   Raises: ConvergenceError.
     """
     r_hat, chains = np.asarray(found.r_hat), True
     if not np.isfinite(r_hat).all():
@@ -131,7 +131,7 @@ def require_converged(title: str, found: PosteriorDraws) -> dict[str, Any]:
 
 
 def methods(run: Run, numbers: dict[str, Any]) -> None:
-    """Compare the posteriors of the methods, draw them, and compare learned ratios with exact ones."""
+    """Compare the posteriors of the methods in numbers and in a figure, and learned ratios with exact ones."""
     found = {name: run.read_draws(file).flat for name, file in METHODS.items() if run.path(file).exists()}
     exact, name = exact_draws(run)
     numbers["exact"] = name
@@ -147,20 +147,20 @@ def methods(run: Run, numbers: dict[str, Any]) -> None:
 
 
 def exact_draws(run: Run) -> tuple[Array | None, str]:
-    """Draws (n, d) of the exact posterior and how they were made; None and why where there is none."""
+    """Draws (n, d) of the exact posterior and the method that made them; None and the reason where there are none."""
     target, prior = log_target(run), run.simulator.prior
     if target is not None and prior.free_dim <= 2:
         edge = np.full(prior.free_dim, _EDGE)
         try:
             grid = grid_posterior(target, -edge, edge, n_cells=10_000)
-        except ConvergenceError:  # narrower than these cells
+        except ConvergenceError:  # the posterior is narrower than these cells
             grid = grid_posterior(target, -edge, edge)
         theta = prior.from_unbounded(grid.sample(run.config.infer.n_draws, run.rng("methods", "exact")))
         run.write_draws("posterior_exact.nc", theta, {"method": "exact, by grid"})
         return theta, "grid"
     if run.path("reference.nc").exists() and run.record("reference") is not None:
         return run.read_draws("reference.nc").flat, "Markov chains"
-    return None, "no exact likelihood" if target is None else "no Markov chains yet: sbi-phys infer makes them"
+    return None, "no exact likelihood" if target is None else "no exact MCMC yet: run sbi-phys infer"
 
 
 def _moments(run: Run, theta: Array) -> dict[str, Any]:
@@ -211,12 +211,12 @@ def _ratios(run: Run) -> dict[str, Any]:
 
 
 def _learned(model: NLE | NRE, x: Array, theta: Array) -> Array:
-    """Up to a function of x alone."""
+    """Learned ln L or ln r (n,), up to a function of x only."""
     return model.log_likelihood(x, theta) if isinstance(model, NLE) else model.log_ratio(x, theta)
 
 
 def _whole(run: Run, models: dict[str, Any], theta: Array, x: Array) -> dict[str, PairRatios]:
-    """Log r of joint and marginal pairs, p(x) of each x by a grid."""
+    """Log r of joint and marginal pairs, with p(x) of each x by a grid."""
     prior, other = run.simulator.prior, np.roll(theta, -1, axis=0)
     edge, evidence = np.full(prior.free_dim, _EDGE), np.empty(len(x))
     with run.progress.task("evidence of held-out data", len(x)) as task:
@@ -240,7 +240,7 @@ def _whole(run: Run, models: dict[str, Any], theta: Array, x: Array) -> dict[str
 
 def _evidence(target: LogTarget, edge: Array) -> float:
     """Log p(x).   Raises: ConvergenceError."""
-    # with a tenth of the mass in a cell the sum is good to half a percent, also for a correlation of .98
+    # with at most a tenth of the mass in a cell the sum is accurate to half a percent, also for a correlation of 0.98
     for cells in _CELLS[:-1]:
         try:
             return grid_posterior(target, -edge, edge, n_cells=cells, max_cell_mass=0.1).log_evidence
@@ -250,7 +250,7 @@ def _evidence(target: LogTarget, edge: Array) -> float:
 
 
 def _differences(run: Run, models: dict[str, Any], theta: Array, x: Array) -> dict[str, PairRatios]:
-    """Differences of ln L between the truth and a theta one posterior's width away; what holds at the observation sets the width."""
+    """Differences of ln L between the true theta and one at a distance of the posterior width, which is taken at the observation."""
     prior = run.simulator.prior
     u, none = prior.to_unbounded(theta), np.zeros(0)
     out = {}
@@ -269,7 +269,7 @@ def _differences(run: Run, models: dict[str, Any], theta: Array, x: Array) -> di
 
 
 def _curve(model: NLE | NRE, theta: Array, x: Array) -> Any:
-    """Reliability of a ratio, which needs no p(x)."""
+    """Reliability curve of a ratio, which does not need p(x); None for NLE or too few pairs."""
     if not isinstance(model, NRE) or len(x) < _LEAST_CURVE:
         return None
     try:

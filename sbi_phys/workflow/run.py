@@ -1,12 +1,12 @@
 """Run folders: settings, records of finished stages, and files that are complete or absent.
 
-An inference run (`Run`), to which unfoldings have an analogue in `unfold_run`:
+Files of an inference run (`Run`); `unfold_run` has the analogue for unfolding:
 
-config.toml     settings; a run with others is refused      posterior.nc            final posterior draws
+config.toml     settings; other settings raise an error     posterior.nc            final posterior draws
 simulations/    the store                                   posterior_amortised.nc  before rounds and refinement
 rounds/         stores of the truncated rounds              reference.nc            exact MCMC
 training/       checkpoints of the training                 calibration.json  figures/  summary.json  report.html
-model.pt        the amortised network                       stages/  one record a stage: seconds, versions, numbers
+model.pt        the amortised network                       stages/  a record of each stage: seconds, versions, numbers
 model_nle.pt, model_nre.pt, posterior_nle.nc, posterior_nre.nc, posterior_exact.nc, limits/, limits.json, limits.csv  on request
 
 A file is written under a temporary name and renamed: an interrupted run continues with the next stage, shard or epoch.
@@ -49,21 +49,21 @@ _PACKAGES = ("torch", "nflows", "numpy", "scipy", "h5py", "arviz", "emcee", "sci
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Draws of one posterior, read from a NetCDF file: theta (chains, n, d) in the parameters' units, and notes."""
+    """Draws of one posterior, read from a NetCDF file: theta (chains, n, d) in the parameters' units, and the notes of the file."""
 
     chains: Array
     notes: dict[str, Any]
 
     @property
     def flat(self) -> Array:
-        """All chains in one: (chains * n, d)."""
+        """The draws of all chains (chains * n, d)."""
         return self.chains.reshape(-1, self.chains.shape[-1])
 
 
 class RunFolder:
     """A folder with settings, files that are complete or absent, records of finished stages, and figures.
 
-    Args: folder: made by `begin` if missing. progress: display of the stages.
+    Args: folder: created by `begin` if missing. progress: display of the stages.
     Raises: RunFolderError for a path that is a file, or a folder with files but without settings.
     """
 
@@ -83,7 +83,7 @@ class RunFolder:
             )
 
     def _require_same_settings(self, path: Path) -> None:
-        """Raise RunFolderError if the settings in the folder are others than those of this run."""
+        """Raise RunFolderError if the settings in the folder differ from those of this run."""
         raise NotImplementedError
 
     def _settings_text(self) -> str:
@@ -93,11 +93,11 @@ class RunFolder:
     def _refuse(self, key: str, got: str, expected: str) -> None:
         raise RunFolderError(
             f"{self.folder} was made with other settings: {key} is {got} there, expected {expected}; "
-            f"take another folder, or the settings in its {self.SETTINGS_FILE}"
+            f"use another folder, or the settings in its {self.SETTINGS_FILE}"
         )
 
     def begin(self) -> None:
-        """Make the folder and write the settings into it.   Raises: RunFolderError."""
+        """Create the folder and write the settings into it.   Raises: RunFolderError."""
         try:
             self.path(self.RECORDS).mkdir(parents=True, exist_ok=True)
             if not self.path(self.SETTINGS_FILE).exists():
@@ -110,7 +110,7 @@ class RunFolder:
         return self.folder.joinpath(*parts)
 
     def record(self, stage: str) -> dict[str, Any] | None:
-        """The record that a finished stage left, or None.   Raises: RunFolderError."""
+        """The record of a stage, None if it has not finished.   Raises: RunFolderError."""
         path = self.path(self.RECORDS, f"{stage}.json")
         if not path.is_file():
             return None
@@ -121,7 +121,7 @@ class RunFolder:
         return content
 
     def write_record(self, stage: str, content: dict[str, Any]) -> None:
-        """Write the record of a stage: the last file that a stage writes, so that it marks the stage as finished."""
+        """Write the record of a stage. It is the last file of a stage and marks it as finished."""
         self.write_json(f"{self.RECORDS}/{stage}.json", content)
 
     def write_text(self, name: str, text: str) -> Path:
@@ -129,7 +129,7 @@ class RunFolder:
         return write_aside(self.path(name), text, make_folder=True)
 
     def write_json(self, name: str, content: Any) -> Path:
-        """Write JSON; what is not finite becomes null."""
+        """Write JSON; values that are not finite become null."""
         return self.write_text(name, json.dumps(null_safe(content), indent=1, ensure_ascii=False) + "\n")
 
     def write_csv(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
@@ -164,10 +164,10 @@ class RunFolder:
 
 
 class Run(RunFolder):
-    """The folder of an inference run, with its settings and simulator: what every stage gets.
+    """The folder of an inference run, with its settings and simulator; the argument of every stage.
 
-    Args: folder: made by `begin` if missing. config. progress.
-    Raises: RunFolderError (made with other settings, or not a run's), SettingError, SimulatorMismatchError.
+    Args: folder: created by `begin` if missing. config. progress.
+    Raises: RunFolderError (other settings, or not the folder of a run), SettingError, SimulatorMismatchError.
 
     >>> import sbi_phys as sp
     >>> run = sp.workflow.Run("runs/new", sp.workflow.Config())
@@ -184,9 +184,9 @@ class Run(RunFolder):
 
     @classmethod
     def open(cls, folder: Path, progress: Progress | None = None) -> Self:
-        """The run in a folder, with the settings that stand there.   Raises: RunFolderError where there is none."""
+        """The run in a folder, with the settings of its config.toml.   Raises: RunFolderError if there is none."""
         if not (folder / cls.SETTINGS_FILE).is_file():
-            raise RunFolderError(f"{folder} has no config.toml; expected the folder of a run, as sbi-phys train --out {folder} makes it")
+            raise RunFolderError(f"{folder} has no config.toml; expected the folder of a run, which sbi-phys train --out {folder} creates")
         return cls(folder, Config.read(folder / cls.SETTINGS_FILE), progress)
 
     def _require_same_settings(self, path: Path) -> None:
@@ -200,7 +200,7 @@ class Run(RunFolder):
 
     @cached_property
     def simulator(self) -> Simulator:
-        """The simulator that the settings name."""
+        """The simulator of the settings."""
         chosen = self.config.simulator
         if not chosen.spec:
             raise SettingError("simulator.spec is empty; expected 'package.module:Class'")
@@ -208,7 +208,7 @@ class Run(RunFolder):
             return load_simulator(chosen.spec, chosen.settings)
         except SbiPhysError:
             raise
-        except ValueError as err:  # a simulator does not use the errors of this package
+        except ValueError as err:  # simulators may raise errors that are not of this package
             raise SettingError(f"[simulator.settings] of {chosen.spec}: {err}") from err
 
     @property
@@ -217,11 +217,11 @@ class Run(RunFolder):
         return [p.name for p in self.simulator.parameters]
 
     def seed(self, *key: int | str) -> int:
-        """The integer seed of a place in the run."""
+        """The integer seed for `key`, from the seed of the run."""
         return seed_for(self.config.run.seed, *key)
 
     def rng(self, *key: int | str) -> np.random.Generator:
-        """The generator of a place in the run."""
+        """The random generator for `key`, from the seed of the run."""
         return rng_for(self.config.run.seed, *key)
 
     @cached_property
@@ -267,12 +267,12 @@ class Run(RunFolder):
         return dict((self.record(stage) or {}).get("numbers", {}))
 
     def forget(self, stage: str) -> None:
-        """Delete the record of a stage: it will run again."""
+        """Delete the record of a stage, so that it runs again."""
         self.path(self.RECORDS, f"{stage}.json").unlink(missing_ok=True)
 
     @contextmanager
     def recording(self, stage: str) -> Iterator[dict[str, Any]]:
-        """Time a stage and write its record with the numbers put into the yielded dict; nothing is written on an error."""
+        """Time a stage and write its record with the numbers of the yielded dict; an error leaves no record."""
         numbers: dict[str, Any] = {}
         begin = time.perf_counter()
         yield numbers
@@ -289,7 +289,7 @@ class Run(RunFolder):
         )
 
     def note(self, stage: str, facts: dict[str, Any]) -> None:
-        """Add to the record of a finished stage."""
+        """Add facts to the record of a finished stage."""
         self.write_record(stage, (self.record(stage) or {}) | facts)
 
     def write_draws(self, name: str, theta: Array, notes: dict[str, Any], **groups: dict[str, Any]) -> None:
@@ -312,7 +312,7 @@ class Run(RunFolder):
 
 
 def versions() -> dict[str, str]:
-    """Versions of python, this package and those its numbers depend on."""
+    """Versions of Python, of this package and of the packages that its numbers depend on."""
     found = {"python": platform.python_version(), "sbi_phys": __version__}
     for name in _PACKAGES:
         try:
@@ -323,7 +323,7 @@ def versions() -> dict[str, str]:
 
 
 def null_safe(value: Any) -> Any:
-    """Plain JSON values of nested dicts, lists, arrays and numbers; NaN and infinities become None."""
+    """Nested dicts, lists, arrays and numbers as JSON values; NaN and infinities become None."""
     if isinstance(value, dict):
         return {str(k): null_safe(v) for k, v in value.items()}
     if isinstance(value, np.ndarray):

@@ -2,8 +2,8 @@
 
 simulate -> train -> infer -> rounds -> refine -> reference -> compare -> calibrate -> check -> report
 
-On request also simulate -> train_nle -> infer_nle, simulate -> train_nre -> infer_nre, and `methods`, which compares the methods. Each
-stage writes its files and then a record; it is skipped when both exist.
+On request: simulate -> train_nle -> infer_nle, simulate -> train_nre -> infer_nre, and `methods`, which compares the methods. Each stage
+writes its files and then a record; it is skipped if both exist.
 """
 
 import time
@@ -35,9 +35,9 @@ __all__ = ["DEFAULT", "STAGES", "ConcurrentStages", "Stage", "run_stages", "trai
 class Stage:
     """A stage of a run.
 
-    work: the function that does it, with the run and a dict for its numbers. needs: stages that must be finished before. optional:
-    stages whose files it reads if they exist; it is out of date when they run again. outputs: its files. concurrent: it may run in a
-    process of its own while the caller runs other stages.
+    work: function of the run and a dict that it fills with its numbers. needs: stages that must be finished first. optional: stages whose
+    files it reads if they exist; it is out of date when they run again. outputs: its files. concurrent: whether it may run in a separate
+    process while the caller runs other stages.
     """
 
     work: Callable[[Run, dict[str, Any]], None]
@@ -99,7 +99,7 @@ def run_stages(config: Config, folder: str | Path, until: Iterable[str] = ("repo
                 continue
             with run.progress.task(f"[{i + 1}/{len(wanted)}] {name}", None) as task:
                 if name in concurrent:
-                    task.advance(0, "in a process of its own")
+                    task.advance(0, "in a separate process")
                     begin = time.perf_counter()
                     concurrent.wait(name)
                     run.note(name, {"waited": round(time.perf_counter() - begin, 3)})
@@ -115,20 +115,20 @@ def _execute(run: Run, name: str) -> None:
 
 
 def run_in_process(folder: Path, config: Config, name: str) -> None:
-    """Run one stage in a process of its own."""
+    """Run one stage; called in a separate process."""
     _execute(Run(folder, config), name)
 
 
 def _forget_dependents(run: Run, name: str) -> None:
-    """Delete the records of stages that use this one: their files are out of date, also if this run is interrupted."""
+    """Delete the records of stages that depend on this one: their files are out of date, also if this run is interrupted."""
     for later in _dependents(name):
         run.forget(later)
 
 
 class ConcurrentStages:
-    """Stages that run in processes of their own while the caller continues: at most one for each further core.
+    """Stages that run in separate processes while the caller continues: at most one per further core.
 
-    An error or Ctrl-C within the context ends them; an interrupted stage has no record and runs again.
+    An error or Ctrl-C within the context terminates them; an interrupted stage has no record and runs again.
     """
 
     def __init__(self, folder: Path, config: Config) -> None:
@@ -148,7 +148,7 @@ class ConcurrentStages:
         return name in self._pools
 
     def begin(self, name: str) -> None:
-        """Start a stage, if a core is free and it is not running yet."""
+        """Start a stage if a core is free and the stage is not running."""
         cores = self._config.run.workers or available_cores()
         if name in self._pools or len(self._pools) + 1 >= cores:
             return
@@ -156,17 +156,17 @@ class ConcurrentStages:
         self._pools[name] = pool, pool.submit(run_in_process, self._folder, self._config, name)
 
     def wait(self, name: str) -> None:
-        """Return when a stage is finished.   Raises: what it raised; RunFolderError if its process died."""
+        """Return when a stage is finished.   Raises: the error of the stage; RunFolderError if its process died."""
         try:
             self._pools[name][1].result()
         except BrokenExecutor as err:
-            raise RunFolderError(f"the process of stage {name} died ({err}); the same command runs it again") from err
+            raise RunFolderError(f"the process of stage {name} died ({err}); run the same command again to repeat it") from err
 
 
 def train_distributed(config: Config, folder: str | Path, until: str = "train", *, progress: Progress | None = None) -> None:
-    """Run stage `train` in every process that torchrun started; the first one also simulates and writes the files.
+    """Run stage `train` in every process that torchrun started; the first process also simulates and writes the files.
 
-    Raises: SettingError for another stage (more processes do not speed it up), and as `run_stages`.
+    Raises: SettingError for another stage, which several processes do not speed up; and as `run_stages`.
     """
     if until != "train":
         raise SettingError(f"the stage is {until!r} under torchrun; expected 'train'; the other stages run in a single process")
@@ -185,7 +185,7 @@ def train_distributed(config: Config, folder: str | Path, until: str = "train", 
 
 
 def _check_inputs(run: Run, wanted: list[str]) -> None:
-    """Raise errors of simulator, device and observation before anything is written."""
+    """Raise errors of the simulator, device and observation before any file is written."""
     check_simulator(run.simulator)
     if {"train", "train_nle", "train_nre"} & set(wanted):
         resolve_device(run.config.run.device)
@@ -208,7 +208,7 @@ def _with_needs(names: Iterable[str]) -> list[str]:
 
 
 def _dependents(name: str) -> list[str]:
-    """Stages that use the files of this one, directly or through others."""
+    """Stages that depend on this one, directly or indirectly."""
     found: set[str] = set()
     todo = [name]
     while todo:
