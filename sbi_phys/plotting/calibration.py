@@ -1,7 +1,7 @@
 """Figures of the calibration tests, of ratios and recalibration, and of model comparison.
 
-A function takes a result and Axes, or None for a new figure, and returns the Axes. The grey band is the range that the hypothesis
-allows, black the ideal, vermilion the observation.
+A function takes a result and Axes, or None for a new figure, and returns the Axes. Grey band: the range expected under the
+hypothesis; black: the ideal; vermilion: the observation.
 """
 
 import re
@@ -67,12 +67,12 @@ __all__ = [
 ]
 
 
-_MANY = 40  # columns from which on names no longer fit under an axis
+_MANY = 40  # number of columns from which on the markers are smaller
 _WIDE, _NARROW = "#E8E8E8", "#C4C4C4"  # 95 and 68 % of replicas
 
 
 class RankCurves(Protocol):
-    """What `rank_ecdf` draws: level (k,), ecdf (k, d), band (k, 2), labels (d)."""
+    """Input of `rank_ecdf`: level (k,), ecdf (k, d), band (k, 2), labels (d)."""
 
     @property
     def labels(self) -> tuple[str, ...]: ...
@@ -114,12 +114,12 @@ def rank_ecdf(result: RankCurves, ax: "Axes | None" = None, only: int | None = N
 
 
 def rank_histogram(result: "SBC", ax: "Axes | None" = None, only: int | None = None) -> "Axes":
-    """Histogram of ranks over what is expected, with the 95 % band of all bins together."""
+    """Histogram of ranks divided by the expected counts, with the simultaneous 95 % band."""
     ax = new_axes(ax, width=5.2 if len(result.names) <= 5 else 6.6)
     edges = result.bin_edges / (result.n_draws + 1)
     scale = result.expected
     low, high = (result.histogram_band / scale[:, None]).T
-    ax.stairs(high, edges, baseline=low, fill=True, color=BAND, label="95 % of all bins")
+    ax.stairs(high, edges, baseline=low, fill=True, color=BAND, label="95 % simultaneous")
     ax.axhline(1, color="black", linewidth=0.8)
     for j in range(len(result.names)) if only is None else [only]:
         style = line_style(j if only is None else 0)
@@ -177,7 +177,7 @@ def c2st_folds(result: "C2ST", ax: "Axes | None" = None) -> "Axes":
 
 
 def predictive(result: "PredictivePValue", ax: "Axes | None" = None) -> "Axes":
-    """Replicas against observation: a histogram for one observed value, pairs with the diagonal where it depends on theta."""
+    """Replicated and observed statistic: a histogram, or pairs with the diagonal if the observed statistic depends on theta."""
     ax = new_axes(ax)
     words = f"p = {result.pvalue:.3f} $\\pm$ {result.error:.3f}"
     if result.t_obs.size == 1:
@@ -204,7 +204,7 @@ def predictive(result: "PredictivePValue", ax: "Axes | None" = None) -> "Axes":
 
 
 def tarp_coverage(result: "TARP", ax: "Axes | None" = None) -> "Axes":
-    """Share of truths in balls around the references against the balls' content, with the simultaneous 95 % band."""
+    """Fraction of true parameters in balls around the references against the credible level, with the simultaneous 95 % band."""
     ax = new_axes(ax, width=4.6, height=4.4)
     level = _diagonal(ax, result.level, result.band)
     ax.plot(level, np.concatenate([[0], result.observed, [1]]), linewidth=1.4, label=result.labels[0], **line_style(0))
@@ -220,14 +220,14 @@ def _quantity_label(result: "LocalCoverage", q: int) -> str:
 
 
 def coverage_line(result: "LocalCoverage", m: int, r: int, ax: "Axes | None" = None) -> "Axes":
-    """Coverage in each cell of one quantity with its error, against what is expected and the band of all cells together."""
+    """Coverage in each cell of one quantity with its error, the expected coverage, and the simultaneous 95 % band of all cells."""
     ax = new_axes(ax)
     low, high = result.cell_low[:, 0], result.cell_high[:, 0]
     expected, rows = result.expected[:, m, r], np.maximum(result.count, 1)
     alpha = 0.05 / result.count.size
     edges = np.append(low, high[-1])
     bottom, top = binom.ppf(alpha / 2, rows, expected) / rows, binom.ppf(1 - alpha / 2, rows, expected) / rows
-    ax.stairs(top, edges, baseline=bottom, fill=True, color=BAND, label="95 % of all cells")
+    ax.stairs(top, edges, baseline=bottom, fill=True, color=BAND, label="95 % simultaneous")
     ax.stairs(expected, edges, color="black", linewidth=0.8, baseline=None)
     centre, observed = (low + high) / 2, result.observed[:, m, r]
     errors = np.abs(np.stack([observed - result.low[:, m, r], result.high[:, m, r] - observed]))
@@ -239,7 +239,7 @@ def coverage_line(result: "LocalCoverage", m: int, r: int, ax: "Axes | None" = N
 
 
 def coverage_map(result: "LocalCoverage", m: int, r: int, ax: "Axes | None" = None) -> "Axes":
-    """Heat map of the coverage over two quantities: colour, its distance from what is expected; number, the coverage in per cent."""
+    """Heat map over two quantities: colour, observed minus expected coverage; number, the coverage in per cent."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
@@ -249,7 +249,7 @@ def coverage_map(result: "LocalCoverage", m: int, r: int, ax: "Axes | None" = No
     limit = max(0.1, float(np.abs(difference).max()))
     colours = ScalarMappable(Normalize(-100 * limit, 100 * limit), "RdBu")
     worst = int(np.argmin(result.cell_pvalues[:, m, r]))
-    for c in [*(i for i in range(result.count.size) if i != worst), worst]:  # the worst last: its frame lies on top
+    for c in [*(i for i in range(result.count.size) if i != worst), worst]:  # the worst cell last, so that its frame is on top
         corner, size = result.cell_low[c], result.cell_high[c] - result.cell_low[c]
         frame, width = ("black", 2.0) if c == worst else ("white", 0.8)
         colour = colours.to_rgba(100 * difference[c])
@@ -261,7 +261,7 @@ def coverage_map(result: "LocalCoverage", m: int, r: int, ax: "Axes | None" = No
     ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel=_quantity_label(result, 0), ylabel=_quantity_label(result, 1))
     ax.figure.colorbar(colours, ax=ax, label="observed - expected [%]")
     what = "regions" if len(result.labels) == 1 else f"intervals of {result.labels[r]}"
-    ax.set_title(f"per cent held by {100 * result.level[m]:.0f} % {what}; framed: worst", fontsize="small")
+    ax.set_title(f"coverage [%] of {100 * result.level[m]:.0f} % {what}; framed: worst cell", fontsize="small")
     return ax
 
 
@@ -278,7 +278,7 @@ def pit_line(result: "PITRegression", j: int, ax: "Axes | None" = None) -> "Axes
     spread = np.maximum([scores[index == c].std(ddof=1) for c in used], 1e-12)
     shift = -np.array([scores[index == c].mean() for c in used])
     for offset, value, error, label, k in (
-        (1.0, 1 / spread, 1 / spread / np.sqrt(2 * count), "width / right width", 0),
+        (1.0, 1 / spread, 1 / spread / np.sqrt(2 * count), "width / calibrated width", 0),
         (0.0, shift, spread / np.sqrt(count), "posterior - truth [sd]", 1),
     ):
         ax.axhline(offset, color="black", linewidth=0.8)
@@ -291,15 +291,15 @@ def pit_line(result: "PITRegression", j: int, ax: "Axes | None" = None) -> "Axes
 
 
 def pull_rows(result: "Pulls", ax: "Axes | None" = None) -> "Axes":
-    """Mean and width of every parameter's pulls with errors, one row each."""
+    """Mean and width of the pulls of each parameter, with two standard errors."""
     d = len(result.names)
     ax = new_axes(ax, height=1.4 + 0.35 * d)
     y = np.arange(d)
     for at in (0, 1):
         ax.axvline(at, color="black", linewidth=0.8)
-    ax.errorbar(result.mean, y, xerr=2 * result.mean_err, fmt="o", markersize=5, color=PALETTE[0], label="mean (right: 0)")
+    ax.errorbar(result.mean, y, xerr=2 * result.mean_err, fmt="o", markersize=5, color=PALETTE[0], label="mean (expected: 0)")
     width, error = result.width / result.width_expected, result.width_err / result.width_expected
-    ax.errorbar(width, y, xerr=2 * error, fmt="s", markersize=5, color=PALETTE[1], label="width (right: 1)")
+    ax.errorbar(width, y, xerr=2 * error, fmt="s", markersize=5, color=PALETTE[1], label="width (expected: 1)")
     ends = np.concatenate([result.mean - 2 * result.mean_err, width + 2 * error, [-0.3, 1.4]])
     ax.set(yticks=y, yticklabels=result.labels, ylim=(d - 0.5, -0.5), xlim=(ends.min() - 0.1, ends.max() + 0.1))
     ax.set_xlabel("pull (truth - posterior mean) / sd, two standard errors")
@@ -307,7 +307,7 @@ def pull_rows(result: "Pulls", ax: "Axes | None" = None) -> "Axes":
 
 
 def null_histogram(null: Array, observed: float, pvalue: float, label: str, ax: "Axes | None" = None) -> "Axes":
-    """Null distribution as a histogram with the observed value; `label` goes under the axis."""
+    """Histogram of the null distribution, its 95 % quantile and the observed value; `label` of the x axis."""
     ax = new_axes(ax, height=3.2)
     edges = np.histogram_bin_edges(null, bins=int(np.clip(np.sqrt(null.size), 8, 40)))
     ax.hist(null, bins=list(edges), color=BAND, label=f"null ({null.size})")
@@ -320,12 +320,12 @@ def null_histogram(null: Array, observed: float, pvalue: float, label: str, ax: 
 
 
 def lc2st_null(result: "LC2ST", ax: "Axes | None" = None) -> "Axes":
-    """Statistic of L-C2ST against its null."""
+    """Statistic of L-C2ST and its null distribution."""
     return null_histogram(result.null, result.statistic, result.pvalue, "L-C2ST statistic T(x_obs)", ax)
 
 
 def lc2st_map(result: "LC2ST", ax: "Axes | None", pair: tuple[int, int]) -> "Axes":
-    """d at the draws: over the one parameter with the null's band, or as colour over a pair of parameters."""
+    """Classifier output d at the draws: against one parameter with the band of the null, or as colour over a pair of parameters."""
     if len(result.names) > 1:
         return _lc2st_pair(result, ax, pair)
     ax = new_axes(ax, height=3.4)
@@ -336,7 +336,7 @@ def lc2st_map(result: "LC2ST", ax: "Axes | None", pair: tuple[int, int]) -> "Axe
     ax.plot(place, result.probability[order], color=PALETTE[1], linewidth=1.6, label="classifier at x_obs")
     limit = 1.1 * max(float(np.abs(result.probability - 0.5).max()), float(np.abs(result.band - 0.5).max()), 0.02)
     low, high = np.quantile(place, [0.001, 0.999])
-    ax.set(xlim=(low, high), ylim=(0.5 - limit, 0.5 + limit), xlabel=result.labels[0], ylabel="d,  > 1/2: too little mass")
+    ax.set(xlim=(low, high), ylim=(0.5 - limit, 0.5 + limit), xlabel=result.labels[0], ylabel="d  (> 1/2: too little mass)")
     return finish(ax, legend="above", columns=2)
 
 
@@ -360,13 +360,13 @@ def _lc2st_pair(result: "LC2ST", ax: "Axes | None", pair: tuple[int, int]) -> "A
         rasterized=True,
     )
     bar = ax.figure.colorbar(shown, ax=ax)
-    bar.set_label("d: too much mass < 1/2 < too little")
+    bar.set_label("d  (< 1/2: too much mass, > 1/2: too little)")
     ax.set(xlabel=result.labels[i], ylabel=result.labels[j], title=f"p = {result.pvalue:.2g}")
     return ax
 
 
 def marginal_ks(result: "MarginalKS", ax: "Axes | None" = None) -> "Axes":
-    """F_a - F_b at the quantiles of the pooled rows, one curve per parameter, with the pointwise 95 % range of one largest difference."""
+    """F_a - F_b at the quantiles of the pooled rows, one curve per parameter, with the 95 % range of the largest difference of one curve."""
     several = len(result.names) > 5
     ax = new_axes(ax, width=6.6 if several else 5.2)
     n, m = len(result.a), len(result.b)
@@ -384,7 +384,7 @@ def marginal_ks(result: "MarginalKS", ax: "Axes | None" = None) -> "Axes":
 
 
 def misspecification(result: "Misspecification", ax: "Axes | None" = None) -> "Axes":
-    """Each score on the scale of held-out simulations (their normal quantiles): grey is where they lie, points are observations."""
+    """Scores as normal quantiles of the held-out simulations: bars, range of the simulations; points, observations."""
     names = list(result.scores)
     ax = new_axes(ax, height=0.9 + 0.55 * len(names))
     rows = np.arange(len(names))[::-1]
@@ -401,20 +401,20 @@ def misspecification(result: "Misspecification", ax: "Axes | None" = None) -> "A
         ax.text(edge + 0.25, row, f"p = {result.pvalues[name]:.2g}", va="center", fontsize="small")
     edge = float(ndtri(1 - 0.5 / (result.n_held + 1)))
     ax.set(yticks=rows, yticklabels=names, xlim=(-edge - 0.1, edge + 1.9), ylim=(-0.6, len(names) - 0.4))
-    ax.set(xlabel="strangeness among held-out simulations / sd", xticks=range(-int(edge), int(edge) + 1))
-    ax.set_title("dark: 95 % of simulations; arrow: beyond all of them", fontsize="small")
+    ax.set(xlabel="score as a normal quantile of held-out simulations [sd]", xticks=range(-int(edge), int(edge) + 1))
+    ax.set_title("dark: 95 % of simulations; arrow: larger than all of them", fontsize="small")
     return ax
 
 
 def predictive_checks(result: "PredictiveChecks", ax: "Axes | None" = None) -> "Axes":
-    """One row per statistic: 68 and 95 % of replicas about their median, in their sd, and the data."""
+    """One row per statistic: central 68 and 95 % of the replicas relative to their median, in sd of the replicas, and the data."""
     names = list(result.checks)
     ax = new_axes(ax, width=5.6, height=0.9 + 0.5 * len(names))
     rows = np.arange(len(names))[::-1]
     verdicts = result.verdicts
     for row, name in zip(rows, names, strict=True):
         check = result.checks[name]
-        # where the statistic depends on theta the data have a range too; their difference is what is tested
+        # if the statistic depends on theta, the test is of the difference between replicas and data
         replicas = check.t_rep - (check.t_obs if check.t_obs.size > 1 else 0.0)
         data = 0.0 if check.t_obs.size > 1 else float(check.t_obs[0])
         middle, sd = float(np.median(replicas)), float(replicas.std()) or 1.0
@@ -433,7 +433,7 @@ def predictive_checks(result: "PredictiveChecks", ax: "Axes | None" = None) -> "
 
 
 def prior_predictive(result: "PriorPredictive", ax: "Axes | None" = None) -> "Axes":
-    """Bands of the replicas per column, about the median in units of half the 68 % range, and the data."""
+    """Central 68 and 95 % of the replicas and the data by column, relative to the median, in units of half the 68 % range."""
     k = len(result.names)
     ax = new_axes(ax, width=6.4 if k > 12 else 5.2, height=3.6)
     low, lower, middle, upper, high = result.quantiles.T
@@ -451,10 +451,10 @@ def prior_predictive(result: "PriorPredictive", ax: "Axes | None" = None) -> "Ax
     outside = np.isin(result.names, result.outside)
     ax.plot(place[inside & ~outside], shown[inside & ~outside], "o", color=PALETTE[0], markersize=size, label="data")
     if (inside & outside).any():
-        ax.plot(place[inside & outside], shown[inside & outside], "o", color=PALETTE[1], markersize=size + 1, label="beyond all replicas")
+        ax.plot(place[inside & outside], shown[inside & outside], "o", color=PALETTE[1], markersize=size + 1, label="outside all replicas")
     for side, marker in ((1, "^"), (-1, "v")):
         off = ~inside & (np.sign(data) == side)
-        ax.plot(place[off], shown[off], marker, color=PALETTE[1], markersize=6, label="off the axis" if off.any() else None)
+        ax.plot(place[off], shown[off], marker, color=PALETTE[1], markersize=6, label="outside the axis range" if off.any() else None)
     ax.set(xlim=(-0.6, k - 0.4), ylim=(-1.08 * limit, 1.08 * limit), ylabel="(x - median) / half 68 % range")
     if k <= 12:
         ax.set_xticks(place, result.names, rotation=45 if max(map(len, result.names)) > 4 else 0, ha="right" if k > 3 else "center")
@@ -464,7 +464,7 @@ def prior_predictive(result: "PriorPredictive", ax: "Axes | None" = None) -> "Ax
 
 
 def mean_ratio(result: "MeanRatio", ax: "Axes | None" = None) -> "Axes":
-    """The three means with standard errors, side by side for every theta."""
+    """The three means with standard errors for each theta."""
     ax = new_axes(ax, width=max(4.2, 2.4 + 0.45 * len(result.names)), height=3.6)
     place = np.arange(len(result.names), dtype=np.float64)
     ax.axhline(1, color="black", linewidth=0.8)
@@ -484,26 +484,26 @@ def mean_ratio(result: "MeanRatio", ax: "Axes | None" = None) -> "Axes":
 
 
 def _crowded(ax: "Axes", names: Sequence[str]) -> bool:
-    """Whether the names, side by side below the axis, would leave less than a character and a half between them."""
+    """Whether horizontal tick labels would have gaps of less than 1.5 characters."""
     drawn = max(len(re.sub("[${}_^]", "", re.sub(r"\\[a-zA-Z]+", "o", name))) for name in names)
     place = ax.bbox.width / ax.figure.dpi / (len(names) + 0.2)  # inches
     return (drawn + 1.5) * 0.6 * float(ax.get_xticklabels()[0].get_fontsize()) / 72 > place
 
 
 def reliability(result: "Reliability", ax: "Axes | None" = None) -> "Axes":
-    """Observed against predicted share of numerator events, with the band of all bins together around the diagonal."""
+    """Observed against predicted fraction of numerator events, with the simultaneous 95 % band around the diagonal."""
     ax = new_axes(ax, width=4.6, height=4.4)
-    ax.fill_between(result.predicted, result.band[:, 0], result.band[:, 1], color=BAND, linewidth=0, label="95 % of all bins")
+    ax.fill_between(result.predicted, result.band[:, 0], result.band[:, 1], color=BAND, linewidth=0, label="95 % simultaneous")
     ax.plot([0, 1], [0, 1], color="black", linewidth=0.8)
     ax.plot(result.predicted, result.observed, "o-", markersize=4, linewidth=1.0, color=PALETTE[0], label=f"p = {result.pvalue:.2g}")
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="classifier output", ylabel="share of numerator events", aspect="equal")
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="classifier output", ylabel="fraction of numerator events", aspect="equal")
     return finish(ax)
 
 
 def reweighting_auc(result: "ReweightingAUC", ax: "Axes | None" = None) -> "Axes":
-    """Areas with and without weights."""
+    """Area under the ROC curve with and without weights."""
     ax = new_axes(ax, width=4.6, height=2.4)
-    rows = (("reweighted", result.auc, result.error, PALETTE[0]), ("not weighted", result.before, result.before_error, MUTED))
+    rows = (("reweighted", result.auc, result.error, PALETTE[0]), ("unweighted", result.before, result.before_error, MUTED))
     ax.axvline(0.5, color="black", linewidth=0.8)
     for y, (_, area, error, colour) in enumerate(rows):
         ax.errorbar(area, y, xerr=error, fmt="o", markersize=5, capsize=3, color=colour)
@@ -516,7 +516,7 @@ def reweighting_auc(result: "ReweightingAUC", ax: "Axes | None" = None) -> "Axes
 
 
 def ratio_calibration(result: "RatioCalibration", ax: "Axes | None" = None) -> "Axes":
-    """Calibrated against learned log ratio."""
+    """Calibrated against learned log ratio, with the blocks of the fit."""
     ax = new_axes(ax, width=4.6, height=4.4)
     reach = result.score[[0, -1]] + 0.15 * np.ptp(result.score) * np.array([-1, 1]) + np.array([-0.1, 0.1])
     line = np.linspace(float(reach[0]), float(reach[1]), 400)
@@ -528,7 +528,7 @@ def ratio_calibration(result: "RatioCalibration", ax: "Axes | None" = None) -> "
 
 
 def ratio_check(result: "RatioCheck") -> "Figure":
-    """Means, reliability curve and areas side by side."""
+    """Mean ratios, reliability curve and areas under the ROC curve in one figure."""
     with house_style():
         figure = new_figure(12.0, 3.8)
         axes = figure.subplots(1, 3)
@@ -541,13 +541,13 @@ def ratio_check(result: "RatioCheck") -> "Figure":
 
 
 def conformal_scores(result: "ConformalRegions", ax: "Axes | None" = None) -> "Axes":
-    """Distribution of held-out scores, the threshold at the content asked for, and where q's own region ends."""
+    """ECDF of the held-out scores, the threshold at the level, and the diagonal of a calibrated posterior."""
     ax = new_axes(ax)
     values = np.sort(result.scores)
     shown = values[np.isfinite(values)]
     share = np.arange(1, values.size + 1) / values.size
     ax.axhspan(*result.interval, color=BAND, linewidth=0, label="true content, 95 % range")
-    ax.plot(shown, share[: shown.size], drawstyle="steps-post", color=PALETTE[0], linewidth=1.4, label="held-out truths inside")
+    ax.plot(shown, share[: shown.size], drawstyle="steps-post", color=PALETTE[0], linewidth=1.4, label="held-out simulations")
     label = f"threshold {result.threshold:.3g}"
     ax.plot([result.threshold] * 2, [0, result.level], color=PALETTE[1], linewidth=1.4, label=label)
     ax.axhline(result.level, color="black", linewidth=0.8)
@@ -556,16 +556,18 @@ def conformal_scores(result: "ConformalRegions", ax: "Axes | None" = None) -> "A
         name = "highest-density content of q at the truth"
     else:
         unit = "content" if result.score == "hpd" else r"$-\log q$ [nats]"
-        name = f"{unit} less its learned quantile" if result.n_features else unit
-    # a few truths far outside would squeeze the rest into a corner
+        name = f"{unit} minus its learned quantile" if result.n_features else unit
+    # the axis range excludes a few true parameters far outside
     first = float(shown[0])
     last = max(float(np.quantile(shown, 0.97)), result.threshold + 0.15 * (result.threshold - first))
-    ax.set(xlim=(first - 0.03 * (last - first), last + 0.05 * (last - first)), ylim=(0, 1.02), xlabel=name, ylabel="share of truths")
+    ax.set(
+        xlim=(first - 0.03 * (last - first), last + 0.05 * (last - first)), ylim=(0, 1.02), xlabel=name, ylabel="fraction of simulations"
+    )
     return finish(ax, legend="lower right")
 
 
 def rank_map(result: "RankRecalibration", ax: "Axes | None" = None) -> "Axes":
-    """ECDF of q's held-out PITs, the map that is undone; a calibrated posterior stays in the band."""
+    """ECDF of the held-out PITs of q, which the recalibration inverts; a calibrated posterior is within the band."""
     several = len(result.names) > 5
     ax = new_axes(ax, width=6.2 if several else 4.6, height=4.4)
     _diagonal(ax, result.level, result.band, "calibrated, 95 % band")
@@ -578,12 +580,12 @@ def rank_map(result: "RankRecalibration", ax: "Axes | None" = None) -> "Axes":
 
 
 def tempering_curve(result: "Tempering", ax: "Axes | None" = None) -> "Axes":
-    """Mean share of draws nearer than the truth against the widening, with the chosen factor and its error."""
+    """Mean fraction of draws closer than the true parameters against the widening factor, with the chosen factor and its error."""
     ax = new_axes(ax)
     low, high = result.content - result.content_error, result.content + result.content_error
     ax.fill_between(result.grid, low, high, color=BAND, linewidth=0, label="standard error")
     ax.plot(result.grid, result.content, color=PALETTE[0], linewidth=1.4, label="mean over simulations")
-    ax.axhline(0.5, color="black", linewidth=0.8, label="right coverage")
+    ax.axhline(0.5, color="black", linewidth=0.8, label="calibrated")
     ax.axvspan(result.factor - result.error, result.factor + result.error, color=PALETTE[1], alpha=0.25, linewidth=0)
     ax.axvline(result.factor, color=PALETTE[1], linewidth=1.4, label=f"chosen x{result.factor:.3f} $\\pm$ {result.error:.3f}")
     ax.plot([1], [result.raw], "o", color="black", markersize=4, label="raw posterior")
@@ -592,7 +594,7 @@ def tempering_curve(result: "Tempering", ax: "Axes | None" = None) -> "Axes":
         xlim=(result.grid[0], result.grid[-1]),
         ylim=(0, 1),
         xlabel="widening factor",
-        ylabel="share of draws nearer than the truth",
+        ylabel="fraction of draws closer than the truth",
     )
     ticks = [t for t in (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10) if result.grid[0] <= t <= result.grid[-1]]
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
@@ -601,23 +603,23 @@ def tempering_curve(result: "Tempering", ax: "Axes | None" = None) -> "Axes":
 
 
 def model_reliability(result: "ProbabilityCalibration", ax: "Axes | None" = None) -> "Axes":
-    """Observed share against predicted probability, one curve a model, with where 95 % of the shares lie if it is right."""
+    """Observed fraction against predicted probability, one curve per model, with the 95 % range if the probabilities are calibrated."""
     ax = new_axes(ax)
     ax.plot([0, 1], [0, 1], color="black", linewidth=0.8)
-    # of two models the second curve is the first one turned round
+    # for two models the second curve is the first one reflected
     for j, name in enumerate(result.names[: 1 if len(result.names) == 2 else None]):
         ok = result.counts[j] > 0
         x, colour = result.predicted[j][ok], PALETTE[j % len(PALETTE)]
-        bars = "95 % of shares, if right" if j == 0 else ""
+        bars = "95 %, if calibrated" if j == 0 else ""
         ax.vlines(x, result.band[j, ok, 0], result.band[j, ok, 1], color=colour, alpha=0.35, linewidth=4, label=bars)
         ax.plot(x, result.observed[j][ok], "o-", color=colour, markersize=4, linewidth=1, label=name)
-    ax.set(xlabel="predicted probability", ylabel="share of data sets that are from the model", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    ax.set(xlabel="predicted probability", ylabel="fraction of data sets from the model", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     ax.set_title(f"{result.verdict}, p = {result.pvalue:.2g}", fontsize="medium")
     return finish(ax, legend="upper left")
 
 
 def nested_test(result: "NestedTest", ax: "Axes | None" = None) -> "Axes":
-    """Histogram of the statistic under the null, and the observation."""
+    """Histogram of the statistic over toys of the null hypothesis, and the observed value."""
     ax = new_axes(ax)
     high = max(float(result.toys.max()), result.statistic)
     low = min(float(result.toys.min()), result.statistic)

@@ -1,6 +1,6 @@
 """Figures of fits, critical values, confidence sets, coverage and limits.
 
-Most functions take a result and axes, and return the axes; `limits_figure` and `coverage_figure` return a whole Figure.
+Most functions take a result and axes, and return the axes; `limits_figure` and `coverage_figure` return a Figure.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 GREEN, YELLOW = "#8FD19E", "#F6E58D"
-SHOWN = 5  # lines in one picture
+SHOWN = 5  # largest number of lines in one figure
 
 
 def _finish(ax: "Axes", **settings: Any) -> "Axes":
@@ -62,7 +62,7 @@ def profile(result: "Profile", ax: "Axes | None" = None) -> "Axes":
 
 
 def contour(result: "Contour", ax: "Axes | None" = None, levels: tuple[float, ...] = (0.683, 0.954)) -> "Axes":
-    """Joint regions of the given contents and the best fit."""
+    """Joint confidence regions at the given levels, and the best fit."""
     ax = new_axes(ax, width=4.8, height=4.2)
     for i, level in enumerate(sorted(levels)):
         colour = PALETTE[i % len(PALETTE)]
@@ -73,12 +73,12 @@ def contour(result: "Contour", ax: "Axes | None" = None, levels: tuple[float, ..
 
 
 def impacts(result: "Impacts", ax: "Axes | None" = None, most: int = 15) -> "Axes":
-    """Impacts as bars (lower axis) and pulls as points (upper axis), the largest on top; at most `most` rows."""
+    """Impacts as bars (lower axis) and pulls as points (upper axis), sorted by size; at most `most` rows."""
     n = min(len(result.names), most)
     ax = new_axes(ax, width=5.6, height=1.4 + 0.32 * n)
     rows = np.arange(n)[::-1]
-    ax.barh(rows, result.up[:n], height=0.5, color=PALETTE[0], alpha=0.75, label="+1 error")
-    ax.barh(rows, result.down[:n], height=0.5, color=PALETTE[5], alpha=0.75, label="-1 error")
+    ax.barh(rows, result.up[:n], height=0.5, color=PALETTE[0], alpha=0.75, label="+1 sd")
+    ax.barh(rows, result.down[:n], height=0.5, color=PALETTE[5], alpha=0.75, label="-1 sd")
     extent = 1.15 * max(float(np.abs(result.up[:n]).max()), float(np.abs(result.down[:n]).max()), 1e-12)
     ax.set(yticks=rows, yticklabels=result.labels[:n], xlim=(-extent, extent), ylim=(-0.7, n - 0.3), xlabel=f"shift of {result.name}")
     known = np.isfinite(result.pull[:n])
@@ -96,10 +96,10 @@ def impacts(result: "Impacts", ax: "Axes | None" = None, most: int = 15) -> "Axe
 
 
 def critical_values(result: "Neyman", ax: "Axes | None" = None, level: int = 0) -> "Axes":
-    """Critical values with Monte Carlo errors along the first parameter, for some values of the second, over Wilks' value."""
+    """Critical values with Monte Carlo errors against the first parameter, for some values of the second, and the value by Wilks."""
     ax = new_axes(ax)
     x = result.axes[0]
-    # further parameters stay at the middle of their grids
+    # further parameters are at the middle of their grids
     at = tuple(a.size // 2 for a in result.axes[2:])
     values, errors = result.critical_values[level], result.critical_errors[level]
     if result.dim == 1:
@@ -114,7 +114,7 @@ def critical_values(result: "Neyman", ax: "Axes | None" = None, level: int = 0) 
 
 
 def learned_critical_values(result: "LF2I", ax: "Axes | None" = None, level: int = 0) -> "Axes":
-    """Learned critical values along the first parameter; the others at the middle, and the second at three values."""
+    """Learned critical values against the first parameter, for three values of the second; further parameters at the middle."""
     ax = new_axes(ax)
     x = np.linspace(result.low[0], result.high[0], 300)
     middle = (result.low + result.high) / 2
@@ -136,7 +136,7 @@ def _wilks(ax: "Axes", level: float, interest: int, label: str) -> "Axes":
 
 
 def region(result: "Region", ax: "Axes | None" = None, data_set: int = 0) -> "Axes":
-    """Joint set of one data set, filled."""
+    """Joint confidence set of one data set, filled."""
     ax = new_axes(ax, width=4.8, height=4.2)
     margin = result.margin[data_set]
     shown = np.where(np.isfinite(margin), margin, np.nanmax(np.where(np.isfinite(margin), margin, np.nan)))
@@ -150,7 +150,7 @@ def region(result: "Region", ax: "Axes | None" = None, data_set: int = 0) -> "Ax
 
 
 def coverage_map(result: "CoverageMap", ax: "Axes | None" = None, name: str | None = None) -> "Axes":
-    """Curve with band and binned points along one parameter; colours over two, white = as stated, the worst region framed."""
+    """Coverage: a curve with band and binned points for one parameter; a map for two, white at the nominal level, worst region framed."""
     if len(result.names) == 2 and name is None:
         return _coverage_plane(result, ax)
     i = 0 if name is None else find_name(name, result.names)
@@ -170,7 +170,7 @@ def coverage_map(result: "CoverageMap", ax: "Axes | None" = None, name: str | No
             ends.mean(axis=1), [b.coverage for b in own], [b.error for b in own], np.diff(ends, axis=1)[:, 0] / 2,
             fmt="o", markersize=3, color=PALETTE[1], label="bins",
         )  # fmt: skip
-    ax.axhline(result.level, color="black", linewidth=0.9, linestyle="--", label=f"stated, {100 * result.level:.4g} %")
+    ax.axhline(result.level, color="black", linewidth=0.9, linestyle="--", label=f"nominal, {100 * result.level:.4g} %")
     return _finish(ax, xlabel=result.labels[i], ylabel="coverage", xlim=(x[0], x[-1]))
 
 
@@ -182,7 +182,7 @@ def _coverage_plane(result: "CoverageMap", ax: "Axes | None") -> "Axes":
     axes = [np.linspace(a, b, 80) for a, b in zip(result.low, result.high, strict=True)]
     grid = np.stack([g.ravel() for g in np.meshgrid(*axes, indexing="ij")], axis=-1)
     c = result.at(grid)[0].reshape(80, 80)
-    # white at the level, however little room there is above it: no coverage exceeds 1
+    # white at the nominal level; the scale is asymmetric, because no coverage exceeds 1
     norm = TwoSlopeNorm(result.level, min(result.level - 0.05, float(c.min())), max(float(c.max()), (1 + result.level) / 2))
     mesh = ax.pcolormesh(*axes, c.T, cmap="RdBu", norm=norm, shading="nearest", rasterized=True)
     ax.figure.colorbar(mesh, ax=ax, label=f"coverage (white: {100 * result.level:.4g} %)")
@@ -194,7 +194,7 @@ def _coverage_plane(result: "CoverageMap", ax: "Axes | None") -> "Axes":
 
 
 def expected(result: "ExpectedLimits", ax: "Axes | None" = None, observed: float | None = None) -> "Axes":
-    """Histogram of the toys' limits over the 68.3 and 95.4 % bands, with the median and the observed one."""
+    """Histogram of the limits of toys, their 68.3 and 95.4 % bands and median, and the observed limit."""
     ax = new_axes(ax)
     b = result.bands
     ax.axvspan(b[0], b[4], color=YELLOW, linewidth=0, label="95.4 %")
@@ -209,7 +209,7 @@ def expected(result: "ExpectedLimits", ax: "Axes | None" = None, observed: float
 
 _LEVEL_COLOURS = (COLOURS["flow"], COLOURS["amortised"], COLOURS["truth"], COLOURS["published"])
 _PLANE = 80
-UNKNOWN = 0.1  # a coverage that is known no better than that is left grey
+UNKNOWN = 0.1  # error of the coverage above which the map is grey
 
 
 def limits_figure(
@@ -221,10 +221,10 @@ def limits_figure(
     *,
     title: str = "",
 ) -> "Figure":
-    """The test statistic of the observation with critical values by level, and the sets {q <= C}; over two parameters, the sets' edges.
+    """The test statistic of the observation with critical values by level, and the sets {q <= C}; for two parameters, the contours of the sets.
 
     Args: axes: one (m,) or two. q (m,) or (m1, m2). critical {level: as q}. wilks {level: number}. labels of the axes.
-    Raises: DataError.   Read: where q lies below a line, theta is in the set; dashed is Wilks' chi-square.
+    Raises: DataError.   Read: theta is in the set where q is below the line; dashed: critical values by Wilks' theorem.
     """
     if len(axes) not in (1, 2) or q.shape != tuple(a.size for a in axes):
         raise DataError(f"q has shape {q.shape} over {len(axes)} axes; expected one value at each point of one or two")
@@ -241,7 +241,7 @@ def limits_figure(
 
 
 def _line(ax: "Axes", x: Array, q: Array, critical: Mapping[float, Array], wilks: Mapping[float, float]) -> None:
-    # what the sets leave out by far is not looked at: the picture is as wide as three of the widest set
+    # the axis range is limited to q below about twice the largest critical value
     top = 2.2 * max(max(float(c.max()) for c in critical.values()), max(wilks.values()))
     near = x[q <= top]
     view = (x[0], x[-1]) if near.size < 2 else (near.min(), near.max())
@@ -273,9 +273,9 @@ def _regions(ax: "Axes", axes: Sequence[Array], q: Array, critical: Mapping[floa
 
 
 def coverage_figure(own: Mapping[float, CoverageMap], wilks: Mapping[float, CoverageMap]) -> "Figure":
-    """Coverage over theta by level: of the sets, its error, and of Wilks'; curves for one parameter, maps for two, the first of more.
+    """Coverage against theta by level, of the sets with its error and of Wilks': maps for two parameters, else curves against the first.
 
-    Raises: DataError.   Read: white, or a band that holds the dashed line, is what was stated; grey is known to no better than 0.1.
+    Raises: DataError.   Read: white, or a band that includes the dashed line: nominal coverage; grey: error above 0.1.
     """
     if not own or set(own) != set(wilks):
         raise DataError(f"levels are {sorted(own)} and {sorted(wilks)}; expected the same, one at least")
@@ -305,7 +305,7 @@ def _curves(ax: "Axes", own: CoverageMap, wilks: CoverageMap) -> None:
         ax.errorbar(
             ends.mean(axis=1), [b.coverage for b in bins], [b.error for b in bins], fmt="o", markersize=3, linewidth=0.9, color=colour
         )
-    ax.axhline(own.level, color="black", linestyle="dashed", linewidth=0.9, label=f"stated, {100 * own.level:.4g} %")
+    ax.axhline(own.level, color="black", linestyle="dashed", linewidth=0.9, label=f"nominal, {100 * own.level:.4g} %")
     ax.set(xlabel=own.labels[0], ylabel="coverage", xlim=(x[0], x[-1]), title=f"{own.n} simulations, p = {own.pvalue:.2g}")
     ax.legend(fontsize=8.5, frameon=True, framealpha=0.85, edgecolor="none")
 
@@ -317,22 +317,22 @@ def _planes(row: Sequence["Axes"], own: CoverageMap, wilks: CoverageMap) -> None
     grid = np.stack([g.ravel() for g in np.meshgrid(*axes, indexing="ij")], axis=-1)
     (mine, error), (theirs, other) = own.at(grid), wilks.at(grid)
     known = [np.where(e <= UNKNOWN, c, np.nan) for c, e in ((mine, error), (theirs, other))]
-    # one scale for both, so that the colours can be compared; and no strong colour for what is noise
+    # one colour scale for both maps, no narrower than the noise
     reach = max(0.03, 2.5 * float(np.median(error)))
     ends = [v for c in known for v in (np.nanmin(c), np.nanmax(c)) if np.isfinite(c).any()] or [own.level]
     norm = TwoSlopeNorm(own.level, max(0.0, min(own.level - reach, *ends)), max(min(own.level + reach, (1 + own.level) / 2), *ends))
-    level, stated = f"{100 * own.level:.4g} %", "coverage (white: as stated)"
+    level, scale = f"{100 * own.level:.4g} %", "coverage (white: nominal)"
     both: dict[str, Any] = {"cmap": "RdBu", "norm": norm}
     for ax, values, style, title, label in (
-        (row[0], known[0], both, f"sets of {level}: {100 * own.overall:.1f} % on average, p = {own.pvalue:.2g}", stated),
+        (row[0], known[0], both, f"sets of {level}: {100 * own.overall:.1f} % on average, p = {own.pvalue:.2g}", scale),
         (
             row[1],
             error,
             {"cmap": "viridis", "vmin": 0.0, "vmax": UNKNOWN},
-            f"error of that map, {own.n} simulations",
+            f"error of the coverage, {own.n} simulations",
             "error of the coverage",
         ),
-        (row[2], known[1], both, f"Wilks, {level}: {100 * wilks.overall:.1f} % on average, p = {wilks.pvalue:.2g}", stated),
+        (row[2], known[1], both, f"Wilks, {level}: {100 * wilks.overall:.1f} % on average, p = {wilks.pvalue:.2g}", scale),
     ):
         mesh = ax.pcolormesh(*axes, values.reshape(_PLANE, _PLANE).T, shading="nearest", rasterized=True, **style)
         ax.set_facecolor("#D0D0D0")

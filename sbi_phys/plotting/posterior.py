@@ -1,4 +1,4 @@
-"""Figures of a posterior, from arrays: marginals, methods over the exact answer, learned ratios, importance weights, published fits.
+"""Figures of a posterior, from arrays: marginals, methods and the exact posterior, learned ratios, importance weights, published fits.
 
 Every function returns a matplotlib Figure in the style of the package; `save_figure` writes it to files.
 """
@@ -39,7 +39,7 @@ _SET_LINES: tuple[Any, ...] = ("solid", "solid", (0, (3.5, 2.0)), "dotted")
 
 
 class Plottable(Protocol):
-    """Anything that draws itself into given axes, such as a calibration result."""
+    """An object with a method `plot`, such as a calibration result."""
 
     def plot(self, ax: Any = None) -> Any:
         """Draw into `ax` and return it."""
@@ -53,7 +53,7 @@ def marginals_figure(
 ) -> "Figure":
     """One panel a parameter: marginal densities of sample sets {label: (n, d)} with bars of the 68 and 95 % intervals below.
 
-    `prior` (m, d) draws are shown in grey: where the posterior follows them, the data carry no information.
+    `prior` (m, d) draws are shown in grey: a posterior equal to the prior means that the data have no information.
     Raises: ShapeError, NonFiniteError, DataError.
 
     >>> import numpy as np
@@ -87,7 +87,7 @@ def marginals_figure(
 
 
 def weights_figure(log_weights: ArrayLike, *, pareto_k: float | None = None) -> "Figure":
-    """Importance weights: histogram of lg(w / mean w), and the share of the total that the heaviest draws carry.
+    """Importance weights: histogram of lg(w / mean w), and the cumulative fraction of the total weight.
 
     Args: log_weights (n,), natural logarithm, any constant added; -inf for draws outside the support.
     >>> from sbi_phys.plotting import weights_figure
@@ -95,7 +95,7 @@ def weights_figure(log_weights: ArrayLike, *, pareto_k: float | None = None) -> 
     >>> figure.axes[1].texts[0].get_text().splitlines()[1]
     'ESS = 3 (72.7 %)'
 
-    Raises: ShapeError, DataError.   Read: ESS/n near 1 and Pareto k < 0.7 = trust the refined posterior (arXiv:1507.02646).
+    Raises: ShapeError, DataError.   Read: with ESS/n near 1 and Pareto k < 0.7 the refined posterior is reliable (arXiv:1507.02646).
     """
     logs = as_array("log_weights", log_weights, (None,), finite=False)
     if not logs.size or np.isnan(logs).any() or np.isposinf(logs).any() or not np.isfinite(logs).any():
@@ -121,9 +121,9 @@ def weights_figure(log_weights: ArrayLike, *, pareto_k: float | None = None) -> 
         right.plot([0, 1], [0, 1], color=COLOURS["grey"], linestyle="dashed", linewidth=0.9)
         right.set_xlim(0, 1)
         right.set_ylim(0, 1.02)
-        right.set_xlabel("share of draws, heaviest first")
-        right.set_ylabel("share of total weight")
-        note = f"n = {logs.size}\nESS = {ess:.0f} ({100 * ess / logs.size:.1f} %)\nheaviest: {100 * ordered[0]:.2g} %"
+        right.set_xlabel("fraction of draws, by decreasing weight")
+        right.set_ylabel("fraction of total weight")
+        note = f"n = {logs.size}\nESS = {ess:.0f} ({100 * ess / logs.size:.1f} %)\nlargest weight: {100 * ordered[0]:.2g} %"
         if pareto_k is not None and math.isfinite(pareto_k):
             note += f"\nPareto k = {pareto_k:.2f} ({'reliable' if pareto_k < 0.7 else 'NOT reliable'})"
         right.text(0.96, 0.06, note, transform=right.transAxes, ha="right", va="bottom", fontsize=9)
@@ -177,7 +177,7 @@ def comparison_figure(
 
 
 def misfit_figure(distances: ArrayLike, d_obs: float, *, label: str = "distance to the nearest simulations") -> "Figure":
-    """Histogram of distances (n,) of held-out simulations, and where the observation d_obs falls among them.
+    """Histogram of distances (n,) of simulations, and the distance d_obs of the observation.
 
     >>> import numpy as np
     >>> from sbi_phys.plotting import misfit_figure
@@ -186,7 +186,7 @@ def misfit_figure(distances: ArrayLike, d_obs: float, *, label: str = "distance 
     'observation: 6 % lie further out'
 
     Raises: ShapeError, NonFiniteError, DataError, SettingError.
-    Read: an observation far to the right is unlike everything the network was trained on, and its posterior is an extrapolation.
+    Read: an observation far to the right is outside the training distribution, and its posterior is an extrapolation.
     """
     values, observed = as_array("distances", distances, (None,)), require_number("d_obs", d_obs)
     if values.size < 10:
@@ -213,7 +213,7 @@ def misfit_figure(distances: ArrayLike, d_obs: float, *, label: str = "distance 
 
 
 def panels_figure(panels: Mapping[str, Plottable], *, columns: int = 2, width: float = 4.2, height: float = 3.4) -> "Figure":
-    """Several results that draw themselves, e.g. {'SBC ranks': sbc, 'Expected coverage': coverage}, as one figure.
+    """Several results with a method `plot`, e.g. {'SBC ranks': sbc, 'Expected coverage': coverage}, as one figure.
 
     Raises: DataError.
 
@@ -239,7 +239,7 @@ def panels_figure(panels: Mapping[str, Plottable], *, columns: int = 2, width: f
 
 
 def _marginal(ax: "Axes", sets: Mapping[str, np.ndarray], k: int, limits: tuple[float, float], truth: float | None, prior: Any) -> None:
-    """One marginal: densities, and below zero the intervals."""
+    """Densities of one marginal, with the intervals below zero."""
     top = 0.0
     if prior is not None:
         grid, density = marginal_density(prior, limits)
@@ -267,7 +267,7 @@ def _marginal(ax: "Axes", sets: Mapping[str, np.ndarray], k: int, limits: tuple[
 
 
 def _forest(ax: "Axes", sets: Mapping[str, np.ndarray], published: Sequence[Mapping[str, Any]], p: Parameter, k: int) -> None:
-    """Intervals of the sets, then one marker a published fit."""
+    """Intervals of the sets, then one marker per published fit."""
     for row, theta in enumerate(sets.values()):
         q025, q16, q50, q84, q975 = np.quantile(theta[:, k], [0.025, 0.16, 0.5, 0.84, 0.975])
         colour = _SET_COLOURS[row % len(_SET_COLOURS)]
@@ -295,7 +295,7 @@ _METHOD_LINES: tuple[dict[str, Any], ...] = (
     {"color": COLOURS["published"], "linestyle": (0, (1.4, 1.2))},
 )
 _SHADES = ("#E2E2E2", "#B5B5B5")
-_MOST_AWAY = 0.5  # share of the draws out of view above which a method has no line: contours of a few stray draws would be noise
+_MOST_AWAY = 0.5  # fraction of draws outside the axes above which a method has no contours
 
 
 def methods_figure(
@@ -309,9 +309,9 @@ def methods_figure(
     """Regions of 68 and 95 % of two parameters by up to four methods {label: (n, d)}, over the exact ones in grey, with both marginals.
 
     Args: exact: its label and draws (n, d). shown: columns of theta; one parameter has a marginal alone. truth: marked by a cross.
-    What lies far from the exact draws is left out of view, and the legend says how much that is; a method with most of its draws there
-    has no line.
-    Raises: ShapeError, NonFiniteError, DataError, SettingError.   Read: lines on the edges of the grey regions = the method is right.
+    The axes are limited to the surroundings of the exact draws; the legend has the fraction of draws outside. A method with most of its
+    draws outside has no contours.
+    Raises: ShapeError, NonFiniteError, DataError, SettingError.   Read: contours that agree with the grey regions: the method is accurate.
 
     >>> import numpy as np
     >>> from sbi_phys.plotting import methods_figure
@@ -353,7 +353,7 @@ def methods_figure(
 
 
 def _view(sets: Mapping[str, Array], parameters: Sequence[Parameter], around_first: bool) -> list[tuple[float, float]]:
-    """Axis limits: of all sets, but no further from the first one's than its width: a mode elsewhere would leave no room for it."""
+    """Axis limits of all sets, within one width of those of the first set, so that a distant mode does not dominate the range."""
     limits = display_ranges(sets, parameters)
     if not around_first:
         return limits
@@ -361,20 +361,20 @@ def _view(sets: Mapping[str, Array], parameters: Sequence[Parameter], around_fir
     near = [(max(a, low - (high - low)), min(b, high + (high - low))) for (a, b), (low, high) in zip(limits, first, strict=True)]
     every = range(len(parameters))
     others = list(sets.values())[1:]
-    return limits if others and all(_away(theta, near, every) > _MOST_AWAY for theta in others) else near  # nothing else to see near it
+    return limits if others and all(_away(theta, near, every) > _MOST_AWAY for theta in others) else near  # all other sets are outside
 
 
 def _away(theta: Array, limits: Sequence[tuple[float, float]], shown: Sequence[int]) -> float:
-    """Share of the draws out of view."""
+    """Fraction of the draws outside the limits."""
     return float(np.any([(theta[:, k] < limits[k][0]) | (theta[:, k] > limits[k][1]) for k in shown], axis=0).mean())
 
 
 def _labels(sets: Mapping[str, Array], limits: Sequence[tuple[float, float]], shown: Sequence[int]) -> list[str]:
-    """Labels with the share of draws out of view, where that is more than a percent."""
+    """Labels with the fraction of draws outside the axes, if it is at least one per cent."""
     out = []
     for label, theta in sets.items():
         away = _away(theta, limits, shown)
-        out.append(label if away < 0.01 else f"{label}\n({100 * away:.0f} % out of view)")
+        out.append(label if away < 0.01 else f"{label}\n({100 * away:.0f} % outside the axes)")
     return out
 
 
@@ -455,10 +455,10 @@ class PairRatios:
 
 
 def ratios_figure(found: Mapping[str, PairRatios], *, difference: bool = False) -> "Figure":
-    """Learned against exact log ratio, one panel a method, and the reliability curves of those that have one.
+    """Learned against exact log ratio, one panel per method, and the reliability curves where available.
 
     Args: found, {label: PairRatios}. difference: the ratios are between two parameters instead of p(x | theta) / p(x).
-    Raises: DataError, ShapeError, NonFiniteError.   Read: points on the diagonal; a curve within its band.
+    Raises: DataError, ShapeError, NonFiniteError.   Read: an accurate ratio has points on the diagonal and a curve within its band.
 
     >>> import numpy as np
     >>> from sbi_phys.plotting import PairRatios, ratios_figure
@@ -483,21 +483,28 @@ def ratios_figure(found: Mapping[str, PairRatios], *, difference: bool = False) 
 def _scatter(ax: "Axes", label: str, pairs: PairRatios, colour: str, difference: bool) -> None:
     exact, learned = (as_array(name, getattr(pairs, name), (None,)) for name in ("exact", "learned"))
     width = max(float(np.ptp(exact)), 1.0)
-    # a single pair that is far off would leave no room for the others: it is shown at the rim
+    # pairs far from the diagonal are shown as arrows at the edge
     margin = float(np.clip(1.5 * np.quantile(np.abs(learned - exact), 0.9), 0.1 * width, 2 * width))
     low, high = float(exact.min()) - margin, float(exact.max()) + margin
     low -= 0.5 * width if pairs.exact_marginal.size else 0.0  # ratios of marginal pairs have no lower bound
     ax.plot([low, high], [low, high], color="black", linewidth=0.8)
     if pairs.exact_marginal.size:
         inside = (pairs.exact_marginal > low) & (pairs.learned_marginal > low)
-        words = f"marginal pairs, {int(inside.sum())} of {inside.size} in view"
+        words = f"marginal pairs, {int(inside.sum())} of {inside.size} within the axes"
         x, y = pairs.exact_marginal[inside], pairs.learned_marginal[inside]
         ax.plot(x, y, "s", markersize=3, mfc="none", mew=0.7, color=COLOURS["grey"], label=words)
     ax.plot(exact, learned, "o", markersize=3, alpha=0.6, mew=0, color=colour, label=f"joint pairs, rms {pairs.rms:.2f} nats")
     step = 0.012 * (high - low)
     for beyond, marker, place in ((learned < low, "v", low + step), (learned > high, "^", high - step)):
         if beyond.any():
-            ax.plot(exact[beyond], np.full(beyond.sum(), place), marker, markersize=5, color=colour, label=f"{int(beyond.sum())} beyond")
+            ax.plot(
+                exact[beyond],
+                np.full(beyond.sum(), place),
+                marker,
+                markersize=5,
+                color=colour,
+                label=f"{int(beyond.sum())} outside the axes",
+            )
     name = r"\Delta \ln L" if difference else r"\ln r"
     ax.set(xlim=(low, high), ylim=(low, high), xlabel=f"exact ${name}$", ylabel=f"learned ${name}$", title=label, aspect="equal")
     ax.legend(loc="upper left", fontsize=8)
@@ -518,6 +525,11 @@ def _reliability(ax: "Axes", curves: Mapping[str, Reliability]) -> None:
         )
     ax.plot([0, 1], [0, 1], color="black", linewidth=0.8)
     ax.set(
-        xlim=(0, 1), ylim=(0, 1), xlabel="classifier output", ylabel="share of joint pairs", title="reliability, 95 % bands", aspect="equal"
+        xlim=(0, 1),
+        ylim=(0, 1),
+        xlabel="classifier output",
+        ylabel="fraction of joint pairs",
+        title="reliability, 95 % bands",
+        aspect="equal",
     )
     ax.legend(loc="upper left", fontsize=8)

@@ -1,4 +1,4 @@
-"""The one style of all figures: palette, fonts, axes, legends, and how a figure is written to files.
+"""The style of all figures: palette, fonts, axes, legends, and how a figure is written to files.
 
 Figures use matplotlib's objects only, never pyplot: no window opens, and no global list keeps them.
 The style holds within `house_style()`; matplotlib's rcParams are restored after it.
@@ -49,7 +49,7 @@ COLOURS = {
     "grey": "#6B6B6B",
 }
 BAND = "#D9D9D9"  # the range that a hypothesis allows, or a 95 % band
-MUTED = "#999999"  # what stands in the background: measured counts, an uncorrected result
+MUTED = "#999999"  # secondary data: measured counts, an uncorrected result
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("*", "D", "^", "s", "P", "v", "X", "o")
 POINTS = ("o", "D", "s", "^", "v", "P", "X")  # recognised at the size of data points
@@ -74,7 +74,7 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 9.0,
     "lines.linewidth": 1.4,
-    "pdf.fonttype": 42,  # TrueType: the text of a PDF stays text, which journals ask for
+    "pdf.fonttype": 42,  # TrueType: text in a PDF stays text, as journals require
     "svg.hashsalt": "sbi_phys",
 }
 
@@ -95,13 +95,13 @@ def house_style() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # settings of the user's matplotlibrc do not apply; the backend stays
+        matplotlib.rcdefaults()  # the user's matplotlibrc has no effect, except for the backend
         matplotlib.rcParams.update(cast(Any, STYLE))
         yield
 
 
 def new_figure(width: float, height: float, *, constrained: bool = True) -> "Figure":
-    """Empty figure of width x height inches that pyplot does not know; call it within `house_style`.
+    """Empty figure of width x height inches, not registered in pyplot; call it within `house_style`.
 
     >>> from sbi_phys.plotting import house_style, new_figure
     >>> with house_style():
@@ -115,7 +115,7 @@ def new_figure(width: float, height: float, *, constrained: bool = True) -> "Fig
 
 
 def new_axes(ax: "Axes | None" = None, *, width: float = 5.2, height: float = 4.0) -> "Axes":
-    """Return `ax`, or where it is None the axes of a new figure of width x height inches in the style of the package.
+    """Return `ax`, or if it is None the axes of a new figure of width x height inches in the style of the package.
 
     >>> from sbi_phys.plotting import new_axes
     >>> ax = new_axes(width=4.0, height=3.0)

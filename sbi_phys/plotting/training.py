@@ -57,7 +57,7 @@ def loss_figure(history: History) -> "Figure":
 
 
 def step_time_figure(history: History) -> "Figure":
-    """Seconds per epoch over the training, one line a member, with its median.   Raises: DataError.
+    """Seconds per epoch over the training, one line per member, with its median.   Raises: DataError.
 
     >>> from sbi_phys.plotting import step_time_figure
     >>> member = [{"epoch": k, "train": 1.0, "valid": 1.0, "seconds": 0.5} for k in range(1, 9)]
@@ -102,7 +102,7 @@ def _columns(member: Sequence[Mapping[str, Any]], k: int) -> dict[str, np.ndarra
 
 
 def _loss_limits(curves: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Limits that show the plateau: the steep first epochs may leave the frame at the top."""
+    """Axis limits around the plateau; losses of the first epochs may be above the axis range."""
     finite = np.concatenate([c[np.isfinite(c)] for c in curves])
     if not finite.size:
         raise DataError("history has no finite loss; expected at least one")

@@ -1,8 +1,8 @@
 """Figures of unfolding: results of one method, the report of `validate`, and several methods side by side on a measured spectrum.
 
 Figures of one result take it and Axes or None, and return the Axes. Figures of a validation and those of several methods return a
-Figure; every method has one colour and one marker, and points in the same bin stand side by side. Grey bands show the criteria or the
-range that chance allows, black lines the truth or the nominal value.
+Figure; every method has one colour and one marker, and points in the same bin are offset horizontally. Grey bands: criteria or ranges of
+statistical fluctuations; black lines: the truth or the nominal value.
 """
 
 import math
@@ -64,7 +64,7 @@ def _finish(ax: "Axes", *, legend: bool = True, **labels: Any) -> "Axes":
 
 
 def response(result: "Response", ax: "Axes | None" = None) -> "Axes":
-    """Matrix in logarithmic shades over four decades, and the efficiency on an axis of its own."""
+    """Response matrix on a logarithmic colour scale over four decades, and the efficiency on a separate axis."""
     from matplotlib.colors import LogNorm
 
     ax = new_axes(ax, width=5.4, height=4.4)
@@ -81,7 +81,7 @@ def response(result: "Response", ax: "Axes | None" = None) -> "Axes":
 
 
 def spectrum(result: "IBU | Tikhonov", ax: "Axes | None" = None, prior: Array | None = None) -> "Axes":
-    """Unfolded counts with errors of the data (thick) and of everything (thin), measured counts, prior; logarithmic where it fits."""
+    """Unfolded counts with statistical (thick) and total errors (thin), measured counts, prior; logarithmic if all counts are positive."""
     ax = new_axes(ax)
     x, y = _edges(result.truth_edges, result.counts.size), _edges(result.reco_edges, result.measured.size)
     centre = (x[1:] + x[:-1]) / 2
@@ -97,7 +97,7 @@ def spectrum(result: "IBU | Tikhonov", ax: "Axes | None" = None, prior: Array | 
 
 
 def stopping(result: "Stopping", ax: "Axes | None" = None) -> "Axes":
-    """Worst-bin coverage and worst |mean pull| against iterations, with what the rule asks for."""
+    """Coverage and |mean pull| of the worst bin against iterations, with the thresholds of the stopping rule."""
     ax = new_axes(ax)
     k = result.iterations
     ax.plot(k, result.coverage.min(axis=1), "o-", markersize=3, color=PALETTE[0], label="coverage, worst bin")
@@ -111,7 +111,7 @@ def stopping(result: "Stopping", ax: "Axes | None" = None) -> "Axes":
 
 
 def scan(result: "TikhonovScan", ax: "Axes | None" = None) -> "Axes":
-    """Curve of curvature penalty against chi-square over the strengths, the chosen one marked."""
+    """Curvature penalty against chi-square for all regularisation strengths, with the chosen one marked."""
     ax = new_axes(ax)
     ax.plot(result.chi2, result.penalty, ".-", markersize=4, linewidth=1.0, color=PALETTE[0])
     at = result.chosen
@@ -141,7 +141,7 @@ def flux(result: "ForwardFold", ax: "Axes | None" = None, power: float = 3.0) ->
 
 
 def spectra(result: "BayesianUnfold", ax: "Axes | None" = None) -> "Axes":
-    """Median with 68 % and 95 % intervals of each truth bin, measured counts, and what the posterior mean folds to."""
+    """Median with 68 % and 95 % intervals of each truth bin, measured counts, and the refolded posterior mean."""
     ax = new_axes(ax)
     x, y = _edges(result.truth_edges, result.counts.size), _edges(result.reco_edges, result.measured.size)
     wide, narrow = result.intervals(0.95), result.intervals(ONE_SIGMA)
@@ -159,7 +159,7 @@ def spectra(result: "BayesianUnfold", ax: "Axes | None" = None) -> "Axes":
 
 
 def omnifold_column(result: "OmniFold", column: int, bins: int | Sequence[float], ax: "Axes | None" = None) -> "Axes":
-    """One column of the truth under the nominal and the unfolded weights."""
+    """Histogram of one column of the truth with the nominal and the unfolded weights."""
     ax = new_axes(ax)
     values = result.truth[result.truth_pass, column]
     edges = np.histogram_bin_edges(values, bins)
@@ -197,7 +197,7 @@ def _validation_edges(result: "Validation") -> Array:
 
 
 def _places(result: "Validation") -> list[tuple["MethodValidation", Array, dict[str, Any]]]:
-    """Every method with where its points stand, side by side within the bins, and how they look."""
+    """Each method with the positions of its points, offset within the bins, and their style."""
     edges = _validation_edges(result)
     centre, width = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
     k = len(result.methods)
@@ -217,7 +217,7 @@ def _finish_validation(ax: "Axes", result: "Validation", *, bottom: bool = True,
 
 @house_style()
 def closure(result: "Validation") -> "Figure":
-    """Answers to the folded truth without noise, and their ratio to it.   Read: points on the line = no bias."""
+    """Results for the folded truth without noise, and their ratio to the truth.   Read: points on the line: no bias."""
     figure = new_figure(6.2, 5.2)
     top, low = figure.subplots(2, 1, height_ratios=(2, 1))
     edges, truth = _validation_edges(result), result.truth
@@ -235,7 +235,7 @@ def closure(result: "Validation") -> "Figure":
 
 
 def _limits(parts: list[tuple[Array, Array]]) -> tuple[float, float]:
-    # every point is seen; the bar of a last bin with an error of its own size must not flatten the others
+    # all points are within the limits; error bars may extend beyond them
     moved, reach = (np.concatenate([np.abs(v - 1) + f * e for v, e in parts]) for f in (0, 1))
     half = max(1.15 * float(moved.max()), min(1.3 * float(np.quantile(reach, 0.9)), 1.5), 1e-3)
     return 1 - half, 1 + half
@@ -243,7 +243,7 @@ def _limits(parts: list[tuple[Array, Array]]) -> tuple[float, float]:
 
 @house_style()
 def stress(result: "Validation") -> "Figure":
-    """Bias for other truths than the expected one, in quoted errors; grey: the criterion."""
+    """Bias for truths that differ from the prior, in units of the quoted error; grey: the criterion."""
     names = list(next(iter(result.methods.values())).stress)
     figure = new_figure(6.2, 1.2 + 1.7 * len(names))
     panels = np.atleast_1d(figure.subplots(len(names), 1))
@@ -261,7 +261,7 @@ def stress(result: "Validation") -> "Figure":
 
 @house_style()
 def pulls(result: "Validation") -> "Figure":
-    """Mean pull over toys with its error and, thin, one standard deviation of the pulls; grey: the criterion of the mean."""
+    """Mean pull over toys with its error (thick) and the standard deviation of the pulls (thin); grey: the criterion of the mean."""
     figure = new_figure(6.2, 4.2)
     ax = figure.add_subplot()
     bound = result.criteria.bias
@@ -277,16 +277,16 @@ def pulls(result: "Validation") -> "Figure":
     _finish_validation(
         ax,
         result,
-        ylabel=r"pull, (answer $-$ truth) / $\sigma$",
+        ylabel=r"pull, (unfolded $-$ truth) / $\sigma$",
         ylim=(-1.15 * top, 1.15 * top),
-        title=f"Pulls over {result.n_toys} toys: mean and, thin, width",
+        title=f"Pulls over {result.n_toys} toys: mean (thick) and width (thin)",
     )
     return figure
 
 
 @house_style()
 def coverage(result: "Validation") -> "Figure":
-    """Coverage of the intervals of 68 and 95 % by bin; grey: range of a correct method's bins in 95 % of calls; dotted: criteria."""
+    """Coverage of the intervals of 68 and 95 % by bin; grey: simultaneous 95 % range of a correct method; dotted: criteria."""
     figure = new_figure(6.2, 4.6)
     ax = figure.add_subplot()
     n, t = result.n_toys, result.truth.size
@@ -303,7 +303,7 @@ def coverage(result: "Validation") -> "Figure":
         ax,
         result,
         ylim=(0, 1.04),
-        ylabel="share of toys that hold the truth",
+        ylabel="fraction of toys with the truth in the interval",
         title=f"Coverage over {n} toys: 68 % filled, 95 % open",
     )
     return figure
@@ -311,7 +311,7 @@ def coverage(result: "Validation") -> "Figure":
 
 @house_style()
 def correlation(result: "Validation") -> "Figure":
-    """Correlation of the quoted covariance and that of the answers over toys.   Read: the two rows should look alike."""
+    """Correlation of the quoted covariance and of the results over toys.   Read: the two rows should agree."""
     k = len(result.methods)
     figure = new_figure(1.2 + 3.0 * k, 6.0)
     panels = np.reshape(figure.subplots(2, k), (2, k))
@@ -332,20 +332,20 @@ def correlation(result: "Validation") -> "Figure":
 
 @house_style()
 def regularisation(result: "Validation") -> "Figure":
-    """Bias, spread and quoted error against the strength.   Read: useful where the bias lies well below the quoted error."""
+    """Bias, spread and quoted error against the strength.   Read: a strength is suitable if the bias is well below the quoted error."""
     scans: list[tuple[str, Scan]] = [(m.name, m.scan) for m in result.methods.values() if m.scan is not None]
     figure = new_figure(0.6 + 4.4 * len(scans), 4.0)
     panels = np.atleast_1d(figure.subplots(1, len(scans), sharey=True))
     for ax, (name, scan) in zip(panels, scans, strict=True):
         bias, sd, quoted = scan.sizes()
         ax.plot(scan.strength, bias, "o-", markersize=3, color=PALETTE[1], label="bias, worst of all truths")
-        ax.plot(scan.strength, sd, "s-", markersize=3, color=PALETTE[0], label="spread of toys")
+        ax.plot(scan.strength, sd, "s-", markersize=3, color=PALETTE[0], label="sd over toys")
         ax.plot(scan.strength, quoted, "--", color=PALETTE[2], label="quoted error")
-        ax.plot(scan.strength, np.hypot(bias, sd), "-", color="black", linewidth=0.8, label="bias and spread together")
+        ax.plot(scan.strength, np.hypot(bias, sd), "-", color="black", linewidth=0.8, label="bias and sd in quadrature")
         if (scan.strength > 0).all():
             ax.set_xscale("log")
         ax.set(yscale="log", xlabel="strength", title=name)
-        panels[0].set_ylabel("rms over bins, in root of true counts")
+        panels[0].set_ylabel("rms over bins, in square root of true counts")
     finish(panels[0], legend="best")
     return figure
 
@@ -362,10 +362,10 @@ def flux_figure(
     unit: str = "",
     limits: tuple[float, float] = (0.93, 1.07),
 ) -> "Figure":
-    """E^3 J of every method above, its ratio to the published flux below (to the first method's without one).
+    """E^3 J of every method above, its ratio to the published flux below (without it, to that of the first method).
 
     Args: edges (r + 1,), lg(E/eV). flux, {method: (J (r,), errors (2, r) below and above)}. published likewise. unit, of J. limits of the
-    ratio: a point beyond is an arrow at the edge.   Raises: ShapeError, NonFiniteError, DataError.
+    ratio: a point outside is an arrow at the edge.   Raises: ShapeError, NonFiniteError, DataError.
     Read: in each bin from left to right in the order of the legend; grey: published, with its statistical errors.
     """
     x, widths, centre = _bins(edges)
@@ -406,7 +406,7 @@ def corrections_figure(
     others: Mapping[str, ArrayLike] | None = None,
     target: tuple[float, float, float] | None = None,
 ) -> "Figure":
-    """Correction factors unfolded / raw of every method, and below how far from the published ones, in percent.
+    """Correction factors unfolded / raw of every method, and below their differences from the published ones, in per cent.
 
     Args: edges (r + 1,). corrections {method: (r,)}, NaN where nothing was measured. published (r,) or None. others: curves for comparison,
     as lines. target: lgE from, to, and the relative tolerance of the band.   Raises: ShapeError, DataError.
@@ -467,10 +467,10 @@ def _away(
 def refolded_figure(
     edges: ArrayLike, counts: ArrayLike, refolded: Mapping[str, ArrayLike], chi2: Mapping[str, str] | None = None
 ) -> "Figure":
-    """Measured counts against those that each unfolded spectrum folds back to: (N - f) / sqrt(f) by bin.
+    """Pulls of the measured counts N from the refolded counts f of each method: (N - f) / sqrt(f) by bin.
 
-    Args: counts (r,). refolded {method: (r,)} > 0. chi2: words for the legend, by method.   Raises: ShapeError, DataError.
-    Read: within +-2 nearly everywhere; all near 0 means that the answer follows every fluctuation of the data.
+    Args: counts (r,). refolded {method: (r,)} > 0. chi2 {method: text for the legend}.   Raises: ShapeError, DataError.
+    Read: most pulls should be within +-2; all near 0 means that the result follows the fluctuations of the data.
     """
     x, widths, centre = _bins(edges)
     n = as_array("counts", counts, (centre.size,))
@@ -496,7 +496,7 @@ def refolded_figure(
 def correlations_figure(edges: ArrayLike, correlations: Mapping[str, ArrayLike]) -> "Figure":
     """Correlation matrix (r, r) of every method's unfolded bins, on one scale from -1 to 1.   Raises: ShapeError, DataError.
 
-    Read: neighbours are anticorrelated where little is regularised, correlated where much is.
+    Read: neighbouring bins are anticorrelated for weak regularisation and correlated for strong regularisation.
     """
     x, _, centre = _bins(edges)
     shown = {name: as_array(name, value, (centre.size, centre.size)) for name, value in _some(correlations).items()}
@@ -513,7 +513,7 @@ def correlations_figure(edges: ArrayLike, correlations: Mapping[str, ArrayLike])
         ax.set_axis_off()
     for ax in axes.ravel()[max(0, len(shown) - columns) : len(shown)]:
         ax.set_xlabel(_LG)
-        ax.tick_params(labelbottom=True)  # also above an empty place
+        ax.tick_params(labelbottom=True)  # also above an empty panel
     for ax in axes[:, 0]:
         ax.set_ylabel(_LG)
     fig.colorbar(mesh, ax=axes, label="correlation", shrink=0.75)
@@ -543,7 +543,7 @@ def _offset(k: int, n: int) -> float:
 
 
 def _points(k: int, **changes: Any) -> dict[str, Any]:
-    """Look of the points of method k, for plot."""
+    """Style of the points of method k, for plot."""
     look = {"linestyle": "", "marker": POINTS[k % len(POINTS)], "color": PALETTE[k % len(PALETTE)], "markersize": 5}
     return look | {"mec": "white", "mew": 0.4} | changes
 
@@ -556,7 +556,7 @@ def _boxes(ax: "Axes", x: Array, y: Array, errors: Array) -> None:
 
 
 def _clipped(ax: "Axes", at: Array, y: Array, errors: Array | None, limits: tuple[float, float], style: dict[str, Any]) -> None:
-    """Points with errors; those outside of the limits as arrows at the edge."""
+    """Draw points with errors, and arrows at the edge for points outside the limits."""
     inside = np.isfinite(y) & (y > limits[0]) & (y < limits[1])
     if errors is None:
         ax.plot(at[inside], y[inside], **style)

@@ -43,7 +43,9 @@ Scheduler = Annotated[str | None, typer.Option(help="Dask scheduler whose worker
 Cluster = Annotated[str | None, typer.Option(help="TOML file of a batch system (HTCondor, Slurm, ...) whose jobs run the simulations.")]
 Shards = Annotated[
     str | None,
-    typer.Option("--shards", metavar="START:STOP", help="With simulate: write only these shards (0:64; 3/100); other jobs write the others."),
+    typer.Option(
+        "--shards", metavar="START:STOP", help="With simulate: write only these shards (0:64; 3/100); other jobs write the others."
+    ),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="With calibrate: exit status 3 if a test fails.")]
 Method = Annotated[str | None, typer.Option(help="With train and infer: npe (default), nle or nre.")]
@@ -212,9 +214,7 @@ def _print_result(run: "Run", until: str) -> None:
     found = json.loads(run.path("summary.json").read_text(encoding="utf-8"))
     for verdict in verdicts(found):
         typer.echo(f"{verdict.sign} {verdict.words} {verdict.detail}")
-    typer.echo(
-        f"\nreport: {run.path('report.html')}; numbers: {run.path('summary.json')}; total time {found['seconds']['total']:.0f} s"
-    )
+    typer.echo(f"\nreport: {run.path('report.html')}; numbers: {run.path('summary.json')}; total time {found['seconds']['total']:.0f} s")
 
 
 register_limits(app)

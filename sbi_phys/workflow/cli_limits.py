@@ -19,10 +19,14 @@ from sbi_phys.workflow._console import Debug, plain_errors, prepare_process
 __all__ = ["counting", "register"]
 
 What = Annotated[str, typer.Argument(metavar="counting|RUN", help="counting, or the folder of a trained run (RUN).")]
-Levels = Annotated[list[float] | None, typer.Option("--level", help="Confidence level; may be repeated. Default: 0.9 for counting, 0.683 and 0.9 for RUN.")]
+Levels = Annotated[
+    list[float] | None, typer.Option("--level", help="Confidence level; may be repeated. Default: 0.9 for counting, 0.683 and 0.9 for RUN.")
+]
 Kind = Annotated[str | None, typer.Option(help="interval (default), upper or lower.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")]
-Number = Annotated[int | None, typer.Option("--n", help="counting: counts on source. RUN: simulations for critical values and coverage (default 5000).")]
+Number = Annotated[
+    int | None, typer.Option("--n", help="counting: counts on source. RUN: simulations for critical values and coverage (default 5000).")
+]
 Background = Annotated[float | None, typer.Option(help="counting: known background.")]
 Off = Annotated[int | None, typer.Option(help="counting: counts off source, in place of --background.")]
 Tau = Annotated[float | None, typer.Option(help="counting: exposure off source over exposure on source.")]

@@ -27,11 +27,16 @@ Resolution = Annotated[
     str | None, typer.Option(metavar="NUMBER|FILE.csv", help="With --input: sigma(E)/E, a number or columns lg_e, sigma.")
 ]
 Exposure = Annotated[float | None, typer.Option(help="With --input: exposure in km2 sr yr; default 1.")]
-Methods = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Subset of folding, ibu, tikhonov, bayes, omnifold, flow; default: all.")]
+Methods = Annotated[
+    str | None, typer.Option(metavar="NAME,NAME", help="Subset of folding, ibu, tikhonov, bayes, omnifold, flow; default: all.")
+]
 Toys = Annotated[int | None, typer.Option(help="Number of toys for the stopping rule of iterative Bayes.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer toys, events and replicas.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, or problem.KEY of the measurement; may be repeated.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, or problem.KEY of the measurement; may be repeated."),
+]
 
 
 def register(app: typer.Typer) -> None:

@@ -71,7 +71,10 @@ def _data_and_prior(run: Run) -> list[Block]:
         for o in simulator.observables
     ]
     source = run.config.infer.observation
-    words = {"observed": "the measured data that the simulator provides", "simulated": "one simulation with parameters drawn from the prior"}
+    words = {
+        "observed": "the measured data that the simulator provides",
+        "simulated": "one simulation with parameters drawn from the prior",
+    }
     about = (type(simulator).__doc__ or "").strip().split("\n")[0]
     return [
         Text(
@@ -101,11 +104,7 @@ def _posterior(run: Run, found: Numbers) -> list[Block]:
         "corner plot of the posterior",
     )
     evidence = found["log_evidence"]
-    log_evidence = (
-        f"The log evidence, $\\ln p(x)$, is {_text(evidence)} ± {found['log_evidence_err']:.2f}."
-        if evidence is not None
-        else ""
-    )
+    log_evidence = f"The log evidence, $\\ln p(x)$, is {_text(evidence)} ± {found['log_evidence_err']:.2f}." if evidence is not None else ""
     return [
         rows_to_table(rows, "Median with 68 % interval; 95 % interval; mean and standard deviation"),
         *([Text(log_evidence)] if log_evidence else []),
@@ -166,9 +165,13 @@ def _checks(run: Run, found: Numbers) -> list[Block]:
     if run.path("figures", "calibration.png").exists():
         out += _calibration(run)
     out.append(
-        run.figure_block("predictive", f"Posterior predictive check, statistic: {found['predictive_statistic']}.", "posterior predictive check", 560)
+        run.figure_block(
+            "predictive", f"Posterior predictive check, statistic: {found['predictive_statistic']}.", "posterior predictive check", 560
+        )
     )
-    caption = "Distance from the mean of the training simulations in the network's features: simulations (histogram) and observation (line)."
+    caption = (
+        "Distance from the mean of the training simulations in the network's features: simulations (histogram) and observation (line)."
+    )
     out.append(run.figure_block("misfit", caption, "histogram of distances with the observation marked", 720))
     worst = sorted(((abs(v), v, name, i) for name, row in found["pulls"].items() for i, v in enumerate(row)), reverse=True)[:8]
     rows = [(name, str(i), f"{v:+.2f}".replace("-", "−")) for _, v, name, i in worst]
@@ -190,15 +193,21 @@ def _calibration(run: Run) -> list[Block]:
         for block in (run.figure_block(f"calibration_{name}", TITLES[name], TITLES[name], 620), Code(words))
     ]
     not_run = (
-        [Text("Tests not run: " + "; ".join(f"`{name}`, {why}" for name, why in found["skipped"].items()) + ".")] if found["skipped"] else []
+        [Text("Tests not run: " + "; ".join(f"`{name}`, {why}" for name, why in found["skipped"].items()) + ".")]
+        if found["skipped"]
+        else []
     )
     return [
-        Text(f"**Calibration of the network**, {found['n']} held-out simulations, {found['n_draws']} posterior draws each. {found['verdict']}"),
+        Text(
+            f"**Calibration of the network**, {found['n']} held-out simulations, {found['n_draws']} posterior draws each. {found['verdict']}"
+        ),
         run.figure_block("calibration", caption, "ranks and coverage with simultaneous bands"),
         Table(header, tuple(rows), "Calibration tests; p-values corrected for their number (Holm)"),
         *([Text(found["likeness"])] if found["likeness"] else []),
         *not_run,
-        Details("Figure and summary of each test", [*figures, run.figure_block("sbc_histograms", "Rank histograms (SBC)", "rank histograms")]),
+        Details(
+            "Figure and summary of each test", [*figures, run.figure_block("sbc_histograms", "Rank histograms (SBC)", "rank histograms")]
+        ),
     ]
 
 
@@ -209,9 +218,7 @@ def _per_parameter(mcmc: Numbers) -> dict[str, str]:
 
 def _training(run: Run) -> list[Block]:
     history = load(run.path("model.pt"), device="cpu").history
-    steps = run.draw(
-        step_time_figure(history), "epoch_seconds", "Seconds per epoch; expected to be constant.", "seconds per epoch", 720
-    )
+    steps = run.draw(step_time_figure(history), "epoch_seconds", "Seconds per epoch; expected to be constant.", "seconds per epoch", 720)
     caption = "Loss per simulation, in nats: the negative mean log density of the true parameters under the network."
     return [run.draw(loss_figure(history), "loss", caption, "training and validation loss against epoch", 820), Details("Time", [steps])]
 
@@ -321,17 +328,22 @@ def _limits(run: Run, one: dict[str, Any]) -> list[Block]:
         for row in one["levels"] for p in one["parameters"]
     ]  # fmt: skip
     rest = "" if one["nuisances"] == "none" else f" Other parameters: {one['nuisances']}."
-    head = (
-        f"**{one['title']}**, {one['kind']}, {one['n_simulations']} new simulations: three quarters for the critical values, a quarter for the coverage."
-    )
+    head = f"**{one['title']}**, {one['kind']}, {one['n_simulations']} new simulations: three quarters for the critical values, a quarter for the coverage."
     value = f" The p-value of {one['value']['at']:g} is {one['value']['pvalue']:.3g}." if "value" in one else ""
     return [
         Text(head + rest + value),
         Table(("Level", "Parameter", "Set", "Wilks", "Coverage", "Coverage, Wilks"), tuple(rows), "Confidence sets of the observation"),
         run.figure_block(
-            f"limits_{name}", "Test statistic of the observation and critical values; the set is where the statistic is at most the critical value.", "confidence sets", 620
+            f"limits_{name}",
+            "Test statistic of the observation and critical values; the set is where the statistic is at most the critical value.",
+            "confidence sets",
+            620,
         ),
-        run.figure_block(f"coverage_{name}", "Coverage against the true parameters, of these sets and of those by Wilks' theorem.", "coverage maps with their error"),
+        run.figure_block(
+            f"coverage_{name}",
+            "Coverage against the true parameters, of these sets and of those by Wilks' theorem.",
+            "coverage maps with their error",
+        ),
     ]
 
 
@@ -443,7 +455,9 @@ def _judge_posterior(found: dict[str, Any]) -> Verdict:
     c2st, shift = found["c2st_final"], found["max_median_shift_sd"]
     if shift is None:
         return Verdict(
-            "warn", "The posterior was not compared with an exact posterior.", "Stage reference was not run, or the likelihood is not tractable."
+            "warn",
+            "The posterior was not compared with an exact posterior.",
+            "Stage reference was not run, or the likelihood is not tractable.",
         )
     detail = (
         f"C2ST {_number(c2st)} (0.5: no difference found), largest shift of a median {shift:.3f} sd; "
@@ -464,10 +478,18 @@ def _judge_refinement(found: dict[str, Any]) -> list[Verdict]:
         return [Verdict("warn", "The network's draws were not refined with the exact likelihood.")]
     detail = f"Effective sample size {found['importance_ess']:.0f}, {100 * share:.2g} % of the proposals; Pareto k {_number(k)}."
     if not found["refined"]:
-        return [Verdict("bad", "Refinement failed: the network is too far from the exact posterior; the unrefined draws are shown.", detail)]
+        return [
+            Verdict("bad", "Refinement failed: the network is too far from the exact posterior; the unrefined draws are shown.", detail)
+        ]
     if k is not None and k < _PARETO and found["importance_ess"] >= 1000:
         return [Verdict("good", "Importance sampling with the exact likelihood is reliable.", detail)]
-    return [Verdict("warn", "Importance sampling may be unreliable: few draws have most of the weight, and the refined posterior may miss probability mass.", detail)]
+    return [
+        Verdict(
+            "warn",
+            "Importance sampling may be unreliable: few draws have most of the weight, and the refined posterior may miss probability mass.",
+            detail,
+        )
+    ]
 
 
 def _judge_calibration(found: dict[str, Any]) -> Verdict:

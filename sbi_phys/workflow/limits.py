@@ -186,7 +186,9 @@ def _bounds(run: Run, settings: LimitsSettings, order: list[int], low: Array, hi
     right = first.high if settings.physical in ("high", "both") else None
     for end in (left, right):
         if end is not None and not np.isfinite(end):
-            raise SettingError(f"--physical is {settings.physical!r}, but {first.name} has no bound there; expected a finite end of its range")
+            raise SettingError(
+                f"--physical is {settings.physical!r}, but {first.name} has no bound there; expected a finite end of its range"
+            )
     near = 0.01 * (high[0] - low[0])
     low[0] = left if left is not None and low[0] - left <= near else low[0]
     high[0] = right if right is not None and right - high[0] <= near else high[0]

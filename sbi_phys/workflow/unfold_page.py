@@ -42,7 +42,9 @@ def verdicts(run: UnfoldRun) -> list[Verdict]:
     if away and m.target is not None:
         low, high, tolerance = m.target
         worst, at = away["folding"]["worst"], away["folding"]["at"]
-        words = f"The corrections of forward folding are within {100 * worst:.2g} % of the published ones for lg(E/eV) from {low:g} to {high:g}"
+        words = (
+            f"The corrections of forward folding are within {100 * worst:.2g} % of the published ones for lg(E/eV) from {low:g} to {high:g}"
+        )
         detail = f"Tolerance {100 * tolerance:g} %; largest difference at lg(E/eV) = {at:.2f}."
         out.append(Verdict("good" if worst <= tolerance else "warn", words + ".", detail))
     fit = run.found["folding"].record
@@ -55,7 +57,9 @@ def verdicts(run: UnfoldRun) -> list[Verdict]:
             f"Iterative Bayes stopped after {n['n_iterations']} iterations. Over toys the coverage of the worst bin is "
             f"{n['coverage_worst']:.2f} (nominal 0.683), and the largest mean pull is {n['mean_pull_worst']:.2f}."
         )
-        detail = f"The fitted flux as prior, instead of a power law, changes a bin by at most {n['prior_spread_sigma']:.2f} standard errors."
+        detail = (
+            f"The fitted flux as prior, instead of a power law, changes a bin by at most {n['prior_spread_sigma']:.2f} standard errors."
+        )
         out.append(Verdict("good" if n["rule_met"] else "warn", words, detail))
     if len(run.found) > 1:
         name, far, where = _apart(run)
@@ -127,7 +131,9 @@ def _spectrum(run: UnfoldRun) -> list[Block]:
     return [
         run.draw(figure, "flux", caption, "flux times E cubed by method, and its ratio to the reference"),
         _flux_table(run),
-        Text("`spectrum.csv` has the spectrum by method and bin, `unfolding.json` all numbers and the covariances, `unfolding.nc` the draws."),
+        Text(
+            "`spectrum.csv` has the spectrum by method and bin, `unfolding.json` all numbers and the covariances, `unfolding.nc` the draws."
+        ),
     ]
 
 
@@ -170,7 +176,9 @@ def _corrections(run: UnfoldRun) -> list[Block]:
     low, high, tolerance = m.target
     rows = [(TITLES[name], f"{100 * a['worst']:.2f} %", f"{a['at']:.2f}") for name, a in away.items()]
     out.append(
-        Table(("Method", "Largest difference", "At lgE"), tuple(rows), f"Differences from the published corrections, lgE {low:g} to {high:g}")
+        Table(
+            ("Method", "Largest difference", "At lgE"), tuple(rows), f"Differences from the published corrections, lgE {low:g} to {high:g}"
+        )
     )
     out += _explained(run, given, others, tolerance)
     return out
@@ -190,7 +198,9 @@ def _constants(run: UnfoldRun) -> list[Block]:
             f"{100 * total[0]:.1f} % in the first bin and by {100 * total[4:].max(initial=0):.2f} % at most from the fifth bin on. The "
             "errors on this page do not include it."
         ),
-        Table(("Variation", *(f"lgE {x:.2f}" for x in m.centres[:4])), tuple(rows), "Change of the flux by forward folding in the first bins"),
+        Table(
+            ("Variation", *(f"lgE {x:.2f}" for x in m.centres[:4])), tuple(rows), "Change of the flux by forward folding in the first bins"
+        ),
     ]
 
 
@@ -258,8 +268,14 @@ def _quality(run: UnfoldRun) -> list[Block]:
         ),
     ]
     captions = {
-        "ibu_stopping": ("Iterative Bayes: coverage and mean pull of the worst bin over toys, against the number of iterations.", "stopping rule"),
-        "tikhonov_scan": ("Tikhonov: curvature against chi-square by regularisation strength; marked: smallest mean global correlation.", "scan"),
+        "ibu_stopping": (
+            "Iterative Bayes: coverage and mean pull of the worst bin over toys, against the number of iterations.",
+            "stopping rule",
+        ),
+        "tikhonov_scan": (
+            "Tikhonov: curvature against chi-square by regularisation strength; marked: smallest mean global correlation.",
+            "scan",
+        ),
         "folding_fit": ("Forward folding: fitted flux with its error, and the corrected data.", "fit"),
     }
     shown = [run.figure_block(name, *captions[name], 520) for f in run.found.values() for name in f.record["figures"] if name in captions]

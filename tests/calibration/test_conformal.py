@@ -123,7 +123,7 @@ def test_plot(score, features):
     p = oracles.gaussian(np.random.default_rng(6), n=200, n_draws=30, scale=0.6)
     regions = conformal_regions(*densities(p), score=score, features=p.x if features else None, n_trees=10)
     ax = regions.plot()
-    assert ax.get_ylabel() == "share of truths"
+    assert ax.get_ylabel() == "fraction of simulations"
     assert ax.get_xlabel()
     assert regions.plot(ax) is ax
 

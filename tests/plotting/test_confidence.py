@@ -37,7 +37,7 @@ def test_coverage_of_one_and_of_two_parameters():
     maps = [{0.9: coverage_map(theta, inside, 0.9, names=["a", "b"])} for inside in (own, wilks)]
     figure = coverage_figure(*maps)
     titles = [ax.get_title() for ax in figure.axes]
-    assert titles[0].startswith("sets of 90 %") and "error of that map" in titles[1] and "Wilks, 90 %" in titles[2]
+    assert titles[0].startswith("sets of 90 %") and "error of the coverage" in titles[1] and "Wilks, 90 %" in titles[2]
     mine, theirs = (figure.axes[i].collections[0] for i in (0, 2))
     assert mine.get_clim() == theirs.get_clim() and mine.get_clim()[1] <= 1.0
     line = [{0.9: coverage_map(theta[:, 0], inside, 0.9, names=["a"])} for inside in (own, wilks)]

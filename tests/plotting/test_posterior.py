@@ -134,11 +134,11 @@ def test_contours_over_the_exact_ones():
     assert abs(peak.get_xdata()[np.argmax(peak.get_ydata())] - 1) < 0.35  # moved by 1
 
 
-def test_a_mode_far_away_is_left_out_of_view_and_said():
+def test_a_distant_mode_is_outside_the_axes_and_in_the_legend():
     far = np.concatenate([EXACT[:250], EXACT[:750] + 40])
     plane, *_, legend = methods_figure({"NPE": far, "NLE": EXACT + 1}, TWO, ("exact", EXACT)).axes
-    assert plane.get_xlim()[1] < 12 and legend_of(legend)[1:] == ["NPE\n(75 % out of view)", "NLE"]
-    assert len(plane.collections) == 2  # most of the first is not there to be drawn
+    assert plane.get_xlim()[1] < 12 and legend_of(legend)[1:] == ["NPE\n(75 % outside the axes)", "NLE"]
+    assert len(plane.collections) == 2  # most of the first is outside the axes
 
 
 def test_where_nothing_lies_near_the_exact_draws_all_is_in_view():
@@ -163,7 +163,7 @@ def test_ratios_on_the_diagonal_with_what_is_out_of_view_said():
     assert pairs.rms == pytest.approx(0.5)
     figure = ratios_figure({"NRE": pairs, "NLE": PairRatios(exact, exact, np.zeros(0), np.zeros(0))})
     first, second, last = figure.axes
-    assert "rms 0.50 nats" in legend_of(first)[1] and "of 61 in view" in legend_of(first)[0] and first.get_xlim()[0] > -20
+    assert "rms 0.50 nats" in legend_of(first)[1] and "of 61 within the axes" in legend_of(first)[0] and first.get_xlim()[0] > -20
     assert "rms 0.00 nats" in legend_of(second)[0] and "NRE: p = " in legend_of(last)[0]
     one_off = exact.copy()
     one_off[0] = -80

@@ -23,7 +23,7 @@ def report(tmp_path_factory):
     long = "a_very_long_name_without_any_place_to_break_" * 4
     sections = [
         page.Section(
-            "What was asked", [page.Text(f"See `config.toml`, {long} and https://arxiv.org/abs/1612.07155."), page.KeyValues({long: long})]
+            "Data and prior", [page.Text(f"See `config.toml`, {long} and https://arxiv.org/abs/1612.07155."), page.KeyValues({long: long})]
         ),
         page.Section("Posterior", [page.Verdict("good", "agrees"), blocks[0], tables.rows_to_table(rows, "Marginals.")]),
         page.Section("Published", [tables.rows_to_table(tables.comparison_table(sets["flow"], PARAMETERS, PUBLISHED))]),

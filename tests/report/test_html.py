@@ -139,7 +139,7 @@ def test_the_same_report_has_the_same_bytes(tmp_path):
 def test_bad_input_is_named(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         page.FigureBlock(tmp_path / "none.png", "c", "a")
-    with pytest.raises(DataError, match="no PNG"):
+    with pytest.raises(DataError, match="are not PNG"):
         page.FigureBlock(b"GIF89a", "c", "a")
     with pytest.raises(DataError, match="empty alt"):
         page.FigureBlock(png(), "c", " ")

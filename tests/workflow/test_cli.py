@@ -108,7 +108,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "the same command continues from there" in stderr and "Traceback" not in stderr
+    assert "the same command continues the run" in stderr and "Traceback" not in stderr
     assert not list(out.rglob("*.tmp"))
 
 

@@ -39,7 +39,7 @@ def test_a_counted_background():
     result = limits("--n", 4, "--off", 2, "--tau", 2, "--json")
     found = json.loads(result.stdout)
     assert (found["intervals"][0]["low"], found["intervals"][0]["high"]) == on_off(4, 2, 2.0, 0.9)
-    assert found["significance"] > 1 and "significance of Li and Ma" in limits("--n", 4, "--off", 2, "--tau", 2).stdout
+    assert found["significance"] > 1 and "Li-Ma significance" in limits("--n", 4, "--off", 2, "--tau", 2).stdout
 
 
 @pytest.mark.parametrize(

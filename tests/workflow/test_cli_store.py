@@ -31,10 +31,10 @@ def test_array_jobs_make_the_store_of_the_run(tmp_path):
     out = tmp_path / "jobs"
     first = run("simulate", out, "--shards", "1:4")
     assert first.exit_code == 0, first.output
-    assert "shards 1:4 are there: 3 of 3 written by this job\nmissing of all 7: 0, 4-6; store" in first.stdout
+    assert "shards 1:4 are complete: 3 of 3 written by this job\nmissing of all 7: 0, 4-6; store" in first.stdout
     assert "2 of 4 written by this job\nmissing of all 7: 0, 6; store" in run("simulate", out, "--shards", "2:6").stdout
     assert "missing of all 7: 6; store" in run("simulate", out, "--shards", "0/7").stdout
-    assert "1 of 1 written by this job\nall 7 shards are there; store" in run("simulate", out, "--shards", "6").stdout
+    assert "1 of 1 written by this job\nall 7 shards are complete; store" in run("simulate", out, "--shards", "6").stdout
     assert shards(out / "simulations") == shards(tmp_path / "whole" / "simulations")
     assert run("simulate", out).exit_code == 0  # nothing is left to do, and the stage gets its record
     assert (out / "stages" / "simulate.json").exists() and Store(out / "simulations").complete
@@ -77,7 +77,7 @@ def test_the_store_commands(tmp_path):
     found = json.load(io.StringIO(got.output[got.output.index("{") :].splitlines()[0]))
     assert got.exit_code == 1 and [f["kind"] for f in found["findings"]] == ["truncated"]
     got = invoke(app, ["store", "repair", str(tmp_path / "ab")])
-    assert "moved to broken/shard-00002.h5" in got.output and "shards to make: 2" in got.output
+    assert "moved to broken/shard-00002.h5" in got.output and "shards to simulate: 2" in got.output
     assert json.loads(invoke(app, ["store", "info", str(tmp_path / "a"), "--json"]).output)["n_rows"] == 250
     got = invoke(app, ["store", "info", str(tmp_path / "a"), "--watch", "--interval", "0.1"])
     assert got.exit_code == 0 and "complete" in got.output

@@ -74,7 +74,7 @@ def made(tmp_path_factory, seen) -> Run:
         run_stages(config(), folder, ["infer", "infer_nle"])
         result = sbi_phys("infer", "--method", "nre", "--out", folder)
     assert result.exit_code == 0, result.stderr
-    assert "posterior_nre.nc has the draws" in result.stdout
+    assert "posterior_nre.nc; sbi-phys report compares" in result.stdout
     return Run(folder, config())
 
 
@@ -221,7 +221,7 @@ def test_the_page_shows_what_was_run(made):
     from sbi_phys.workflow.inference_page import method_sections
 
     run = Run(made.folder, made.config)
-    assert method_sections(run)[0].title == "Posterior, likelihood and ratio"
+    assert method_sections(run)[0].title == "Comparison of NPE, NLE and NRE"
     render_report(made.folder / "further.html", "title", "subtitle", method_sections(run), verdicts=[], footer="")
     text = (made.folder / "further.html").read_text(encoding="utf-8")
     assert "NLE, likelihood" in text and "exact (grid)" in text
@@ -234,7 +234,7 @@ def test_the_page_shows_what_was_run(made):
         ([], "--parameter is not given; expected one of t0, t1"),
         (["--parameter", "t0", "--statistic", "waldi"], "--statistic is 'waldi'.*did you mean 'waldo'"),
         (["--parameter", "t0", "--parameter", "t1", "--kind", "upper"], "--kind is 'upper'; expected 'interval' with two parameters"),
-        (["--parameter", "t0", "--physical", "low"], "t0 is not bounded there"),
+        (["--parameter", "t0", "--physical", "low"], "t0 has no bound there"),
         (["--parameter", "t0", "--background", "3"], "--background was given with .*; expected it with limits counting"),
         (["--parameter", "t1", "--value", "9", "--open", *FAST], "SupportError: .*t1 = 9 lies beyond what was simulated"),
         (["--parameter", "t0", "--level", "1.5"], "level is 1.5"),
@@ -257,7 +257,7 @@ def test_a_folder_without_a_run_or_model_is_named(tmp_path, made):
 def test_more_parameters_have_differences_instead_of_a_grid(tmp_path):
     run = run_stages(config(simulator__settings={"dim": 3}), tmp_path / "run", ["infer_nle", "methods"])
     found = run.numbers("methods")
-    assert found["exact"].startswith("no Markov chains yet") and found["exact_posterior"] is None and "npe" not in found
+    assert found["exact"].startswith("no exact MCMC yet") and found["exact_posterior"] is None and "npe" not in found
     assert found["ratios"]["what"] == "difference of ln L" and found["ratios"]["nle"]["rms"] < found["ratios"]["nle"]["exact_sd"]
     assert not run.path("posterior_exact.nc").exists() and (run.folder / "figures" / "ratios.png").exists()
 

@@ -75,7 +75,7 @@ def test_constants_of_the_detector_are_a_systematic_error_on_the_page(done):
     moved = done.found["folding"].arrays["variations"]
     np.testing.assert_allclose(moved, np.full((1, 10), 1 / 0.9 - 1), rtol=1e-3)
     page = done.path("report.html").read_text()
-    assert "move the unfolded flux by 11.1 % in the first bin" in page and "nine of ten are seen" in page
+    assert "changes the unfolded flux by 11.1 % in the first bin" in page and "nine of ten are seen" in page
 
 
 def test_the_table_holds_every_method_bin_by_bin(done):
@@ -249,7 +249,7 @@ def test_the_command_on_a_file_of_counts(tmp_path, toy, monkeypatch):
     words = ["--resolution", "0.115", "--methods", "ibu", "--set", "validate_toys=0", "--toys", "60", "--out", out]
     result = run("unfold", "--input", path, *words)
     assert result.exit_code == 0, result.output
-    assert "iterative Bayes" in result.stdout and "report.html shows it" in result.stdout
+    assert "iterative Bayes" in result.stdout and "report.html; table: " in result.stdout
     rows = list(csv.DictReader((out / "spectrum.csv").read_text().splitlines()))
     assert {row["method"] for row in rows} == {"folding", "ibu"} and rows[0]["published_flux"] == ""
 
