@@ -366,7 +366,7 @@ def _lc2st_pair(result: "LC2ST", ax: "Axes | None", pair: tuple[int, int]) -> "A
 
 
 def marginal_ks(result: "MarginalKS", ax: "Axes | None" = None) -> "Axes":
-    """F_a - F_b at the quantiles of the pooled rows, one curve per parameter, with the 95 % range of the largest difference of one curve."""
+    """F_a - F_b at the quantiles of the pooled rows, one curve per parameter, with the 95 % range of the maximum of one curve."""
     several = len(result.names) > 5
     ax = new_axes(ax, width=6.6 if several else 5.2)
     n, m = len(result.a), len(result.b)

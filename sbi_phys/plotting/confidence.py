@@ -221,7 +221,7 @@ def limits_figure(
     *,
     title: str = "",
 ) -> "Figure":
-    """The test statistic of the observation with critical values by level, and the sets {q <= C}; for two parameters, the contours of the sets.
+    """The test statistic of the observation with critical values by level, and the sets {q <= C}; for two parameters, contours of the sets.
 
     Args: axes: one (m,) or two. q (m,) or (m1, m2). critical {level: as q}. wilks {level: number}. labels of the axes.
     Raises: DataError.   Read: theta is in the set where q is below the line; dashed: critical values by Wilks' theorem.

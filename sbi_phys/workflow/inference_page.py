@@ -198,9 +198,7 @@ def _calibration(run: Run) -> list[Block]:
         else []
     )
     return [
-        Text(
-            f"**Calibration of the network**, {found['n']} held-out simulations, {found['n_draws']} posterior draws each. {found['verdict']}"
-        ),
+        Text(f"**Calibration of the network**, {found['n']} held-out simulations, {found['n_draws']} draws each. {found['verdict']}"),
         run.figure_block("calibration", caption, "ranks and coverage with simultaneous bands"),
         Table(header, tuple(rows), "Calibration tests; p-values corrected for their number (Holm)"),
         *([Text(found["likeness"])] if found["likeness"] else []),
@@ -328,7 +326,7 @@ def _limits(run: Run, one: dict[str, Any]) -> list[Block]:
         for row in one["levels"] for p in one["parameters"]
     ]  # fmt: skip
     rest = "" if one["nuisances"] == "none" else f" Other parameters: {one['nuisances']}."
-    head = f"**{one['title']}**, {one['kind']}, {one['n_simulations']} new simulations: three quarters for the critical values, a quarter for the coverage."
+    head = f"**{one['title']}**, {one['kind']}, {one['n_simulations']} new simulations (critical values 3/4, coverage 1/4)."
     value = f" The p-value of {one['value']['at']:g} is {one['value']['pvalue']:.3g}." if "value" in one else ""
     return [
         Text(head + rest + value),
@@ -486,7 +484,7 @@ def _judge_refinement(found: dict[str, Any]) -> list[Verdict]:
     return [
         Verdict(
             "warn",
-            "Importance sampling may be unreliable: few draws have most of the weight, and the refined posterior may miss probability mass.",
+            "Importance sampling may be unreliable: few draws have most of the weight, and the refined posterior may miss mass.",
             detail,
         )
     ]
@@ -499,7 +497,7 @@ def _judge_calibration(found: dict[str, Any]) -> Verdict:
     if tests["passed"]:
         return Verdict("good", "The amortised network is calibrated on held-out simulations.", tests["verdict"])
     if set(tests["failed"]) <= AT_THE_OBSERVATION:
-        head = "The amortised network is calibrated on average over the prior, but not near the observation; refinement corrects this observation."
+        head = "The amortised network is calibrated on average, but not near the observation; refinement corrects the posterior."
         return Verdict("warn", head, tests["verdict"])
     level, words = ("warn", "slightly miscalibrated") if min(tests["adjusted"].values()) >= 1e-3 else ("bad", "not calibrated")
     head = f"The amortised network is {words} on held-out simulations; refinement corrects the posterior of this observation only."

@@ -93,8 +93,8 @@ def _data_and_response(run: UnfoldRun) -> list[Block]:
             f"{int(m.counts.sum())} events were measured in {m.counts.size} bins of lg(E/eV) from {low:g} to {high:g}"
             + (f" ({m.source})" if m.source else "")
             + ". The true spectrum is unfolded from them with the detector's energy resolution and efficiency.\n\n"
-            f"**Migration from outside.** The true bins reach from {m.truth_edges[0]:g} to {m.truth_edges[-1]:g}, beyond the measured range "
-            "on both sides. Forward folding, the Bayesian posterior, OmniFold and the flow fit the outer bins too. Iterative Bayes and "
+            f"**Migration from outside.** The true bins reach from {m.truth_edges[0]:g} to {m.truth_edges[-1]:g}, beyond the measured "
+            "range on both sides. Forward folding, the Bayesian posterior, OmniFold and the flow fit the outer bins too. Iterative Bayes and "
             "Tikhonov unfold into the measured bins only; the fraction of each bin that migrates from outside is taken from the fitted "
             "flux.\n\n"
             "**Binned events.** OmniFold and the flow work on events, but the data are binned: every measured or simulated event is placed "
@@ -125,7 +125,7 @@ def _spectrum(run: UnfoldRun) -> list[Block]:
     caption = (
         "Unfolded flux times $E^3$. Below: ratio to "
         + ("the published flux (grey: its statistical errors)" if published else "forward folding")
-        + "; arrows: points outside the range. Errors: central 68 % of the draws for the Bayesian posterior, one standard error for the others."
+        + "; arrows: outside the range. Errors: central 68 % of the draws for the Bayesian posterior, one standard error for the others."
     )
     figure = flux_figure(m.reco_edges, flux, published, unit=m.unit)
     return [
@@ -165,7 +165,7 @@ def _corrections(run: UnfoldRun) -> list[Block]:
         others={f"forward folding {words}": value for words, value in others.items()},
         target=m.target,
     )
-    caption = "Unfolded over measured counts. Above lg(E/eV) of about 19.5, methods without a parametric flux follow the fluctuations of the counts."
+    caption = "Unfolded over measured counts. Above lg(E/eV) of about 19.5, methods without a parametric flux follow the fluctuations."
     out: list[Block] = [
         run.draw(figure, "corrections", caption, "correction factors against energy, and their differences from published ones")
     ]

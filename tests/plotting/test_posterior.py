@@ -168,6 +168,6 @@ def test_ratios_on_the_diagonal_with_what_is_out_of_view_said():
     one_off = exact.copy()
     one_off[0] = -80
     (ax,) = ratios_figure({"NLE": PairRatios(exact, one_off, np.zeros(0), np.zeros(0))}).axes
-    assert ax.get_ylim()[0] > -5 and legend_of(ax)[-1] == "1 beyond"
+    assert ax.get_ylim()[0] > -5 and legend_of(ax)[-1] == "1 outside the axes"
     with pytest.raises(DataError, match="found is empty"):
         ratios_figure({})
