@@ -94,8 +94,8 @@ def _data_and_response(run: UnfoldRun) -> list[Block]:
             + (f" ({m.source})" if m.source else "")
             + ". The true spectrum is unfolded from them with the detector's energy resolution and efficiency.\n\n"
             f"**Migration from outside.** The true bins reach from {m.truth_edges[0]:g} to {m.truth_edges[-1]:g}, beyond the measured "
-            "range on both sides. Forward folding, the Bayesian posterior, OmniFold and the flow fit the outer bins too. Iterative Bayes and "
-            "Tikhonov unfold into the measured bins only; the fraction of each bin that migrates from outside is taken from the fitted "
+            "range on both sides. Forward folding, the Bayesian posterior, OmniFold and the flow also fit the outer bins. Iterative Bayes "
+            "and Tikhonov unfold into the measured bins only; the fraction of each bin that migrates from outside is taken from the fitted "
             "flux.\n\n"
             "**Binned events.** OmniFold and the flow work on events, but the data are binned: every measured or simulated event is placed "
             "at the centre of its bin. The simulation is drawn from the response and the fitted flux."
