@@ -55,15 +55,15 @@ Array = NDArray[np.float64]
 
 N_EVENTS = 1400
 LEVELS = (0.68, 0.9)
-DELTAS = np.array([5.0, 7.0, 9.0, 12.0, 15.0, 19.0, 24.0, 30.0])  # degrees, where the likelihood is looked at
+DELTAS = np.array([5.0, 7.0, 9.0, 12.0, 15.0, 19.0, 24.0, 30.0])  # degrees, where the likelihood is evaluated
 FRACTIONS = np.concatenate([np.arange(0, 0.11, 0.01), [0.125, 0.15, 0.175, 0.2, 0.25, 0.3, 0.35, 0.4]])
 TRUTHS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2)
 BLURS = (9.0, 15.0, 24.0)
 ROUNDS = 4  # of prepivoting
 SIM = ArrivalDirections(n_events=N_EVENTS, delta_range=(DELTAS[0], DELTAS[-1]))
 SMOOTHING = np.array([4.0, 8.0, 14.0, 22.0, 36.0])  # degrees
-GRID = FRACTIONS[FRACTIONS < 0.21]  # where critical values are found
-PART = 1000  # experiments that are made and kept at once
+GRID = FRACTIONS[FRACTIONS < 0.21]  # fractions at which critical values are computed
+PART = 1000  # experiments that are simulated and saved together
 BLOCK = 25  # experiments whose events are drawn together
 _GROUP = 16  # events whose factors are multiplied before a logarithm is taken: no more, or single precision overflows
 
@@ -142,7 +142,7 @@ def prefix_sums(excess: NDArray[np.float32], ends: NDArray[np.int64]) -> Array:
 
 
 def experiments(sky: SkyMap, f: Array, deltas: Array, tested: Array | None, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Experiments at fractions f (k,) and blurrings (n, c): the largest log Lambda (n, k, c), and log Lambda at what is tested.
+    """Experiments at fractions f (k,) and blurrings (n, c): the largest log Lambda (n, k, c), and log Lambda at the tested f.
 
     The latter is (n, k, c, n_delta) at the true f, or (n, k, c, t, n_delta) at f = tested (t,).
     """
@@ -172,13 +172,13 @@ def experiments(sky: SkyMap, f: Array, deltas: Array, tested: Array | None, rng:
 
 
 def kept(folder: Path | None, name: str, make: Callable[[], dict[str, Array]], budget: list[int]) -> dict[str, Array]:
-    """Arrays from a file of the folder, or made and kept there; stops the program when the budget of parts is spent."""
+    """Arrays from a file of the folder, or computed and saved there; exits when the budget of parts is used up."""
     file = None if folder is None else folder / f"{name}.npz"
     if file is not None and file.is_file():
         with np.load(file) as found:
             return dict(found)
     if not budget[0]:
-        sys.exit("the parts of this run are made; start it again to go on")
+        sys.exit("the parts of this run are finished; start it again to continue")
     budget[0] -= 1
     made = make()
     if file is not None:
@@ -188,7 +188,7 @@ def kept(folder: Path | None, name: str, make: Callable[[], dict[str, Array]], b
 
 
 def simulated(sky: SkyMap, what: str, n: int, folder: Path | None, budget: list[int]) -> tuple[Array, Array]:
-    """The experiments that critical values are found with, or those that coverage is counted with, part by part."""
+    """Experiments for the critical values, or for the coverage, part by part."""
 
     def make(part: int) -> dict[str, Array]:
         rng = rng_for(42, what, part)
@@ -211,7 +211,7 @@ def statistic(theta: Array, data: Array) -> Array:
 
 
 def profile(psi: Array, data: Array) -> Array:
-    """Blurring (n,) that fits best at f = psi; without sources all fit alike, and one in the middle stands for them."""
+    """Blurring (n,) that fits best at f = psi; without sources all fit equally well, and one in the middle is returned."""
     return np.full(len(data), 15.0) if psi[0] < 1e-9 else DELTAS[data[:, 1:].argmax(axis=1)]
 
 
@@ -221,7 +221,7 @@ def joined(top: Array, rows: Array) -> Array:
 
 
 def against_exact(sky: SkyMap, n_toys: int) -> Numbers:
-    """TS of the same data sets by both likelihoods."""
+    """Test statistics of the same data sets from the learned and the exact likelihood."""
     numbers: Numbers = {}
     a, f = SIM.relative_exposure(DELTAS), FRACTIONS[:, None]
     for name, theta in (("null", (0.0, 15.0)), ("f = 0.09, 15 deg", (0.09, 15.0)), ("f = 0.2, 9 deg", (0.2, 9.0))):
@@ -239,7 +239,7 @@ def against_exact(sky: SkyMap, n_toys: int) -> Numbers:
 
 
 def construct(top: Array, rows: Array) -> dict[str, Construction]:
-    """Sets by what is done about delta0."""
+    """Confidence sets for each treatment of delta0."""
 
     def simulator(theta: Array, n: int, rng: np.random.Generator) -> Array:
         i, j = int(np.abs(GRID - theta[0]).argmin()), int(np.abs(DELTAS - theta[1]).argmin())
@@ -268,13 +268,13 @@ def construct(top: Array, rows: Array) -> dict[str, Construction]:
 
 
 def chance(n_critical: int, n: int, level: float, points: int) -> float:
-    """Expected largest deviation of that many coverages from the level, were the sets exact but for the number of experiments."""
+    """Expected largest deviation of `points` coverages from the level for exact sets and a finite number of experiments."""
     z = np.abs(rng_for(44, "chance").standard_normal((20_000, points))).max(axis=1).mean()
     return float(z * np.sqrt(level * (1 - level) * (1 / n_critical + 1 / n)))
 
 
 def coverage(sets: dict[str, Construction], n_critical: int, top: Array, rows: Array) -> Numbers:
-    """Share of experiments whose set holds the true f, and how many hold another one of TRUTHS."""
+    """Share of experiments whose set holds the true f, and share whose set holds another one of TRUTHS."""
     numbers: Numbers = {}
     n, points = len(top), len(TRUTHS) * len(BLURS)
     held = {(name, level): np.empty((len(TRUTHS), len(BLURS) + 1, len(TRUTHS))) for name in (*sets, "Wilks") for level in LEVELS}

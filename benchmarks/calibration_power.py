@@ -127,7 +127,7 @@ class Runner:
         for line in cache.read_text(encoding="utf-8").splitlines() if cache and cache.exists() else []:
             try:
                 job, rows = json.loads(line)
-            except ValueError:  # a line that a kill cut short: done again
+            except ValueError:  # a line that was interrupted by a kill: the job is repeated
                 continue
             self.done[tuple(job)] = rows
 
@@ -154,7 +154,7 @@ def run(runner: Runner, kind: str, sizes: dict[str, int], seed: int) -> Iterator
 
 
 def count(rates: Rates, oracle: str, wrong: str, rows: list[dict[str, float]]) -> None:
-    """Add the rejections of some repetitions; the joint test pays Bonferroni for its three members."""
+    """Add the rejections of some repetitions; the joint test is corrected by Bonferroni for its three members."""
     names = list(rows[0])
     values = {name: np.array([row[name] for row in rows]) for name in names}
     if set(JOINT) <= set(names):
@@ -164,7 +164,7 @@ def count(rates: Rates, oracle: str, wrong: str, rows: list[dict[str, float]]) -
 
 
 def error(rate: float, n: int) -> float:
-    """Binomial standard error; of a rate of 0 or 1, that of one count."""
+    """Binomial standard error; for a rate of 0 or 1 that of one count."""
     return float(np.sqrt(max(rate * (1 - rate), 1 / n) / n))
 
 
@@ -226,7 +226,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"**Repair: coverage of 90 % regions on fresh data [%], posterior of width x0.6** (mean and scatter over {n_rep} repetitions of "
         f"2000 held-out and 2000 fresh simulations)\n\n{table(['regions', *ORACLES], rows)}"
     )
-    # of a run that went on from finished repetitions the time says nothing
+    # the time is not given for a run that continued from finished repetitions
     took = "" if result["cached"] else f", {result['seconds']:.0f} s with {result['workers']} workers"
     failed = "; ".join(result["failures"]) or "nothing"
     one_observation = f"; {LC2ST} at one observation, N = {2 * result['n']}" if LC2ST in rates else f"; {LC2ST} was not run"
@@ -238,7 +238,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run everything."""
+    """Run all measurements."""
     begin, seed = time.perf_counter(), options.seed
     sizes = {wrong: options.repetitions if wrong == "exact" else options.power_repetitions for wrong in WRONG}
     fewer = {wrong: options.lc2st_repetitions * (3 if wrong == "exact" else 1) for wrong in WRONG}

@@ -27,20 +27,20 @@ class Rows:
         self.observables = (Observable("x", columns),)
 
     def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
-        """Rows (n, columns)."""
+        """Simulate rows (n, columns)."""
         time.sleep(self.settings["seconds"])
         return theta[:, :1] + rng.standard_normal((len(theta), self.settings["columns"]))
 
 
 class Work(Rows):
-    """Rows that cost `milliseconds` of processor time each, at the pace of a machine of today; bad ones crash, hang or are NaN."""
+    """Rows that cost `milliseconds` of processor time each, on a current machine; with `bad` some rows crash, hang or are NaN."""
 
     def __init__(self, milliseconds: float = 5.0, bad: bool = False) -> None:
         super().__init__()
         self.settings = {"milliseconds": milliseconds, "bad": bad}
 
     def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
-        """All rows in one call, from one generator."""
+        """Simulate all rows in one call, from one generator."""
         return np.stack([event(row, rng, **self.settings) for row in theta])
 
 
@@ -48,16 +48,16 @@ class Events(Work):
     """The same rows, each from a generator of its own."""
 
     def one_event(self, theta: Array, rng: np.random.Generator) -> Array:
-        """One row (k,)."""
+        """Simulate one row (k,)."""
         return event(theta, rng, **self.settings)
 
     def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
-        """Row by row."""
+        """Simulate row by row."""
         return np.stack([self.one_event(row, own) for row, own in zip(theta, rng.spawn(len(theta)), strict=True)])
 
 
 def event(theta: Array, rng: np.random.Generator, milliseconds: float, bad: bool) -> Array:
-    """One row of processor time and noise, unless theta is where things go wrong."""
+    """One row of processor time and noise, or a failure, depending on theta."""
     burn(milliseconds)
     u = theta[0]
     if bad and u < CRASHES:

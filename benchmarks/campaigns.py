@@ -44,7 +44,7 @@ from sbi_phys.store.manifest import list_shards
 from sbi_phys.store.store import Store
 from simulators import SourceSpectrum
 
-SHARDS, ROWS, SECONDS = 200, 50, 0.15  # of the campaigns that are killed
+SHARDS, ROWS, SECONDS = 200, 50, 0.15  # shards, rows per shard and seconds per shard of the campaigns that are killed
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -53,7 +53,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def undisturbed(folder: Path) -> dict[str, str]:
-    """What the killed campaigns should leave: made by threads, which sleep all at once."""
+    """Hashes of an undisturbed campaign, run by threads, which sleep at the same time."""
     with ThreadPoolExecutor(40) as threads:
         simulate(Rows(SECONDS), SHARDS * ROWS, folder, seed=7, shard_size=ROWS, executor=threads, workers=40)
     return hashes(folder)
@@ -99,7 +99,7 @@ def compare(name: str, folder: Path, want: dict[str, str]) -> Numbers:
 
 
 def kills(root: Path, quick: bool) -> Numbers:
-    """kill -9 of a random process of the campaign every few seconds."""
+    """Kill a random process of the campaign by SIGKILL every few seconds."""
     want, rng, n = undisturbed(root / "want"), random.Random(1), 0
     begin, process = time.perf_counter(), start(root / "kills")
     pause = time.monotonic() + 4.0
@@ -124,7 +124,7 @@ def kills(root: Path, quick: bool) -> Numbers:
 
 
 def parents(root: Path, quick: bool) -> Numbers:
-    """kill -9 of the campaign itself, and the same command again."""
+    """Kill the calling process by SIGKILL, and run the same command again."""
     want, rng, folder = undisturbed(root / "want"), random.Random(2), root / "parents"
     n, slowest = 0, 0.0
 
@@ -132,7 +132,7 @@ def parents(root: Path, quick: bool) -> Numbers:
         return list_shards(folder) if folder.is_dir() else []
 
     while True:
-        # after some progress, whatever the machine's pace
+        # after some progress, independent of the speed of the machine
         process, until = start(folder), len(shards()) + rng.randint(15, 50)
         while process.poll() is None and len(shards()) < until:
             time.sleep(0.02)
@@ -169,7 +169,7 @@ def small_disk(folder: Path) -> Iterator[Callable[[], None] | None]:
 
 @contextmanager
 def refused_after(calls: int) -> Iterator[None]:
-    """A stub of a full disk: fsync refuses after some calls."""
+    """Emulate a full disk: fsync fails after some calls."""
     sync, left = os.fsync, calls
 
     def fsync(handle: int) -> None:
@@ -187,7 +187,7 @@ def refused_after(calls: int) -> Iterator[None]:
 
 
 def disk(root: Path, quick: bool) -> Numbers:
-    """A disk that is full half way, then larger."""
+    """Run on a disk that fills up during the campaign and is enlarged afterwards."""
 
     def run(folder: Path, workers: int) -> Store:
         return simulate(Rows(), 40 * 1000, folder, seed=7, shard_size=1000, workers=workers)
@@ -313,7 +313,7 @@ def speed_up(root: Path, shards: int, turns: int, one: Executor, two: Executor) 
 
 
 def dask(root: Path, quick: bool) -> Numbers:
-    """A scheduler and two workers over TCP: cost of a shard that costs nothing, and what the second worker brings."""
+    """A scheduler and two workers over TCP: cost of a shard of a no-op simulator, and gain by the second worker."""
     with cluster(root / "cluster") as address, cluster_executor(scheduler=address) as (executor, _):
         client: Any = executor._client  # type: ignore[union-attr]
         client.wait_for_workers(2, timeout=60)
@@ -350,7 +350,7 @@ def returned(shards: int, folder: Path, executor: Executor | None) -> float:
 
 
 def pool(root: Path, quick: bool) -> Numbers:
-    """The process pool: what the second worker brings, once the processes are there."""
+    """Gain by the second worker of a process pool, after the processes have started."""
     spawn = get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as one, ProcessPoolExecutor(2, mp_context=spawn) as two:
         for i, warm in enumerate((one, two)):

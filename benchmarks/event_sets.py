@@ -48,7 +48,7 @@ def simulator(n_events: Any) -> LineSearch:
 
 
 def train(embedding: Any, rows: int, seed: int = 0) -> sp.NPE:
-    """An amortised posterior from fresh sets, all of whose sizes count alike."""
+    """Train an amortised posterior on fresh sets; all sizes have equal weight."""
     sim = simulator([8, N_MAX])
     kind, epochs, rate = (SetNPE, 5, 2e-3) if isinstance(embedding, LikelihoodSet) else (sp.NPE, 20, 3e-3)
     share = min(0.1, 2000 / rows)
@@ -90,7 +90,7 @@ def against_grid(npe: sp.NPE, name: str, n_observations: int, bound: float | Non
 
 
 def calibration_sets(size: int, n: int, seed: int = 13) -> tuple[LineSearch, Array, Array]:
-    """Simulator, parameters and sets that calibration is judged on."""
+    """Simulator, parameters and sets for the calibration tests."""
     sim = simulator(size)
     rng = rng_for(seed, "calibration", size)
     theta = sim.prior.sample(n, rng)
@@ -98,11 +98,11 @@ def calibration_sets(size: int, n: int, seed: int = 13) -> tuple[LineSearch, Arr
 
 
 def exact_coverage(size: int, n: int) -> Numbers:
-    """Coverage of the exact posterior's regions on the sets that the learned one is judged on: what these sets alone do to the curve."""
+    """Coverage of the exact posterior's regions on the test sets of the learned one: the fluctuation of the curve for these sets."""
     sim, theta, x = calibration_sets(size, n)
     axes = [p.low + (p.high - p.low) * (np.arange(k) + 0.5) / k for p, k in zip(sim.parameters, (100, 180), strict=True)]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
-    content = np.empty(n)  # of the region that the truth is on the border of
+    content = np.empty(n)  # content of the region whose border contains the truth
     for i, row in enumerate(x.reshape(n, -1, 2)[:, None, :size]):
         log_l, at_truth = sim.log_likelihood(row, grid), sim.log_likelihood(row, theta[i : i + 1])[0]
         mass = np.exp(log_l - log_l.max())

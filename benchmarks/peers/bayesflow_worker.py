@@ -69,7 +69,7 @@ def _network(network: dict[str, Any]) -> Any:
 
 
 def _cache_compilation(folder: str) -> None:
-    """Let JAX keep what it compiled ('' ends that): rates leave out the epoch that compiles, whole trainings must pay for it."""
+    """Let JAX cache compiled code ('' ends this): rates exclude the epoch that compiles, times of whole trainings include it."""
     if BACKEND == "jax":
         import jax
 

@@ -20,7 +20,7 @@ def _peak_mib() -> float:
 
 
 def growth(*, n: int, dim: int, epochs: int) -> dict[str, float]:
-    """Train on n rows for some epochs: seconds of all, of an epoch; peak memory and what of it came before the training [MiB]."""
+    """Train on n rows for some epochs: seconds in total and of an epoch; peak memory, and memory before the training [MiB]."""
     rng = rng_for(0, "growth", n, dim)
     theta = rng.uniform(-1, 1, (n, dim)).astype(np.float32)
     x = theta @ (rng.standard_normal((dim, N_X)) / np.sqrt(dim)).astype(np.float32)

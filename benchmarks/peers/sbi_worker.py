@@ -59,7 +59,7 @@ def train(*, data: str, key: str, network: dict[str, Any], batch: int, epochs: i
     estimator = inference.train(**settings)
     wall = time.perf_counter() - begin
     POSTERIORS[key] = inference.build_posterior()
-    summary, n_train = inference.summary, int(0.9 * n)  # of which an epoch leaves out what does not fill a batch
+    summary, n_train = inference.summary, int(0.9 * n)  # an epoch leaves out the incomplete last batch
     with torch.no_grad():
         theta, z = (toy[name].to(DEVICE) for name in ("theta_test", "z_test"))
         held_out = float(estimator.loss(theta, condition=z).mean())

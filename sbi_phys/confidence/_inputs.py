@@ -34,9 +34,9 @@ def frozen(array: ArrayLike) -> Array:
 
 
 def nearest_level(level: float | None, levels: tuple[float, ...]) -> int:
-    """Index of `level` among those that critical values were made for; None = the only one, or the highest.
+    """Index of `level` among the levels of the critical values; None = the only level, or the highest.
 
-    Raises: SettingError for a level that was not asked for when the construction was made.
+    Raises: SettingError for a level without critical values.
     """
     if level is None:
         return len(levels) - 1

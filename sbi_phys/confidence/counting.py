@@ -276,9 +276,9 @@ class FeldmanCousins:
 
 
 FINE, COARSE, HALVINGS = 120, 40, 26  # values of mu that are tried; fewer with many counts, where the set has no pieces
-MANY = 100  # counts
-MOST_PAIRS = 4_000_000  # of counts that a p-value is summed over
-TIE = 1e-9  # values of q nearer than this are the same but for rounding
+MANY = 100  # counts above which the coarse grid is used
+MOST_PAIRS = 4_000_000  # largest number of pairs of counts that a p-value is summed over
+TIE = 1e-9  # values of q closer than this are equal up to rounding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -352,7 +352,7 @@ def on_off(n_on: float, n_off: float, tau: float, level: float = 0.9, *, kind: s
         top = counts.best
     grid = np.unique(np.append(np.linspace(0, top, FINE if n_on + n_off < MANY else COARSE), counts.best))
     inside = np.array([counts.pvalue(float(mu), kind=kind) > alpha for mu in grid])
-    if not inside.any():  # cannot be where mu_hat is: there q = 0
+    if not inside.any():  # cannot happen: the grid contains mu_hat, where q = 0
         raise ConvergenceError(f"no mu up to {top:g} is in the set of n_on = {n_on:g}, n_off = {n_off:g}; expected one that holds mu_hat")
     first, last = int(inside.argmax()), int(inside.size - 1 - inside[::-1].argmax())
 
@@ -479,7 +479,7 @@ def _poisson(mean: float, tail: float = 1e-7) -> tuple[Array, Array]:
 
 
 def _beyond(outside: Callable[[float], bool], counts: OnOff) -> float:
-    """A value of mu above the set, by steps that grow."""
+    """A value of mu above the set, found with growing steps."""
     step = 2 + 2 * np.sqrt(counts.n_on + counts.n_off / counts.tau**2)
     top = counts.best + step
     while not outside(top):

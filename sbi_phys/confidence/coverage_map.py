@@ -61,7 +61,7 @@ class Bin:
 
     @property
     def error(self) -> float:
-        """Binomial error, that of one failure where there is none."""
+        """Binomial error; where no simulation fails, that of one failure."""
         c = np.clip(self.coverage, 1 / (self.n + 1), 1 - 1 / (self.n + 1))
         return float(np.sqrt(c * (1 - c) / self.n))
 
@@ -107,7 +107,7 @@ class CoverageMap:
 
     @property
     def worst(self) -> Bin:
-        """The bin that speaks most against coverage = level."""
+        """The bin with the smallest p-value of the hypothesis coverage = level."""
         return min(self.bins, key=lambda b: b.pvalue)
 
     @property

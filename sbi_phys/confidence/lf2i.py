@@ -51,7 +51,7 @@ __all__ = ["LF2I", "CriticalValues", "PValues", "learn_critical_values", "learn_
 
 Curve = Callable[[Array], Array]
 
-MIN_TAIL = 20  # simulations that have to lie above the quantile
+MIN_TAIL = 20  # simulations required above the quantile
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -227,8 +227,8 @@ def _basis(knots: int, sample: Array, low: Array, high: Array) -> Curve:
 def _linear_quantile(x: Array, q: Array, level: float) -> Array:
     """Coefficients (p,) that minimise the pinball loss of x (n, p) @ beta, by linear programmes over few rows (Portnoy & Koenker 1997).
 
-    Rows far from the quantile enter with their sign alone: a first answer from some rows tells which those are, and the next is exact
-    if it leaves all of their signs as they were.
+    Rows far from the quantile enter with their sign alone: a first solution from some rows identifies them, and the next one is
+    exact if it leaves all of their signs unchanged.
     """
     # columns that are 0 in this sample would leave their coefficients undetermined: they are left out
     used = np.flatnonzero(np.abs(x).max(axis=0) > 0)
@@ -374,9 +374,9 @@ class LF2I(Construction):
         return np.stack([m.ravel() for m in np.meshgrid(*axes, indexing="ij")], axis=-1)
 
     def contains_each(self, data: Any, theta: ArrayLike, level: float | None = None) -> Mask:
-        """Whether each data set's set holds its own theta, rows (n, d): what `coverage_map` asks for; all parameters of interest.
+        """Whether the set of each data set holds its own theta, rows (n, d), as `coverage_map` takes it; all parameters of interest.
 
-        Draw these theta from a box a little smaller than the first sample's: what lies beyond that is refused.
+        Draw these theta from a box slightly smaller than that of the first sample; theta outside of the latter raise an error.
         Raises: SupportError, ShapeError, NonFiniteError.
         """
         if self.profile is not None:

@@ -33,7 +33,7 @@ BANDS = (0.0228, 0.1587, 0.5, 0.8413, 0.9772)  # Phi(-2), .., Phi(2)
 
 
 class Source(Protocol):
-    """Anything that makes intervals of data."""
+    """An object that computes intervals from data."""
 
     def interval(self, data: Any, level: float | None = None) -> Interval:
         """Return intervals for n data sets."""
@@ -94,7 +94,7 @@ def limits(
         asimov: Fit to the expected data without signal: then the upper limit is that of CLs.
 
     Returns: Limits.
-    Raises: SettingError (data where none belong, unknown kind or level), SupportError (a set that reaches the end of what was simulated),
+    Raises: SettingError (data given with a Fit, unknown kind or level), SupportError (a set that reaches the end of what was simulated),
         DataError (an empty set), ConvergenceError.
 
     >>> from sbi_phys.confidence import fit, limits
@@ -111,8 +111,8 @@ def limits(
     found = source.interval(data, level)
     if found.empty.any():
         i = int(np.flatnonzero(found.empty)[0])
-        raise DataError(f"the set of {int(found.empty.sum())} of {found.low.size} data sets is empty, first {i}: all that was simulated is "
-                        "excluded; expected a wider grid or a model that describes the data")  # fmt: skip
+        raise DataError(f"the set of {int(found.empty.sum())} of {found.low.size} data sets is empty, first {i}: the whole simulated "
+                        "grid is excluded; expected a wider grid or a model that describes the data")  # fmt: skip
     n = found.low.size
     return Limits(
         name=found.name,
@@ -204,7 +204,7 @@ def expected_limits(source: Source, toys: Any, *, kind: str = "upper", level: fl
 
 
 def expected_from_values(values: ArrayLike, *, name: str, kind: str, level: float) -> ExpectedLimits:
-    """Bands of limits (n,) that were found elsewhere, one per toy.   Raises: ShapeError, NonFiniteError, DataError."""
+    """Bands of given limits (n,), one per toy.   Raises: ShapeError, NonFiniteError, DataError."""
     array = np.sort(as_array("limits of the toys", values, (None,)))
     if array.size < 40:
         raise DataError(f"there are {array.size} toys; expected 40 or more for a 95 % band")

@@ -84,7 +84,7 @@ class Neyman(Construction):
     def critical(self, theta: ArrayLike, level: float | None = None) -> Array:
         """Critical values C (m,) at theta (m, d), linear between grid points.
 
-        Raises: SupportError beyond the grid (nothing is extrapolated), SettingError for a level that was not asked for, ShapeError.
+        Raises: SupportError beyond the grid (nothing is extrapolated), SettingError for a level without critical values, ShapeError.
         """
         points = as_points("theta", theta, self.dim, self.names)
         require_within("theta", points, self.low, self.high, self.names)
@@ -226,7 +226,7 @@ def _treatment(nuisance: str | None, profile: Profile | None, none: bool) -> str
 
 
 def _run(work: Callable[[Node], Array], axes: tuple[Array, ...], executor: Executor | None, progress: Progress | None) -> Array:
-    """What each point of the product of the axes gives, (g1, .., gd, n, 1 + m): the statistic, and nuisances."""
+    """Results at each point of the product grid, (g1, .., gd, n, 1 + m): the statistic, then the nuisances."""
     nodes, rows = list(enumerate(product(*axes))), []
     with or_none(progress).task("toys", total=len(nodes)) as task:
         for row in map(work, nodes) if executor is None else executor.map(work, nodes):
@@ -256,7 +256,7 @@ def _toys(
 
 
 def _reference(found: Array, axes: tuple[Array, ...], how: str, rounds: int) -> tuple[Array, tuple[Array, ...]]:
-    """Values that data are held against, rising (g1, .., gd, n), and those of each round of prepivoting; axes of the nuisances."""
+    """Reference values in rising order (g1, .., gd, n), and those of each round of prepivoting; axes of the nuisances."""
     q = found[..., 0]
     toys = supremum(q, len(axes)) if how == "supremum" else np.sort(q, axis=-1)
     return toys, prepivot(q, found[..., 1:], axes, rounds) if rounds else ()
@@ -275,7 +275,7 @@ def _quantiles(toys: Array, rounds: tuple[Array, ...], levels: tuple[float, ...]
     return np.array(values), np.array(errors)
 
 
-ALIKE = 1e-9  # values that differ by less, of 1 or of themselves, are the same but for rounding
+ALIKE = 1e-9  # absolute and relative difference below which values are equal up to rounding
 NUISANCES = ("profiled", "prepivoted", "supremum", "projected")
 
 
@@ -294,10 +294,10 @@ def corners(axes: tuple[Array, ...], points: Array) -> list[tuple[Array, tuple[I
 
 
 def prepivot(toys: Array, best: Array, axes: tuple[Array, ...], rounds: int) -> tuple[Array, ...]:
-    """Values that take the toys' place in each round, u = 1 - p (g1, .., gk, h1, .., hm, n), rising; one array per round.
+    """Values u = 1 - p (g1, .., gk, h1, .., hm, n) that replace the toys in each round, in rising order; one array per round.
 
-    Args: toys (g1, .., gk, h1, .., hm, n), statistics in the order that they came; best (.., n, m), the nuisances that fit each of them
-        best (beyond the grid they count as on its edge). axes: m axes of nuisances, (h1,), ...
+    Args: toys (g1, .., gk, h1, .., hm, n), statistics in the order of the toys; best (.., n, m), the nuisances that fit each of them
+        best (beyond the grid they are moved to its edge). axes: m axes of nuisances, (h1,), ...
     """
     sizes, n = tuple(a.size for a in axes), toys.shape[-1]
     q = toys.reshape(-1, int(np.prod(sizes)), n)
@@ -329,7 +329,7 @@ def tail(reference: Array, q: Array, cells: list[tuple[Array, Integers]]) -> Arr
 
 
 def back(rounds: tuple[Array, ...], toys: Array, k: int) -> Array:
-    """Value of q (..,) at each grid point that has the k-th smallest value of the last round: each round's map of q, turned round."""
+    """Value of q (..,) at each grid point that has the k-th smallest value of the last round: the inverse of each round's map of q."""
     n = toys.shape[-1]
     place = np.full(toys.shape[:-1], float(k - 1))
     for values in (*rounds[::-1], toys):

@@ -185,7 +185,7 @@ class Fit:
 
     values (d,); errors (d,), Hesse; covariance (d, d); minos (d, 2), (-, +), NaN where a side was not found, None if not asked for.
     nll, -ln L at the minimum with constraint terms. limits (d, 2), +-inf where there are none. constraints {name: (mean, sd)}.
-    at_limit, parameters that ended at a limit: their Hesse errors mean nothing.
+    at_limit, parameters that ended at a limit; their Hesse errors are not valid.
 
     >>> from sbi_phys.confidence import fit
     >>> best = fit(lambda theta: -2 * (theta[:, 0] - 3) ** 2, [0.0], ["mu"])  # a Gaussian of width 0.5 around 3
@@ -278,7 +278,7 @@ def fit(
     r"""Maximise ln L(theta) - sum_k (theta_k - m_k)^2 / (2 s_k^2).
 
     Args:
-        log_likelihood: theta (m, d) -> (m,), natural logarithm; one learned by a network does as well as an exact one.
+        log_likelihood: theta (m, d) -> (m,), natural logarithm; exact, or learned by a network.
         start: (d,), where the fit begins, the parameters' own units.
         names: d names or Parameters.
         limits: {name: (low or None, high or None)}; Parameters bring their own.
@@ -307,7 +307,7 @@ def fit(
     best = minimise(cost, theta0, _steps(cost, theta0, table), table, np.zeros(theta0.size, dtype=bool), "the fit")
     best.hesse()
     if best.covariance is None or not best.accurate or not np.isfinite(np.array(best.errors)).all():
-        raise ConvergenceError("the curvature at the minimum is not positive; expected parameters that the data can tell apart")
+        raise ConvergenceError("the curvature at the minimum is not positive; expected parameters that the data determine")
     values, errors = np.array(best.values), np.array(best.errors)
     edge = (np.abs(values[:, None] - table) < 1e-3 * errors[:, None]).tolist()
     limits_minos = _minos(best, plain, values, table) if minos else None
@@ -390,7 +390,7 @@ class Profile:
     error: float
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw q over the parabola that the Hesse error draws.   Read: where they differ, the error is not Gaussian."""
+        """Draw q over the parabola that follows from the Hesse error.   Read: where they differ, the error is not Gaussian."""
         return figures.confidence.profile(self, ax)
 
 
@@ -446,7 +446,7 @@ def conditional(fit: Fit, fixed: Mapping[str, float]) -> tuple[float, Array]:
         return _checked(fit, fit.cost(values), values)
     guess = fit.values[free] + fit.covariance[np.ix_(free, at)] @ np.linalg.solve(fit.covariance[np.ix_(at, at)], wanted - fit.values[at])
     values[free] = np.clip(guess, *fit.limits[free].T)
-    if fit.cost(values) >= IMPOSSIBLE:  # the straight line may lead out of the support
+    if fit.cost(values) >= IMPOSSIBLE:  # the linear prediction may lie outside of the support
         values[free] = fit.values[free]
     mask = np.isin(np.arange(len(fit.names)), at)
     # fixed parameters have no limits here: Minuit's transform would move a value that lies on a limit
@@ -512,7 +512,7 @@ def contour(fit: Fit, x: str, y: str, *, n_points: int = 25) -> Contour:
     for k in (i, j):
         low, high = np.clip(fit.values[k] + np.array([-3.2, 3.2]) * fit.errors[k], *fit.limits[k])
         axes.append(np.linspace(low, high, m))
-    if len(fit.names) == 2:  # nothing to fit: one call
+    if len(fit.names) == 2:  # no other parameter to fit: one call suffices
         theta = np.empty((m * m, 2))
         theta[:, i], theta[:, j] = (g.ravel() for g in np.meshgrid(*axes, indexing="ij"))
         nll = fit.cost.batch(theta)
@@ -562,7 +562,7 @@ class Impacts:
     """Ranking for parameter `name`: names of the k others, largest impact first.
 
     down, up (k,): shift of psi, in its unit, when nu_k moves by -1 and +1 error. pull, pull_error (k,), NaN where not constrained.
-    error of psi, and `statistical`, the part of it that is left with the constrained parameters fixed.
+    error of psi, and `statistical`, its error with the constrained parameters fixed.
 
     >>> from sbi_phys.confidence import fit
     >>> best = fit(lambda t: -0.5 * (t[:, 0] - t[:, 1]) ** 2, [1, 1], ["mu", "nu"], constraints={"nu": (0, 1)})

@@ -165,7 +165,7 @@ class Construction(ABC):
 
         Args: data: n data sets. level: one that the critical values were made for. n_points: values of the parameter that are tried; ends
             are interpolated linearly between them. on_edge: 'raise' if a set reaches an end of the grid that is no physical bound, or
-            'open': that end becomes infinite, as nothing is known beyond.
+            'open': that end becomes infinite, because there are no simulations beyond it.
         Returns: Interval, low (n,) and high (n,).
         Raises: SupportError, SettingError (two parameters of interest: see `region`), NonFiniteError.
         """
@@ -307,7 +307,7 @@ class Fixed:
     nuisances: Array
 
     def __call__(self, psi: Array, data: Any) -> Array:
-        """Nuisances (m,), one row that stands for all."""
+        """Nuisances (m,), one row for all data sets."""
         return self.nuisances
 
 
@@ -322,7 +322,7 @@ def nuisances_of(profile: Profile, data: Any, psi: Array, n: int, m: int) -> Arr
 
 
 def require_within(what: str, theta: Array, low: Array, high: Array, names: Sequence[str]) -> None:
-    """Raise SupportError if a row of theta (m, d) lies outside of the box [low, high] that was simulated: nothing is extrapolated."""
+    """Raise SupportError if a row of theta (m, d) lies outside of the simulated box [low, high], where critical values are not known."""
     slack = 1e-9 * (high - low)
     outside = (theta < low - slack) | (theta > high + slack)
     if not outside.any():

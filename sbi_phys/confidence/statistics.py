@@ -88,7 +88,7 @@ class LRT:
         search: (s, d), values among which the maximum is looked for, or
         maximum: data -> (theta_hat (n, d), ln L at it (n,)), a closed form or a fit. One of the two is needed.
         kind: 'interval', 'upper' (0 where theta_hat > theta) or 'lower' (0 where theta_hat < theta).
-        parameter: column of theta that a one-sided statistic looks at.
+        parameter: column of theta that a one-sided statistic refers to.
 
     Called with (theta (d,), data) or, row by row, (theta (n, d), data) -> (n,). Where theta is better than all of `search`, q = 0.
     Raises: SettingError, ShapeError, NonFiniteError (NaN or +Inf), DataError (no theta possible: all -Inf).
@@ -166,7 +166,7 @@ class Profiled:
 
     Args: log_likelihood: (theta (m, d), data of n sets) -> (n, m) with theta = (psi, nu), constraint terms of nu included.
     Called with (psi (m, k), data) -> (n, m): hand it to `LRT`. `.nuisance(psi, data)` is the `profile` that `neyman` takes.
-    Raises: ShapeError, NonFiniteError.   Read: the set of nu must be finer than their errors, or a closed form should take its place.
+    Raises: ShapeError, NonFiniteError.   Read: the set of nu must be finer than their errors; otherwise use a closed form.
 
     >>> import numpy as np
     >>> from sbi_phys.confidence import Profiled
@@ -412,7 +412,7 @@ class RefinedLRT:
         """Maxima (n,) and where (n, d), over the box, or over the nuisances at `fixed` psi (n, interest); near (n, d), a first guess."""
         start = 0 if fixed is None else self.interest
         low, high = (side[start:] for side in self._box)
-        if low.size == 0:  # nothing to vary
+        if low.size == 0:  # no free parameter
             assert fixed is not None
             return self._values(data, fixed[:, None, :])[:, 0], np.array(fixed)
         if low.size <= 2:
@@ -496,12 +496,12 @@ LEAST, WIDEST = 1e-5, 0.2  # smallest and largest spacing, as a share of the box
 
 
 def climb(values: Values, start: Array, best: Array, low: Array, high: Array) -> tuple[Array, Array]:
-    r"""Climb from a start for each of n functions, max_{low <= t <= high} f_i(t).
+    r"""Maximise n functions f_i(t) over low <= t <= high by Newton steps, each from its own start.
 
     Args: values: (rows (m,) of the n, points (m, j, d)) -> (m, j), -inf allowed. start (n, d), within the box; best (n,), f there.
         low, high (d,).
     Returns: largest values found (n,) and where, (n, d).
-    Read: good to about 0.001 in f where f is smooth, to some hundredths where a flat ridge runs into a side of the box.
+    Read: the error of f is about 0.001 where f is smooth, and some hundredths where a flat ridge meets a side of the box.
     """
     n, d = start.shape
     width, best, at = high - low, np.array(best), (start - low) / (high - low)
@@ -537,7 +537,7 @@ def climb(values: Values, start: Array, best: Array, low: Array, high: Array) ->
         reach[todo] = np.clip(fit, LEAST, WIDEST)
         done = (sure & ~short) | (h <= 1.01 * LEAST).all(axis=1)
         done &= (gain < CLOSE) & (promised < CLOSE)
-        # confirmed once from points further apart: along a flat, bent ridge the first answer may be premature
+        # confirmed once from points further apart: along a flat, curved ridge the first steps may stop before the maximum
         reach[todo[done]] = np.minimum(2.5 * reach[todo[done]], WIDEST)
         answers[todo] += done
         todo = todo[answers[todo] < 2]
@@ -571,7 +571,7 @@ def _quadratic(f: Array, d: int) -> tuple[Array, Array]:
 
 
 def _step(g: Array, hessian: Array, low: Array, high: Array) -> Array:
-    """Step (n, d) to the top of each quadratic within low..high (n, d): parameters are held at an end, and let go where it draws back."""
+    """Step (n, d) to the top of each quadratic within low..high (n, d): those at a bound are fixed, and freed if the step points inside."""
     n, d = g.shape
     value, vector = np.linalg.eigh(hessian)
     # a floor on the curvature: in a flat direction rounding alone would send the step to the edge of the box

@@ -42,7 +42,7 @@ _MAX_LOG = 30.0
 
 @dataclass(frozen=True, slots=True)
 class EventSets:
-    """Data sets of any sizes, laid end to end: set i holds the rows offsets[i] to offsets[i + 1] of flat (n, k).
+    """Data sets of any sizes, concatenated: set i holds the rows offsets[i] to offsets[i + 1] of flat (n, k).
 
     Raises: ShapeError, NonFiniteError, DataError.
 
@@ -121,8 +121,8 @@ class ExtendedLikelihood:
     Args:
         log_density: an NLE, an NRE, or a function (x (n, k), theta (n, d)) -> log p (n,), row by row, -inf allowed.
         expected: theta (m, d) -> expected events per unit of exposure (m,), e.g. of `fit_expected_counts`.
-        exposure: in the unit that `expected` is per; a number > 0. Single sets may have others, see `log_likelihood_sets`.
-        support: (low (k,), high (k,)), outside of which no event can lie; None: anywhere (an NLE refuses what it cannot have seen).
+        exposure: a number > 0, in the unit of exposure of `expected`. Single sets may have others, see `log_likelihood_sets`.
+        support: (low (k,), high (k,)), outside of which no event can lie; None: no bounds (an NLE checks its own).
     Raises: SettingError, ShapeError.
 
     >>> import numpy as np, sbi_phys as sp
@@ -293,7 +293,7 @@ def _events(events: ArrayLike) -> Array:
 
 
 def _name(i: int, x: Array, owner: Integers | None, offsets: Integers | None, first: int = 0) -> str:
-    """What to call event i in an error."""
+    """Name of event i for an error message."""
     if owner is None or offsets is None:
         return f"event {first + i} = {x[i].tolist()}"
     return f"event {i - int(offsets[owner[i]])} of set {int(owner[i])} = {x[i].tolist()}"
@@ -310,7 +310,7 @@ class ExpectedCounts:
     """Learned nu(theta) = E[n | theta] per unit of exposure; call it with theta (m, d) -> (m,).
 
     Made by `fit_expected_counts`. deviance: of held-out simulations, per simulation; 1 where the numbers are Poisson (and not few) and
-    nu is right.
+    nu is correct.
 
     >>> import numpy as np, sbi_phys as sp
     >>> prior, rng = sp.BoxPrior([sp.Parameter("flux", low=1.0, high=3.0)]), np.random.default_rng(0)
@@ -369,7 +369,7 @@ def fit_expected_counts(
         torch.manual_seed(seed_for(require_int("seed", seed, low=0), "weights"))
         net = ResidualMLP(u.shape[1], EmbeddingConfig(hidden=64, n_blocks=2, n_features=1))
     for weight in (net.last.weight, net.last.bias, net.straight.weight):
-        nn.init.zeros_(weight)  # begin at the mean
+        nn.init.zeros_(weight)  # the fit starts at the mean
     train, valid = split_rows(len(u), config.validation_fraction, seed)
     shown, held = ([t[torch.from_numpy(index)] for t in rows] for index in (train, valid))
     with or_none(progress).task("expected counts", config.for_rows(len(train))[1]) as task:
@@ -381,7 +381,7 @@ def fit_expected_counts(
 
 
 def _log_nu(net: nn.Module, u: Tensor) -> Tensor:
-    """Log nu less its mean's logarithm (n,)."""
+    """Log nu minus the logarithm of its mean (n,)."""
     return torch.as_tensor(net(u)).squeeze(-1).clamp(-_MAX_LOG, _MAX_LOG)
 
 

@@ -64,7 +64,7 @@ def check_nonnegative(name: str, value: ArrayLike, shape: Sequence[int | None], 
 def check_counts(counts: ArrayLike, n_reco: int, edges: Array | None = None) -> Array:
     """Return measured counts (n_reco,), >= 0; fractions are allowed (weighted or expected counts).
 
-    Raises: ShapeError (bins that do not match), NonFiniteError, DataError (negative, or nothing measured at all).
+    Raises: ShapeError (bins that do not match), NonFiniteError, DataError (negative counts, or no counts at all).
     """
     array = as_real("counts", counts)
     if array.shape != (n_reco,):
@@ -76,7 +76,7 @@ def check_counts(counts: ArrayLike, n_reco: int, edges: Array | None = None) -> 
 
 
 def warn_few(counts: Array, n_truth: int) -> None:
-    """Warn if whole-number counts have fewer events than there are bins to unfold into: no method has an answer then."""
+    """Warn if whole-number counts have fewer events than truth bins: they do not determine a spectrum."""
     total = counts.sum()
     if total < n_truth and np.array_equal(counts, np.rint(counts)):
         warnings.warn(f"counts hold {total:g} events for {n_truth} truth bins; expected more events than bins", UserWarning, stacklevel=4)

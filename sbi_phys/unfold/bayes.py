@@ -56,12 +56,15 @@ if TYPE_CHECKING:
 __all__ = ["BayesianUnfold", "Chains", "LaplaceGrid", "bayesian_unfold", "default_reference", "run_chains"]
 
 
-N_CELLS = 36  # of the grid in log sigma: a third of a unit each
+N_CELLS = 36  # cells of the grid in log sigma, each a third of a unit wide
 N_CHAINS = 16
-DOF = 30.0  # of the t, heavier in the tails than the posterior
-SCALES, SHARES = np.array([1.0, 3.0]), np.array([0.85, 0.15])  # a part is wider, for bins with few counts
+DOF = 30.0  # degrees of freedom of the t distributions, whose tails are heavier than those of the posterior
+SCALES, SHARES = (
+    np.array([1.0, 3.0]),
+    np.array([0.85, 0.15]),
+)  # of the t distributions; the wide part is for bins with few counts
 WIDER = 1.3  # factor by which the starts of the chains are wider than the mixture
-ANGLE = 1.8  # length of a trajectory; pi / 2 makes a Gaussian independent
+ANGLE = 1.8  # length of a trajectory; with pi / 2 the draws of a Gaussian are independent
 BURN_BLOCK, BURN_BLOCKS = 25, 8
 
 
@@ -92,7 +95,7 @@ class LaplaceGrid:
 
     @property
     def best(self) -> Laplace:
-        """The cell of largest evidence."""
+        """Laplace approximation in the cell with the largest evidence."""
         return self.cells[int(np.argmax([c.log_evidence for c in self.cells]))]
 
     def cell(self, log_sigma: Array) -> Integers:
@@ -236,10 +239,10 @@ def run_chains(
             f"R-hat {r_hat.max():.4f} (<= {R_HAT_MAX}), {size:.0f} effective draws of {n_draws} wanted in {N_CHAINS} x {len(stored)} steps"
         )
         good = bool(r_hat.max() <= R_HAT_MAX) and size >= n_draws
-        # n_needed 0: chains that have not converged are made half as long again
+        # n_needed 0: chains that have not converged are lengthened by half
         return Verdict(autocorr_time=tau, r_hat=r_hat, n_effective=size, n_needed=0.0, converged=good, message=message)
 
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # trajectories that diverge are refused
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # diverging trajectories are rejected
         state = kernel.start()
         n_burn = _burn_in(kernel, state)
         first = max(100, math.ceil(1.2 * n_draws / N_CHAINS))
@@ -275,7 +278,7 @@ PRIORS = ("smooth", "flat")
 
 METHODS = ("hmc", "emcee")
 
-_START_STEPS = 10  # of iterative Bayes, from where the search for the mode begins
+_START_STEPS = 10  # iterations of iterative Bayes before the search for the mode
 
 _REPLICAS = 1000
 
@@ -288,7 +291,7 @@ class BayesianUnfold:
     counts (t,), posterior mean. covariance (t, t), of the draws; covariance_data without the response's noise, covariance_response that
     noise, propagated linearly. map (t,), mode in log n at the most probable sigma. refolded (r,), expected counts at the mean;
     chi2, their Poisson deviance (or distance by the covariance given) from the measured ones; effective, parameters used (mean deviance
-    minus deviance at the mean). predictive_pvalue, share of replicas of the data that lie farther from their spectrum than the data do.
+    minus deviance at the mean). predictive_pvalue, share of replicas with a larger distance from their spectrum than the data.
     reference (t,), the spectrum whose ratio is smooth. r_hat (p,), n_effective, converged, message: of the chains.
 
     >>> from sbi_phys.unfold import bayesian_unfold
@@ -336,7 +339,7 @@ class BayesianUnfold:
 
     @property
     def ndf(self) -> int:
-        """Number of measured bins; `effective` of them are used up."""
+        """Number of measured bins; the fit uses `effective` degrees of freedom."""
         return int(self.measured.size)
 
     def intervals(self, level: float = 0.9) -> Array:
@@ -405,7 +408,7 @@ def bayesian_unfold(
         counts: (r,), measured, >= 0; nothing subtracted. Or a histogram (UHI) with the response's edges; weighted: its variances are used.
         response: Response, or matrix (r, t) = P(reco | truth).
         prior: "smooth", Gaussian curvature of log(n / reference); or "flat", uniform in each n_mu > 0 (fine bins: long tails).
-        smoothness: 1 / sigma, fixed; None: sigma is an unknown with a half-Cauchy prior.
+        smoothness: 1 / sigma, fixed; None: sigma is inferred, with a half-Cauchy prior.
         reference: (t,) > 0, counts, centre of the prior. None: the response's `truth`, else a flat density, scaled to the data.
         hyper_scale: of the half-Cauchy. An index that breaks by dg within a bin of w dex has curvature 2.3 w dg.
         dof: of Student's t for the curvature, >= 1; infinite = Gaussian. 3 for a spectrum that may break sharply in a few places: chains
@@ -415,7 +418,7 @@ def bayesian_unfold(
         counts_covariance: (r, r); then the likelihood is Gaussian. None = Poisson.
         background: (r,), expected counts that are no signal; None = the response's own.
         n_draws: effectively independent draws to return.
-        max_steps: most steps of each of the 16 chains (of each walker with emcee).
+        max_steps: largest number of steps of each of the 16 chains (of each walker with emcee).
         seed: same seed, same draws.
         method: "hmc" or "emcee" (`samplers.mcmc`; slower, an independent check).
         raise_on_failure: False returns an unconverged result (`converged`, `message`) instead of raising.
@@ -459,7 +462,7 @@ def _prior(
     require_choice("prior", prior, PRIORS)
     fixed = None if smoothness is None else require_number("smoothness", smoothness, low=0, open_low=True)
     if fixed is not None and prior == "flat":
-        raise SettingError(f"smoothness is {fixed:g}, but prior is 'flat', which has none; expected prior='smooth' or smoothness=None")
+        raise SettingError(f"smoothness is {fixed:g}, but prior 'flat' has no smoothness; expected prior='smooth' or smoothness=None")
     centre = default_reference(data, response) if reference is None else reference
     return SpectrumPrior.build(
         check_prior(centre, response.n_truth, response.truth_edges),
@@ -543,7 +546,7 @@ def _result(
         shift = rng.standard_normal(draws.z.shape) * np.sqrt(np.maximum(values, 0))
         samples = np.exp(draws.z + shift @ vectors.T)
         from_response = in_log * np.outer(np.exp(best.mode), np.exp(best.mode))
-    # refolded and compared without the response's noise: a spectrum that a shifted matrix asks for fits that matrix, not this one
+    # refolded and compared without the response's noise: a spectrum drawn for a shifted matrix describes the counts with that matrix only
     refolded = response.fold(plain.mean(axis=0))
     distances = _distances(posterior, response.fold(plain))
     chi2 = float(_distances(posterior, refolded[None])[0])

@@ -27,7 +27,7 @@ Tests on toys ask whether the true number, not that of m toys, meets the criteri
     coverage        >= coverage, coverage_95 in every bin   binomial tests against the criterion, Bonferroni over bins
     average         mean over bins of coverage >= average   one t test on the share of bins covered in each toy; correlations
                                                             between bins do not matter
-    refolded        E D(N, f(n)) <= E D(N, f(n*))           paired t test: an answer fitted to the data lies no further from them
+    refolded        E D(N, f(n)) <= E D(N, f(n*))           paired t test: a result fitted to the data lies no further from them
                                                             than the truth does (D: Poisson deviance)
     refolded data   D of the measured counts among the toys', p = (1 + #{D_i >= D}) / (m + 1); beyond all of them, that of a scaled
                     chi-square with their mean and variance
@@ -81,13 +81,13 @@ __all__ = [
 
 Unfold = Callable[[Array, Response], Any]
 
-ERROR_FLOOR = 0.1  # of the expected error, for pulls
+ERROR_FLOOR = 0.1  # smallest error of a pull, as a share of the expected error
 
-LIMIT = 1e6  # of a pull: means stay finite for a method without errors
+LIMIT = 1e6  # largest |pull|, so that means are finite for a method without errors
 
 FOLDED_FLOOR = 1e-6  # counts: the folded result of a method may be negative
 
-ATTEMPTS = 100  # at a response without empty rows and columns
+ATTEMPTS = 100  # draws of a response until one has no empty row or column
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,13 +222,13 @@ class Toys:
 
 
 def in_errors(difference: Array, errors: Array) -> Array:
-    """Difference over error; where the error is 0, 0 for no difference and infinite else."""
+    """Difference over error; where the error is 0, the result is 0 for equal values and infinite otherwise."""
     infinite = np.where(difference == 0, 0.0, np.copysign(np.inf, difference))
     return np.asarray(np.divide(difference, errors, out=infinite, where=errors > 0))
 
 
 def distance(counts: Array, folded: Array) -> float:
-    """Poisson deviance of counts from a folded answer, which may be 0 or negative in places."""
+    """Poisson deviance of counts from a folded result, which may be 0 or negative in some bins."""
     return deviance(counts, np.maximum(folded, FOLDED_FLOOR))
 
 
@@ -260,9 +260,9 @@ def run_toys(method: Method, response: Response, truth: Array, expected_errors: 
 
 
 def redrawn(response: Response, rng: np.random.Generator) -> Response:
-    """The response as another simulation of the same size would have filled it; itself if it is known exactly.
+    """A response drawn as if filled by another simulation of the same size; the same response if it is known exactly.
 
-    Raises: DataError, where hardly any simulation of this size reaches all bins.
+    Raises: DataError if every draw leaves a bin empty.
     """
     if response.n_simulated is None:
         return response
@@ -280,13 +280,13 @@ def redrawn(response: Response, rng: np.random.Generator) -> Response:
     )
 
 
-TILT, BUMP = 2.0, 0.2  # factor from the first to the last bin; height over the spectrum
+TILT, BUMP = 2.0, 0.2  # factor from the first to the last bin; height of the bump relative to the spectrum
 
 WAVES = (2, 3, 4, 6)  # lengths in bins
 
-FAR, FAR_WAVE = 25.0, 0.01  # chi2_reco above which hypotheses are moved together
+FAR, FAR_WAVE = 25.0, 0.01  # chi2_reco above which two hypotheses are moved closer to each other
 
-NEAR = 1e-6  # below which the data do not tell them apart
+NEAR = 1e-6  # chi2_reco below which the data do not distinguish two hypotheses
 
 CUT = 1e-10  # relative eigenvalues of a correlation matrix below which they are rounding errors
 
@@ -308,14 +308,14 @@ class Closure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BottomLine:
-    """chi2 between two hypotheses, measured and unfolded.   Read: a ratio above 1 = the unfolded result claims more than was measured."""
+    """chi2 between two hypotheses, measured and unfolded.   Read: a ratio above 1 means that the quoted covariance is too small."""
 
     reco: float
     unfolded: float
 
     @property
     def ratio(self) -> float:
-        """chi2_unfolded / chi2_reco; NaN where the data do not tell the two apart."""
+        """chi2_unfolded / chi2_reco; NaN where the data do not distinguish the hypotheses."""
         return self.unfolded / self.reco if self.reco > NEAR else float("nan")
 
 
@@ -355,7 +355,7 @@ class Scan:
 
 
 def default_alternatives(truth: Array) -> dict[str, Array]:
-    """Truths (t,) for the stress closure: tilted by a factor 2 from end to end, either way, and with a bump of 20 %, t/10 bins wide."""
+    """Truths (t,) for the stress closure: tilted up and down by a factor 2 from end to end, and with a bump of 20 %, t/10 bins wide."""
     ramp = np.linspace(-0.5, 0.5, truth.size)
     at = np.arange(truth.size) - (truth.size - 1) / 2
     bump = np.exp(-0.5 * (at / max(1.0, truth.size / 10)) ** 2)
@@ -363,7 +363,7 @@ def default_alternatives(truth: Array) -> dict[str, Array]:
 
 
 def waves(truth: Array) -> dict[str, Array]:
-    """Truths (t,) with waves of 2, 3, 4 and 6 bins, equally significant in every bin: three Poisson errors high, half the bin at most."""
+    """Truths (t,) with waves of 2, 3, 4 and 6 bins; the height in each bin is three Poisson errors, at most half of its content."""
     height = np.minimum(0.5 * truth, 3 * np.sqrt(truth))
     at = np.arange(truth.size)
     return {f"wave of {k} bins": truth + height * np.cos(2 * np.pi * at / k) for k in WAVES if k <= truth.size}
@@ -376,7 +376,7 @@ def closure(method: Method, response: Response, truth: Array, place: str) -> Clo
 
 
 def bottom_line(method: Method, response: Response, first: Closure, other: Array, place: str, far: float = FAR) -> BottomLine:
-    """chi2 between the truth of `first` and another (t,), moved towards it until chi2_reco <= far, and between what is unfolded."""
+    """chi2 between the truth of `first` and another (t,), moved towards it until chi2_reco <= far, and between their unfolded results."""
     f1 = response.fold(first.truth)
     apart = response.fold(other) - f1
     reco = float((apart**2 / np.maximum(f1, 1e-300)).sum())
@@ -441,7 +441,7 @@ def scan_strengths(
 
 
 def _largest(values: Array) -> Array:
-    # of several rows, per column, the entry that is largest in size
+    # for each column the entry with the largest absolute value
     return np.take_along_axis(values, np.abs(values).argmax(axis=0)[None], axis=0)[0]
 
 
@@ -483,7 +483,7 @@ class Criteria:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """One test: its number, the criterion, whether it is met (None: a p-value decides, or the number is for information), words."""
+    """One test: its number, the criterion, whether it is met (None: decided by a p-value, or no criterion), and a description."""
 
     name: str
     value: float
@@ -509,7 +509,7 @@ def noiseless_checks(
         checks.append(Check(name=name, value=value, criterion=f"|bias| <= {bound:g} sigma in every bin", met=value <= bound, words=words))
     for name, line in lines.items():
         told = np.isfinite(line.ratio) or line.unfolded == np.inf
-        words = f"chi2 measured {line.reco:.4g}, unfolded {line.unfolded:.4g}" if told else "the data do not tell the two apart"
+        words = f"chi2 measured {line.reco:.4g}, unfolded {line.unfolded:.4g}" if told else "the data do not distinguish the hypotheses"
         checks.append(
             Check(
                 name=f"bottom line: {name}",
@@ -562,7 +562,7 @@ def toy_checks(toys: Toys, criteria: Criteria, response: Response, observed: flo
             value=float(each.mean()),
             criterion=f">= {criteria.average:g}",
             pvalue=_t_tail(criteria.average - float(each.mean()), error_each, n),
-            words=f"{each.mean():.3f} +- {error_each:.3f}; {ONE_SIGMA:.3f} is meant",
+            words=f"{each.mean():.3f} +- {error_each:.3f}; {ONE_SIGMA:.3f} is nominal",
         )
     )
     return [*checks, *_spread_checks(toys, criteria, response), *_refolded_checks(toys, response, observed)]
@@ -610,7 +610,7 @@ def _refolded_checks(toys: Toys, response: Response, observed: float | None) -> 
         )
     ]
     if observed is not None:
-        # exact fits are equal but for rounding
+        # exact fits are equal up to rounding
         p = smallest_pvalue(np.round([observed], 6), np.round(toys.refolded, 6)[:, None], _chi2_tail(observed, toys.refolded))
         words = f"{observed:.4g} for {response.n_reco} bins; toys {toys.refolded.mean():.4g} +- {toys.refolded.std(ddof=1):.2g}"
         checks.append(
@@ -637,7 +637,7 @@ def _chi2_tail(value: float, sample: Array) -> float:
 
 
 def _t_tail(above: float, error: float, n: int) -> float:
-    """P-value of 'the mean is not above the bound' from how far above it came out."""
+    """P-value of the hypothesis 'the mean is not above the bound', from the excess of the measured mean."""
     if error <= 0:
         return 1.0 if above <= 0 else 1e-300
     return float(max(stdtr(n - 1, -above / error), 1e-300))

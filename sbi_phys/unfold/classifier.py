@@ -92,7 +92,7 @@ def ratio_loss(net: nn.Module, x: Tensor, w1: Tensor, w0: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RatioFit:
-    """What one fit found.
+    """Summary of one fit.
 
     separation: Jensen-Shannon divergence of the held-out rows, nats, 0 (alike) to log 2 (disjoint).
     norm: sum w0 r / sum w1 before it was set to 1. epochs: of the first member. n_effective: events that the evidence counted.

@@ -176,7 +176,7 @@ def forward_fold(
     Args:
         counts: (r,), measured, >= 0; nothing subtracted. Or a histogram (UHI) with the response's edges, not weighted.
         response: Response with truth_edges and reco_edges in lg(E/eV).
-        exposure: km2 sr yr, independent of energy; None = the response's own. What depends on energy belongs into the efficiency.
+        exposure: km2 sr yr, independent of energy; None = the response's own. Include any energy dependence in the efficiency.
         n_breaks: smooth breaks of the power law, as in `flux.broken_power_law`: theta = (lg_j0, gamma_1 .., lg_e_1 ..).
         start: (p,), where the fit begins; None is enough for a power law without breaks.
         flux: J(lg E (n,), theta (p,)) -> (n,) instead; then start and names are needed.
@@ -198,7 +198,7 @@ def forward_fold(
     truth_edges, reco_edges, area = _axes(response, exposure)
     values, own = counts_of(counts, response)
     if own is not None:
-        raise SettingError("counts is a weighted histogram; expected plain counts, for the likelihood of forward_fold is Poisson")
+        raise SettingError("counts is a weighted histogram; expected plain counts, because the likelihood of forward_fold is Poisson")
     data = check_counts(values, response.n_reco, reco_edges)
     model = broken_power_law if flux is None else flux
     labels, theta0 = _start(data, response, area, n_breaks, start, flux is not None, names)
@@ -263,9 +263,9 @@ def _start(
 ) -> tuple[tuple[str, ...], Array]:
     n_breaks = require_int("n_breaks", n_breaks, low=0, high=10)
     if own and (start is None or names is None):
-        raise SettingError("flux is a function of yours; expected start and names of its parameters too")
+        raise SettingError("flux is a function, but start or names is missing; expected both for its parameters")
     if not own and names is not None:
-        raise SettingError("names is for a flux of your own; expected None with n_breaks")
+        raise SettingError("names is given without a flux function; expected None with n_breaks")
     labels = tuple(names) if own and names is not None else parameter_names(n_breaks)
     if start is not None:
         theta = as_array("start", start, (None,))
@@ -298,7 +298,7 @@ def _minimise(cost: Callable[[Array], float], start: Array, names: tuple[str, ..
         raise ConvergenceError(f"forward_fold: the fit did not converge, it ended at {got}; expected a start near the answer")
     fit.hesse()
     if fit.covariance is None:
-        raise ConvergenceError("forward_fold: the curvature at the minimum is not positive; expected parameters that the data can tell")
+        raise ConvergenceError("forward_fold: the curvature at the minimum is not positive; expected parameters that the data determine")
     limits = None
     if minos:
         fit.minos()

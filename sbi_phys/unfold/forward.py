@@ -58,18 +58,18 @@ __all__ = ["DensityFit", "ForwardUnfolder", "Kernel", "UnfoldedTruth", "fit_weig
 
 Density = Callable[[Array, Array], ArrayLike]
 
-MOST, FOLDS, PATIENCE = 1000, 5, 1.5  # iterations; parts that are left out in turn; how much longer than the best to look on
+MOST, FOLDS, PATIENCE = 1000, 5, 1.5  # largest number of iterations; folds; iterations tried, relative to the best number so far
 
-SELDOM = 0.05  # the most of the efficiency that may be cut away, for few events
+SELDOM = 0.05  # upper limit of the relative efficiency below which points are left out, for few events
 
-GAIN = 0.5  # of log likelihood of the events left out that is worth more iterations
+GAIN = 0.5  # gain in log likelihood of the held-out events that justifies more iterations
 
 
 class Kernel(NamedTuple):
     """The learned detector between data and truth points.
 
     values (m, s) = q(r_e | t_i) / exp(offset_e), offset (m,). efficiency (s,). counts (m,); weights, of the single events.
-    points (s, d). volume (s,), what belongs to each point, for integrals.
+    points (s, d). volume (s,) of each point, for integrals.
     """
 
     values: Array
@@ -280,7 +280,7 @@ def fit_weights(
 
 
 def _folds(counts: Array, rng: np.random.Generator) -> Array:
-    """Whole events (m,) shared out at random, (FOLDS, m); parts of an event are rounded at random."""
+    """Events (m,) assigned to folds at random, (FOLDS, m); fractional counts are rounded at random."""
     left = np.floor(counts + rng.random(counts.size)).astype(np.int64)
     parts = np.empty((FOLDS, counts.size))
     for i in range(FOLDS):
@@ -290,7 +290,7 @@ def _folds(counts: Array, rng: np.random.Generator) -> Array:
 
 
 def _best(parts: Array, omega: Array, values: Array, effective: Array, smear: Array | None) -> int:
-    """Iterations after which events left out, (FOLDS, m), are likeliest under the fit to the others, which starts from omega (FOLDS, s)."""
+    """Number of iterations with the highest likelihood of held-out events (FOLDS, m) under the fit to the others, from omega (FOLDS, s)."""
     others, best, reached = parts.sum(axis=0) - parts, 1, -np.inf
     for k in range(1, MOST + 1):
         omega = _step(omega, others / np.maximum(omega @ values.T, 1e-300), values, effective, smear)
@@ -349,7 +349,7 @@ def minimise_density(kernel: Kernel, density: Density, start: ArrayLike, names: 
     if not fit.valid or fit.covariance is None:
         got = ", ".join(f"{n} = {v:.4g}" for n, v in zip(labels, fit.values, strict=True))
         raise ConvergenceError(
-            f"fit_density did not converge, it ended at {got}; expected a start near the answer and parameters data can tell"
+            f"fit_density did not converge, it ended at {got}; expected a start near the answer and parameters that the data determine"
         )
     # a sum over weighted events has the variance of sum w^2
     covariance = np.array(fit.covariance) * float((kernel.weights**2).sum() / kernel.weights.sum())
@@ -577,12 +577,12 @@ class ForwardUnfolder(LearnedUnfolder):
         r"""Maximise sum_e log sum_i omega_i eps_i q(r_e | t_i) - sum_i omega_i eps_i over counts omega_i >= 0 at truth points t_i.
 
         Args: data (m, k). support: truth points (s, d), or how many: equally spaced (one truth) or quasi-random over the simulated range.
-            n_iterations of expectation maximisation; None: as many as make events left out likeliest (five folds), at most 1000.
+            n_iterations of expectation maximisation; None: the number with the highest held-out likelihood (five folds), at most 1000.
             smoothing: width of a Gaussian kernel between iterations, in standard deviations of the simulated truth; None = 0.
             data_weights (m,). n_replicas: replicas of the data for the errors, each unfolded with the same number of iterations.
         Returns: UnfoldedTruth; its weights are in counts, corrected for efficiency; 0 where that is below 1/sqrt(events) of its largest.
         Raises: SettingError, ShapeError, NonFiniteError, DataError (no overlap, points outside of the simulated truths).
-        Read: without smoothing the likeliest spectrum is a row of spikes: take means, widths and wide bins from it, or use
+        Read: without smoothing the maximum-likelihood spectrum consists of spikes: take means, widths and wide bins from it, or use
             `response` with `bayesian_unfold`. Its errors hold the data's statistics, not the training's.
         """
         kernel = self._kernel(data, data_weights, support, seed)

@@ -23,11 +23,11 @@ from sbi_phys.unfold.response import Response, as_response
 __all__ = ["counts_of", "edges_of", "is_histogram", "measured", "to_hist"]
 
 
-CLOSE = 1e-9  # edges agree within this share of the axis' range: float32 bins of a file do not, and are not the same bins
+CLOSE = 1e-9  # edges agree within this share of the axis' range: edges stored as float32 do not and are treated as different bins
 
 
 def is_histogram(value: Any) -> bool:
-    """Whether a value offers axes, values() and variances(), as UHI has it."""
+    """Whether a value has axes, values() and variances(), as UHI requires."""
     return all(hasattr(value, name) for name in ("axes", "values", "variances")) and callable(value.values)
 
 
@@ -117,10 +117,10 @@ def to_hist(edges: ArrayLike | None, counts: ArrayLike, covariance: ArrayLike | 
     Args: edges (n + 1,); counts (n,); covariance (n, n), None = variances 0.
     Returns: hist.Hist where hist is installed, else boost_histogram.Histogram (Hist is one, too).
     Raises: SettingError (no edges), ShapeError, NonFiniteError, DataError, SbiPhysError (neither library is installed).
-    Read: the off-diagonal part of the covariance has no place in such an object: keep the result for fits.
+    Read: the off-diagonal part of the covariance cannot be stored in such an object: keep the result for fits.
     """
     if edges is None:
-        raise SettingError("the result has no truth edges; expected a Response with truth_edges, for a histogram has an axis")
+        raise SettingError("the result has no truth edges; expected a Response with truth_edges, because a histogram needs an axis")
     bins = check_edges("edges", edges)
     contents = as_array("counts", counts, (bins.size - 1,))
     spread = np.zeros_like(contents) if covariance is None else np.diag(as_array("covariance", covariance, (contents.size,) * 2))

@@ -98,7 +98,7 @@ def bayes_step(counts: Array, truth: Array, response: Response) -> Array:
 
 
 def smoothing_kernel(n: int, strength: float) -> Array:
-    """Matrix (n, n) = (1 - s) 1 + s (1/4, 1/2, 1/4), reflected at the ends: rows sum to 1, nothing turns negative."""
+    """Matrix (n, n) = (1 - s) 1 + s (1/4, 1/2, 1/4), reflected at the ends: rows sum to 1, all elements are >= 0."""
     kernel = (1 - strength / 2) * np.eye(n)
     kernel += strength / 4 * (np.eye(n, k=1) + np.eye(n, k=-1))
     kernel[0, 0] += strength / 4
@@ -186,11 +186,11 @@ def _require_source(counts: Array, folded: Array, response: Response) -> None:
 
 MAX_DEGREE = 7
 
-GAIN = 6.0  # of deviance that a degree costs
+GAIN = 6.0  # decrease of the deviance required for a further degree
 
 LATE = 150  # iterations of Bayesian unfolding where no polynomial describes the data; fewer would hide the bias of the iterate under test
 
-REFUSED = 1e-3  # p-value of the polynomial below which it does not
+REFUSED = 1e-3  # p-value below which the polynomial does not describe the data
 
 
 def deviance(counts: Array, folded: Array) -> float:
@@ -306,7 +306,7 @@ class Stopping:
     spread: Array
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw worst-bin coverage and |mean pull| against iterations.   Read: the dashed line is where it stopped."""
+        """Draw worst-bin coverage and |mean pull| against iterations.   Read: the dashed line marks the chosen number."""
         return figures.unfolding.stopping(self, ax)
 
 
@@ -503,7 +503,7 @@ class IBU:
 
     @property
     def ndf(self) -> int:
-        """Number of measured bins; the fit has used up an unknown part of them, so chi2 / ndf below 1 is normal."""
+        """Number of measured bins; the number of effective parameters is not known, so chi2 / ndf below 1 is normal."""
         return int(self.measured.size)
 
     def to_hist(self) -> Any:
@@ -563,16 +563,16 @@ def ibu(
         smoothing: 0 to 1, weight of the (1/4, 1/2, 1/4) kernel on n / prior between iterations; None = 0.
         prior_covariance: (t, t) of the prior as given, passed on to the result. None: 0 with a number of iterations; with a rule
             the bias that its toys found and half of the difference between its two tilted priors, each fully correlated.
-        rule: what "coverage" and "bias" ask for; StoppingRule() by default.
+        rule: criteria of "coverage" and "bias"; StoppingRule() by default.
         errors: "observed", of the data at the counts themselves; "expected", at the smooth expectation (see the module), for bins with
             few events. A rule tests the errors that are quoted.
         seed: of the toys; with a number of iterations the result is not random.
 
     Returns: IBU.
-    Raises: ShapeError, NonFiniteError, DataError (counts that are not counts, no overlap: the bin is named), SettingError.
+    Raises: ShapeError, NonFiniteError, DataError (negative counts, no overlap: the bin is named), SettingError.
     Warns: UserWarning for fewer events than truth bins, or if no number of iterations meets the rule.
     Source: D'Agostini 1995, NIM A 362, 487; Jacobian as in Adye 2011, arXiv:1105.1160, for any efficiency and response.
-    Read: prior_remaining and tilt_remaining tell which bins the data have not reached; use the full covariance, not its diagonal alone.
+    Read: prior_remaining and tilt_remaining tell which bins still depend on the prior; use the full covariance, not its diagonal alone.
 
     >>> from sbi_phys.unfold import ibu
     >>> result = ibu([90, 60], [[0.8, 0.2], [0.1, 0.7]], n_iterations=50)
@@ -591,7 +591,7 @@ def ibu(
         stopping = choose(n_iterations, rule or StoppingRule(), data, resp, start, given, strength, seed, at_expectation)
         n = stopping.chosen
     elif rule is not None:
-        raise SettingError(f"rule is given, but n_iterations is {n_iterations!r}; expected 'coverage' or 'bias' for a rule to act on")
+        raise SettingError(f"rule is given, but n_iterations is {n_iterations!r}; expected 'coverage' or 'bias' with a rule")
     else:
         n = require_int("n_iterations", n_iterations, low=1)
     steps = itertools.islice(iterations(data, resp, start, strength, by_response=resp.n_simulated is not None), n)

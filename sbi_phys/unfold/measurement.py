@@ -49,7 +49,7 @@ class Measurement:
 
     name, title, source, unit (of the flux): words. counts (r,), whole numbers. reco_edges (r + 1,), among truth_edges (t + 1,).
     matrix(edges (n + 1,)) -> (r, n): P(measured bin | true bin) for fine bins. exposure, km2 sr yr. start, n_breaks: of a fit's flux,
-    None without. published: 'flux', 'flux_error_low', 'flux_error_high', 'correction', (r,) each, those there are. target: lg(E) from,
+    None without. published: 'flux', 'flux_error_low', 'flux_error_high', 'correction', (r,) each, where published. target: lg(E) from,
     to, tolerance, or None. alternatives: name -> measurement with another detector, for its corrections alone; note: words on them.
     variations: words -> measurement with a constant of the detector changed by its uncertainty.
 
@@ -111,7 +111,7 @@ class Measurement:
 
     @property
     def inner(self) -> slice:
-        """Where the measured bins lie among the true ones."""
+        """Slice of the true bins that are measured bins."""
         first = int(np.abs(self.truth_edges - self.reco_edges[0]).argmin())
         return slice(first, first + self.counts.size)
 
@@ -154,7 +154,7 @@ class Measurement:
         return Response(folded / self.coarse(s), self.truth_edges, self.reco_edges, truth=self.coarse(s), exposure=self.exposure)
 
     def within(self, spectrum: ArrayLike) -> Response:
-        """Response of the true bins that are measured; what comes from outside is a share of each bin (fakes).
+        """Response of the true bins that are measured; events from outside are a share of each bin (fakes).
 
         Raises: ShapeError, DataError.
         """

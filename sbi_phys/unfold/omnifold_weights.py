@@ -15,7 +15,7 @@ efficiency in the binned method.
 Low efficiency. Where the efficiency is near 0 the ratio of step 2 is an extrapolation, and a fluctuation of a few events at the edge of
 the acceptance can change it by any factor. If the efficiency is below a tenth of its mean for a twentieth of the events, the ratio is
 exp(quadratic form + correction), with a correction as large as the evidence supports (see `classifier`). The result is then good if the
-ratio of nature to simulation is close to such a form; narrow structures at the limit of significance are smoothed.
+ratio of data to simulation is close to such a form; narrow structures at the limit of significance are smoothed.
 
 Fakes (truth_pass False, reconstructed) have no truth. They keep their nominal weight: their shape and their share of what is measured are
 those of the simulation, as with `Response.fakes`. With fit_fakes they get the mean pull over all fakes. Their number then depends on the
@@ -63,7 +63,7 @@ _FAR_SHARE = 0.001
 
 _SELDOM = 0.1  # share of the mean efficiency below which the weights of a twentieth of the events are extrapolated, not learned
 
-_LOW_SIZE = 0.01  # effective share of the events below which a handful of them is the answer
+_LOW_SIZE = 0.01  # effective share of the events below which a few of them dominate the result
 
 
 _HOLE_BINS, _HOLE_EVENTS = 20, 100
@@ -242,7 +242,7 @@ class OmniFold:
 
     @property
     def effective_sample_size(self) -> float:
-        """Share of the true events that the weights are worth: (sum w)^2 / (n sum w^2), 1 for equal weights."""
+        """Effective sample size as a share of the true events: (sum w)^2 / (n sum w^2), 1 for equal weights."""
         return _effective(self.weights[self.truth_pass])
 
     @property
@@ -261,7 +261,7 @@ class OmniFold:
             f"its weights moved by {100 * last.change:.2g} %",
         ]
         if self.smooth:
-            lines.append("ratios of the truth are a quadratic form with as much correction as the evidence asks for (smooth)")
+            lines.append("ratios of the truth are a quadratic form with a correction determined by the evidence (smooth)")
         if max(abs(last.norm_reco - 1), abs(last.norm_truth - 1)) > 0.02:
             lines.append(f"the ratios' norms were {last.norm_reco:.3f} and {last.norm_truth:.3f}; expected 1: train longer")
         return "\n".join(lines)
@@ -376,7 +376,7 @@ def unfold_events(events: Events, settings: Settings, *, seed: int, task: Task, 
         pull = np.zeros(len(nu))
         pull[events.reco_pass] = nu[events.reco_pass] * np.exp(first.log_ratio(events.reco[events.reco_pass]))
         both = events.reco_pass & true
-        at_both, limit = events.weights[both], at_reco.n_effective  # what step 2 sees of the data came through step 1
+        at_both, limit = events.weights[both], at_reco.n_effective  # step 2 receives the data through step 1
         at_truth = second.fit(events.truth[both], at_both * pull[both], at_both, done=task.advance, n_effective=limit)
         before, nu = nu, nu.copy()
         nu[true] = np.exp(second.log_ratio(events.truth[true]))
@@ -435,7 +435,7 @@ def _effective(weights: Array) -> float:
 
 
 def _warn_far(events: Events, ratio: RatioEstimator) -> None:
-    """Warn where the first classifier finds data and hardly any simulation: overlap can be missing without any range showing it."""
+    """Warn where the first classifier finds data and hardly any simulation: the ranges may agree where the distributions do not overlap."""
     far = ratio.log_ratio(events.data) > _FAR
     if far.mean() > _FAR_SHARE:
         places = [f"column {j} in [{c.min():.4g}, {c.max():.4g}]" for j, c in enumerate(events.data[far].T[:6])]
@@ -450,7 +450,7 @@ def _warn_far(events: Events, ratio: RatioEstimator) -> None:
 def _warn_few(effective: float, n: int) -> None:
     if effective < _LOW_SIZE:
         warnings.warn(
-            f"the weights are worth {effective * n:.0f} of {n} events: a few simulated events carry the answer; "
+            f"the effective number of events is {effective * n:.0f} of {n}: a few simulated events dominate the result; "
             "expected a simulation nearer to the data",
             RuntimeWarning,
             stacklevel=4,

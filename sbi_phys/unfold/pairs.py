@@ -62,10 +62,10 @@ def read_pairs(
     """Read the pairs of a store into memory.
 
     Args: store: a Store or its folder. truth, reco: name or names of parameters or observables; a block of columns stays one. weights,
-        reco_pass: names of single columns (>= 0; 0 or 1), None = 1 everywhere. failed: what rows are whose simulation failed, "error",
-        "missed" or "drop" (see the module).
+        reco_pass: names of single columns (>= 0; 0 or 1), None = 1 everywhere. failed: treatment of rows whose simulation failed,
+        "error", "missed" or "drop" (see the module).
     Returns: Pairs: `FlowUnfolder().fit(p.truth, p.reco, weights=p.weights, reco_pass=p.reco_pass)`.
-    Raises: SettingError (a name that the store has not: lists those it has), DataError (failed rows, negative weights), NonFiniteError,
+    Raises: SettingError (a name that is not in the store), DataError (failed rows, negative weights), NonFiniteError,
         StoreError.
 
     >>> import numpy as np
@@ -80,7 +80,7 @@ def read_pairs(
     """
     parts = list(_parts(store, truth, reco, weights, reco_pass, failed))
     if not parts:
-        raise DataError("the store has no rows that are left; expected at least one")
+        raise DataError("the store has no rows left after the selection; expected at least one")
     return Pairs(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -130,7 +130,7 @@ def response_from_store(
 def _parts(
     store: Store | str | PathLike[str], truth: Names, reco: Names, weights: str | None, reco_pass: str | None, failed: str
 ) -> Iterator[Pairs]:
-    """Pairs of one shard after the other."""
+    """Yield the pairs of each shard in turn."""
     source = store if isinstance(store, Store) else Store(store)
     require_choice("failed", failed, FAILED)
     columns = _columns(source)
@@ -179,7 +179,7 @@ def _pick(what: str, names: Names, columns: dict[str, NDArray[np.intp]], size: i
     wanted = [names] if isinstance(names, str) else list(names)
     unknown = [name for name in wanted if name not in columns]
     if unknown or not wanted:
-        got = f"names {unknown[0]!r}, which the store has not" if unknown else "is empty"
+        got = f"names {unknown[0]!r}, which is not in the store" if unknown else "is empty"
         raise SettingError(f"{what} {got}; expected some of {', '.join(columns)}")
     picked = np.concatenate([columns[name] for name in wanted])
     if size is not None and picked.size != size:

@@ -196,7 +196,7 @@ class Response:
 
     @property
     def purity(self) -> Array:
-        """Share of the reconstructed signal in a bin that belongs there, (n,), for the `truth` spectrum (flat if None).
+        """Share of the reconstructed signal in a bin whose truth lies in the same bin, (n,), for the `truth` spectrum (flat if None).
 
         Raises: SettingError unless truth and reco bins are the same.   Read: below about 0.5 bins are finer than the resolution.
         """
@@ -206,7 +206,7 @@ class Response:
 
     @property
     def stability(self) -> Array:
-        """Share of what is reconstructed of a truth bin that stays in it, P[i, i] / eps_i, (n,).
+        """Share of the reconstructed events of a truth bin that stay in it, P[i, i] / eps_i, (n,).
 
         Raises: SettingError unless truth and reco bins are the same.
         """
@@ -215,7 +215,7 @@ class Response:
 
     @property
     def condition_number(self) -> float:
-        """Largest over smallest singular value: how much a plain inversion amplifies noise."""
+        """Largest over smallest singular value: the amplification of noise by a plain inversion."""
         return float(np.linalg.cond(self.matrix))
 
     def _require_same_bins(self, what: str) -> None:

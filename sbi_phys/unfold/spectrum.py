@@ -48,7 +48,7 @@ __all__ = ["Laplace", "LogPosterior", "SpectrumModel", "SpectrumPrior", "curvatu
 
 SIGMA_RANGE = (-7.0, 5.0)  # of log(sigma / scale)
 
-_LOG_LIMIT = 300.0  # of |log n|: a diverging trajectory overflows beyond, and is refused anyway
+_LOG_LIMIT = 300.0  # of |log n|: larger values overflow; they occur on diverging trajectories, which are rejected
 
 _STEPS, _DECREMENT = 500, 1e-9
 
@@ -69,7 +69,7 @@ def curvature_matrix(edges: Array | None, n: int) -> Array:
     out = np.zeros((n - 2, n))
     i = np.arange(n - 2)
     middle = (h[1:] + h[:-1]) / 2
-    # divided difference times the root of the width that it stands for
+    # divided difference times the root of its width
     out[i, i], out[i, i + 2] = 1 / (h[:-1] * np.sqrt(middle)), 1 / (h[1:] * np.sqrt(middle))
     out[i, i + 1] = -out[i, i] - out[i, i + 2]
     return out
@@ -89,8 +89,8 @@ def level_and_tilt(edges: Array | None, n: int) -> tuple[Array, Array]:
 class SpectrumPrior:
     """Prior of z = log n.
 
-    reference (t,), counts > 0: exp(z0). curvature D (m, t). free (t, t), precision of level and tilt. flat: uniform in n instead of all
-    that. log_sigma: fixed, or None = half-Cauchy of scale `hyper_scale`. dof: of Student's t, infinite = Gaussian.
+    reference (t,), counts > 0: exp(z0). curvature D (m, t). free (t, t), precision of level and tilt. flat: uniform in n
+    instead. log_sigma: fixed, or None = half-Cauchy of scale `hyper_scale`. dof: of Student's t, infinite = Gaussian.
     """
 
     reference: Array
@@ -121,7 +121,7 @@ class SpectrumPrior:
         curvature = curvature_matrix(edges, n)
         fixed = None if smoothness is None else -math.log(smoothness)
         if flat or n < 3:
-            fixed = 0.0  # no curvature to be smooth in
+            fixed = 0.0  # fewer than three bins have no curvature
         return cls(
             reference=reference, curvature=0 * curvature if flat else curvature, free=0 * free if flat else free,
             flat=flat, log_sigma=fixed, hyper_scale=hyper_scale, dof=dof,
@@ -141,21 +141,21 @@ class SpectrumPrior:
         return middle + SIGMA_RANGE[0], middle + SIGMA_RANGE[1]
 
     def weights(self, bent: Array, log_sigma: Array) -> Array:
-        """Of the squared second differences (..., m) in Q: 1 / sigma^2, less for large ones with Student's t."""
+        """Weights of the squared second differences (..., m) in Q: 1 / sigma^2; with Student's t smaller for large differences."""
         inverse = np.exp(-2 * np.asarray(log_sigma))[..., None]
         if math.isinf(self.dof):
             return np.asarray(np.broadcast_to(inverse, bent.shape))
         return np.asarray((self.dof + 1) * inverse / (self.dof + bent**2 * inverse))
 
     def log_curvature(self, bent: Array, log_sigma: Array) -> Array:
-        """Log density of the second differences (..., m) -> (...), without what depends on sigma alone."""
+        """Log density of the second differences (..., m) -> (...), without the terms that depend on sigma alone."""
         squared = bent**2 * np.exp(-2 * np.asarray(log_sigma))[..., None]
         if math.isinf(self.dof):
             return np.asarray(-0.5 * squared.sum(axis=-1))
         return np.asarray(-0.5 * (self.dof + 1) * np.log1p(squared / self.dof).sum(axis=-1))
 
     def precision(self, log_sigma: float, bent: Array | None = None) -> Array:
-        """Q(sigma) (t, t), for second differences (m,); they matter to Student's t alone, None = 0."""
+        """Q(sigma) (t, t), for second differences (m,), which only Student's t uses; None = 0."""
         weight = self.weights(np.zeros(len(self.curvature)) if bent is None else bent, np.asarray(log_sigma))
         return np.asarray(self.free + (self.curvature.T * weight) @ self.curvature)
 
@@ -172,7 +172,7 @@ class Laplace:
 
 
 class LogPosterior:
-    """Log density of z (c, t) and log sigma (c,), all c at once.
+    """Log density of c pairs of z (c, t) and log sigma (c,).
 
     Args: counts (r,). response. prior. weight (r, r), inverse covariance of the counts; None = Poisson.
     """
@@ -207,7 +207,7 @@ class LogPosterior:
         return np.asarray((z - self.centre) @ self.prior.curvature.T)
 
     def given_sigma(self, z: Array, log_sigma: Array) -> tuple[Array, Array]:
-        """log p(z | N, sigma) (c,) up to what depends on sigma alone, and its gradient in z (c, t)."""
+        """log p(z | N, sigma) (c,) up to terms that depend on sigma alone, and its gradient in z (c, t)."""
         value, slope = self.likelihood(z)
         if self.prior.flat:
             return value + z.sum(axis=-1), slope + 1.0
@@ -217,7 +217,7 @@ class LogPosterior:
         return value - 0.5 * (x * free).sum(axis=-1) + self.prior.log_curvature(bent, log_sigma), slope - pull
 
     def log_hyper(self, log_sigma: Array) -> Array:
-        """Log prior density of log sigma, and of D x what depends on sigma alone; 0 for a fixed one; -inf outside of the range."""
+        """Log prior density of log sigma plus the terms of D x that depend on sigma alone; 0 for fixed sigma, -inf outside of its range."""
         if not self.prior.hierarchical:
             return np.zeros(np.shape(log_sigma))
         low, high = self.prior.range
@@ -270,7 +270,7 @@ class LogPosterior:
             step = cho_solve((self._curvature(z, log_sigma)[1], True), gradient)
             if float(gradient @ step) < _DECREMENT * (1 + abs(float(value))):
                 return z
-            size = min(1.0, 3.0 / float(np.abs(step).max()))  # more than e^3 at once leaves where the quadratic form holds
+            size = min(1.0, 3.0 / float(np.abs(step).max()))  # the quadratic approximation does not hold for changes beyond e^3
             while size > 1e-10:
                 trial = z + size * step
                 reached, slope = self.given_sigma(trial, sigma)
@@ -278,7 +278,7 @@ class LogPosterior:
                     break
                 size /= 2
             else:
-                if float(gradient @ step) < 1e-4:  # rounding: the step is a hundredth of an error
+                if float(gradient @ step) < 1e-4:  # limited by rounding: the step is below a hundredth of an error
                     return z
                 break
             z, value, gradient = trial, reached, slope
@@ -295,8 +295,8 @@ class SpectrumModel:
     """Spectra from the smooth prior, and counts from them: a `Simulator`.
 
     Args: response: Response, or a dict of its arrays (as in `settings`). reference (t,) > 0, counts: the prior's centre, absolute.
-    smoothness = 1 / sigma. level_sd, tilt_sd: of the mean of log(n / reference) and of its slope over half of the range; they make up the
-    range of spectra that a network has to learn, so no wider than needed.
+    smoothness = 1 / sigma. level_sd, tilt_sd: of the mean of log(n / reference) and of its slope over half of the range; they set the
+    range of spectra that a network has to learn and should be no wider than needed.
     Raises: SettingError, ShapeError, NonFiniteError, DataError.
 
     >>> import numpy as np
@@ -337,7 +337,7 @@ class SpectrumModel:
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """The waves w_k, without unit."""
+        """The coordinates w_k, dimensionless."""
         return self.prior.parameters
 
     @property

@@ -65,7 +65,7 @@ class TikhonovScan:
     chosen: int
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the L-curve with the chosen point.   Read: left of the corner noise, right of it bias."""
+        """Draw the L-curve with the chosen point.   Read: noise dominates to the left of the corner, bias to the right."""
         return figures.unfolding.scan(self, ax)
 
 
@@ -198,7 +198,7 @@ def tikhonov(
             found = _scan(problem, p, method, n_strengths)
             tau = float(found.strength[found.chosen])
         ratio, slope = problem.solve(tau)
-        if not last:  # expected instead of observed counts, half a count at the least
+        if not last:  # expected instead of observed counts, at least half a count
             problem = _problem(data, resp, p, np.diag(np.maximum(resp.fold(p * ratio), 0.5)))
     return _result(problem, resp, data, p, ratio, slope, tau, found)
 
@@ -247,7 +247,7 @@ def _global_correlation(covariance: Array) -> float:
     scale = np.sqrt(np.diag(covariance))
     values, vectors = np.linalg.eigh(covariance / np.outer(scale, scale))
     if values[0] <= 1e-13 * values[-1]:
-        return np.nan  # so strongly damped that bins are functions of each other
+        return np.nan  # the damping is so strong that the covariance is singular
     inverse = ((vectors / values) * vectors).sum(axis=1)
     return float(np.sqrt(np.maximum(1 - 1 / inverse, 0)).mean())
 

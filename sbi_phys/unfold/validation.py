@@ -95,7 +95,7 @@ class EventPIT:
 
     @property
     def pvalue(self) -> float:
-        """Of both together: the smaller, times two if there are two."""
+        """Combined p-value: the smaller of both, times two if there are two."""
         both = {"ranks": self.sbc.pvalue} | ({} if self.regression is None else {"regression": float(self.regression.pvalue)})
         return combine(both)
 
@@ -179,16 +179,16 @@ class MethodValidation:
 
     @property
     def pvalues(self) -> dict[str, float]:
-        """Of each test that toys decide, for itself."""
+        """Uncorrected p-value of each test on toys."""
         return {c.name: c.pvalue for c in self.checks if c.pvalue is not None}
 
     @property
     def adjusted(self) -> dict[str, float]:
-        """Holm's p-values of those."""
+        """P-values of the tests on toys, corrected by Holm's rule."""
         return holm(self.pvalues)
 
     def rows(self) -> tuple[Row, ...]:
-        """Every test, decided."""
+        """Every test with its decision."""
         adjusted = self.adjusted
         return tuple(
             Row(c.name, c.value, c.criterion, c.met if c.pvalue is None else adjusted[c.name] > ALPHA, c.words, adjusted.get(c.name))
@@ -202,12 +202,12 @@ class MethodValidation:
 
     @property
     def passed(self) -> bool:
-        """Whether all are."""
+        """Whether all tests are passed."""
         return not self.failed
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """The result in one sentence."""
         n = sum(row.passed is not None for row in self.rows())
         if self.passed:
             return f"{self.name}: passes all {n} tests."
@@ -308,7 +308,7 @@ class Validation:
 
 
 def _bins(m: MethodValidation) -> dict[str, Any]:
-    """Numbers of every bin, for tables and other plots."""
+    """Results of every bin, for tables and other plots."""
     arrays = {
         "closure": m.closure.counts,
         "closure_errors": m.closure.errors,
@@ -324,7 +324,7 @@ def _bins(m: MethodValidation) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become words."""
+    """Value for JSON, which has no infinity and no NaN: these become strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
@@ -362,7 +362,7 @@ def validate(
         scan: variants by strength of the regularisation (iterations, tau), likewise.
         events: result of `event_pit` for a method that works event by event.
         criteria: Criteria() by default.
-        n_toys: at least 20; 200 see a coverage to 0.03.
+        n_toys: at least 20; with 200 the error of a coverage is 0.03.
         seed: of the toys.
         progress: default none.
 
@@ -394,7 +394,7 @@ def _test_all(
     scan: Mapping[str, Mapping[float, Unfold]],
     progress: Progress | None,
 ) -> tuple[dict[str, MethodValidation], dict[str, float]]:
-    """Every method with the seconds that it took."""
+    """Results of every method, and its run time in seconds."""
     found, seconds = {}, {}
     total = len(methods) * call.n_toys + sum(len(v) for v in scan.values()) * min(call.n_toys, SCAN_TOYS)
     with or_none(progress).task("validate", total) as task:
@@ -501,7 +501,7 @@ def _check_truth(name: str, value: ArrayLike, response: Response) -> Array:
 
 
 def _by_method(what: str, value: Mapping[Any, Any] | None, methods: Mapping[str, Method]) -> dict[str, Mapping[Any, Unfold]]:
-    """Variants by method; a flat mapping belongs to the only one."""
+    """Variants by method; a flat mapping is allowed with a single method."""
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not value:

@@ -87,7 +87,7 @@ def test_failed_rows_have_to_be_spoken_of(failing):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"truth": "energy"}, SettingError, "truth names 'energy', which the store has not; expected some of lg_energy, zenith, reco"),
+        ({"truth": "energy"}, SettingError, "truth names 'energy', which is not in the store; expected some of lg_energy, zenith, reco"),
         ({"reco": []}, SettingError, "reco is empty"),
         ({"weights": "stations"}, ShapeError, "weights names 2 columns; expected 1"),
         ({"reco_pass": "weight"}, DataError, "reco_pass has values other than 0 and 1"),
