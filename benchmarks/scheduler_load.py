@@ -40,11 +40,11 @@ from simulators import SourceSpectrum
 
 MB = 1e-6
 ROWS_A_SHARD = 8
-WORKERS, ALL_ROWS = 1000, 1e9  # of the plan
+WORKERS, ALL_ROWS = 1000, 1e9  # workers and rows of the planned campaign
 
 
 class Counting(Executor):
-    """An executor that counts what is in flight."""
+    """An executor that counts the shards in flight."""
 
     def __init__(self, inner: Executor) -> None:
         self._inner, self._client = inner, getattr(inner, "_client", None)
@@ -52,7 +52,7 @@ class Counting(Executor):
         self._lock = threading.Lock()
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Submit and count."""
+        """Submit a job and count it."""
         with self._lock:
             self.now += 1
             self.most = max(self.most, self.now)
@@ -81,7 +81,7 @@ class Watch(threading.Thread):
         return float(times.user + times.system)
 
     def run(self) -> None:
-        """Look until told to stop."""
+        """Sample once a second until stopped."""
         while not self.stop.wait(1.0):
             for name, process in self.processes.items():
                 with suppress(psutil.NoSuchProcess):
@@ -179,7 +179,7 @@ def folder(root: Path, n: int, rows: int) -> Numbers:
 
 
 class Timed:
-    """A simulator that knows how much processor time it took."""
+    """A simulator that records its processor time."""
 
     def __init__(self, inner: Any) -> None:
         self.inner, self.seconds = inner, 0.0

@@ -51,7 +51,7 @@ def measure(settings: dict[str, Any], rows: int, workers: int) -> dict[str, floa
     wall, cpu = _simulate(settings, rows, 0)
     out = {
         "simulations_per_second_one_process": rows / wall,
-        "simulations_per_cpu_second": rows / cpu,  # what an idle core would give: other programs do not count
+        "simulations_per_cpu_second": rows / cpu,  # rate of an idle core, independent of other programs
         f"simulations_per_second_{workers}_processes": workers * rows / max(wall for wall, _ in seconds),
     }
     for batch in (64, 128, 256):

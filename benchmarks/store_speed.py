@@ -40,7 +40,7 @@ COLUMNS = 20
 
 
 class Nothing:
-    """A simulator that costs nothing."""
+    """A simulator with negligible cost."""
 
     prior, parameters, settings = PRIOR, PRIOR.parameters, dict[str, Any]()
     observables = (Observable("x", COLUMNS),)
@@ -119,7 +119,7 @@ def writing(folder: Path, total: int) -> Numbers:
 
 
 def campaign(folder: Path, total: int) -> Numbers:
-    """Rows a second of a whole `simulate` call with a simulator that costs nothing: theta drawn, x checked, all of it written."""
+    """Rows a second of a whole `simulate` call with a simulator of negligible cost: theta drawn, x checked, all of it written."""
     numbers: Numbers = {}
     for rows in (4096, 65536):
         n = max(1, total // rows) * rows

@@ -63,7 +63,7 @@ def write_store(folder: Path, rows: int, *, shard_rows: int = 200_000) -> None:
 
 
 def drain(batches: Iterable[tuple[Tensor, ...]]) -> float:
-    """Rows a second of taking every batch of an epoch and nothing else."""
+    """Rows per second of an epoch that only reads every batch."""
     start, rows = time.perf_counter(), 0
     for u, _ in batches:
         rows += len(u)
@@ -80,7 +80,7 @@ def train_rate(batches: Stream | MemoryBatches, net: PosteriorNet, batch: int) -
 
 
 def alternate(repeats: int, ours: Callable[[int], float], peer: Callable[[int], float]) -> tuple[list[float], list[float]]:
-    """Both in turn, so that a machine that grows busier slows both; the first run of each does not count."""
+    """Run both alternately, so that other load affects both; the first run of each is discarded."""
     runs = [(ours(i), peer(i)) for i in range(repeats + 1)][1:]
     return [a for a, _ in runs], [b for _, b in runs]
 
@@ -109,7 +109,7 @@ def peak_growth(folder: Path, memory: int) -> float:
 
 
 def child(small: str, large: str, memory: int) -> None:
-    """What `peak_growth` measures; its caches are made anew."""
+    """The work that `peak_growth` measures, with new caches."""
 
     def peak() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()

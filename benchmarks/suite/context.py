@@ -39,7 +39,7 @@ NETWORKS: dict[str, Network] = {
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a tool answers to `train`: see the workers. valid: by epoch, on its own validation rows, in its own space."""
+    """Answer of a tool to `train`, see the workers. valid: by epoch, on its own validation rows, in its own space."""
 
     wall: float
     n_train: int

@@ -89,7 +89,7 @@ def block(rows: Dicts, runs: Dicts) -> str:
 
 
 def write_block(page: Path, text: str, *, figure: str = "") -> None:
-    """Replace what stands between the marks of a page; add the marks at its end where there are none yet."""
+    """Replace the text between the marks of a page; add the marks at its end where there are none yet."""
     begin = "<!-- benchmarks: begin (written by benchmarks/run.py; edit the rest of the page only) -->\n"
     old = page.read_text(encoding="utf-8") if page.exists() else "# Benchmarks\n"
     if not MARKS.search(old):

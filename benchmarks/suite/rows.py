@@ -73,12 +73,12 @@ class Row:
 
 
 def skipped(name: str, reason: str, *, peer: str = "") -> Row:
-    """A row without a value: what was not measured, and why."""
+    """A row without a value, for a measurement that was skipped, with the reason."""
     return Row(name=name, values=(), unit="", peer=peer, note=reason)
 
 
 def topic_of(row: Mapping[str, Any]) -> str:
-    """What stands before the colon of a row's name."""
+    """The part of a row's name before the colon."""
     return str(row["name"]).split(":", 1)[0]
 
 
@@ -113,7 +113,7 @@ def merge_rows(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> 
 
 
 def runs_path(out: Path) -> Path:
-    """Where the single runs stand that belong to a file of medians."""
+    """Path of the single runs that belong to a file of medians."""
     return out.with_name(f"{out.stem}_runs.json")
 
 

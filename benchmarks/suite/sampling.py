@@ -11,7 +11,7 @@ MODELS = (("sbi", "equal", 2000), ("BayesFlow on JAX", "pairs", 512), ("BayesFlo
 
 
 def models(context: Context) -> tuple[tuple[str, str, int], ...]:
-    """The peers' models: JAX compiles for half a minute, which is no part of a quick check."""
+    """The peers' models: without JAX in a quick check, because it compiles for half a minute."""
     return tuple(m for m in MODELS if not context.quick or m[0] != "BayesFlow on JAX")
 
 

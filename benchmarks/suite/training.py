@@ -40,7 +40,7 @@ def run_rates(context: Context) -> list[Row]:
 
 
 def run(context: Context) -> list[Row]:
-    """Whole trainings: what the time buys."""
+    """Compare whole trainings: the loss reached in a given time."""
     sbi, _ = _best_batch(context, "sbi", "equal")
     flow = _faster_backend(context)
     flow_batch, flow_rate = _best_batch(context, flow, "pairs") if flow else (0, 0.0)
@@ -75,7 +75,7 @@ def _best_batch(context: Context, tool: str, network: str) -> tuple[int, float]:
 
 def _faster_backend(context: Context) -> str:
     """BayesFlow's backend of higher rate on this machine; '' where none runs."""
-    # with JAX every network is compiled for half a minute first: no part of a quick check
+    # with JAX every network is compiled for half a minute first: left out of a quick check
     tools = (TORCH,) if context.quick else (JAX, TORCH)
     rates = {tool: done.rate for tool in tools if (done := _measure(context, (tool, "pairs", 512))) is not None}
     return max(rates, key=lambda t: rates[t]) if rates else ""
@@ -151,7 +151,7 @@ def time_to(curve: Curve, target: float) -> float | None:
 
 
 def loss_at(curve: Curve, seconds: float) -> float:
-    """Loss that a training has reached by then; its first one if that comes later."""
+    """Loss of a training at a given time; its first loss if that is later."""
     reached = [loss for when, loss in curve if when <= seconds]
     return reached[-1] if reached else curve[0][1]
 

@@ -37,7 +37,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=sink,
-                cwd=log.parent,  # a peer that writes logs where it stands must not do so in the repository
+                cwd=log.parent,  # some peers write logs into the working directory, which must not be the repository
                 env={**worker_environment(threads), "PYTHONPATH": str(ROOT), **(settings or {})},
                 text=True,
             )
@@ -64,7 +64,7 @@ class Worker:
         return answer["result"]
 
     def close(self) -> None:
-        """End the process: its input ends, and it leaves."""
+        """End the process by closing its input."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.close()

@@ -462,7 +462,7 @@ def _prior(
     require_choice("prior", prior, PRIORS)
     fixed = None if smoothness is None else require_number("smoothness", smoothness, low=0, open_low=True)
     if fixed is not None and prior == "flat":
-        raise SettingError(f"smoothness is {fixed:g}, but prior 'flat' has no smoothness; expected prior='smooth' or smoothness=None")
+        raise SettingError(f"smoothness is {fixed:g}, but prior is 'flat', which has none; expected prior='smooth' or smoothness=None")
     centre = default_reference(data, response) if reference is None else reference
     return SpectrumPrior.build(
         check_prior(centre, response.n_truth, response.truth_edges),

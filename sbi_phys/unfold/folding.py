@@ -263,7 +263,7 @@ def _start(
 ) -> tuple[tuple[str, ...], Array]:
     n_breaks = require_int("n_breaks", n_breaks, low=0, high=10)
     if own and (start is None or names is None):
-        raise SettingError("flux is a function, but start or names is missing; expected both for its parameters")
+        raise SettingError("flux is a function; expected both start and names for its parameters")
     if not own and names is not None:
         raise SettingError("names is given without a flux function; expected None with n_breaks")
     labels = tuple(names) if own and names is not None else parameter_names(n_breaks)

@@ -120,8 +120,8 @@ def test_without_iminuit_the_error_says_what_to_install(monkeypatch):
         ({"exposure": -1.0}, SettingError, "exposure is -1"),
         ({"n_breaks": 2}, SettingError, "start is None; .*lg_e_2"),
         ({"n_breaks": 1, "start": [1.0, 2.0]}, ShapeError, "start has 2 values; expected 4"),
-        ({"flux": broken_power_law}, SettingError, "start and names"),
-        ({"names": ["a", "b"]}, SettingError, "names is for a flux"),
+        ({"flux": broken_power_law}, SettingError, "both start and names"),
+        ({"names": ["a", "b"]}, SettingError, "names is given without a flux"),
         ({"n_breaks": 9, "start": np.ones(20)}, SettingError, "20 parameters for 18 bins"),
     ],
 )
