@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import betaincinv, expit, ndtr, ndtri
-from scipy.stats import beta
+from scipy.optimize import minimize
+from scipy.special import betaincinv, betaln, digamma, expit, ndtr, ndtri
 
 from sbi_phys.calibration._results import Repair
 from sbi_phys.calibration.bands import band_counts
@@ -195,7 +195,7 @@ def recalibrate_ranks(
     shape = np.full((dim, 2), np.nan)
     if method == "beta":
         pit = np.clip(ndtr(scores), 1e-12, 1 - 1e-12)
-        shape = np.array([beta.fit(column, floc=0, fscale=1)[:2] for column in pit.T])
+        shape = np.array([_beta_shape(column) for column in pit.T])
     band = band_counts(n, LEVELS, 1 - ALPHA) / n
     return RankRecalibration(
         names=plain,
@@ -210,6 +210,19 @@ def recalibrate_ranks(
         tolerance=float(np.abs(band - LEVELS[:, None]).max()),
         bounds=edges,
     )
+
+
+def _beta_shape(pit: Array) -> Array:
+    """Maximum-likelihood a and b of a beta density of values (n,) in (0, 1); the problem is convex in (a, b)."""
+    left, right = np.log(pit).mean(), np.log1p(-pit).mean()
+
+    def loss(log_shape: Array) -> tuple[float, Array]:
+        a, b = np.exp(log_shape)
+        gradient = digamma([a, b]) - digamma(a + b) - (left, right)
+        return float(betaln(a, b) - a * left - b * right), gradient * (a, b)
+
+    found = minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B", bounds=[(-10, 10)] * 2, options={"ftol": 1e-14, "gtol": 1e-9})
+    return np.exp(found.x)
 
 
 def normal_scores(theta: ArrayLike, draws: ArrayLike) -> Array:

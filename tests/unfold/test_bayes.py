@@ -203,7 +203,7 @@ def test_curvature_is_blind_to_straight_lines_on_any_bins(n, level, slope):
     flat, k = level_and_tilt(edges, n)
     assert flat @ line == pytest.approx(level, abs=1e-9)
     assert k @ line * (2 / (centre[-1] - centre[0])) == pytest.approx(slope / (centre[-1] - centre.mean()), abs=1e-9)
-    assert np.linalg.matrix_rank(curvature_matrix(edges, n)) == n - 2
+    assert n == 2 or np.linalg.matrix_rank(curvature_matrix(edges, n)) == n - 2
 
 
 def test_curvature_of_equal_bins_is_the_second_difference():
