@@ -31,8 +31,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.optimize import minimize
+from scipy.optimize import brentq, minimize
 from scipy.special import betaincinv, betaln, digamma, expit, ndtr, ndtri
 
 from sbi_phys.calibration._results import Repair
