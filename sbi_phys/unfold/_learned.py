@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sbi_phys.core.errors import DataError, ShapeError
-from sbi_phys.core.rng import rng_for
+from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.estimators.base import BaseEstimator, History
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
@@ -93,15 +94,26 @@ class LearnedUnfolder(BaseEstimator):
         return t, r, seen, own, keep
 
     def _train_further(
-        self, net: PosteriorNet, target: Tensor, condition: Tensor, w: Array, seed: int, epochs: int, learning_rate: float
+        self,
+        net: PosteriorNet,
+        rows: tuple[Tensor, Tensor],
+        w: Array,
+        default: tuple[int, float],
+        checkpoint: str | Path | None,
+        *key: int,
     ) -> History:
-        """Train a network further on target and condition, scaled, with weights w (n,)."""
-        config = self.config or training_config(len(w), epochs=epochs, learning_rate=learning_rate)
+        """Train a network further on rows (target, condition), scaled, with weights w (n,).
+
+        Args: default: epochs and learning rate without a `config`. checkpoint: path prefix. key: of the training, for seed and file.
+        """
+        seed = seed_for(self.seed, "fit", *key)
+        path = None if checkpoint is None else ".".join(map(str, (checkpoint, *key)))
+        config = self.config or training_config(len(w), epochs=default[0], learning_rate=default[1])
         order = torch.from_numpy(rng_for(seed, "split").permutation(len(w)))
         n_valid = max(1, round(config.validation_fraction * len(w)))
-        rows = [a.to(self.device) for a in (target, condition, torch.from_numpy((w / w.mean()).astype(np.float32)))]
-        valid, train = ([a[part.to(self.device)] for a in rows] for part in (order[:n_valid], order[n_valid:]))
-        return [asdict(record) for record in fit(self.row_loss, net, train, valid, config, seed=seed)]
+        columns = [a.to(self.device) for a in (*rows, torch.from_numpy((w / w.mean()).astype(np.float32)))]
+        valid, train = ([a[part.to(self.device)] for a in columns] for part in (order[:n_valid], order[n_valid:]))
+        return [asdict(record) for record in fit(self.row_loss, net, train, valid, config, seed=seed, checkpoint=path)]
 
     def _log_prob(self, target: Array, scaler: XScaler, condition: Tensor) -> Array:
         """log q(target | condition) (n,) of paired rows, in the units of the target."""

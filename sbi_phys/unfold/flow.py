@@ -23,6 +23,7 @@ Source: Bellagente+ 2020, arXiv:2006.06685 (cINN); Backes+ 2022, arXiv:2212.0867
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -121,14 +122,16 @@ class FlowUnfolder(LearnedUnfolder):
         data_weights: ArrayLike | None = None,
         background: ArrayLike | None = None,
         background_weights: ArrayLike | None = None,
+        checkpoint: str | Path | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Train on simulated pairs; with data, n_iterations times, reweighting the simulation to the unfolded data in between.
 
         Args: truth (n, d), reco (n, k). data (m, k); more than one iteration needs them. reco_pass (n,): reconstructed; where False, reco
         may be NaN. weights (n,), data_weights (m,): >= 0. background (b, k), background_weights (b,): expected counts among the data.
+        checkpoint: path prefix, one file per network and iteration; an interrupted training continues from there.
         Raises: ShapeError, NonFiniteError, DataError (too few events, negative weights, no overlap, more background than data),
-        SettingError, TrainingError.
+        SettingError, TrainingError, ModelFileError (a checkpoint of another training).
         Read: one iteration leaves the simulation's prior in; compare the means of `iterations` until they stop moving.
         """
         n_iterations = require_int("n_iterations", n_iterations, low=1)
@@ -142,7 +145,7 @@ class FlowUnfolder(LearnedUnfolder):
             self._nets = [self._new_net(self._scaler, seed_for(self.seed, "member", m)) for m in range(self.n_ensemble)]
             self.history, self.weights = [[] for _ in self._nets], np.ones(len(t_all))
             with or_none(progress).task("unfold", n_iterations * self.n_ensemble) as task:
-                self.iterations = tuple(self._iterate(t, r, w, t_all, keep, measured, counts, n_iterations, task))
+                self.iterations = tuple(self._iterate(t, r, w, t_all, keep, measured, counts, n_iterations, checkpoint, task))
             scale = counts.sum() / own[seen].sum() if len(measured) else 1.0
             self.weights = scale * own * self.weights
         return self
@@ -187,6 +190,7 @@ class FlowUnfolder(LearnedUnfolder):
         data: Array,
         counts: Array,
         n_iterations: int,
+        checkpoint: str | Path | None,
         task: Task,
     ) -> Iterator[UnfoldIteration]:
         """Train, unfold, reweight; yields a record per iteration."""
@@ -196,8 +200,7 @@ class FlowUnfolder(LearnedUnfolder):
         for k in range(n_iterations):
             losses = []
             for m, net in enumerate(self._nets):
-                epochs, rate = (14, 5e-3) if k == 0 else (8, 2e-3)
-                history = self._train_further(net, *rows, w * rho, seed_for(self.seed, "fit", m, k), epochs, rate)
+                history = self._train_further(net, rows, w * rho, (14, 5e-3) if k == 0 else (8, 2e-3), checkpoint, m, k)
                 self.history[m] += history
                 losses.append(min(record["valid"] for record in history))
                 task.advance(1, text=f"iteration {k + 1} loss {losses[-1]:.3f}")

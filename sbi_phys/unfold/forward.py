@@ -35,6 +35,7 @@ Source: SPINUP, arXiv:2507.15084; Shepp & Vardi 1982 (EM); Silverman+ 1990, J. R
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -445,12 +446,15 @@ class ForwardUnfolder(LearnedUnfolder):
         reco_pass: ArrayLike | None = None,
         *,
         weights: ArrayLike | None = None,
+        checkpoint: str | Path | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Learn q(reco | truth) from reconstructed events and eps(truth) from all.
 
         Args: truth (n, d), reco (n, k). reco_pass (n,): reconstructed; where False, reco may be NaN. weights (n,) >= 0.
-        Raises: ShapeError, NonFiniteError, DataError (too few events, negative weights), TrainingError.
+        checkpoint: path prefix, one file per network; an interrupted training continues from there.
+        Raises: ShapeError, NonFiniteError, DataError (too few events, negative weights), TrainingError, ModelFileError (a checkpoint of
+        another training).
         Read: `losses`; `history`, of each network, a dictionary per epoch.
         """
         with self._all_or_nothing(), or_none(progress).task("learn the detector", self.n_ensemble + 1) as task:
@@ -461,7 +465,7 @@ class ForwardUnfolder(LearnedUnfolder):
             self._nets, self.history = [], []
             for m in range(self.n_ensemble):
                 self._nets.append(self._new_net(self._scaler, seed_for(self.seed, "member", m)))
-                self.history.append(self._train_further(self._nets[m], *rows, own[keep], seed_for(self.seed, "fit", m), 16, 5e-3))
+                self.history.append(self._train_further(self._nets[m], rows, own[keep], (16, 5e-3), checkpoint, m))
                 task.advance(1, text=f"loss {self.losses[-1]:.3f}")
             self._acceptance = self._learn_acceptance(t, seen, own)
             task.advance()

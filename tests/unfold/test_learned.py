@@ -1,6 +1,6 @@
 """The learned unfolders as estimators: settings, files that give the same answers, and a training that fails."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import sbi_phys as sp
 from sbi_phys.core.errors import ModelFileError, SettingError, TrainingError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.nets.flow import FlowConfig
-from sbi_phys.training.loop import TrainConfig
+from sbi_phys.training.loop import TrainConfig, fit
 from sbi_phys.unfold import FlowUnfolder, ForwardUnfolder
 
 RNG = rng_for(0, "pairs")
@@ -48,10 +48,10 @@ def _forward(u: ForwardUnfolder) -> list[np.ndarray]:
 CASES = {
     "FlowUnfolder": Case(
         FlowUnfolder,
-        lambda u, reco=RECO: u.fit(TRUTH, reco, DATA, 2, reco_pass=SEEN),
+        lambda u, reco=RECO, **k: u.fit(TRUTH, reco, DATA, 2, reco_pass=SEEN, **k),
         lambda u: [u.sample(DATA[:5], 4, seed=1), u.log_prob(TRUTH[:5], DATA[:5]), u.weights, u.data_weights],
     ),
-    "ForwardUnfolder": Case(ForwardUnfolder, lambda u, reco=RECO: u.fit(TRUTH, reco, SEEN), _forward),
+    "ForwardUnfolder": Case(ForwardUnfolder, lambda u, reco=RECO, **k: u.fit(TRUTH, reco, SEEN, **k), _forward),
 }
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -123,6 +123,34 @@ def test_an_embedding_of_the_users_own(case: Case, tmp_path: Path) -> None:
         sp.load(tmp_path / "own.pt")
     again = sp.load(tmp_path / "own.pt", embedding=nn.Sequential(nn.Linear(2, 4), nn.Tanh()), device="cpu")
     np.testing.assert_array_equal(case.ask(again)[0], case.ask(unfolder)[0])
+
+
+@each
+def test_an_interrupted_training_continues_from_its_checkpoint(
+    case: Case, trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds: list[float] = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        """Stops in the first epoch of the second network."""
+        for record in fit(*args, **kwargs):
+            yield record
+            seconds.append(record.seconds)
+            if len(seconds) == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("sbi_phys.unfold._learned.fit", interrupted)
+    unfolder = case.kind(**SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        case.fit(unfolder, checkpoint=tmp_path / "half")
+    assert repr(unfolder).endswith(": not trained") and len(list(tmp_path.iterdir())) == 2
+    case.fit(unfolder, checkpoint=tmp_path / "half")
+    first, second = unfolder.history
+    assert [first[0]["seconds"], first[1]["seconds"], second[0]["seconds"]] == seconds[:3]  # of the epochs before, not trained again
+    for got, expected in zip(case.ask(unfolder), case.ask(trained[case.kind.__name__]), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    with pytest.raises(ModelFileError, match="half.0"):
+        case.fit(case.kind(**SETTINGS | {"seed": 4}), checkpoint=tmp_path / "half")
 
 
 @each
