@@ -133,7 +133,7 @@ def learned_extras(n_toys: int) -> Numbers:
 
 
 def smallest_errors(n: int, degree: int) -> tuple[float, float]:
-    """Smallest errors of mean and sd of the turn-on toy's truth for an unbiased estimate, if log(data / simulation) is a polynomial."""
+    """Smallest errors of mean and sd of the turn-on toy's truth for an unbiased estimate, if log(true / simulated) is a polynomial."""
     t, r = np.linspace(-6, 6, 241), np.linspace(-7, 7, 281)
     kernel = np.diff(norm.cdf(r[:, None], t, omnifold_oracle.SMEAR), axis=0) * omnifold_oracle.turn_on(t)
     truth = n * norm.pdf(t, omnifold_oracle.MEAN, omnifold_oracle.SD) * (t[1] - t[0])

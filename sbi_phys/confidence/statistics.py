@@ -571,7 +571,7 @@ def _quadratic(f: Array, d: int) -> tuple[Array, Array]:
 
 
 def _step(g: Array, hessian: Array, low: Array, high: Array) -> Array:
-    """Step (n, d) to the top of each quadratic within low..high (n, d): those at a bound are fixed, and freed if the step points inside."""
+    """Step (n, d) to the top of each quadratic within low..high (n, d); parameters at a bound are held unless they move inside."""
     n, d = g.shape
     value, vector = np.linalg.eigh(hessian)
     # a floor on the curvature: in a flat direction rounding alone would send the step to the edge of the box

@@ -59,10 +59,8 @@ __all__ = ["BayesianUnfold", "Chains", "LaplaceGrid", "bayesian_unfold", "defaul
 N_CELLS = 36  # cells of the grid in log sigma, each a third of a unit wide
 N_CHAINS = 16
 DOF = 30.0  # degrees of freedom of the t distributions, whose tails are heavier than those of the posterior
-SCALES, SHARES = (
-    np.array([1.0, 3.0]),
-    np.array([0.85, 0.15]),
-)  # of the t distributions; the wide part is for bins with few counts
+# scales of the t distributions and their shares: the wide part is for bins with few counts
+SCALES, SHARES = np.array([1.0, 3.0]), np.array([0.85, 0.15])
 WIDER = 1.3  # factor by which the starts of the chains are wider than the mixture
 ANGLE = 1.8  # length of a trajectory; with pi / 2 the draws of a Gaussian are independent
 BURN_BLOCK, BURN_BLOCKS = 25, 8

@@ -308,7 +308,7 @@ class Closure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BottomLine:
-    """chi2 between two hypotheses, measured and unfolded.   Read: a ratio above 1 means that the quoted covariance is too small."""
+    """chi2 between two hypotheses, measured and unfolded.   Read: above 1 the covariance is too small or lacks correlations."""
 
     reco: float
     unfolded: float

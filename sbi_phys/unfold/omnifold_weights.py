@@ -15,7 +15,7 @@ efficiency in the binned method.
 Low efficiency. Where the efficiency is near 0 the ratio of step 2 is an extrapolation, and a fluctuation of a few events at the edge of
 the acceptance can change it by any factor. If the efficiency is below a tenth of its mean for a twentieth of the events, the ratio is
 exp(quadratic form + correction), with a correction as large as the evidence supports (see `classifier`). The result is then good if the
-ratio of data to simulation is close to such a form; narrow structures at the limit of significance are smoothed.
+ratio of the true to the simulated density is close to such a form; narrow structures at the limit of significance are smoothed.
 
 Fakes (truth_pass False, reconstructed) have no truth. They keep their nominal weight: their shape and their share of what is measured are
 those of the simulation, as with `Response.fakes`. With fit_fakes they get the mean pull over all fakes. Their number then depends on the
