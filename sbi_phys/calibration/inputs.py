@@ -147,4 +147,7 @@ def draws_from_arviz(data: Any, names: Sequence[str | Parameter] | None = None) 
         order = [others[0], *(d for d in ("chain", "draw") if d in variable.dims)]
         values = variable.transpose(*order).values
         columns.append(values.reshape(values.shape[0], -1))
+    shapes = {name: column.shape for name, column in zip(wanted, columns, strict=True)}
+    if len(set(shapes.values())) > 1:
+        raise ShapeError(f"variables have (simulations, draws) = {shapes}; expected the same for all")
     return np.stack(columns, axis=-1).astype(np.float64)

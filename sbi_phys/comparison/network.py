@@ -123,7 +123,8 @@ def finish(net: ModelNet, train: Sequence[Tensor], valid: Sequence[Tensor]) -> i
     """
     rows = [torch.cat(pair) for pair in zip(train, valid, strict=True)]
     losses = []
-    for n_columns in net.stages if len(net.stages) > 1 else ():
+    solvable = net.head.weight.numel() + net.head.bias.numel() <= _MOST_WEIGHTS  # else the trained weights stay, of all features
+    for n_columns in net.stages if solvable and len(net.stages) > 1 else ():
         trial = copy.deepcopy(net)
         solve_last_layer(trial, *train, n_columns=n_columns)
         losses.append(torch.cat([model_loss(trial, *part) for part in zip(*(t.split(_ROWS) for t in valid), strict=True)]).double())

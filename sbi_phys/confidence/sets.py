@@ -66,6 +66,8 @@ class Interval:
         head = f"{100 * self.level:.4g} % intervals for {self.name} ({self.method})"
         if self.low.size <= 10:
             return "\n".join([head, *(f"  [{a:.4g}, {b:.4g}]" for a, b in zip(self.low, self.high, strict=True))])
+        if self.empty.all():
+            return f"{head}: {self.low.size} data sets, all empty"
         ends = f"median [{np.nanmedian(self.low):.4g}, {np.nanmedian(self.high):.4g}]"
         return f"{head}: {self.low.size} data sets, {ends}, {int(self.empty.sum())} empty"
 

@@ -194,9 +194,10 @@ def from_arrays(theta: Any, x: Any, settings: Settings, weights: Any = None) -> 
     if settings.scaling is not None:
         scaler = settings.scaling(data, first)
     else:
-        scaler = XScaler.fit(data[first], count_columns(data, settings.x_transform, settings.observables))
-        if (scaler.counts & (data < 0).any(axis=0)).any():
+        counts = count_columns(data, settings.x_transform, settings.observables)
+        if (counts & (data < 0).any(axis=0)).any():
             raise DataError("x has negative values in columns declared as counts; expected counts >= 0")
+        scaler = XScaler.fit(data[first], counts)
     tensors = (torch.from_numpy(u.astype(np.float32)), scaler.apply(data), *given)
     return InMemory(tensors, scaler, settings.config, seed=settings.seed, device=settings.device, weighted=bool(given))
 
@@ -285,7 +286,7 @@ def _first_rows(stores: Sequence[Store]) -> AnyArray:
 
 
 def from_simulator(simulator: Simulator, n: int | None, settings: Settings, workers: int | None) -> Rows:
-    """Rows simulated during training, n in total, each used once.   Raises: SettingError, SimulatorMismatchError, DataError."""
+    """Rows simulated during training, n in total at most, each used once.   Raises: SettingError, SimulatorMismatchError, DataError."""
     if n is None:
         raise SettingError("n is None; expected the number of simulations to train on: fit(simulator=..., online=True, n=...)")
     check_simulator(simulator)
@@ -294,8 +295,9 @@ def from_simulator(simulator: Simulator, n: int | None, settings: Settings, work
     config, n = settings.config, require_int("n", n, low=MIN_SIMULATIONS)
     batch, _ = config.for_rows(n)
     # an epoch is the interval between two validations; rows are not repeated, so training does not stop early
-    epochs = config.max_epochs or max(1, min(_EPOCHS_ONLINE, n // batch))
-    per_epoch = max(batch, n // epochs)
+    # (an epoch is one batch at least, so n rows have n // batch epochs at most)
+    epochs = min(config.max_epochs or _EPOCHS_ONLINE, n // batch)
+    per_epoch = n // epochs
     source = OnlineBatches(
         simulator,
         settings.prior,

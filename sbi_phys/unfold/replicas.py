@@ -139,7 +139,10 @@ class WeightReplicas:
             return value
 
         def spread(replicas: Array) -> Array:
-            return np.atleast_2d(np.cov(np.stack([applied("statistic of a replica", w) for w in replicas]), rowvar=False))
+            found = [applied("statistic of a replica", w) for w in replicas]
+            if other := next((v.shape for v in found if v.shape != values.shape), None):
+                raise ShapeError(f"statistic of a replica has shape {other}; expected {values.shape}, as with all events")
+            return np.atleast_2d(np.cov(np.stack(found), rowvar=False))
 
         values = applied("statistic", self.weights)
         return StatisticCovariance(
@@ -158,4 +161,4 @@ class WeightReplicas:
             raise DataError(
                 f"edges has {bins.size} entries, smallest step {np.diff(bins).min(initial=0):g}; expected two or more, increasing"
             )
-        return self.covariance(lambda weights: np.histogram(own, bins, weights=weights)[0])
+        return self.covariance(lambda weights: np.histogram(own, bins, weights=np.where(self.truth_pass, weights, 0.0))[0])

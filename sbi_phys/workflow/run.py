@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from sbi_phys.core.checks import as_real
 from sbi_phys.core.errors import DataError, RunFolderError, SbiPhysError, SettingError
 from sbi_phys.core.files import open_aside, write_aside
 from sbi_phys.core.progress import Progress, or_none
@@ -115,9 +116,11 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as err:
             raise RunFolderError(f"{path} is not JSON: {err}; delete it to run the stage again") from err
+        if not isinstance(content, dict):
+            raise RunFolderError(f"{path} holds a {type(content).__name__}; expected a record of a stage: delete it to run the stage again")
         return content
 
     def write_record(self, stage: str, content: dict[str, Any]) -> None:
@@ -183,8 +186,9 @@ class Run(RunFolder):
         super().__init__(folder, progress)
 
     @classmethod
-    def open(cls, folder: Path, progress: Progress | None = None) -> Self:
+    def open(cls, folder: str | Path, progress: Progress | None = None) -> Self:
         """The run in a folder, with the settings of its config.toml.   Raises: RunFolderError if there is none."""
+        folder = Path(folder)
         if not (folder / cls.SETTINGS_FILE).is_file():
             raise RunFolderError(f"{folder} has no config.toml; expected the folder of a run, which sbi-phys train --out {folder} creates")
         return cls(folder, Config.read(folder / cls.SETTINGS_FILE), progress)
@@ -227,7 +231,7 @@ class Run(RunFolder):
     @cached_property
     def observation(self) -> Array:
         """The observation x (k,), checked for length and finiteness.   Raises: DataError, SettingError."""
-        x = np.asarray(self._observation(), dtype=np.float64)
+        x = as_real("the observation", self._observation())
         size = sum(o.size for o in self.simulator.observables)
         if x.shape != (size,):
             blocks = ", ".join(f"{o.name}: {o.size}" for o in self.simulator.observables)
@@ -259,7 +263,7 @@ class Run(RunFolder):
             return self.simulator.simulate(self._simulated_truth(), self.rng("observation", "x"))[0]
         try:
             return np.load(source, allow_pickle=False) if source.endswith(".npy") else np.loadtxt(source, delimiter=",", ndmin=1).ravel()
-        except (OSError, ValueError) as err:
+        except (OSError, ValueError, EOFError) as err:
             raise DataError(f"infer.observation {source!r} cannot be read: {err}; expected a .npy, .csv or .txt file with one row") from err
 
     def numbers(self, stage: str) -> dict[str, Any]:
@@ -289,8 +293,11 @@ class Run(RunFolder):
         )
 
     def note(self, stage: str, facts: dict[str, Any]) -> None:
-        """Add facts to the record of a finished stage."""
-        self.write_record(stage, (self.record(stage) or {}) | facts)
+        """Add facts to the record of a finished stage.   Raises: RunFolderError for a stage without one, which it would mark as finished."""
+        record = self.record(stage)
+        if record is None:
+            raise RunFolderError(f"{self.folder} has no record of the stage {stage!r}; expected a finished stage")
+        self.write_record(stage, record | facts)
 
     def write_draws(self, name: str, theta: Array, notes: dict[str, Any], **groups: dict[str, Any]) -> None:
         """Write draws (n, d) or chains (c, n, d) as an ArviZ file, together with the observation."""
@@ -308,6 +315,9 @@ class Run(RunFolder):
         """Read what `write_draws` wrote.   Raises: DataError."""
         data = read_netcdf(self.path(name))
         posterior = group(data, "posterior")
+        missing = [n for n in self.names if n not in posterior]
+        if missing:
+            raise DataError(f"{self.path(name)} has no parameter {missing[0]!r}, it has {list(posterior)}; expected {self.names}")
         return Draws(np.stack([posterior[n] for n in self.names], axis=-1), attributes(data))
 
 
