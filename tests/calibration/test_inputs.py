@@ -164,7 +164,12 @@ def test_draws_of_an_arviz_object_with_chains_joined() -> None:
         (lambda g: g, ["c"], SettingError, r"no variable 'c'; expected \['c'\], it has \['a', 'b'\]"),
         (lambda g: g.isel(s=0), ["a"], ShapeError, r"variable 'a' has dimensions \('chain', 'draw'\); expected \(chain, draw, one"),
         (lambda g: g.isel(draw=0), ["a"], ShapeError, "variable 'a' has dimensions"),
-        (lambda g: g.assign(b=g["b"].isel(s=slice(3)).rename(s="t")), None, ShapeError, r"\{'a': \(4, 6\), 'b': \(3, 6\)\}; expected the same"),
+        (
+            lambda g: g.assign(b=g["b"].isel(s=slice(3)).rename(s="t")),
+            None,
+            ShapeError,
+            r"\{'a': \(4, 6\), 'b': \(3, 6\)\}; expected the same",
+        ),
     ],
 )
 def test_bad_arviz_objects(change: Any, names: Any, error: type[Exception], words: str) -> None:

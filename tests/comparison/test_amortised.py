@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 from scipy.special import gammaln
 from scipy.stats import multivariate_normal
 
 from sbi_phys.comparison import ModelComparison, model_comparison
-from sbi_phys.comparison.network import ModelNet, finish, model_loss, solve_last_layer
 from sbi_phys.core.errors import DataError, ModelFileError, NonFiniteError, SettingError, ShapeError, SimulatorMismatchError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.nets.embedding_set import DeepSet
@@ -148,31 +146,6 @@ def test_a_saved_comparison_comes_back(trained, tmp_path):
     (tmp_path / "other.pt").write_bytes((tmp_path / "c.pt").read_bytes()[:-200])
     with pytest.raises(ModelFileError, match="truncated"):
         ModelComparison.load(tmp_path / "other.pt")
-
-
-def test_features_that_are_not_needed_are_left_out():
-    rng = rng_for(8)
-    label = torch.from_numpy(rng.integers(0, 2, 4000))
-    for square, stage in ((0.0, 0), (1.0, 1)):  # the classes differ in their mean, or in a cube that products do not hold
-        x = torch.from_numpy(rng.standard_normal((4000, 1)).astype(np.float32))
-        x = x + 0.5 * label[:, None] if not square else torch.where(label[:, None] == 1, 3 * torch.sin(3 * x), x)
-        net, weight = ModelNet(2, (1,), EmbeddingConfig(hidden=32, n_blocks=1, n_features=16), seed=0), torch.ones(4000)
-        rows = [(x[a], label[a], weight[a]) for a in (slice(0, 3000), slice(3000, None))]
-        assert finish(net, *rows) == net.stages[stage]
-        assert bool((net.head.weight[0, net.stages[stage] :] == 0).all())
-
-
-def test_the_last_layer_is_at_its_optimum():
-    rng = rng_for(0)
-    label = rng.integers(0, 3, 600)
-    x = torch.from_numpy((rng.standard_normal((600, 2)) + label[:, None]).astype(np.float32))
-    target, weight = torch.from_numpy(label), torch.ones(600)
-    net = ModelNet(3, (2,), SMALL, seed=0)
-    solve_last_layer(net, x, target, weight)
-    loss = model_loss(net, x, target, weight).mean()
-    loss.backward()
-    assert loss < np.log(3)
-    assert max(net.head.weight.grad.abs().max(), net.head.bias.grad.abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize(

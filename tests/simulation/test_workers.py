@@ -1,4 +1,3 @@
-import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -8,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sbi_phys.core.errors import DataError, SettingError, SimulatorMismatchError, StoreError
+from sbi_phys.core.errors import DataError, SimulatorMismatchError, StoreError
 from sbi_phys.core.rng import rng_for
-from sbi_phys.simulation import processes
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.store.manifest import list_shards
 from tests.toys import Counts, Flaky, LinearGaussian, Misbehaving
@@ -102,12 +100,6 @@ def test_a_torch_tensor_is_refused(tmp_path):
 
     with pytest.raises(SimulatorMismatchError, match=r"returned a torch\.Tensor; expected a numpy array \(5, 2\)"):
         simulate(Torch(), 5, tmp_path, workers=1)
-
-
-def test_a_pickle_that_a_worker_cannot_read_is_explained():
-    data = pickle.dumps(LinearGaussian()).replace(b"LinearGaussian", b"LinearGauzzian")
-    with pytest.raises(SettingError, match="cannot be rebuilt in a worker process: AttributeError: .*LinearGauzzian"):
-        processes.unpickle_simulator(data)
 
 
 @pytest.mark.parametrize("value", [2**24 + 1, 2**40 + 1])

@@ -2,7 +2,7 @@
 
 import json
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def with_settings(settings: Any) -> SimpleNamespace:
 
 class Outer:
     class Inner:
-        settings: dict[str, Any] = {}
+        settings: ClassVar[dict[str, Any]] = {}
 
 
 def test_the_path_names_module_and_class() -> None:

@@ -279,14 +279,6 @@ def test_histogram_with_covariance(replicas: WeightReplicas) -> None:
     assert (found.error > 0).all()
 
 
-@pytest.mark.parametrize(
-    ("edges", "error"), [([0.0], DataError), ([0.0, 0.0, 1.0], DataError), ([0.0, np.nan], NonFiniteError), ([[0.0, 1.0]], ShapeError)]
-)
-def test_bad_edges(replicas: WeightReplicas, edges: list[float], error: type[Exception]) -> None:
-    with pytest.raises(error, match="edges"):
-        replicas.histogram(oracle.toy(1000, 4, oracle.flat).truth, edges)
-
-
 def test_one_replica_is_refused() -> None:
     events = oracle.toy(300, 2)
     with pytest.raises(SettingError, match="n_replicas is 1"):

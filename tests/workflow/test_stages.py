@@ -194,14 +194,6 @@ def test_the_report_opens_in_a_browser(whole):
     assert found.sections >= 5 and found.images >= 6
 
 
-def test_foreign_files_are_refused(tmp_path):
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(RunFolderError, match="holds thesis.tex and no config.toml"):
-        run_stages(tiny(), tmp_path)
-    with pytest.raises(RunFolderError, match="is a file; expected a folder"):
-        run_stages(tiny(), tmp_path / "thesis.tex")
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "complaint"),
     [
@@ -219,30 +211,9 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path, changes, error,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("row", "complaint"), [("1,2,3", r"shape \(3,\); expected \(2,\) = x: 2"), ("1,nan", "nan in column 1"), ("a,b", "cannot be read")]
-)
-def test_an_observation_that_does_not_fit(tmp_path, row, complaint):
-    (tmp_path / "x.csv").write_text(row)
-    with pytest.raises(DataError, match=complaint):
-        run_stages(tiny(infer__observation=str(tmp_path / "x.csv")), tmp_path / "run")
-
-
-def test_an_observation_from_a_file(tmp_path):
-    np.save(tmp_path / "x.npy", np.array([0.5, -0.5]))
-    run = Run(tmp_path / "run", tiny(infer__observation=str(tmp_path / "x.npy")))
-    assert run.observation.tolist() == [0.5, -0.5] and run.truth is None
-
-
 def test_an_unknown_stage_is_named(tmp_path):
     with pytest.raises(SettingError, match="did you mean 'train'"):
         run_stages(tiny(), tmp_path / "run", ["trian"])
-
-
-def test_null_safe_leaves_nothing_that_json_cannot_hold():
-    value = {"a": np.array([1.0, np.nan]), "b": (np.float32(2), float("inf")), 3: [np.int64(4), None, True], "p": Path("x")}
-    assert null_safe(value) == {"a": [1.0, None], "b": [2.0, None], "3": [4, None, True], "p": "x"}
-    json.dumps(null_safe(value), allow_nan=False)
 
 
 class Liar(LinearGaussian):
