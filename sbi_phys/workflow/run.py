@@ -293,7 +293,7 @@ class Run(RunFolder):
         )
 
     def note(self, stage: str, facts: dict[str, Any]) -> None:
-        """Add facts to the record of a finished stage.   Raises: RunFolderError for a stage without one, which it would mark as finished."""
+        """Add facts to the record of a finished stage.   Raises: RunFolderError for a stage without one."""
         record = self.record(stage)
         if record is None:
             raise RunFolderError(f"{self.folder} has no record of the stage {stage!r}; expected a finished stage")

@@ -63,7 +63,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
 
 
 def test_a_folder_without_a_run_cannot_be_opened(tmp_path):
-    with pytest.raises(RunFolderError, match="has no config.toml; expected the folder of a run, as sbi-phys train --out"):
+    with pytest.raises(RunFolderError, match="has no config.toml; expected the folder of a run, which sbi-phys train --out"):
         Run.open(tmp_path)
 
 
