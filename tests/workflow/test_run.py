@@ -58,7 +58,7 @@ def test_foreign_files_are_refused(tmp_path):
 
 def test_other_settings_are_refused_by_name(tmp_path):
     begun(tmp_path / "a")
-    with pytest.raises(RunFolderError, match="run.seed is 0 there, expected 3; take another folder, or the settings in its config.toml"):
+    with pytest.raises(RunFolderError, match="run.seed is 0 there, expected 3; use another folder, or the settings in its config.toml"):
         Run(tmp_path / "a", settings(run__seed=3))
 
 
