@@ -45,6 +45,8 @@ from .priors import Observable as Observable
 from .priors import Parameter as Parameter
 from .priors import Prior as Prior
 from .priors import ProductPrior as ProductPrior
+from .priors import to_blocks as to_blocks
+from .priors import to_rows as to_rows
 from .simulation import CommandSimulator as CommandSimulator
 from .simulation import FunctionSimulator as FunctionSimulator
 from .simulation import Simulator as Simulator

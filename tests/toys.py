@@ -92,6 +92,44 @@ class LinearGaussian:
         return mean[..., None, :] + noise
 
 
+class Gaps:
+    r"""An image of pixels x_j = mu + noise N(0, 1), each missing with probability `gaps` whatever mu; mu ~ N(0, 1).
+
+    Posterior: with m pixels present the precision is 1 + m / noise^2 and the mean sum(x) / noise^2 / precision.
+    form: of what simulate returns, 'rows' (n, k), 'shape' (n, *shape) or 'blocks'. single: the image is the only observable; else the
+    number of present pixels stands beside it.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...] = (2, 3), noise: float = 1.0, gaps: float = 0.5, form: str = "rows", single: bool = True
+    ) -> None:
+        self.settings: dict[str, Any] = {"shape": list(shape), "noise": noise, "gaps": gaps, "form": form, "single": single}
+        self.prior = NormalPrior([Parameter("mu")])
+        self.parameters = self.prior.parameters
+        image = Observable("image", shape=tuple(shape), missing=True)
+        self.observables: tuple[Observable, ...] = (image,) if single else (image, Observable("present", 1, kind="counts"))
+        self.noise, self.gaps, self.form = noise, gaps, form
+
+    def simulate(self, theta: Array, rng: np.random.Generator) -> Any:
+        x = theta + self.noise * rng.standard_normal((len(theta), self.observables[0].size))
+        empty = rng.random(x.shape) < self.gaps
+        empty[:, 0] &= ~empty.all(axis=1)  # at least one pixel
+        x[empty] = np.nan
+        present = (~empty).sum(axis=1, keepdims=True).astype(np.float64)
+        image = x.reshape(-1, *self.observables[0].shape)
+        if self.form == "blocks":
+            return {"image": image} if len(self.observables) == 1 else {"image": image, "present": present}
+        if self.form == "shape":
+            return image
+        return x if len(self.observables) == 1 else np.hstack([x, present])
+
+    def posterior(self, x: ArrayLike) -> tuple[Array, Array]:
+        """Exact mean and sd (n,) of mu for rows x (n, k) of a single image."""
+        rows = np.asarray(x, dtype=np.float64)
+        precision = 1 + (~np.isnan(rows)).sum(axis=1) / self.noise**2
+        return np.nansum(rows, axis=1) / self.noise**2 / precision, precision**-0.5
+
+
 class Flaky(LinearGaussian):
     """LinearGaussian whose batch raises if any t0 > raise_above, and whose rows are NaN where t0 < nan_below."""
 

@@ -30,13 +30,14 @@ from sbi_phys.calibration.pvalues import ALPHA, holm
 from sbi_phys.calibration.sbc import sbc
 from sbi_phys.calibration.tarp import tarp
 from sbi_phys.core.checks import as_real, require_int
-from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.files import write_aside
 from sbi_phys.core.progress import Progress, Task, or_none
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.priors import Parameter
-from sbi_phys.simulation.protocol import Simulator
+from sbi_phys.priors import Observable, Parameter
+from sbi_phys.priors.blocks import column_name, failed_rows, missing_columns, to_rows
+from sbi_phys.simulation.protocol import Simulator, check_output
 from sbi_phys.store.store import Store
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def calibrate(
         simulations: a simulator, to draw n new simulations; or a store, or (theta (n, d), x (n, ...)), not used in training.
         n: number of simulations; of those given, at most so many are used.
         n_draws: posterior draws for each simulation (of an estimator).
-        x_obs: the observation, for the tests at the observation.
+        x_obs: the observation, for the tests at the observation; like x, in rows, in its shape, or as a dictionary of blocks.
         simulator: for the tests at the observation that need new simulations, if `simulations` is not a simulator.
         by: one or two parameters for the map of local coverage; default the first two.
         names: of the parameters, if only arrays are given.
@@ -226,11 +227,12 @@ class _Drawn:
     def __init__(self, posterior: Any, simulations: Any, n: int, n_draws: int, x_obs: Any, names: Any, seed: int) -> None:
         self.posterior, self.simulations, self.seed = posterior, simulations, require_int("seed", seed, low=0)
         self.n, self.n_draws = require_int("n", n, low=10), require_int("n_draws", n_draws, low=10)
-        self.x_obs = None if x_obs is None else as_real("x_obs", x_obs)
         self.is_estimator = hasattr(posterior, "sample") and callable(posterior.sample)
         prior = getattr(posterior, "prior", None)
         self.names = names if names is not None else getattr(prior, "parameters", getattr(simulations, "parameters", None))
         self.simulator: Any = simulations if hasattr(simulations, "simulate") else None
+        self.observables = getattr(posterior, "observables", None) or getattr(simulations, "observables", None)
+        self.x_obs = None if x_obs is None else _one(x_obs, self.observables)
         self.skipped: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self.log_theta: Array | None = None
@@ -273,19 +275,50 @@ class _Drawn:
             return theta[: self.n], x[: self.n].astype(np.float64)
         if isinstance(given, tuple | list) and len(given) == 2:
             theta = as_real("theta", given[0])[: self.n]
-            return theta, None if given[1] is None else as_real("x", given[1])[: self.n]
+            return theta, None if given[1] is None else _rows("x", given[1], self.observables)[: self.n]
         if hasattr(given, "simulate") and hasattr(given, "prior"):
             if not self.is_estimator:
                 raise SettingError("draws were given with a simulator; expected the (theta, x) that they are draws for")
             theta = given.prior.sample(self.n, rng_for(self.seed, "calibrate theta"))
-            x = np.asarray(given.simulate(theta, rng_for(self.seed, "calibrate x")), dtype=np.float64)
-            good = np.isfinite(x.reshape(len(x), -1)).all(axis=1)
+            x = _simulated(given, theta, rng_for(self.seed, "calibrate x"))
+            good = ~failed_rows(x, given.observables)
             return theta[good], x[good]
         raise SettingError(f"simulations is a {type(given).__name__}; expected a simulator, a store, its path, or (theta, x)")
 
 
+def _simulated(simulator: Simulator, theta: Array, rng: np.random.Generator) -> Array:
+    """Rows x (n, k) at theta (n, d)."""
+    return np.asarray(check_output(simulator, simulator.simulate(theta, rng), len(theta)), dtype=np.float64)
+
+
+def _rows(name: str, x: Any, observables: Sequence[Observable] | None) -> Array:
+    """Observations (n, ...) as an array: rows (n, k) where the observables are known."""
+    array = x if isinstance(x, Mapping) else as_real(name, x)
+    if observables is None or (not isinstance(array, Mapping) and array.ndim == 1):
+        return as_real(name, array)
+    return np.asarray(to_rows(array, observables, name=name)[0], dtype=np.float64)
+
+
+def _one(x_obs: Any, observables: Sequence[Observable] | None) -> Array:
+    """The observation as an array, (k,) where the observables are known.   Raises: ShapeError."""
+    if observables is None:
+        return as_real("x_obs", x_obs)
+    rows, single = to_rows(x_obs, observables, name="x_obs")
+    if not single and len(rows) != 1:
+        raise ShapeError(f"x_obs holds {len(rows)} observations; expected one")
+    return np.asarray(rows[0], dtype=np.float64)
+
+
+def _without_gaps(draw: _Drawn, x: Array | None) -> Array | None:
+    """Rows x for tests that take numbers: missing values are 0, and a column for each that may be missing says whether it is there."""
+    if x is None or draw.observables is None or not (missing := missing_columns(draw.observables)).any():
+        return x
+    return np.concatenate([np.nan_to_num(x, nan=0.0), (~np.isnan(x[:, missing])).astype(np.float64)], axis=1)
+
+
 def _run_tests(draw: _Drawn, by: Sequence[str] | None, workers: int, task: Task) -> dict[str, Any]:
-    theta, draws, x, seed, names = draw.theta, draw.draws, draw.x, draw.seed, draw.names
+    theta, draws, seed, names = draw.theta, draw.draws, draw.seed, draw.names
+    x = _without_gaps(draw, draw.x)
     chosen: Any = list(by) if by is not None else list(range(min(2, theta.shape[1])))
     tests: dict[str, Callable[[], Any]] = {
         "sbc": lambda: sbc(theta, draws, names, _densities(draw), seed=seed),
@@ -325,10 +358,11 @@ def _run_tests(draw: _Drawn, by: Sequence[str] | None, workers: int, task: Task)
 
 def _column_names(draw: _Drawn) -> list[str] | None:
     """Names of the columns of x, from the observables of the posterior or the simulator."""
-    observables = getattr(draw.posterior, "observables", None) or getattr(draw.simulator, "observables", None)
+    observables = draw.observables
     if observables is None or draw.x is None or draw.x.ndim != 2 or draw.x.shape[1] != sum(o.size for o in observables):
         return None
-    return [f"{o.name}[{i}]" if o.size > 1 else o.name for o in observables for i in range(o.size)]
+    names = [f"{o.name}[{i}]" if o.size > 1 else o.name for o in observables for i in range(o.size)]
+    return names + [f"{column_name(observables, int(i))} present" for i in np.flatnonzero(missing_columns(observables))]
 
 
 def _densities(draw: _Drawn) -> dict[str, tuple[Array, Array]] | None:
@@ -340,7 +374,7 @@ def _densities(draw: _Drawn) -> dict[str, tuple[Array, Array]] | None:
 def _features(draw: _Drawn, x: Array) -> Array:
     """Features of x from the network's embedding, or x itself: both are functions of x alone."""
     embed = getattr(draw.posterior, "embed", None)
-    found: Array = np.asarray(embed(x)) if embed is not None else x.reshape(len(x), -1)
+    found: Array = np.asarray(embed(x)) if embed is not None else np.asarray(_without_gaps(draw, x)).reshape(len(x), -1)
     return found
 
 
@@ -371,7 +405,7 @@ def _posterior_sbc(draw: _Drawn) -> Any:
     posterior, rng = draw.posterior, rng_for(draw.seed, "posterior sbc")
     draws = np.asarray(posterior.sample(draw.x_obs, _REPLICA_DRAWS, seed=seed_for(draw.seed, "posterior sbc")))
     theta = draws[rng.integers(len(draws), size=_REPLICAS)]
-    x = np.asarray(draw.simulator.simulate(theta, rng), dtype=np.float64)
+    x = _simulated(draw.simulator, theta, rng)
     log_prior = draw.simulator.prior.log_prob(draws)
     log_q = posterior.log_prob_draws(np.broadcast_to(draws, (_REPLICAS, *draws.shape)), x)
     return posterior_sbc(theta, draws, log_q - log_prior, draw.names, seed=draw.seed)
@@ -383,6 +417,6 @@ def _misspecification(draw: _Drawn) -> Any:
     rows = draw.x
     if draw.simulator is not None:
         theta = draw.simulator.prior.sample(_FEATURE_ROWS, rng_for(draw.seed, "features theta"))
-        rows = np.asarray(draw.simulator.simulate(theta, rng_for(draw.seed, "features x")), dtype=np.float64)
-        rows = rows[np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)]
+        rows = _simulated(draw.simulator, theta, rng_for(draw.seed, "features x"))
+        rows = rows[~failed_rows(rows, draw.simulator.observables)]
     return misspecification(_features(draw, rows), _features(draw, draw.x_obs[None])[0], seed=draw.seed)

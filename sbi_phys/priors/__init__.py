@@ -1,6 +1,7 @@
 """Priors, and the parameters and observables of a simulator."""
 
 from sbi_phys.priors.base import Prior, standard_normal_log_prob
+from sbi_phys.priors.blocks import to_blocks, to_rows
 from sbi_phys.priors.dirichlet import DirichletPrior
 from sbi_phys.priors.independent import BoxPrior, LogUniformPrior, NormalPrior
 from sbi_phys.priors.parameters import Observable, Parameter
@@ -17,4 +18,6 @@ __all__ = [
     "ProductPrior",
     "prior_from_dict",
     "standard_normal_log_prob",
+    "to_blocks",
+    "to_rows",
 ]

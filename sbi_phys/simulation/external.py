@@ -26,6 +26,7 @@ from sbi_phys.core.checks import require_int, require_number
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.types import Array
 from sbi_phys.priors import Observable, Parameter, Prior, prior_from_dict
+from sbi_phys.priors.blocks import to_rows
 from sbi_phys.priors.parameters import observables_from_dicts, observables_to_dicts
 from sbi_phys.simulation.protocol import RowsFailedError, event_reason
 
@@ -61,7 +62,9 @@ class _Described:
         return {"prior": self.prior.to_dict(), "observables": observables_to_dicts(self.observables)}
 
     def event(self, values: Any) -> Array:
-        """One event as (k,).   Raises: DataError."""
+        """One event as (k,), from any array of k values or from {name: array} with one for each observable.   Raises: DataError."""
+        if isinstance(values, Mapping):
+            return np.asarray(to_rows(values, self.observables, name="event")[0][0], dtype=np.float64)
         x = np.asarray(values, dtype=np.float64).ravel()
         if x.size != self.n_columns:
             raise DataError(

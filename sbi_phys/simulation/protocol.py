@@ -6,6 +6,7 @@ A simulator is any object with the attributes of `Simulator`; it needs no base c
 
 import importlib
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,6 +16,7 @@ from sbi_phys.core.errors import SettingError, SimulatorMismatchError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import AnyArray, Array
 from sbi_phys.priors import Observable, Parameter, Prior
+from sbi_phys.priors.blocks import column_name, failed_rows, fractional
 from sbi_phys.store.identity import class_path, simulator_identity
 
 __all__ = [
@@ -93,7 +95,11 @@ class Simulator(Protocol):
         ...
 
     def simulate(self, theta: Array, rng: np.random.Generator) -> AnyArray:
-        """Draw x (n, k) for theta (n, d), with all random numbers from `rng`; NaN marks a failed row."""
+        """Draw x (n, k) for theta (n, d), with all random numbers from `rng`; NaN marks a failed row.
+
+        x may also be (n, *shape) if there is one observable, or a dictionary {name: (n, *shape)} of all observables. In an observable
+        with `missing=True`, NaN marks a value that was not measured.
+        """
         ...
 
 
@@ -138,12 +144,24 @@ def check_simulator(simulator: Simulator, *, n_simulations: int = 0, seed: int =
 
 
 def check_output(simulator: Simulator, x: Any, n: int) -> AnyArray:
-    """Return x, the output of `simulate`, if it is a real (n, k) array, k being the sum of the observables' sizes.
+    """Return the output of `simulate` as rows (n, k), k being the sum of the observables' sizes.
 
+    Args: x: (n, k); (n, *shape) of a single observable; or {name: (n, *shape)}, one array for each observable. n: rows of theta.
     Raises: SimulatorMismatchError.
     """
     where = f"{class_path(simulator)}.simulate"
-    sizes = {o.name: o.size for o in simulator.observables}
+    if isinstance(x, Mapping):
+        known = [o.name for o in simulator.observables]
+        if sorted(map(str, x)) != sorted(known):
+            raise SimulatorMismatchError(f"{where} returned the blocks {list(x)}; expected the observables {known}")
+        parts = [_block(f"{where}[{o.name!r}]", x[o.name], n, (o,)) for o in simulator.observables]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    return _block(where, x, n, simulator.observables)
+
+
+def _block(where: str, x: Any, n: int, observables: Sequence[Observable]) -> AnyArray:
+    """Rows (n, k) of the array of some observables, (n, k) or, of one, (n, *shape)."""
+    sizes = {o.name: o.size for o in observables}
     expected = (n, sum(sizes.values()))
     if not isinstance(x, np.ndarray):
         # not converted: a simulator written in torch has most likely drawn from torch's global generator
@@ -151,6 +169,8 @@ def check_output(simulator: Simulator, x: Any, n: int) -> AnyArray:
         raise SimulatorMismatchError(f"{where} returned a {type(x).__module__}.{type(x).__name__}; expected a numpy array {expected}{hint}")
     if x.dtype.kind not in "fiub":
         raise SimulatorMismatchError(f"{where} returned dtype {x.dtype}; expected real numbers")
+    if len(observables) == 1 and x.shape == (n, *observables[0].shape):
+        return x.reshape(expected)
     if x.shape != expected:
         raise SimulatorMismatchError(f"{where} returned shape {x.shape} for {n} rows of theta; expected {expected}, columns {sizes}")
     return x
@@ -202,6 +222,13 @@ def _import(module_name: str) -> Any:
 def _trial(simulator: Simulator, n: int, seed: int) -> None:
     theta = simulator.prior.sample(n, rng_for(seed, "trial theta"))
     first, second = (check_output(simulator, simulator.simulate(theta.copy(), rng_for(seed, "trial x")), n) for _ in range(2))
+    good = ~failed_rows(first, simulator.observables)
+    found = fractional(first[good], simulator.observables)
+    if found is not None:
+        raise SimulatorMismatchError(
+            f"{class_path(simulator)}.simulate gave {first[good][found]:g} in {column_name(simulator.observables, found[1])}, of kind "
+            "'counts'; expected whole numbers, or kind='real'"
+        )
     if not np.array_equal(first, second, equal_nan=first.dtype.kind == "f"):
         columns = np.flatnonzero((first != second).any(axis=0)).tolist()
         raise SimulatorMismatchError(

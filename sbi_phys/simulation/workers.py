@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from sbi_phys.core.errors import DataError, StoreError
 from sbi_phys.core.rng import rng_for
-from sbi_phys.core.types import AnyArray, Array, Mask
+from sbi_phys.core.types import AnyArray, Array
 from sbi_phys.priors import prior_from_dict
+from sbi_phys.priors.blocks import column_name, failed_rows, missing_columns
 from sbi_phys.simulation._sandbox import Sandbox
 from sbi_phys.simulation.processes import limit_threads_for_good, unpickle_simulator
 from sbi_phys.simulation.protocol import RowsFailedError, Simulator, check_output
@@ -182,11 +183,10 @@ def make_rows(simulator: Simulator, theta: Array, header: Header, *key: int | st
         x = np.full((n, header.n_columns), np.nan, dtype=header.dtype)
         for start, good in parts:
             x[start : start + good.shape[0]] = good
-    finite = np.isfinite(x)
-    if not finite.all():
-        for row in map(int, np.flatnonzero((status == OK) & ~finite.all(axis=1))):
-            status[row] = NON_FINITE
-            reasons[row] = _non_finite_reason(simulator, finite[row], x[row])
+    bad = failed_rows(x, simulator.observables)
+    for row in map(int, np.flatnonzero((status == OK) & bad)):
+        status[row] = NON_FINITE
+        reasons[row] = _non_finite_reason(simulator, x[row])
     return ShardData(theta, x, status, dict(sorted(reasons.items())))
 
 
@@ -227,8 +227,8 @@ def _as_stored(simulator: Simulator, x: AnyArray, dtype: str) -> NDArray[np.floa
     if lost.any():
         row, column = (int(i) for i in np.argwhere(lost)[0])
         raise DataError(
-            f"x of {class_path(simulator)} has {x[row, column]!r} in {_column_name(simulator, column)}, which {dtype} cannot hold; "
-            'expected dtype="float64" for this store'
+            f"x of {class_path(simulator)} has {x[row, column]!r} in {column_name(simulator.observables, column)}, which {dtype} "
+            'cannot hold; expected dtype="float64" for this store'
         )
     return out
 
@@ -238,15 +238,9 @@ def _reason(err: BaseException) -> str:
     return _ADDRESS.sub("0x...", f"{type(err).__name__}: {err}")
 
 
-def _non_finite_reason(simulator: Simulator, finite: Mask, x: NDArray[np.floating]) -> str:
-    bad = np.flatnonzero(~finite)
-    return f"non-finite x in {bad.size} of {finite.size} columns, first {x[bad[0]]} in {_column_name(simulator, int(bad[0]))}"
-
-
-def _column_name(simulator: Simulator, column: int) -> str:
-    start = 0
-    for o in simulator.observables:
-        if column < start + o.size:
-            return f"{o.name}[{column - start}]"
-        start += o.size
-    return f"column {column}"
+def _non_finite_reason(simulator: Simulator, x: NDArray[np.floating]) -> str:
+    missing = missing_columns(simulator.observables)
+    bad = np.flatnonzero(~np.isfinite(x) & ~(np.isnan(x) & missing))
+    if not bad.size:
+        return f"all {x.size} values of x are missing"
+    return f"non-finite x in {bad.size} of {x.size} columns, first {x[bad[0]]} in {column_name(simulator.observables, int(bad[0]))}"

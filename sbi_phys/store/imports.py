@@ -21,7 +21,8 @@ from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeE
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.types import AnyArray
 from sbi_phys.priors import Observable, Prior
-from sbi_phys.priors.parameters import observables_to_dicts
+from sbi_phys.priors.blocks import failed_rows
+from sbi_phys.priors.parameters import observables_from_dicts, observables_to_dicts
 from sbi_phys.store._writer import StoreWriter
 from sbi_phys.store.layout import Layout, Ragged, columns_of
 from sbi_phys.store.shards import NON_FINITE, Header, ShardData
@@ -148,7 +149,7 @@ def _rows(
     lost = ~np.isfinite(x) & np.isfinite(wide)
     if lost.any():
         raise DataError(f'{where}: x has {wide[lost][0]:g}, which {header.dtype} cannot hold; expected dtype="float64"')
-    bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
+    bad = np.flatnonzero(failed_rows(x, observables_from_dicts(header.observables)))
     status = np.zeros(len(x), dtype=np.uint8)
     status[bad] = NON_FINITE
     reasons = {int(row): f"non-finite x in {int((~np.isfinite(x[row])).sum())} of {x.shape[1]} columns" for row in bad}

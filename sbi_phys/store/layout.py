@@ -125,7 +125,10 @@ class Layout:
         for name, own in self.dtypes.items():
             if np.dtype(own).itemsize > np.dtype(dtype).itemsize:
                 raise SettingError(f"dtype of {name} is {own}; expected none wider than that of the store, {dtype}")
+        own_shapes = {str(o["name"]): tuple(o["shape"]) for o in observables if "shape" in o}
         for name, shape in self.shapes.items():
+            if name in own_shapes and own_shapes[name] != tuple(shape):
+                raise ShapeError(f"shape of {name} is {tuple(shape)}; expected {own_shapes[name]}, that of the observable, or none here")
             if math.prod(shape) != sizes[name]:
                 raise ShapeError(f"shape of {name} is {tuple(shape)}, {math.prod(shape)} values; expected {sizes[name]}")
         return self

@@ -14,7 +14,7 @@ simulator depend on the number of rows that it gets at once).
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sbi_phys.core.errors import DataError, SimulatorMismatchError, StoreError
 from sbi_phys.core.progress import Progress
 from sbi_phys.core.types import AnyArray, Array, ArrayLike
 from sbi_phys.priors import Observable, Parameter, Prior, prior_from_dict
+from sbi_phys.priors.blocks import to_blocks
 from sbi_phys.priors.parameters import observables_from_dicts, observables_to_dicts
 from sbi_phys.store.check import check_store
 from sbi_phys.store.identity import simulator_identity
@@ -83,8 +84,10 @@ class Store:
 
     @property
     def observables(self) -> tuple[Observable, ...]:
-        """Blocks of columns of x, in order."""
-        return observables_from_dicts(self._manifest.header.observables)
+        """Blocks of columns of x, in order, with their shapes, those of the layout included."""
+        shapes = self.layout.shapes
+        found = observables_from_dicts(self._manifest.header.observables)
+        return tuple(replace(o, shape=tuple(shapes[o.name])) if o.name in shapes else o for o in found)
 
     @property
     def seed(self) -> int:
@@ -169,7 +172,7 @@ class Store:
     def read(
         self, columns: Sequence[str] | None = None, *, valid_only: bool = True, partial: bool = False
     ) -> tuple[Array, NDArray[np.floating]]:
-        """Return theta (n, d) in the parameters' units and x (n, k), in the order of simulation.
+        """Return theta (n, d) in the parameters' units and x (n, k), in the order of simulation; `blocks` gives x in its shapes.
 
         Args: columns: names of observables, in this order; default all. valid_only: False keeps failed rows too
         (see `status`). partial: True reads an unfinished store as far as it is.
@@ -234,13 +237,18 @@ class Store:
         return tuple(Store(p) for p in split_store(self.path, paths, fractions, seed=seed, progress=progress))
 
     def observable(self, name: str, *, valid_only: bool = True, partial: bool = False) -> AnyArray:
-        """Return one observable of all rows in its shape, (n, *shape): (n, size) unless the layout gives another.
+        """Return one observable of all rows in its shape (n, *shape); missing values are NaN.
 
         Raises: SettingError for an unknown name, StoreError, DataError.
         """
         _, x = self.read([name], valid_only=valid_only, partial=partial)
-        shape = self.layout.shapes.get(name, (x.shape[1],))
+        (shape,) = (o.shape for o in self.observables if o.name == name)
         return x.reshape(-1, *shape).astype(self.layout.dtypes.get(name, x.dtype), copy=False)
+
+    def blocks(self, *, valid_only: bool = True, partial: bool = False) -> tuple[Array, dict[str, AnyArray]]:
+        """Return theta (n, d) and all observables in their shapes, {name: (n, *shape)}.   Raises: StoreError, DataError."""
+        theta, x = self.read(valid_only=valid_only, partial=partial)
+        return theta, to_blocks(x, self.observables)
 
     def sets(self, name: str, *, valid_only: bool = True, partial: bool = False) -> Ragged:
         """Return one ragged set of all rows.   Raises: SettingError for an unknown name, StoreError."""

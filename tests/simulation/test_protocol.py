@@ -1,11 +1,12 @@
+import numpy as np
 import pytest
 
 from sbi_phys.core.errors import SettingError, SimulatorMismatchError
 from sbi_phys.priors import Observable
 from sbi_phys.simulation.campaign import simulate
-from sbi_phys.simulation.protocol import Simulator, check_simulator, load_simulator
+from sbi_phys.simulation.protocol import Simulator, check_output, check_simulator, load_simulator
 from sbi_phys.store.identity import simulator_identity
-from tests.toys import Counts, Flaky, LinearGaussian, Misbehaving, Slow
+from tests.toys import Counts, Flaky, Gaps, LinearGaussian, Misbehaving, Slow
 
 FLAKY = Flaky(1.8, -1.8)
 
@@ -81,3 +82,34 @@ def test_a_module_that_a_simulator_needs_and_is_not_there(tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SettingError, match="needy_simulator needs the module 'no_such_dependency', which is not installed"):
         load_simulator("needy_simulator:X")
+
+
+def test_output_is_flattened_by_the_observables_and_by_nothing_else():
+    toy = Gaps(shape=(2, 3), single=False)
+    blocks = {"image": np.arange(24.0).reshape(4, 2, 3), "present": np.ones((4, 1), dtype=np.int64)}
+    rows = check_output(toy, blocks, 4)
+    np.testing.assert_array_equal(rows, np.hstack([np.arange(24.0).reshape(4, 6), np.ones((4, 1))]))
+    np.testing.assert_array_equal(check_output(Gaps(), blocks["image"], 4), rows[:, :6])
+    wrong = [
+        ({"image": blocks["image"]}, r"blocks \['image'\]; expected the observables \['image', 'present'\]"),
+        (blocks | {"image": np.zeros((4, 3, 2))}, r"\['image'\] returned shape \(4, 3, 2\)"),
+        (blocks | {"present": np.ones((3, 1))}, r"\['present'\] returned shape \(3, 1\) for 4 rows"),
+        (blocks | {"present": [[1]] * 4}, r"\['present'\] returned a builtins.list"),
+        (np.zeros((7, 4)), r"returned shape \(7, 4\)"),
+        (np.zeros((4, 2, 3)), r"returned shape \(4, 2, 3\)"),
+    ]
+    for got, message in wrong:
+        with pytest.raises(SimulatorMismatchError, match=message):
+            check_output(toy, got, 4)
+    with pytest.raises(SimulatorMismatchError, match=r"returned shape \(4, 3, 2\)"):
+        check_output(Gaps(), np.zeros((4, 3, 2)), 4)
+
+
+def test_a_trial_finds_fractions_in_counts():
+    class Weighted(Counts):
+        def simulate(self, theta, rng):
+            return super().simulate(theta, rng) * np.array([1, 0.7, 1, 1])
+
+    check_simulator(Counts(), n_simulations=5)
+    with pytest.raises(SimulatorMismatchError, match=r"in spectrum\[1\], of kind 'counts'; expected whole numbers, or kind='real'"):
+        check_simulator(Weighted(), n_simulations=5)

@@ -11,7 +11,7 @@ from sbi_phys.core.errors import DataError, SimulatorMismatchError, StoreError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.store.manifest import list_shards
-from tests.toys import Counts, Flaky, LinearGaussian, Misbehaving
+from tests.toys import Counts, Flaky, Gaps, LinearGaussian, Misbehaving
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,3 +174,39 @@ def test_workers_start_without_torch():
 def test_wrong_output_is_named(tmp_path, how, message):
     with pytest.raises(SimulatorMismatchError, match=r"tests\.toys:Misbehaving\.simulate " + message):
         simulate(Misbehaving(how), 200, tmp_path, shard_size=10, workers=1)
+
+
+def test_the_form_in_which_a_simulator_returns_x_does_not_matter(tmp_path):
+    stores = [simulate(Gaps(form=form), 200, tmp_path / form, seed=1, workers=1) for form in ("rows", "shape", "blocks")]
+    theta, x = stores[0].read()
+    assert x.shape == (200, 6)
+    for store in stores[1:]:
+        np.testing.assert_array_equal(store.read()[0], theta)
+        np.testing.assert_array_equal(store.read()[1], x)
+
+
+def test_missing_values_are_kept_and_fail_no_row(tmp_path):
+    store = simulate(Gaps(single=False, form="blocks"), 300, tmp_path, seed=1, workers=1)
+    assert store.n_failed == 0
+    theta, blocks = store.blocks()
+    assert {k: v.shape for k, v in blocks.items()} == {"image": (300, 2, 3), "present": (300, 1)}
+    gone = np.isnan(blocks["image"])
+    assert 0.4 < gone.mean() < 0.6
+    np.testing.assert_array_equal((~gone).sum(axis=(1, 2)), blocks["present"][:, 0])
+    np.testing.assert_array_equal(store.observable("image"), blocks["image"])
+    assert store.observables == Gaps(single=False, form="blocks").observables
+    assert len(theta) == 300
+
+
+def test_nan_beside_the_missing_ones_inf_and_empty_rows_are_failures(tmp_path):
+    class Faulty(Gaps):
+        def simulate(self, theta, rng):
+            x = super().simulate(theta, rng)
+            x[0, 1], x[1, 6], x[2, :] = np.inf, np.nan, np.nan
+            return x
+
+    store = simulate(Faulty(single=False), 40, tmp_path, seed=1, shard_size=40, workers=1)
+    assert [f.row for f in store.failures()] == [0, 1, 2]
+    assert [f.reason.partition(" in")[0] for f in store.failures()] == ["non-finite x"] * 3
+    assert "image[0, 1]" in store.failures()[0].reason
+    assert "present[0]" in store.failures()[1].reason

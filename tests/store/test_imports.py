@@ -192,3 +192,16 @@ def test_a_root_file_with_jagged_branches(tmp_path, kind):
         import_store(tmp_path / "t.root", tmp_path / "r", tree="event", columns=columns, **settings)
     with pytest.raises(ShapeError, match="varying length; expected 1 values a row for xmax"):
         import_store(tmp_path / "t.root", tmp_path / "r", tree="events", columns=columns | {"xmax": f"hits{dot}t"}, **settings)
+
+
+def test_missing_values_of_a_table_are_kept(tmp_path):
+    x = np.random.default_rng(0).standard_normal((30, 2, 3))
+    x[4, 1, 1], x[5], x[6, 0, 0] = np.nan, np.nan, np.inf
+    np.savez(tmp_path / "events.npz", energy=np.linspace(1, 9, 30), image=x)
+    prior = BoxPrior([Parameter("energy", 0, 10)])
+    path = import_store(
+        tmp_path / "events.npz", tmp_path / "store", prior=prior, observables=[Observable("image", shape=(2, 3), missing=True)]
+    )
+    store = Store(path)
+    assert [f.row for f in store.failures()] == [5, 6]
+    np.testing.assert_array_equal(store.observable("image"), np.delete(x, [5, 6], axis=0).astype(np.float32))

@@ -241,3 +241,11 @@ def test_a_simulator_that_prints_does_no_harm(tmp_path, capfd):
     assert capfd.readouterr().out.count("shower") >= 2
     for got, want in zip(loud.read(), simulate(LinearGaussian(), 30, tmp_path / "quiet", shard_size=20, workers=1).read(), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def test_the_shape_of_the_layout_is_that_of_the_observable_and_two_shapes_are_refused(wide):
+    assert [o.shape for o in wide.observables] == [(3, 4), (1,), (2, 1, 2)]
+    assert wide.blocks()[1]["tank"].shape == (1198, 2, 1, 2)
+    shaped = [{**OBSERVABLES[0], "shape": [4, 3]}, *OBSERVABLES[1:]]
+    with pytest.raises(ShapeError, match=r"shape of image is \(3, 4\); expected \(4, 3\), that of the observable"):
+        LAYOUT.check(shaped, "float64")
