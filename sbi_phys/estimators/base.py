@@ -43,6 +43,7 @@ from sbi_phys.nets.embedding_set import take_scaling
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import sample_net
+from sbi_phys.nets.spline import arithmetic
 from sbi_phys.priors import Observable, Prior, prior_from_dict
 from sbi_phys.simulation.protocol import Simulator, check_simulator
 from sbi_phys.store.identity import simulator_identity
@@ -253,7 +254,8 @@ class BaseEstimator:
         history: History = []
         name = "train" if self.n_ensemble == 1 else f"train {k + 1}/{self.n_ensemble}"
         with progress.task(name, config.for_rows(batches.n)[1]) as task:
-            for record in fit(loss, net, batches, None, config, seed=seed, checkpoint=path):
+            computed = arithmetic(torch.device(self.device), config.precision)
+            for record in fit(loss, net, batches, None, config, seed=seed, checkpoint=path, arithmetic=computed):
                 history.append(asdict(record))
                 task.advance(1, text=f"loss {record.train:.3f} validation {record.valid:.3f}{' *' if record.best else ''}")
         self.finish(net, batches)

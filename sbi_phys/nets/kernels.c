@@ -3,13 +3,16 @@
    The formulas are those of the Python files. The spline takes LANES rows at a time, with their parameters transposed so that
    one bin of all lanes is contiguous; intermediate values stay in the first-level cache. Loops over lanes have no branches, so
    that the compiler vectorises them. exp and log are polynomials (Cephes, S. Moshier; relative errors below 2e-7), which are
-   vectorised on any system. A NaN in the input gives a NaN in the output: compile without -ffast-math. */
+   vectorised on any system. Sums over many bins carry the rounding error of the previous steps (Kahan 1965), since a knot is a sum of
+   up to 128 sizes and the place within a bin is divided by one of them. A NaN in the input gives a NaN in the output: compile without
+   -ffast-math, which would also remove that error term. */
 
 #include <stdint.h>
 #include <string.h>
 
 #define LANES 16
 #define MAX_BINS 128
+#define MANY 24 /* bins from which on sums keep their rounding error; below, they are as exact and faster without */
 #define EACH for (int i = 0; i < LANES; i++)
 
 typedef float lane[LANES];
@@ -19,6 +22,8 @@ static const float RAW_LIMIT = 30.0f;
 static inline float bits_to_float(int32_t v) { float f; memcpy(&f, &v, 4); return f; }
 static inline int32_t float_to_bits(float v) { int32_t i; memcpy(&i, &v, 4); return i; }
 static inline float clamp(float v, float low, float high) { return v < low ? low : (v > high ? high : v); }
+
+static inline int beyond_limit(float v) { return v < -RAW_LIMIT || v > RAW_LIMIT; }
 
 static inline float exp_(float v) /* v in [-87, 87] or NaN */
 {
@@ -65,16 +70,29 @@ typedef struct {
     lane stretch_w[MAX_BINS], stretch_h[MAX_BINS]; /* sizes less their minimum */
     lane inner[MAX_BINS + 1];                      /* parameters of the knots' derivatives, 0 at both ends */
     lane x0, y0, w, h, raw0, raw1, d0, d1, slope, curve, place;
+    lane over_x, over_y; /* rounding error of x0 and y0, to be subtracted */
 } Bin;
 
-/* softmax times the length that the bins share */
-static void stretches(int bins, float span, lane *part)
+/* sum += term; with many bins the rounding error so far is kept in `over` */
+static inline __attribute__((always_inline)) void add(int many, float term, float *sum, float *over)
 {
-    lane total;
-    EACH total[i] = 0.0f;
+    if (!many) {
+        *sum += term;
+        return;
+    }
+    float rest = term - *over, next = *sum + rest;
+    *over = (next - *sum) - rest;
+    *sum = next;
+}
+
+/* softmax times the length that the bins share */
+static inline __attribute__((always_inline)) void stretches(int many, int bins, float span, lane *part)
+{
+    lane total, over;
+    EACH total[i] = over[i] = 0.0f;
     for (int k = 0; k < bins; k++) EACH {
         part[k][i] = exp_(clamp(part[k][i], -RAW_LIMIT, RAW_LIMIT));
-        total[i] += part[k][i];
+        add(many, part[k][i], &total[i], &over[i]);
     }
     EACH total[i] = span / total[i];
     for (int k = 0; k < bins; k++) EACH part[k][i] *= total[i];
@@ -98,24 +116,29 @@ static void load(int bins, int lanes, const float *p, Bin *b)
 }
 
 /* the bin that holds v, searched among the knots in x, or in y for the inverse */
-static void locate(int bins, float bound, float min_width, float min_derivative, float offset, int inverse, const float *v, Bin *b)
+static inline __attribute__((always_inline)) void find(int many, int bins, float bound, float min_width, float min_derivative,
+                                                       float offset, int inverse, const float *v, Bin *b)
 {
     float least = 2.0f * bound * min_width, span = 2.0f * bound * (1.0f - min_width * bins);
-    lane kx, ky;
-    stretches(bins, span, b->stretch_w);
-    stretches(bins, span, b->stretch_h);
+    lane kx, ky, over_x, over_y;
+    stretches(many, bins, span, b->stretch_w);
+    stretches(many, bins, span, b->stretch_h);
     EACH {
         kx[i] = ky[i] = b->x0[i] = b->y0[i] = -bound;
-        b->place[i] = 0.0f;
+        over_x[i] = over_y[i] = b->over_x[i] = b->over_y[i] = b->place[i] = 0.0f;
         b->w[i] = b->stretch_w[0][i]; b->h[i] = b->stretch_h[0][i];
         b->raw0[i] = b->inner[0][i]; b->raw1[i] = b->inner[1][i];
     }
     for (int k = 1; k < bins; k++) EACH {
-        kx[i] += b->stretch_w[k - 1][i] + least;
-        ky[i] += b->stretch_h[k - 1][i] + least;
+        add(many, b->stretch_w[k - 1][i] + least, &kx[i], &over_x[i]);
+        add(many, b->stretch_h[k - 1][i] + least, &ky[i], &over_y[i]);
         int beyond = v[i] >= (inverse ? ky[i] : kx[i]);
         b->x0[i] = beyond ? kx[i] : b->x0[i];
         b->y0[i] = beyond ? ky[i] : b->y0[i];
+        if (many) {
+            b->over_x[i] = beyond ? over_x[i] : b->over_x[i];
+            b->over_y[i] = beyond ? over_y[i] : b->over_y[i];
+        }
         b->place[i] = beyond ? (float)k : b->place[i];
         b->w[i] = beyond ? b->stretch_w[k][i] : b->w[i];
         b->h[i] = beyond ? b->stretch_h[k][i] : b->h[i];
@@ -130,6 +153,12 @@ static void locate(int bins, float bound, float min_width, float min_derivative,
         b->slope[i] = b->h[i] / b->w[i];
         b->curve[i] = b->d0[i] + b->d1[i] - 2.0f * b->slope[i];
     }
+}
+
+static void locate(int bins, float bound, float min_width, float min_derivative, float offset, int inverse, const float *v, Bin *b)
+{
+    if (bins < MANY) find(0, bins, bound, min_width, min_derivative, offset, inverse, v, b);
+    else find(1, bins, bound, min_width, min_derivative, offset, inverse, v, b);
 }
 
 static inline float root(float v) /* one instruction with -fno-math-errno */
@@ -150,19 +179,19 @@ void spline_map(long rows, int bins, float bound, float min_width, float min_der
         locate(bins, bound, min_width, min_derivative, offset, inverse, v, &b);
         EACH {
             float s = b.slope[i], xi;
-            float dy = v[i] - b.y0[i];
+            float dy = (v[i] - b.y0[i]) + b.over_y[i];
             float second = b.h[i] * (s - b.d0[i]) + dy * b.curve[i];
             float first = b.h[i] * b.d0[i] - dy * b.curve[i];
             float rest = -s * dy;
             float solved = clamp(2.0f * rest / (-first - root(first * first - 4.0f * second * rest)), 0.0f, 1.0f);
-            xi = inverse ? solved : (v[i] - b.x0[i]) / b.w[i];
+            xi = inverse ? solved : ((v[i] - b.x0[i]) + b.over_x[i]) / b.w[i];
             float cross = xi - xi * xi;
             float denominator = s + b.curve[i] * cross;
             float ratio = (s * xi + (b.d0[i] - s) * cross) / denominator;
             float e = b.d0[i] + (b.d1[i] - b.d0[i]) * xi - b.curve[i] * cross;
             float t = s / denominator;
             float logs = log_(t * t * e);
-            float value = inverse ? b.x0[i] + xi * b.w[i] : b.y0[i] + b.h[i] * ratio;
+            float value = inverse ? b.x0[i] + (xi * b.w[i] - b.over_x[i]) : b.y0[i] + (b.h[i] * ratio - b.over_y[i]);
             int outside = v[i] != in[i];
             out_y[i] = outside ? in[i] : value;
             out_log[i] = outside ? 0.0f : (inverse ? -logs : logs);
@@ -210,7 +239,7 @@ void spline_gradient(long rows, int bins, float bound, float min_width, float mi
             int outside = v[i] != in[i];
             float g_y = outside ? 0.0f : gy[i], g_log = outside ? 0.0f : gl[i];
             float s = b.slope[i], d0 = b.d0[i], d1 = b.d1[i], w = b.w[i], h = b.h[i];
-            float xi = (v[i] - b.x0[i]) / w, cross = xi - xi * xi;
+            float xi = ((v[i] - b.x0[i]) + b.over_x[i]) / w, cross = xi - xi * xi;
             float denominator = s + b.curve[i] * cross;
             float ratio = (s * xi + (d0 - s) * cross) / denominator;
             float e = d0 + (d1 - d0) * xi - b.curve[i] * cross;
@@ -237,8 +266,9 @@ void spline_gradient(long rows, int bins, float bound, float min_width, float mi
             b.inner[k][i] = (b.place[i] == (float)k ? at0[i] : 0.0f) + (b.place[i] == (float)(k - 1) ? at1[i] : 0.0f);
         for (int i = 0; i < lanes; i++) {
             float *row = grad_parameters + (start + i) * width;
-            for (int k = 0; k < bins; k++) row[k] = b.stretch_w[k][i];
-            for (int k = 0; k < bins; k++) row[bins + k] = b.stretch_h[k][i];
+            const float *raw = parameters + (start + i) * width; /* beyond the limit the map is constant */
+            for (int k = 0; k < bins; k++) row[k] = beyond_limit(raw[k]) ? 0.0f : b.stretch_w[k][i];
+            for (int k = 0; k < bins; k++) row[bins + k] = beyond_limit(raw[bins + k]) ? 0.0f : b.stretch_h[k][i];
             for (int k = 1; k < bins; k++) row[2 * bins + k - 1] = b.inner[k][i];
         }
     }

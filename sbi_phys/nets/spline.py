@@ -24,13 +24,23 @@ from torch.nn import functional as F
 
 from sbi_phys.nets import _kernels
 
-__all__ = ["n_spline_parameters", "rational_quadratic_spline", "spline_map"]
+__all__ = ["arithmetic", "n_spline_parameters", "rational_quadratic_spline", "spline_map"]
 
 MIN_WIDTH = 1e-3  # of a bin, as a fraction of the domain
 MIN_DERIVATIVE = 1e-3
 _RAW_LIMIT = 30.0
 # softplus(0 + offset) + MIN_DERIVATIVE = 1: parameters of zero give the identity
 _DERIVATIVE_OFFSET = math.log(math.expm1(1 - MIN_DERIVATIVE))
+
+
+def arithmetic(device: torch.device, precision: str = "float32") -> str:
+    """What computes splines and hidden layers on a device: 'kernels' (those in C) or 'torch'; results record it.
+
+    >>> from sbi_phys.nets.spline import arithmetic
+    >>> arithmetic(torch.device("cpu"), "bf16")
+    'torch'
+    """
+    return "kernels" if device.type == "cpu" and precision == "float32" and _kernels.available() is not None else "torch"
 
 
 def n_spline_parameters(n_bins: int) -> int:
@@ -58,7 +68,8 @@ def rational_quadratic_spline(x: Tensor, parameters: Tensor, *, bound: float, in
 
 def _fits(x: Tensor, parameters: Tensor) -> bool:
     width = parameters.shape[-1]
-    return width < 3 * _kernels.MAX_BINS and parameters.numel() == width * x.numel() and _kernels.usable(x, parameters)
+    fits = width % 3 == 2 and width < 3 * _kernels.MAX_BINS and parameters.shape == (*x.shape, width)
+    return fits and _kernels.usable(x, parameters)
 
 
 def _constants(bound: float) -> tuple[float, ...]:
@@ -100,8 +111,8 @@ class _Bin(NamedTuple):
 
 def _bin(clamped: Tensor, parameters: Tensor, bound: float, *, inverse: bool) -> _Bin:
     n_bins = (parameters.shape[-1] + 1) // 3
-    # widths and heights together; the softmax is written out because torch's is slow along so short an axis. The clamp changes nothing:
-    # at e^+-30 a bin already has all of the domain or none
+    # widths and heights together; the softmax is written out because torch's is slow along so short an axis. The clamp changes next to
+    # nothing: at e^+-30 a bin already has all of the domain or none. Beyond it the map is constant in the parameter, the gradient zero
     weight = parameters[..., : 2 * n_bins].clamp(-_RAW_LIMIT, _RAW_LIMIT).exp().unflatten(-1, (2, n_bins))
     running = _running_sum(weight)
     scale = 2 * bound * (1 - MIN_WIDTH * n_bins) / running[..., -1:]
@@ -185,6 +196,8 @@ class _Spline(torch.autograd.Function):
         g_size = torch.stack([torch.addcmul(per_w * slope, g_x, xi).neg_(), torch.addcmul(per_w, g_y, ratio)], dim=-1)
         g_left = torch.stack([-g_x, g_y], dim=-1)
         grad = _to_parameters(ctx.bound, g_left, g_size, torch.stack([at_d0, at_d1], dim=-1), *bins)
+        n_sizes = 2 * bins[0].shape[-1]
+        grad[..., :n_sizes].masked_fill_(parameters[..., :n_sizes].abs() > _RAW_LIMIT, 0.0)
         return torch.where(outside, grad_y, g_x), grad, None
 
 

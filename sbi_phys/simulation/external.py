@@ -28,7 +28,7 @@ from sbi_phys.core.types import Array
 from sbi_phys.priors import Observable, Parameter, Prior, prior_from_dict
 from sbi_phys.priors.blocks import to_rows
 from sbi_phys.priors.parameters import observables_from_dicts, observables_to_dicts
-from sbi_phys.simulation.protocol import RowsFailedError, event_reason
+from sbi_phys.simulation.protocol import RowsFailedError, event_reason, require_foreign
 
 __all__ = ["CommandSimulator", "FunctionSimulator"]
 
@@ -98,6 +98,7 @@ class FunctionSimulator(_Described):
         module, colon, name = str(function).partition(":")
         if not colon:
             raise SettingError(f"function is {function!r}; expected 'package.module:name'")
+        require_foreign(f"function {function!r}", module)
         try:
             self._function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as err:

@@ -6,6 +6,7 @@ A simulator is any object with the attributes of `Simulator`; it needs no base c
 
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,6 +27,7 @@ __all__ = [
     "check_simulator",
     "event_reason",
     "load_simulator",
+    "require_foreign",
 ]
 
 
@@ -179,6 +181,8 @@ def _block(where: str, x: Any, n: int, observables: Sequence[Observable]) -> Any
 def load_simulator(spec: str, settings: dict[str, Any] | None = None) -> Simulator:
     """Build the simulator named 'package.module:Class' with the given settings, and check it.
 
+    The name may come from a file, so nothing is called before it is known to be a simulator: a class with simulate(theta, rng),
+    not of Python's standard library. Importing its module runs the module's code.
     Raises: SettingError for an unknown module, class or setting (with the nearest name), SimulatorMismatchError.
 
     >>> from sbi_phys.simulation import load_simulator
@@ -188,12 +192,14 @@ def load_simulator(spec: str, settings: dict[str, Any] | None = None) -> Simulat
     module_name, colon, class_name = str(spec).partition(":")
     if not colon or not module_name or not class_name:
         raise SettingError(f"simulator is {spec!r}; expected 'package.module:Class', e.g. 'simulators.source_spectrum:SourceSpectrum'")
+    require_foreign(f"simulator {spec!r}", module_name)
     module = _import(module_name)
     kind = getattr(module, class_name, None)
     if not isinstance(kind, type):
         classes = [name for name, value in vars(module).items() if isinstance(value, type) and hasattr(value, "simulate")]
         has = ", ".join(classes) or "no simulators"
         raise SettingError(f"module {module_name} has no class {class_name!r}; it has {has}{did_you_mean(class_name, classes)}")
+    _require_simulator_class(spec, kind)
     settings = dict(settings or {})
     accepted = inspect.signature(kind).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in accepted):
@@ -204,6 +210,26 @@ def load_simulator(spec: str, settings: dict[str, Any] | None = None) -> Simulat
         raise SettingError(f"{spec} cannot be built with settings {settings}: {err}") from err
     check_simulator(simulator)
     return simulator
+
+
+def require_foreign(what: str, module_name: str) -> None:
+    """Raise SettingError for a module of Python's standard library, whose functions a file must not name."""
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise SettingError(f"{what} is of Python's standard library; expected a module of yours or of an installed package")
+
+
+def _require_simulator_class(spec: str, kind: type) -> None:
+    """Raise SettingError unless a class has simulate(theta, rng), before it is called."""
+    require_foreign(f"simulator {spec!r}", kind.__module__)  # imported there from the standard library
+    simulate = getattr(kind, "simulate", None)
+    if not inspect.isroutine(simulate):
+        raise SettingError(f"{spec} has no method simulate(theta, rng); expected the class of a simulator")
+    try:
+        inspect.signature(simulate).bind(None, "theta", "rng")
+    except ValueError:
+        return  # a compiled method without a signature
+    except TypeError as err:
+        raise SettingError(f"{spec} has simulate{inspect.signature(simulate)}; expected simulate(self, theta, rng)") from err
 
 
 def _import(module_name: str) -> Any:

@@ -119,6 +119,8 @@ class TrainConfig:
 class EpochRecord:
     """Result of one epoch: mean losses per row, learning rate at its end, duration, milliseconds per step, and whether it is the best.
 
+    arithmetic: what computed the network's layers, 'kernels' in C or 'torch', where the caller of `fit` says so.
+
     >>> from sbi_phys.training import EpochRecord
     >>> record = EpochRecord(0, 2, train=1.3, valid=1.2, learning_rate=5e-3, seconds=0.4, step_ms=2.0, best=True)
     >>> f"epoch {record.epoch + 1} of {record.max_epochs}: validation loss {record.valid}"
@@ -133,6 +135,7 @@ class EpochRecord:
     seconds: float
     step_ms: float
     best: bool
+    arithmetic: str = ""
 
 
 @dataclass
@@ -155,12 +158,13 @@ def fit(
     *,
     seed: int,
     checkpoint: str | Path | None = None,
+    arithmetic: str = "",
 ) -> Iterator[EpochRecord]:
     """Train `module` in place and yield a record per epoch; at the end the module has the best weights.
 
     Args: loss: loss(module, *batch) -> (b,), one value per row. train, valid: tensors with equal rows, on the module's device; or
     train is a `Batches`, which has its own validation rows, and valid is None. seed: of the order and of random layers.
-    checkpoint: path; written after every epoch, and training continues from it if it exists.
+    checkpoint: path; written after every epoch, and training continues from it if it exists. arithmetic: kept in every record.
     Raises: DataError (a batch larger than the data), TrainingError (a loss that is not finite, out of memory; the last
     checkpoint is kept), ModelFileError (a checkpoint of another training).
 
@@ -177,6 +181,7 @@ def fit(
     ranks = current_ranks()
     batches = train if valid is None else MemoryBatches(cast(Sequence[Tensor], train), valid, seed=seed, ranks=ranks)
     trainer = _Trainer(loss, module, cast(Batches, batches), config, seed, ranks)
+    trainer.arithmetic = arithmetic
     threads = torch.get_num_threads()
     try:
         if checkpoint is not None:
@@ -226,7 +231,7 @@ class _Trainer:
         self.best = _copy(module)
         self.state, self.history = _State(), list[EpochRecord]()
         self.stop = threading.Event()
-        self._fingerprint = ""
+        self.arithmetic, self._fingerprint = "", ""
 
     def rate(self, step: int) -> float:
         """Learning rate at a step."""
@@ -248,8 +253,9 @@ class _Trainer:
                     state.best_valid, state.best_epoch = valid, state.epoch
                     self.best = _copy(self.module)
         record = EpochRecord(
-            state.epoch, self.max_epochs, train, valid, self.rate(max(0, state.step - 1)), time.perf_counter() - begin, step_ms, best
-        )
+            state.epoch, self.max_epochs, train, valid, self.rate(max(0, state.step - 1)), time.perf_counter() - begin, step_ms, best,
+            self.arithmetic,
+        )  # fmt: skip
         state.epoch += 1
         state.done = state.epoch >= self.max_epochs or state.epoch - 1 - state.best_epoch >= self.config.patience
         return record

@@ -17,6 +17,7 @@ from sbi_phys.estimators.base import BaseEstimator, History
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import PosteriorNet, log_prob_nets
+from sbi_phys.nets.spline import arithmetic
 from sbi_phys.training.loop import TrainConfig, fit
 from sbi_phys.training.scaling import XScaler
 from sbi_phys.unfold._inputs import MIN_EVENTS, as_columns, as_mask, as_weights
@@ -113,7 +114,9 @@ class LearnedUnfolder(BaseEstimator):
         n_valid = max(1, round(config.validation_fraction * len(w)))
         columns = [a.to(self.device) for a in (*rows, torch.from_numpy((w / w.mean()).astype(np.float32)))]
         valid, train = ([a[part.to(self.device)] for a in columns] for part in (order[:n_valid], order[n_valid:]))
-        return [asdict(record) for record in fit(self.row_loss, net, train, valid, config, seed=seed, checkpoint=path)]
+        computed = arithmetic(torch.device(self.device), config.precision)
+        records = fit(self.row_loss, net, train, valid, config, seed=seed, checkpoint=path, arithmetic=computed)
+        return [asdict(record) for record in records]
 
     def _log_prob(self, target: Array, scaler: XScaler, condition: Tensor) -> Array:
         """log q(target | condition) (n,) of paired rows, in the units of the target."""

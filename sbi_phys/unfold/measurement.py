@@ -15,7 +15,6 @@ inner      true bins = measured bins; the events that migrate in from outside ar
 import csv
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from sbi_phys.core.checks import as_array, did_you_mean, require_int, require_known, require_number
 from sbi_phys.core.errors import DataError, SbiPhysError, SettingError
 from sbi_phys.core.types import Array, ArrayLike
+from sbi_phys.simulation.protocol import require_foreign
 from sbi_phys.unfold._inputs import check_counts, check_edges, check_nonnegative
 from sbi_phys.unfold.response import Response
 
@@ -234,10 +234,11 @@ def load_measurement(spec: str, settings: Mapping[str, Any] | None = None) -> Me
 
 
 def _find(module_name: str, class_name: str) -> type:
+    require_foreign(f"unfolding problem {module_name}:{class_name}", module_name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as err:
-        where = f"; searched in {sys.path[0] or 'the working directory'} and what is installed"
+        where = "; searched in the working directory and what is installed"
         raise SettingError(f"module {module_name!r} of the unfolding problem was not found: {err}{where}") from err
     except (TypeError, ValueError) as err:
         raise SettingError(f"module {module_name!r} of the unfolding problem cannot be imported: {err}") from err
@@ -246,6 +247,10 @@ def _find(module_name: str, class_name: str) -> type:
         classes = [name for name, value in vars(module).items() if isinstance(value, type) and hasattr(value, "response")]
         hint = did_you_mean(class_name, classes)
         raise SettingError(f"module {module_name} has no class {class_name!r}; it has {', '.join(classes) or 'no problems'}{hint}")
+    # it is called next, and the name may come from a file
+    require_foreign(f"unfolding problem {module_name}:{class_name}", kind.__module__)
+    if not hasattr(kind, "response"):
+        raise SettingError(f"{module_name}:{class_name} has no 'response'; expected counts, edges and response(truth_edges)")
     return kind
 
 

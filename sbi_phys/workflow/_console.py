@@ -35,6 +35,7 @@ def prepare_process() -> None:
     """Set OMP_WAIT_POLICY before torch is imported, and make modules of the working directory importable."""
     # waiting threads sleep: busy waiting slows down a training step by a factor of 30 on a machine with other load
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # a console script does not search the working directory, where the user's simulator is
+    # a console script does not search the working directory, where the user's simulator is; last, so that a file numpy.py or
+    # json.py there does not take the place of an installed module
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())

@@ -2,18 +2,24 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from sbi_phys.core.errors import ShapeError
+from sbi_phys.estimators.npe import NPE
 from sbi_phys.nets import _kernels, spline
 from sbi_phys.nets._kernels import silu_layer
-from sbi_phys.nets.spline import n_spline_parameters, rational_quadratic_spline, spline_map, spline_operator
+from sbi_phys.nets.spline import arithmetic, n_spline_parameters, rational_quadratic_spline, spline_map, spline_operator
+from sbi_phys.priors import NormalPrior, Parameter
+from sbi_phys.training.loop import TrainConfig
 
 BOUND = 5.0
 needs_kernels = pytest.mark.skipif(_kernels.available() is None, reason="no C compiler for the kernels, or SBI_PHYS_NATIVE=0")
@@ -140,7 +146,10 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 @needs_kernels
 def test_the_library_is_built_once_into_the_cache_folder(fresh: Path) -> None:
+    (fresh / "sbi_phys").mkdir()
+    (fresh / "sbi_phys").chmod(0o777)
     assert _kernels.available() is not None
+    assert (fresh / "sbi_phys").stat().st_mode & 0o777 == 0o700  # closed to others
     (built,) = (fresh / "sbi_phys").iterdir()
     before = built.stat().st_mtime_ns
     _kernels.available.cache_clear()
@@ -252,3 +261,162 @@ def test_the_input_is_left_as_it_was_and_autograd_sees_changes_to_it() -> None:
         weight.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(2,), (1,), (7, 1), (1, 4), (2, 4), (3, 4)])
+def test_a_shift_of_another_shape_is_never_read_past_its_end(shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(7, 3), torch.randn(4, 3)
+    shift = torch.randn(shape)
+    try:
+        want = F.silu(x @ weight.t() + shift)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            silu_layer(x, weight, shift)
+    else:
+        assert torch.allclose(silu_layer(x, weight, shift), want, atol=1e-6)
+
+
+@needs_kernels
+def test_the_kernels_refuse_arrays_whose_shapes_do_not_belong_together() -> None:
+    z, constants = torch.randn(7, 4), spline._constants(BOUND)
+    for bad in (torch.randn(2), torch.randn(1, 4), torch.randn(3, 4), torch.randn(8, 4)):
+        with pytest.raises(ShapeError, match="expected a contiguous z"):
+            _kernels.silu_map(z.clone(), bad, None)
+    with pytest.raises(ShapeError, match="base"):
+        _kernels.silu_map(z.clone(), torch.zeros(4), torch.zeros(3, 4))
+    with pytest.raises(ShapeError, match="equal shapes"):
+        _kernels.silu_gradient(z, torch.zeros(3, 4))
+    with pytest.raises(ShapeError, match="float32"):
+        _kernels.silu_map(z.clone(), torch.zeros(4).bfloat16(), None)
+    x, parameters = _case(6, 2, 4, 0)
+    for p in (parameters[:3], parameters[..., :-1], torch.zeros(6, 2, 3 * 129 - 1)):
+        with pytest.raises(ShapeError, match="3K - 1"):
+            _kernels.spline_map(x, p, constants, inverse=False)
+    with pytest.raises(ShapeError, match="grad_y"):
+        _kernels.spline_gradient(x, parameters, x[:3], x, constants)
+    with pytest.raises(ShapeError, match="skip connection"):
+        silu_layer(torch.randn(7, 3), torch.randn(4, 3), torch.zeros(4), skip=True)
+
+
+def test_under_autocast_the_layer_is_torch_s() -> None:
+    # the product of float32 matrices is bfloat16 there, which the kernels would read and write past its end
+    x, weight, shift = torch.randn(50, 30), torch.randn(30, 30, requires_grad=True), torch.randn(30)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = silu_layer(x, weight, shift, skip=True)
+        assert torch.equal(out, _kernels._plain(x, weight, shift, True))
+        assert arithmetic(torch.device("cpu"), "bf16") == "torch"
+    assert torch.allclose(out.float(), silu_layer(x, weight, shift, skip=True), atol=0.2)
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_kernels), False])
+def test_the_gradient_beyond_the_limit_of_the_parameters_is_that_of_the_map(native: bool) -> None:
+    x, parameters = _case(200, 1, 6, 6)
+    parameters[::2, :, 1] = 31.0
+    parameters[1::2, :, 3] = -42.0
+    parameters[::3, :, 8] = 60.0
+    parameters[::5, :, 0] = 30.0  # on the limit itself the gradient is that from within
+    exact_in = x.double().requires_grad_(), parameters.double().requires_grad_()
+    ones = torch.ones_like(x)
+    want = torch.autograd.grad(spline_map(*exact_in, bound=BOUND), exact_in, (ones.double(), ones.double()))
+    if native:
+        got = _kernels.spline_gradient(x, parameters, ones, ones, spline._constants(BOUND))
+    else:
+        plain_in = x.clone().requires_grad_(), parameters.clone().requires_grad_()
+        got = torch.autograd.grad(spline._Spline.apply(*plain_in, BOUND), plain_in, (ones, ones))
+    beyond = parameters[..., :12].abs() > 30
+    assert beyond.any() and not want[1][..., :12][beyond].any() and not got[1][..., :12][beyond].any()
+    assert _spread(got[1], want[1]) < 1e-4 and _spread(got[0], want[0]) < 1e-3
+
+
+@needs_kernels
+@pytest.mark.parametrize("n_bins", [32, 64, 128])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_with_many_bins_the_kernel_is_more_exact_than_sums_in_single_precision(n_bins: int, inverse: bool) -> None:
+    x, parameters = _case(20_000, 1, n_bins, n_bins)
+    x = x.clamp(-BOUND, BOUND)
+    exact = spline_map(x.double(), parameters.double(), bound=BOUND, inverse=inverse)
+    plain = spline_map(x, parameters, bound=BOUND, inverse=inverse)
+    kernel = _kernels.spline_map(x, parameters, spline._constants(BOUND), inverse=inverse)
+    for a, b, c in zip(kernel, plain, exact, strict=True):
+        errors = [float(((t.double() - c).abs() / (1 + c.abs())).median()) for t in (a, b)]
+        assert errors[0] < 0.8 * errors[1]
+
+
+@needs_kernels
+def test_the_self_test_accepts_the_library_and_finds_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = _kernels.available()
+    assert library is not None and _kernels._agrees(library)
+    right = _kernels._spline_gradient
+    monkeypatch.setattr(_kernels, "_spline_gradient", lambda *a: (right(*a)[0], 1.1 * right(*a)[1]))
+    with pytest.warns(RuntimeWarning, match="do not give the numbers of torch"):
+        assert not _kernels._agrees(library)
+
+
+@needs_kernels
+def test_a_library_in_the_cache_that_cannot_be_trusted_is_built_anew(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _kernels.available() is not None
+    (entry,) = (fresh / "sbi_phys").iterdir()
+    whole, built = entry.read_bytes(), []
+
+    def build(handle: int, folder: Path, name: str, command: list[str]) -> bool:
+        built.append(name)
+        entry.unlink(missing_ok=True)
+        entry.write_bytes(whole)
+        entry.chmod(0o700)
+        return True
+
+    monkeypatch.setattr(_kernels, "_build", build)
+    contents = {"truncated": whole[:9000], "empty": b"", "changed": whole[:-1] + b"?", "text": b"no library", "mode": whole, "link": whole}
+    for number, (damage, content) in enumerate(contents.items(), start=1):
+        entry.unlink()
+        if damage == "link":
+            (fresh / "other.so").write_bytes(content)
+            entry.symlink_to(fresh / "other.so")
+        else:
+            entry.write_bytes(content)
+            entry.chmod(0o722 if damage == "mode" else 0o700)
+        _kernels.available.cache_clear()
+        assert _kernels.available() is not None, damage
+        assert len(built) == number, damage
+    _kernels.available.cache_clear()
+    assert _kernels.available() is not None and len(built) == len(contents)
+
+
+@needs_kernels
+def test_a_cache_folder_that_is_a_link_or_of_another_user_is_passed_over(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh / "elsewhere").mkdir()
+    (fresh / "sbi_phys").symlink_to(fresh / "elsewhere")
+    monkeypatch.setattr(tempfile, "tempdir", str(fresh / "tmp"))
+    assert _kernels.available() is not None
+    assert not list((fresh / "elsewhere").iterdir())
+    (folder,) = (fresh / "tmp").iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700 and len(list(folder.iterdir())) == 1
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    with pytest.raises(PermissionError, match="another user"):
+        _kernels._private(folder)
+    with open(next(folder.iterdir()), "rb") as file:
+        assert not _kernels._trusted(file.fileno(), next(folder.iterdir()).name)
+
+
+@needs_kernels
+def test_code_that_this_processor_cannot_run_is_found_in_a_process_of_its_own(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = fresh / "kernels.c"
+    broken.write_text(_kernels._SOURCE.read_text().replace("    lane in, v, out_y,", "    __builtin_trap(); lane in, v, out_y,"))
+    monkeypatch.setattr(_kernels, "_SOURCE", broken)
+    assert _kernels.available() is None
+    assert list((fresh / "sbi_phys").iterdir()) == []
+
+
+@needs_kernels
+def test_what_computed_a_training_stands_in_its_record(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = NormalPrior([Parameter("mu")])
+    theta = prior.sample(60, np.random.default_rng(0))
+    histories = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv("SBI_PHYS_NATIVE", switch)
+        _kernels.available.cache_clear()
+        model = NPE(prior, config=TrainConfig(max_epochs=2)).fit(theta, theta)
+        model.save(fresh / "model.pt")
+        histories.append(NPE.load(fresh / "model.pt").history[0])
+    assert [[epoch["arithmetic"] for epoch in history] for history in histories] == [["kernels"] * 2, ["torch"] * 2]

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 
@@ -75,6 +77,40 @@ def test_toys_are_simulators():
 def test_a_wrong_name_of_a_simulator_is_explained(spec, options, message):
     with pytest.raises(SettingError, match=message):
         load_simulator(spec, options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("subprocess:Popen", {"args": ["touch", "called"]}, "standard library"),
+        ("os:system", {"command": "touch called"}, "standard library"),
+        ("builtins:open", {"file": "called", "mode": "w"}, "standard library"),
+        ("logging.handlers:RotatingFileHandler", {"filename": "called"}, "standard library"),
+        ("caller:Popen", {"args": ["touch", "called"]}, "standard library"),
+        ("caller:Writer", {"path": "called"}, r"caller:Writer has no method simulate\(theta, rng\)"),
+        ("caller:Other", {"path": "called"}, r"has simulate\(self\); expected simulate\(self, theta, rng\)"),
+        ("caller:Data", {"path": "called"}, "has no method simulate"),
+        ("caller:write", {"path": "called"}, "no class 'write'"),
+        ("numpy:memmap", {"filename": "called", "mode": "w+", "shape": [3]}, "has no method simulate"),
+    ],
+)
+def test_what_a_file_names_is_not_called_before_it_is_known_to_be_a_simulator(spec, options, message, tmp_path, monkeypatch):
+    (tmp_path / "caller.py").write_text(
+        "from subprocess import Popen\n"
+        "def write(path): open(path, 'w').close()\n"
+        "class Writer:\n"
+        "    def __init__(self, path): write(path)\n"
+        "class Other(Writer):\n"
+        "    def simulate(self): pass\n"
+        "class Data(Writer):\n"
+        "    simulate = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "caller", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingError, match=message):
+        load_simulator(spec, options)
+    assert not (tmp_path / "called").exists()
 
 
 def test_a_module_that_a_simulator_needs_and_is_not_there(tmp_path, monkeypatch):

@@ -117,3 +117,20 @@ def wait_for(path: Path, seconds: float = 60) -> None:
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.02)
+
+
+def test_a_file_in_the_working_directory_does_not_take_the_place_of_an_installed_module(tmp_path):
+    for name in ("numpy", "json", "torch", "h5py", "colorsys"):
+        (tmp_path / f"{name}.py").write_text("open('imported', 'w').close()\n")
+    (tmp_path / "mine.py").write_text("answer = 6 * 7\n")
+    # as the console script does: the folder of the script, not the working directory, comes first
+    code = (
+        "import sys; sys.path[:] = [p for p in sys.path if p not in ('', '.')]\n"
+        "from sbi_phys.workflow._console import prepare_process\n"
+        "prepare_process()\n"
+        "import json, numpy, h5py, colorsys, mine\n"
+        "print(numpy.__name__, mine.answer)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "numpy 42\n", result.stderr
+    assert not (tmp_path / "imported").exists()
