@@ -1,4 +1,9 @@
 from .corner import corner_figure as corner_figure
+from .observables import block_kind as block_kind
+from .observables import block_shape as block_shape
+from .observables import features_figure as features_figure
+from .observables import predictive_figure as predictive_figure
+from .observables import prior_predictive_figure as prior_predictive_figure
 from .posterior import PairRatios as PairRatios
 from .posterior import comparison_figure as comparison_figure
 from .posterior import marginals_figure as marginals_figure

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["checked_sets", "corner_figure", "display_ranges", "marginal_density", "mass_levels", "smoothed_density", "truth_values"]
+__all__ = [
+    "checked_sets", "corner_figure", "display_ranges", "log_axes", "marginal_density", "mass_levels", "set_scale", "set_value_ticks",
+    "smoothed_density", "truth_values",
+]  # fmt: skip
 
 _MAX_DRAWS = 60_000  # more draws increase only the time
 _LINES: tuple[dict[str, Any], ...] = (
@@ -39,13 +42,16 @@ def corner_figure(
     truth: ArrayLike | Mapping[str, float] | None = None,
     published: Sequence[Mapping[str, Any]] | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
+    *,
+    log: Sequence[str] = (),
 ) -> "Figure":
     """Corner plot of up to four sample sets {label: (n, d)}, in the parameters' units.
 
     The first set has filled 68 and 95 % regions of highest density, the second black lines (intended for exact MCMC), the third thin
     dashed lines (intended for the amortised posterior). `truth` is marked by dashed lines, `published` fits (dicts with label, source,
     theta) by markers; a value outside a panel is an arrow at the edge of the histogram of its column. `ranges` sets axis limits by
-    parameter name; the others show the central 99.8 % of the draws within the prior.
+    parameter name; the others show the central 99.8 % of the draws within the prior. `log` names the parameters on a logarithmic axis;
+    their densities are those of the logarithm.
     Raises: ShapeError, NonFiniteError, DataError, SettingError.
     >>> import numpy as np
     >>> from sbi_phys.plotting import corner_figure
@@ -60,7 +66,8 @@ def corner_figure(
     sets = checked_sets(samples, parameters)
     if len(sets) > len(_LINES):
         raise SettingError(f"samples has {len(sets)} sets; expected at most {len(_LINES)} for one corner plot")
-    limits = display_ranges(sets, parameters, ranges)
+    scales = log_axes(sets, parameters, log)
+    limits = display_ranges(sets, parameters, ranges, log=log)
     fits, marks = list(published or []), truth_values(truth, parameters)
     d = len(parameters)
     with house_style():
@@ -80,11 +87,11 @@ def corner_figure(
                     ax.remove()
                     continue
                 if i == j:
-                    _diagonal(ax, sets, i, parameters[i], limits[i], marks, small)
+                    _diagonal(ax, sets, i, limits[i], marks, small, log=scales[i])
                 else:
-                    _panel(ax, sets, (j, i), (limits[j], limits[i]), marks)
+                    _panel(ax, sets, (j, i), (limits[j], limits[i]), marks, log=(scales[j], scales[i]))
                 _mark_fits(ax, fits, parameters, (j, i), (limits[j], limits[i]))
-                _set_ticks(ax, (i, j, d), parameters, small, side)
+                _set_ticks(ax, (i, j, d), parameters, small, side, scales)
         _legend(fig, grid, sets, fits, marks, d)
     return fig
 
@@ -103,8 +110,50 @@ def checked_sets(samples: Mapping[str, ArrayLike], parameters: Sequence[Paramete
     return out
 
 
+def log_axes(sets: Mapping[str, Array], parameters: Sequence[Parameter], log: Sequence[str]) -> list[bool]:
+    """Whether each parameter is on a logarithmic axis.   Raises: SettingError (unknown name), DataError (draws that are not positive)."""
+    unknown = set(log) - {p.name for p in parameters}
+    if unknown:
+        raise SettingError(f"log has unknown parameters {sorted(unknown)}; expected some of {[p.name for p in parameters]}")
+    for k, p in enumerate(parameters):
+        lowest = min(float(theta[:, k].min()) for theta in sets.values())
+        if p.name in log and lowest <= 0:
+            raise DataError(f"draws of {p.name} are as low as {lowest:g}; expected values > 0 on a logarithmic axis")
+    return [p.name in log for p in parameters]
+
+
+def set_scale(ax: "Axes", x: bool, y: bool = False) -> None:
+    """Make the axes logarithmic where asked."""
+    if x:
+        ax.set_xscale("log")
+    if y:
+        ax.set_yscale("log")
+
+
+def set_value_ticks(axis: Any, n: int, log: bool, prune: Any = "both") -> None:
+    """About n major ticks; a logarithmic axis of less than a decade and a half has plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    if not log:
+        axis.set_major_locator(MaxNLocator(n, prune=prune))
+        return
+    low, high = axis.get_view_interval()
+    axis.set_minor_formatter(NullFormatter())
+    if high < 30 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high > 3 * low else MaxNLocator(n, prune=prune))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
+        return
+    axis.set_major_locator(LogLocator(numticks=n + 1))
+    axis.set_major_formatter(LogFormatterSciNotation())
+
+
 def display_ranges(
-    sets: Mapping[str, Array], parameters: Sequence[Parameter], ranges: Mapping[str, tuple[float, float]] | None = None
+    sets: Mapping[str, Array],
+    parameters: Sequence[Parameter],
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+    *,
+    log: Sequence[str] = (),
 ) -> list[tuple[float, float]]:
     """Axis limits: the union of the central 99.8 % intervals of the sets, widened by 6 %, within the range of the parameter."""
     unknown = set(ranges or {}) - {p.name for p in parameters}
@@ -119,6 +168,11 @@ def display_ranges(
         else:
             ends = np.array([np.quantile(theta[:, k], [0.001, 0.999]) for theta in sets.values()])
             low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+            if p.name in log:
+                factor = (high / low) ** 0.06 if high > low else 1.01
+                bottom, top = max(p.low, low / factor), min(p.high, high * factor)
+                out.append((bottom, top) if 0 < bottom < top else (low / factor, high * factor))
+                continue
             pad = 0.06 * (high - low) or 0.01 * max(1.0, abs(high))
             low, high = max(p.low, low - pad), min(p.high, high + pad)
             if not low < high:  # all draws on a bound of the prior
@@ -157,14 +211,21 @@ def _smooth_width(n: int, bins: int) -> float:
     return float(np.clip(bins / 40 * (20_000 / n) ** (1 / 6), 0.8, 4.0))
 
 
-def smoothed_density(theta: Array, limits: tuple[tuple[float, float], tuple[float, float]], bins: int) -> tuple[Array, Array, Array]:
-    """Smoothed histogram with its grid -> x (b,), y (b,), density (b, b) with first axis y; reflected at the limits to conserve mass."""
-    counts, x_edges, y_edges = np.histogram2d(theta[:, 0], theta[:, 1], bins=bins, range=limits)
+def smoothed_density(
+    theta: Array, limits: tuple[tuple[float, float], tuple[float, float]], bins: int, log: tuple[bool, bool] = (False, False)
+) -> tuple[Array, Array, Array]:
+    """Smoothed histogram with its grid -> x (b,), y (b,), density (b, b) with first axis y; reflected at the limits to conserve mass.
+
+    `log`: axes on which the density is that of the logarithm, and the grid equidistant in it.
+    """
+    (a, b), spans = theta.T, [np.log10(ends) if flag else np.array(ends) for ends, flag in zip(limits, log, strict=True)]
+    a, b = np.log10(a) if log[0] else a, np.log10(b) if log[1] else b
+    counts, x_edges, y_edges = np.histogram2d(a, b, bins=bins, range=[tuple(span) for span in spans])
     smooth = gaussian_filter(counts, _smooth_width(theta.shape[0], bins), mode="reflect")
     # add rows and columns at the limits, so that contours extend to the edge of the panel, not to the outermost bin centres
     padded = np.pad(smooth.T, 1, mode="edge")
     x, y = (np.concatenate([[e[0]], 0.5 * (e[1:] + e[:-1]), [e[-1]]]) for e in (x_edges, y_edges))
-    return x, y, padded
+    return 10.0**x if log[0] else x, 10.0**y if log[1] else y, padded
 
 
 def _panel(
@@ -173,12 +234,15 @@ def _panel(
     pair: tuple[int, int],
     limits: tuple[tuple[float, float], tuple[float, float]],
     truth: Sequence[float | None],
+    *,
+    log: tuple[bool, bool],
 ) -> None:
     """Draw the 68 and 95 % regions of highest density of each set for one pair of parameters."""
     from matplotlib.colors import to_rgba
 
+    set_scale(ax, *log)
     for k, theta in enumerate(sets.values()):
-        x, y, density = smoothed_density(theta[:, list(pair)], limits, bins=44)
+        x, y, density = smoothed_density(theta[:, list(pair)], limits, bins=44, log=log)
         low, high = mass_levels(density[1:-1, 1:-1], (0.95, 0.68))
         if k == 0:
             shades = [to_rgba(COLOURS["flow"], 0.28), to_rgba(COLOURS["flow"], 0.62)]
@@ -200,15 +264,17 @@ def _diagonal(
     ax: "Axes",
     sets: Mapping[str, Array],
     k: int,
-    parameter: Parameter,
     limits: tuple[float, float],
     truth: Sequence[float | None],
     size: float,
+    *,
+    log: bool,
 ) -> None:
     """Draw the one-dimensional marginals of one parameter; the title has the median and 68 % interval of the first set."""
+    set_scale(ax, log)
     top = 0.0
     for index, theta in enumerate(sets.values()):
-        centres, density = marginal_density(theta[:, k], limits)
+        centres, density = marginal_density(theta[:, k], limits, log=log)
         top = max(top, float(density.max()))
         if index == 0:
             ax.fill_between(centres, density, color=COLOURS["flow"], alpha=0.35, linewidth=0)
@@ -223,8 +289,11 @@ def _diagonal(
     ax.set_title(f"${central}^{{{plus}}}_{{{minus}}}$", fontsize=size + 1, pad=4)
 
 
-def marginal_density(values: Array, limits: tuple[float, float], bins: int = 60) -> tuple[Array, Array]:
-    """Smoothed density of one marginal within the limits -> grid (b,), density (b,) per unit; reflected at the limits."""
+def marginal_density(values: Array, limits: tuple[float, float], bins: int = 60, *, log: bool = False) -> tuple[Array, Array]:
+    """Smoothed density of one marginal within the limits -> grid (b,), density (b,) per unit, or per decade; reflected at the limits."""
+    if log:
+        grid, density = marginal_density(np.log10(values), (math.log10(limits[0]), math.log10(limits[1])), bins)
+        return 10.0**grid, density
     counts, edges = np.histogram(values, bins=bins, range=limits)
     width = float(np.clip(bins / 60 * 1.5 * (20_000 / values.size) ** 0.2, 0.8, 5.0))
     smooth = gaussian_filter1d(counts.astype(np.float64), width, mode="reflect")
@@ -271,13 +340,18 @@ def _mark_fits(
             ax.plot([x], [y], marker, color=colour, markersize=size, mec="white", mew=0.5, clip_on=False, zorder=5)
 
 
-def _set_ticks(ax: "Axes", place: tuple[int, int, int], parameters: Sequence[Parameter], size: float, side: float) -> None:
+def _set_ticks(
+    ax: "Axes", place: tuple[int, int, int], parameters: Sequence[Parameter], size: float, side: float, scales: Sequence[bool]
+) -> None:
     """Set ticks and labels of the panel in row i and column j of d; `side` is the size of a panel in inches."""
-    from matplotlib.ticker import MaxNLocator, NullLocator
+    from matplotlib.ticker import NullLocator
 
     i, j, d = place
-    ax.xaxis.set_major_locator(MaxNLocator(3, prune="both"))
-    ax.yaxis.set_major_locator(NullLocator() if i == j else MaxNLocator(3, prune="both"))
+    set_value_ticks(ax.xaxis, 3, scales[j])
+    if i == j:
+        ax.yaxis.set_major_locator(NullLocator())
+    else:
+        set_value_ticks(ax.yaxis, 3, scales[i])
     ax.tick_params(labelsize=size, length=2.5, labelbottom=i == d - 1, labelleft=j == 0 and i > 0)
     if i == d - 1:
         ax.tick_params(axis="x", labelrotation=40)

@@ -14,7 +14,17 @@ from sbi_phys.calibration.ratios import Reliability
 from sbi_phys.core.checks import as_array, as_real, require_finite, require_number
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.plotting.corner import checked_sets, display_ranges, marginal_density, mass_levels, smoothed_density, truth_values
+from sbi_phys.plotting.corner import (
+    checked_sets,
+    display_ranges,
+    log_axes,
+    marginal_density,
+    mass_levels,
+    set_scale,
+    set_value_ticks,
+    smoothed_density,
+    truth_values,
+)  # fmt: skip
 from sbi_phys.plotting.style import COLOURS, MARKERS, house_style, new_figure
 from sbi_phys.priors import Parameter
 
@@ -50,10 +60,13 @@ def marginals_figure(
     parameters: Sequence[Parameter],
     truth: ArrayLike | Mapping[str, float] | None = None,
     prior: ArrayLike | None = None,
+    *,
+    log: Sequence[str] = (),
 ) -> "Figure":
     """One panel a parameter: marginal densities of sample sets {label: (n, d)} with bars of the 68 and 95 % intervals below.
 
-    `prior` (m, d) draws are shown in grey: a posterior equal to the prior means that the data have no information.
+    `prior` (m, d) draws are shown in grey: a posterior equal to the prior means that the data have no information. `log` names the
+    parameters on a logarithmic axis; their densities are those of the logarithm.
     Raises: ShapeError, NonFiniteError, DataError.
 
     >>> import numpy as np
@@ -65,9 +78,7 @@ def marginals_figure(
     ['mass', 'rate']
     """
     sets, marks = checked_sets(samples, parameters), truth_values(truth, parameters)
-    limits = display_ranges(sets, parameters)
-    from matplotlib.ticker import MaxNLocator
-
+    limits, scales = display_ranges(sets, parameters, log=log), log_axes(sets, parameters, log)
     before = next(iter(checked_sets({"prior": prior}, parameters).values())) if prior is not None else None
     columns = min(3, len(parameters))
     rows = math.ceil(len(parameters) / columns)
@@ -76,9 +87,9 @@ def marginals_figure(
         fig.get_layout_engine().set(wspace=0.04, hspace=0.03)  # type: ignore[union-attr,call-arg]
         axes = fig.subplots(rows, columns, squeeze=False).ravel()
         for k, p in enumerate(parameters):
-            _marginal(axes[k], sets, k, limits[k], marks[k], None if before is None else before[:, k])
+            _marginal(axes[k], sets, k, limits[k], marks[k], None if before is None else before[:, k], log=scales[k])
             axes[k].set_xlabel(p.label)
-            axes[k].xaxis.set_major_locator(MaxNLocator(5, prune="both"))
+            set_value_ticks(axes[k].xaxis, 5, scales[k])
         for ax in axes[len(parameters) :]:
             ax.remove()
         handles, labels = axes[0].get_legend_handles_labels()
@@ -135,10 +146,13 @@ def comparison_figure(
     parameters: Sequence[Parameter],
     published: Sequence[Mapping[str, Any]],
     truth: ArrayLike | Mapping[str, float] | None = None,
+    *,
+    log: Sequence[str] = (),
 ) -> "Figure":
     """Forest plot: for each parameter the median, 68 and 95 % intervals of sample sets above the published values.
 
-    Args: published, dicts with label, source, theta {name: value}, and, if known, errors {name: (below, above)} >= 0.
+    Args: published, dicts with label, source, theta {name: value}, and, if known, errors {name: (below, above)} >= 0. log: names
+    of parameters on a logarithmic axis.
     Raises: ShapeError, NonFiniteError, DataError.
 
     >>> import numpy as np
@@ -152,9 +166,7 @@ def comparison_figure(
     ['posterior', 'fit of 2020']
     """
     sets, marks = checked_sets(samples, parameters), truth_values(truth, parameters)
-    labels = [*sets, *(str(fit["label"]) for fit in published)]
-    from matplotlib.ticker import MaxNLocator
-
+    scales, labels = log_axes(sets, parameters, log), [*sets, *(str(fit["label"]) for fit in published)]
     columns = min(3, len(parameters))
     rows = math.ceil(len(parameters) / columns)
     with house_style():
@@ -164,11 +176,12 @@ def comparison_figure(
             if k >= len(parameters):
                 ax.set_visible(False)
                 continue
+            set_scale(ax, scales[k])
             _forest(ax, sets, published, parameters[k], k)
             if marks[k] is not None:
                 ax.axvline(marks[k], color=COLOURS["truth"], linestyle=(0, (5, 1.5)), linewidth=1.0)
             ax.set_xlabel(parameters[k].label)
-            ax.xaxis.set_major_locator(MaxNLocator(5, prune="both"))
+            set_value_ticks(ax.xaxis, 5, scales[k])
             ax.set_yticks(range(len(labels)), labels=labels)
             ax.tick_params(axis="y", length=0)
             ax.set_ylim(len(labels) - 0.4, -0.6)
@@ -238,14 +251,17 @@ def panels_figure(panels: Mapping[str, Plottable], *, columns: int = 2, width: f
     return fig
 
 
-def _marginal(ax: "Axes", sets: Mapping[str, np.ndarray], k: int, limits: tuple[float, float], truth: float | None, prior: Any) -> None:
+def _marginal(
+    ax: "Axes", sets: Mapping[str, np.ndarray], k: int, limits: tuple[float, float], truth: float | None, prior: Any, *, log: bool
+) -> None:
     """Densities of one marginal, with the intervals below zero."""
+    set_scale(ax, log)
     top = 0.0
     if prior is not None:
-        grid, density = marginal_density(prior, limits)
+        grid, density = marginal_density(prior, limits, log=log)
         ax.fill_between(grid, density, color=COLOURS["prior"], alpha=0.3, linewidth=0, label="prior")
     for index, (label, theta) in enumerate(sets.items()):
-        grid, density = marginal_density(theta[:, k], limits)
+        grid, density = marginal_density(theta[:, k], limits, log=log)
         top = max(top, float(density.max()))
         colour = _SET_COLOURS[index % len(_SET_COLOURS)]
         ax.plot(grid, density, color=colour, linestyle=_SET_LINES[index % len(_SET_LINES)], label=label)
@@ -305,10 +321,12 @@ def methods_figure(
     *,
     shown: tuple[int, int] = (0, 1),
     truth: ArrayLike | Mapping[str, float] | None = None,
+    log: Sequence[str] = (),
 ) -> "Figure":
     """Regions of 68 and 95 % of two parameters by up to four methods {label: (n, d)}, over the exact ones in grey, with both marginals.
 
     Args: exact: its label and draws (n, d). shown: columns of theta; one parameter has a marginal alone. truth: marked by a cross.
+    log: names of parameters on a logarithmic axis.
     The axes are limited to the surroundings of the exact draws; the legend has the fraction of draws outside. A method with most of its
     draws outside has no contours.
     Raises: ShapeError, NonFiniteError, DataError, SettingError.   Read: contours that agree with the grey regions: the method is accurate.
@@ -324,13 +342,14 @@ def methods_figure(
     if len(samples) > len(_METHOD_LINES):
         raise SettingError(f"samples has {len(samples)} sets; expected at most {len(_METHOD_LINES)}")
     sets = checked_sets({**({exact[0]: exact[1]} if exact else {}), **samples}, parameters)
-    limits, marks = _view(sets, parameters, exact is not None), truth_values(truth, parameters)
+    limits, marks = _view(sets, parameters, exact is not None, log), truth_values(truth, parameters)
+    scales = log_axes(sets, parameters, log)
     lines = ([None] if exact else []) + list(_METHOD_LINES[: len(samples)])
     with house_style():
         if len(parameters) == 1:
             fig = new_figure(5.6, 3.6)
             ax = fig.subplots()
-            _method_marginal(ax, sets, lines, 0, limits[0], marks[0])
+            _method_marginal(ax, sets, lines, 0, limits[0], marks[0], log=scales[0])
             ax.set(xlabel=parameters[0].label, yticks=[], ylabel="density")
             _legend(ax, _labels(sets, limits, (0,)), lines, marks[0] is not None, loc="best")
             return fig
@@ -339,10 +358,13 @@ def methods_figure(
         grid = fig.add_gridspec(2, 2, width_ratios=[3.2, 1.25], height_ratios=[1.25, 3.2])
         ax = fig.add_subplot(grid[1, 0])
         top, right, corner = fig.add_subplot(grid[0, 0], sharex=ax), fig.add_subplot(grid[1, 1], sharey=ax), fig.add_subplot(grid[0, 1])
-        _plane(ax, sets, lines, (i, j), (limits[i], limits[j]), (marks[i], marks[j]))
+        _plane(ax, sets, lines, (i, j), (limits[i], limits[j]), (marks[i], marks[j]), (scales[i], scales[j]))
         ax.set(xlabel=parameters[i].label, ylabel=parameters[j].label)
-        _method_marginal(top, sets, lines, i, limits[i], marks[i])
-        _method_marginal(right, sets, lines, j, limits[j], marks[j], upright=True)
+        _method_marginal(top, sets, lines, i, limits[i], marks[i], log=scales[i])
+        _method_marginal(right, sets, lines, j, limits[j], marks[j], upright=True, log=scales[j])
+        for axis, flag in ((ax.xaxis, scales[i]), (ax.yaxis, scales[j])):
+            if flag:
+                set_value_ticks(axis, 4, flag)
         top.tick_params(labelbottom=False)
         right.tick_params(labelleft=False)
         top.set_yticks([])
@@ -352,13 +374,17 @@ def methods_figure(
     return fig
 
 
-def _view(sets: Mapping[str, Array], parameters: Sequence[Parameter], around_first: bool) -> list[tuple[float, float]]:
+def _view(sets: Mapping[str, Array], parameters: Sequence[Parameter], around_first: bool, log: Sequence[str]) -> list[tuple[float, float]]:
     """Axis limits of all sets, within one width of those of the first set, so that a distant mode does not dominate the range."""
-    limits = display_ranges(sets, parameters)
+    limits = display_ranges(sets, parameters, log=log)
     if not around_first:
         return limits
-    first = display_ranges(dict([next(iter(sets.items()))]), parameters)
-    near = [(max(a, low - (high - low)), min(b, high + (high - low))) for (a, b), (low, high) in zip(limits, first, strict=True)]
+    first = display_ranges(dict([next(iter(sets.items()))]), parameters, log=log)
+    wider = [
+        (low * low / high, high * high / low) if p.name in log else (low - (high - low), high + (high - low))
+        for p, (low, high) in zip(parameters, first, strict=True)
+    ]
+    near = [(max(a, low), min(b, high)) for (a, b), (low, high) in zip(limits, wider, strict=True)]
     every = range(len(parameters))
     others = list(sets.values())[1:]
     return limits if others and all(_away(theta, near, every) > _MOST_AWAY for theta in others) else near  # all other sets are outside
@@ -378,11 +404,14 @@ def _labels(sets: Mapping[str, Array], limits: Sequence[tuple[float, float]], sh
     return out
 
 
-def _plane(ax: "Axes", sets: Mapping[str, Array], lines: Sequence[Any], pair: tuple[int, int], limits: Any, marks: Any) -> None:
+def _plane(
+    ax: "Axes", sets: Mapping[str, Array], lines: Sequence[Any], pair: tuple[int, int], limits: Any, marks: Any, log: tuple[bool, bool]
+) -> None:
+    set_scale(ax, *log)
     for theta, line in zip(sets.values(), lines, strict=True):
         if _away(theta[:, list(pair)], limits, (0, 1)) > _MOST_AWAY:
             continue
-        x, y, density = smoothed_density(theta[:, list(pair)], limits, bins=44)
+        x, y, density = smoothed_density(theta[:, list(pair)], limits, bins=44, log=log)
         low, high = mass_levels(density[1:-1, 1:-1], (0.95, 0.68))
         if line is None:
             ax.contourf(x, y, density, levels=[low, high, max(float(density.max()), high) * 1.001], colors=list(_SHADES))
@@ -400,13 +429,16 @@ def _method_marginal(
     k: int,
     limits: tuple[float, float],
     mark: float | None,
+    *,
+    log: bool,
     upright: bool = False,
 ) -> None:
+    set_scale(ax, log and not upright, log and upright)
     highest = 0.0
     for theta, line in zip(sets.values(), lines, strict=True):
         if _away(theta[:, [k]], [limits], (0,)) > _MOST_AWAY:
             continue
-        x, density = marginal_density(theta[:, k], limits)
+        x, density = marginal_density(theta[:, k], limits, log=log)
         highest = max(highest, float(density.max()))
         if line is None:
             (ax.fill_betweenx if upright else ax.fill_between)(x, density, color=_SHADES[1], linewidth=0)

@@ -137,3 +137,22 @@ def test_no_figure_is_left_with_pyplot(sets):
     before = pyplot.get_fignums()
     fig = corner_figure({"a": sets["flow"][:, :2]}, PARAMETERS[:2])
     assert pyplot.get_fignums() == before and fig.canvas.manager is None
+
+
+def test_a_log_axis_shows_the_density_of_the_logarithm():
+    rng = np.random.default_rng(5)
+    parameters = [Parameter("flux", 1e-3, 1e3), Parameter("index", 0, 5)]
+    theta = np.column_stack([10 ** rng.normal(0, 0.5, 20_000), rng.normal(2.5, 0.3, 20_000)])
+    fig = corner_figure({"posterior": theta}, parameters, truth={"flux": 1.0}, log=["flux"])
+    diagonal, panel, other = fig.axes
+    assert (diagonal.get_xscale(), panel.get_xscale(), panel.get_yscale(), other.get_xscale()) == ("log", "log", "linear", "linear")
+    grid, density = diagonal.lines[0].get_data()
+    assert grid[np.argmax(density)] == pytest.approx(1.0, rel=0.5)
+    decades = np.log10(grid)
+    assert np.sum(0.5 * (density[1:] + density[:-1]) * np.diff(decades)) == pytest.approx(1, abs=0.02)  # per decade
+    # symmetric in the logarithm: the mass below the median is half of it
+    assert np.interp(0.0, decades, density) == pytest.approx(1 / (0.5 * np.sqrt(2 * np.pi)), rel=0.08)
+    with pytest.raises(SettingError, match="log has unknown parameters"):
+        corner_figure({"posterior": theta}, parameters, log=["fluxes"])
+    with pytest.raises(DataError, match="expected values > 0 on a logarithmic axis"):
+        corner_figure({"posterior": theta - 1}, parameters, log=["flux"])
