@@ -290,7 +290,7 @@ def _compare(ax: "Axes", at: Array, data: Array, rows: Array, look: _Look, edges
 
 def _finite_edges(edges: Sequence[float], size: int) -> tuple[Array, bool, bool]:
     """Edges with the open ones replaced by the width of the bin beside, and whether the first and the last were open."""
-    e = np.array(edges, dtype=np.float64) if len(edges) else np.arange(size + 1) - 0.5
+    e: Array = np.array(edges if len(edges) else np.arange(size + 1) - 0.5, dtype=np.float64)
     below, above = not math.isfinite(e[0]), not math.isfinite(e[-1])
     inner = e[np.isfinite(e)]
     width = float(np.diff(inner).mean()) if inner.size > 1 else 1.0
@@ -383,26 +383,25 @@ def _columns(observable: Observable, data: Array, rows: Array, look: _Look) -> "
     fig = new_figure(2.6 * across + 0.2, 2.2 * math.ceil(n / across) + 0.4)
     axes = fig.subplots(math.ceil(n / across), across, squeeze=False).ravel()
     pull, (below, out) = _pulls(data, rows), _below(data, rows)
+    unit = f" [{observable.unit}]" if observable.unit else ""
     for j in range(n):
-        words = f"{100 * below[j]:.3g} % below" if look.prior else f"pull {pull[j]:+.2f}".replace("-", "−")
-        bad = bool(out[j]) if look.prior else abs(pull[j]) > _FAR
-        note = (
-            "no value"
-            if np.isnan(data[j])
-            else words
-            if look.prior or np.isfinite(pull[j])
-            else "constant"
-            if np.isnan(pull[j])
-            else "≠ constant"
-        )
+        bad = bool(out[j]) if look.prior else bool(np.abs(pull[j]) > _FAR)
+        note = "no value" if np.isnan(data[j]) else _note(look, below[j], pull[j])
         _marginal(axes[j], data[j], rows[:, j], look, note, bad)
-        axes[j].set_xlabel(
-            _name(observable) if n == 1 else f"{observable.name}[{j}]" + (f" [{observable.unit}]" if observable.unit else "")
-        )
+        axes[j].set_xlabel(_name(observable) if n == 1 else f"{observable.name}[{j}]{unit}")
     for ax in axes[n:]:
         ax.remove()
     _legend(fig, axes[0])
     return fig
+
+
+def _note(look: _Look, below: float, pull: float) -> str:
+    """The comparison of one value in words."""
+    if look.prior:
+        return f"{100 * below:.3g} % below"
+    if np.isfinite(pull):
+        return f"pull {pull:+.2f}".replace("-", "−")
+    return "constant in the replicas" if np.isnan(pull) else "unlike the replicas' constant"
 
 
 def _marginal(ax: "Axes", value: float, values: Array, look: _Look, note: str, bad: bool) -> None:
@@ -484,18 +483,18 @@ def _image(observable: Observable, data: Array, rows: Array, look: _Look) -> "Fi
         ends = {"vmin": float(both.min()), "vmax": float(both.max())} if both.size else {}
         compared = np.where(fixed, np.nan, below if look.prior else np.clip(pull, -1e3, 1e3))
         limit = float(np.clip(np.nanmax(np.abs(compared)) if np.isfinite(compared).any() else 3, 3, _FAR))
+        colours: dict[str, Any] = {"cmap": "RdBu_r", **({"vmin": 0, "vmax": 1} if look.prior else {"vmin": -limit, "vmax": limit})}
+        values_of: dict[str, Any] = {"cmap": "viridis", **ends}
         maps = (
-            ("data", d, {"cmap": "viridis", **ends}, _name(observable)),
-            ("median of the prior predictive" if look.prior else "mean of the posterior predictive", middle, {"cmap": "viridis", **ends}, _name(observable)),
-            ("fraction of simulations below" if look.prior else "pull", compared,
-             {"cmap": "RdBu_r", "vmin": 0, "vmax": 1} if look.prior else {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}, ""),
-        )  # fmt: skip
+            ("data", d, values_of, _name(observable)),
+            (f"{'median' if look.prior else 'mean'} of the {look.words}", middle, values_of, _name(observable)),
+            ("fraction of simulations below" if look.prior else "pull", compared, colours, ""),
+        )
         for ax, (title, values, options, label) in zip(axes[c], maps, strict=True):
             ax.set_facecolor("#BDBDBD")  # seen where a pixel has no value
             aspect = "equal" if 0.2 < height / width < 5 else "auto"
-            picture = ax.imshow(
-                np.ma.masked_invalid(values.reshape(height, width)), origin="lower", interpolation="nearest", aspect=aspect, **options
-            )
+            shown = np.ma.masked_invalid(values.reshape(height, width))
+            picture = ax.imshow(shown, origin="lower", interpolation="nearest", aspect=aspect, **options)
             fig.colorbar(picture, ax=ax, shrink=0.9, label=label)
             ax.set_title(title if c == 0 else "", fontsize=10)
             ax.tick_params(top=False, right=False, direction="out", length=2.5)
@@ -507,11 +506,8 @@ def _image(observable: Observable, data: Array, rows: Array, look: _Look) -> "Fi
         fixed_any, out_any = fixed_any or bool(fixed.any() or np.isnan(compared).any()), out_any or bool(out.any())
     marks: list[Any] = []
     if out_any:
-        marks.append(
-            Line2D(
-                [], [], color="black", marker="x", linestyle="none", label="outside all simulations" if look.prior else f"|pull| > {_FAR:g}"
-            )
-        )
+        words = "outside all simulations" if look.prior else f"|pull| > {_FAR:g}"
+        marks.append(Line2D([], [], color="black", marker="x", linestyle="none", label=words))
     if fixed_any:
         marks.append(Patch(facecolor="#BDBDBD", label="constant or without a value"))
     if marks:
@@ -546,8 +542,7 @@ def _sets(observable: Observable, data: Array, rows: Array, look: _Look) -> "Fig
     sizes = present.sum(axis=1).astype(np.float64)
     below, out = _below(np.array([float(len(mine))]), sizes[:, None])
     pull = _pulls(np.array([float(len(mine))]), sizes[:, None])
-    words = f"{100 * below[0]:.3g} % below" if look.prior else f"pull {pull[0]:+.2f}".replace("-", "−")
-    _marginal(axes[columns], float(len(mine)), sizes, look, words, bool(out[0]))
+    _marginal(axes[columns], float(len(mine)), sizes, look, _note(look, below[0], pull[0]), bool(out[0]))
     rest = data.shape[1] - 1 - columns
     axes[columns].set_xlabel("number of events" + (f" ({rest} further columns not shown)" if rest else ""))
     for ax in axes[columns + 1 :]:
