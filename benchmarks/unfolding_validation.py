@@ -73,7 +73,7 @@ def _rows(where: str, report: Validation) -> Numbers:
     """Requirements on the worst bins, as numbers, and the number of tests that fail, for information."""
     numbers: Numbers = {}
     for name, found in report.methods.items():
-        values = {row.name: row.value for row in found.rows()}
+        values = {row.name: row.value for row in found.decisions}
         numbers[f"{where}, {name}: largest |mean pull|"] = (values["mean pull"], "<=", 0.5)
         numbers[f"{where}, {name}: worst-bin 68 % coverage"] = (values["coverage of 68 % intervals"], ">=", 0.60)
         numbers[f"{where}, {name}: mean 68 % coverage"] = (values["coverage of 68 % intervals, mean of bins"], "", None)

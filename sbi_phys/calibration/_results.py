@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sbi_phys.calibration.pvalues import ALPHA, holm
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.types import Array
 
 __all__ = ["NamedTests", "Repair", "ShapeTests", "fault_words", "shape_text"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NamedTests:
+class NamedTests(Result):
     """p-values of d tests by name (a parameter, a curve), and one of all together."""
 
     names: tuple[str, ...]
@@ -26,6 +27,16 @@ class NamedTests:
         """'calibrated', or what is wrong, by name; Holm's correction keeps the family-wise error at 5 %."""
         adjusted = holm(self.pvalues)
         return {name: self.PASSED if adjusted[name] > ALPHA else self._fault(j) for j, name in enumerate(self.names)}
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each name, with its p-value, verdict and the numbers of the test."""
+        verdicts = self.verdicts
+        found: dict[str, Any] = {"name": self.names, "verdict": [verdicts[n] for n in self.names]}
+        return Rows.of(found | {"pvalue": [self.pvalues[n] for n in self.names]} | self._columns())
+
+    def _columns(self) -> dict[str, Any]:
+        """Further columns of `rows`, {name: (d,)}."""
+        return {}
 
     def _fault(self, j: int) -> str:
         """What is wrong with the j-th, in words, given that its test rejects."""
@@ -52,6 +63,9 @@ class ShapeTests(NamedTests):
     width: Array
     width_err: Array
 
+    def _columns(self) -> dict[str, Any]:
+        return {"shift": self.shift, "shift_err": self.shift_err, "width": self.width, "width_err": self.width_err}
+
     def _fault(self, j: int) -> str:
         return fault_words(self.shift[j], self.shift_err[j], self.width[j], self.width_err[j])
 
@@ -59,7 +73,7 @@ class ShapeTests(NamedTests):
         return [shape_text(*s) for s in zip(self.shift, self.shift_err, self.width, self.width_err, strict=True)]
 
 
-class Repair:
+class Repair(Result):
     """A repair of a posterior, with a `label` for tables and figures."""
 
     __slots__ = ()

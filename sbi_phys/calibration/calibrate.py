@@ -31,8 +31,10 @@ from sbi_phys.calibration.sbc import sbc
 from sbi_phys.calibration.tarp import tarp
 from sbi_phys.core.checks import as_real, require_int
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
 from sbi_phys.core.files import write_aside
 from sbi_phys.core.progress import Progress, Task, or_none
+from sbi_phys.core.results import Result, Rows, plain
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Observable, Parameter
@@ -41,6 +43,7 @@ from sbi_phys.simulation.protocol import Simulator, check_output
 from sbi_phys.store.store import Store
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["Calibration", "calibrate"]
@@ -65,7 +68,7 @@ AT_THE_OBSERVATION = frozenset({"lc2st", "posterior_sbc"})  # a fault at the obs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Calibration:
+class Calibration(Result):
     """Results of `calibrate`.
 
     results: by name of the test, each with .pvalue, .summary() and .plot(). skipped: name -> reason. n simulations, n_draws each.
@@ -128,6 +131,12 @@ class Calibration:
         words = "is like the simulations" if found.pvalue > ALPHA else "is unlike the simulations: the network extrapolates there"
         return f"The observation {words} (p = {found.pvalue:.3g})."
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each test, with its p-value and that after Holm's correction."""
+        p, adjusted = self.pvalues, self.adjusted
+        found = {"name": list(p), "title": [TITLES[n] for n in p], "pvalue": list(p.values()), "adjusted": [adjusted[n] for n in p]}
+        return Rows.of(found | {"passed": [adjusted[n] > ALPHA for n in p]})
+
     def summary(self) -> str:
         """Return all results in words, the verdict first."""
         lines = [self.verdict, *([self.likeness] if self.likeness else []), ""]
@@ -135,6 +144,10 @@ class Calibration:
             lines += [f"{TITLES[name]} [{name}]", result.summary(), ""]
         lines += [f"skipped: {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines).rstrip()
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the p-values of all tests after the correction.   Read: in the grey area = rejected."""
+        return figures.results.pvalue_rows(self.adjusted, ax, alpha=ALPHA, xlabel="p-value, corrected")
 
     def figures(self) -> "dict[str, Figure]":
         """Return one figure for each result, by name."""
@@ -148,13 +161,13 @@ class Calibration:
         return made
 
     def to_dict(self) -> dict[str, Any]:
-        """Return numbers and words in plain types."""
-        return {
+        """Return p-values, verdicts and words as JSON values."""
+        return plain({
             "verdict": self.verdict, "likeness": self.likeness, "passed": self.passed, "failed": list(self.failed), "n": self.n,
             "n_draws": self.n_draws, "parameters": list(self.names), "pvalues": self.pvalues, "adjusted": self.adjusted,
             "misspecification_pvalue": float(self.results["misspecification"].pvalue) if "misspecification" in self.results else None,
             "skipped": dict(self.skipped), "seconds": dict(self.seconds), "words": {k: r.summary() for k, r in self.results.items()},
-        }  # fmt: skip
+        })  # fmt: skip
 
     def write(self, path: str | Path) -> None:
         """Write `to_dict` as JSON.   Raises: WriteError."""

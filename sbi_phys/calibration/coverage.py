@@ -15,7 +15,7 @@ Source: Hermans et al. 2021, arXiv:2110.06581; the band: Sailynoja et al. 2022, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -80,6 +80,9 @@ class Coverage(NamedTests):
     def at(self, level: float) -> Array:
         """Observed coverage (d,) at the nearest computed level; level in (0, 1)."""
         return np.atleast_2d(self.observed.T)[:, int(np.argmin(np.abs(self.level - level)))]
+
+    def _columns(self) -> dict[str, Any]:
+        return {"kind": self.kind} | {f"observed at {level:.2g}": self.at(level) for level in (0.5, 0.68, 0.9, 0.95)}
 
     def summary(self) -> str:
         """Return the result in words: one line for all, one line for each curve with the coverage at 50, 68, 90 and 95 %."""

@@ -48,6 +48,7 @@ from sbi_phys.calibration.pvalues import ALPHA
 from sbi_phys.core.checks import as_array, as_real, require_choice, require_finite, require_int, require_same_rows
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
@@ -79,7 +80,7 @@ FAR = 3.0  # sd of a component of x beyond which the classifier extrapolates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LC2ST:
+class LC2ST(Result):
     r"""Result of `lc2st`: the local classifier test at one observation.
 
     statistic T(x_o) in [0, 1/4], and null (h,), the same for classifiers trained under the null. pvalue = (1 + #{null >= T}) / (h + 1).
@@ -127,6 +128,11 @@ class LC2ST:
         if all(word == "wrong shape" for word in words.values()):
             return words
         return {name: "no deviation" if word == "wrong shape" else word for name, word in words.items()}
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each parameter (or latent variable); the test and its p-value are of all together."""
+        verdicts, shapes = self.verdicts, {k: getattr(self, k) for k in ("shift", "shift_err", "width", "width_err")}
+        return Rows.of({"name": self.names, "verdict": [verdicts[n] for n in self.names], "pvalue": self.pvalue} | shapes)
 
     def summary(self) -> str:
         """Return the result in words: one line for the test, one line for each parameter."""

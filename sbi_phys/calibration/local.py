@@ -27,7 +27,7 @@ Source: coverage as a function of theta: Dey et al. 2022 (arXiv:2205.14568), Mas
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -40,6 +40,7 @@ from sbi_phys.calibration.pvalues import ALPHA, chunks, combine, smallest_pvalue
 from sbi_phys.core.checks import as_real, require_choice, require_finite, require_int
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Rows
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import AnyArray, Array, ArrayLike, Integers, Mask
 from sbi_phys.priors import Parameter
@@ -115,6 +116,15 @@ class LocalCoverage(NamedTests):
         """The cell in words: the range of each quantity."""
         ends = zip(self.by, self.cell_low[cell], self.cell_high[cell], strict=True)
         return " and ".join(f"{self._of}{name} in [{low:.4g}, {high:.4g}]" for name, low, high in ends)
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each cell, level and kind of region."""
+        c, m, r = (index.ravel() for index in np.indices(self.observed.shape))
+        ends = {"low": self.cell_low, "high": self.cell_high}
+        edges = {f"{name}_{end}": a[c, k] for k, name in enumerate(self.by) for end, a in ends.items()}
+        found: dict[str, Any] = {"name": [self.names[j] for j in r], "level": self.level[m], "n": self.count[c]}
+        numbers = {k: getattr(self, k).ravel() for k in ("observed", "low", "high", "expected", "z")}
+        return Rows.of(found | edges | numbers | {"pvalue": self.cell_pvalues.ravel()}, errors={"observed": ("low", "high")})
 
     def summary(self) -> str:
         """Return the result in words: one line for all, one for each kind of region, and the worst cell with its coverage and error."""

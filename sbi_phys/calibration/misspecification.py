@@ -38,6 +38,7 @@ from sbi_phys.calibration.two_sample import MIN_DRAWS, MMD, mmd
 from sbi_phys.core.checks import as_array, as_real, require_int
 from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
@@ -52,7 +53,7 @@ N_PERMUTATIONS = 999
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Misspecification:
+class Misspecification(Result):
     r"""Result of `misspecification`: observation(s) compared with simulations.
 
     scores {name: (m,)} of the observations and held_out {name: (n,)} of held-out simulations, larger is more unusual.
@@ -86,6 +87,10 @@ class Misspecification:
     def n(self) -> int:
         """Number of observations."""
         return int(self.pulls.shape[0])
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each score, with its p-value."""
+        return Rows.of({"name": list(self.pvalues), "pvalue": list(self.pvalues.values())})
 
     def summary(self) -> str:
         """Return the result in words."""

@@ -23,7 +23,7 @@ Source: Zhao et al. 2021, arXiv:2102.10473 (the regression of PIT on x); the ran
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -103,6 +103,13 @@ class PITRegression(NamedTests):
         found = [(fault_words(*self._sizes(j, h)), part) for h, part in enumerate(self.parts(j))]
         words = ", ".join(f"{fault} {part}" for fault, part in found if fault != "wrong shape")
         return words or "ranks depend on x, but on no single column alone"
+
+    def _columns(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"column": [self.x_names[j] for j in self.column]}
+        for k in ("shift", "width"):
+            for j, part in enumerate(("first", "second")):
+                found |= {f"{k}_{part}": getattr(self, k)[:, j], f"{k}_{part}_err": getattr(self, f"{k}_err")[:, j]}
+        return found
 
     def summary(self) -> str:
         """Return the result in words: one line for all, up to three for each parameter with the sizes in both parts of the column."""

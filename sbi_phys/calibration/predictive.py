@@ -26,6 +26,7 @@ from sbi_phys.calibration.pvalues import ALPHA, combine, holm
 from sbi_phys.core.checks import as_array, as_real
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.priors import Parameter
 
@@ -36,7 +37,7 @@ __all__ = ["PredictiveChecks", "PredictivePValue", "PriorPredictive", "predictiv
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PredictivePValue:
+class PredictivePValue(Result):
     """Result of `predictive_pvalue`: pvalue with its binomial error, and the statistics t_rep (n,), t_obs (n,) or (1,), in their unit.
 
     >>> import numpy as np
@@ -104,7 +105,7 @@ MIN_REPLICAS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PredictiveChecks:
+class PredictiveChecks(Result):
     """Result of `predictive_checks`: predictive p-values of several statistics, from n replicas.
 
     checks {name: PredictivePValue} (one-sided, high), pvalues {name: p} (two-sided), pvalue (Bonferroni).
@@ -128,6 +129,12 @@ class PredictiveChecks:
         side = {name: "higher in the data" if check.pvalue < 0.5 else "lower in the data" for name, check in self.checks.items()}
         return {name: side[name] if adjusted[name] <= ALPHA else "like the replicas" for name in self.checks}
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each statistic, with its observed value (the mean, if it depends on the draws)."""
+        verdicts, checks = self.verdicts, self.checks.values()
+        found = {"name": list(self.checks), "verdict": [verdicts[n] for n in self.checks], "pvalue": [self.pvalues[n] for n in self.checks]}
+        return Rows.of(found | {"observed": [c.t_obs.mean() for c in checks], "predicted": [np.median(c.t_rep) for c in checks]})
+
     def summary(self) -> str:
         """Return the result in words: one line for all, one line for each statistic."""
         verdicts = self.verdicts
@@ -146,7 +153,7 @@ class PredictiveChecks:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PriorPredictive:
+class PriorPredictive(Result):
     r"""Result of `prior_predictive_check`: the data compared with replicas from the prior.
 
     names of the k columns; observed (k,); quantiles (k, 5) of the replicas at 2.5, 16, 50, 84, 97.5 %. pvalues {name: p}, two-sided,
@@ -169,6 +176,12 @@ class PriorPredictive:
     pvalue: float
     outside: tuple[str, ...]
     n: int
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each column of the data, with the quantiles of the replicas."""
+        columns = dict(zip(("q025", "q16", "median", "q84", "q975"), self.quantiles.T, strict=True))
+        found = {"name": self.names, "observed": self.observed, "pvalue": [self.pvalues[n] for n in self.names]}
+        return Rows.of(found | columns, errors={"median": ("q16", "q84")})
 
     def summary(self) -> str:
         """Return the result in words."""

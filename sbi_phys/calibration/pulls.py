@@ -20,7 +20,7 @@ Source: Demortier & Lyons 2002, CDF/ANAL/PUBLIC/5776 (pulls); Betancourt 2018, a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import ndtr
@@ -84,6 +84,10 @@ class Pulls(NamedTests):
     def _fault(self, j: int) -> str:
         width = self.width_expected[j] / self.width[j]  # of the posterior, over the right one
         return fault_words(-self.mean[j], self.mean_err[j], width, width * self.width_err[j] / self.width[j])
+
+    def _columns(self) -> dict[str, Any]:
+        shown = ("mean", "mean_err", "width", "width_err", "width_expected", "contraction", "contraction_err", "bias", "bias_err", "rmse")
+        return {name: getattr(self, name) for name in shown}
 
     def summary(self) -> str:
         """Return the result in words: one line for all, one or two lines for each parameter."""

@@ -32,7 +32,7 @@ DeLong et al. 1988, Biometrics 44, 837; scikit-learn's IsotonicRegression.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import expit, logsumexp, ndtr
@@ -42,6 +42,7 @@ from sbi_phys.calibration.pvalues import ALPHA, combine
 from sbi_phys.core.checks import as_array, as_real, require_finite, require_int
 from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
 
@@ -71,7 +72,7 @@ FEW = 50  # with fewer effective events a mean of r has little meaning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MeanRatio:
+class MeanRatio(Result):
     """Result of `mean_ratio`: means that are 1 for the exact ratio, for m values of theta (m = 1 for one ratio); dimensionless.
 
     names (m,). mean {quantity: (m,)} with error {quantity: (m,)}, standard errors, for 'E_ref[r]', 'E_num[1/r]' and
@@ -96,6 +97,13 @@ class MeanRatio:
     n_numerator: int
     n_reference: int
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each quantity and value of theta."""
+        shown = [(q, j) for q in self.mean for j in range(len(self.names))]
+        found: dict[str, Any] = {"name": [self.names[j] for _, j in shown], "quantity": [q for q, _ in shown]}
+        numbers = {"mean": self.mean, "mean_err": self.error, "pvalue": self.each}
+        return Rows.of(found | {k: [values[q][j] for q, j in shown] for k, values in numbers.items()})
+
     def summary(self) -> str:
         """Return the result in words."""
         words = "no deviation found" if self.pvalue > ALPHA else "the means are NOT 1"
@@ -113,7 +121,7 @@ class MeanRatio:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reliability:
+class Reliability(Result):
     """Result of `reliability`: reliability curve of a classifier in b bins of about equal numbers of events.
 
     predicted (b,), mean of p in the bin; observed (b,), fraction of numerator events; band (b, 2), of that fraction, 95 % for all bins
@@ -146,6 +154,11 @@ class Reliability:
             return "biased"
         return "overconfident" if outwards.sum() < 0 else "underconfident"
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each bin."""
+        found = {"predicted": self.predicted, "observed": self.observed, "low": self.band[:, 0], "high": self.band[:, 1]}
+        return Rows.of(found | {"n": self.count, "pvalue": self.each})
+
     def summary(self) -> str:
         """Return the result in words."""
         worst = int(np.argmin(self.each))
@@ -160,7 +173,7 @@ class Reliability:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReweightingAUC:
+class ReweightingAUC(Result):
     """Result of `reweighting_auc`: how well a second classifier separates reweighted reference and numerator; `float(result)` is the area.
 
     auc with error, 0.5 = equal. before with before_error, without weights. pvalue, one-sided, of auc <= 0.5; 1 if fewer than 50
@@ -203,7 +216,7 @@ class ReweightingAUC:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RatioCheck:
+class RatioCheck(Result):
     """Result of `check_ratio`: all checks of one ratio. pvalue: the smallest of the three, times three.
 
     >>> import numpy as np
@@ -219,11 +232,20 @@ class RatioCheck:
     auc: ReweightingAUC
     pvalue: float
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each check."""
+        pvalues = {"mean": self.mean.pvalue, "reliability": self.reliability.pvalue, "auc": self.auc.pvalue}
+        return Rows.of({"name": list(pvalues), "pvalue": list(pvalues.values())})
+
     def summary(self) -> str:
         """Return the results in words, one check after the other."""
         return "\n".join([self.mean.summary(), self.reliability.summary(), self.auc.summary()])
 
-    def plot(self) -> "Figure":
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the reliability curve; `figure` draws all checks."""
+        return self.reliability.plot(ax)
+
+    def figure(self) -> "Figure":
         """Draw the checks side by side."""
         return figures.calibration.ratio_check(self)
 
@@ -476,7 +498,7 @@ _FOLDS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RatioCalibration:
+class RatioCalibration(Result):
     """Result of `recalibrate_ratio`: log r + correction(log r) for one theta, linear between b blocks, constant beyond them.
 
     score (b,), log of the mean r of the block's reference events; value (b,), log of the ratio of event rates in it, with error (b,);
@@ -506,6 +528,11 @@ class RatioCalibration:
         array = as_real("log_r", log_r)
         require_finite("log_r", array)
         return array + np.interp(array, self.score, self.value - self.score)
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each block of events."""
+        counts = {"n_numerator": self.count[:, 0], "n_reference": self.count[:, 1]}
+        return Rows.of({"score": self.score, "value": self.value, "value_err": self.error} | counts)
 
     def summary(self) -> str:
         """Return the result in words."""

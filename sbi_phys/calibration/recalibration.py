@@ -41,6 +41,7 @@ from sbi_phys.calibration.pvalues import ALPHA
 from sbi_phys.core.checks import as_array, as_real, require_choice, require_int
 from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError, SupportError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Rows
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
@@ -138,6 +139,11 @@ class RankRecalibration(Repair):
             moved = _quantiles(ordered[:, :, j], places, target[:, j])
             np.put_along_axis(out[:, :, j], order[:, :, j], moved, axis=1)
         return from_line(out, self.bounds)
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each parameter, with the shape of its map ('beta')."""
+        found = {"name": self.names, "method": self.method, "n": self.n, "tolerance": self.tolerance}
+        return Rows.of(found | {"a": self.shape[:, 0], "b": self.shape[:, 1]})
 
     def summary(self) -> str:
         """Return the result in words: one line for all, one line for each parameter with the shift and width of q."""

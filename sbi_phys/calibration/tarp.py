@@ -35,6 +35,7 @@ from sbi_phys.calibration.pvalues import ALPHA
 from sbi_phys.core.checks import as_array, require_choice
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
 
@@ -50,7 +51,7 @@ FROM_X, GIVEN, INDEPENDENT = "functions of x", "given", "independent of x"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TARP:
+class TARP(Result):
     r"""Result of `tarp`: coverage of balls around reference points, n simulations with l draws of d parameters.
 
     ranks (n,), f, integers 0..l. level (k,), multiples of 1/(l+1). observed (k,), fraction of true values in balls of that content (the

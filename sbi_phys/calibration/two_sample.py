@@ -23,7 +23,7 @@ Source: Lopez-Paz & Oquab 2017, arXiv:1610.06545; Lueckmann et al. 2021, arXiv:2
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ from sbi_phys.calibration.pvalues import ALPHA, combine
 from sbi_phys.core.checks import as_array, as_real, require_int, require_number
 from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike, Integers, Mask
 from sbi_phys.priors import Parameter
@@ -50,7 +51,7 @@ CHUNK = 4_000_000  # numbers in one block of the permutations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class C2ST:
+class C2ST(Result):
     r"""Result of `c2st`: accuracy of separating n draws of a from n draws of the reference b; `float(result)` is the accuracy.
 
     accuracy, 0.5 = same distribution, 1 = disjoint. standard_error, sd of the fold accuracies / sqrt(5), not below the binomial one.
@@ -190,7 +191,7 @@ def _accuracy(x: NDArray[np.float32], y: Integers, test: Mask, seed: int) -> flo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MMD:
+class MMD(Result):
     r"""Result of `mmd`: unbiased squared maximum mean discrepancy, kernel exp(-|a - b|^2 / (2 h^2)); `float(result)` is its value.
 
     mmd2, may be below 0; 0 = same distribution. bandwidth h, in pooled sd. null (p,), the values after permutation of the rows.
@@ -251,6 +252,9 @@ class MarginalKS(NamedTests):
 
     def _fault(self, j: int) -> str:
         return "different"
+
+    def _columns(self) -> dict[str, Any]:
+        return {"ks": self.ks, "wasserstein": self.wasserstein, "shift": self.shift, "width": self.width}
 
     def summary(self) -> str:
         """Return the result in words: one line for all, one line per parameter."""

@@ -29,6 +29,7 @@ from sbi_phys.comparison.probabilities import ProbabilityCalibration, check_prob
 from sbi_phys.core.checks import as_real, require_finite, require_int
 from sbi_phys.core.errors import DataError, SettingError, ShapeError, SimulatorMismatchError
 from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.results import Result, Rows, plain
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.estimators.base import BaseEstimator, Shared
@@ -50,7 +51,7 @@ _ROWS = 16384
 _SIMULATE = 10_000
 
 
-class ModelComparison(BaseEstimator):
+class ModelComparison(BaseEstimator, Result):
     """Trained comparison of K models: Bayes factors and probabilities of any data set. Returned by `model_comparison`.
 
     names (K,). prior (K,), prior probabilities of the models. calibration: of the probabilities on new simulations, with equal prior
@@ -130,6 +131,16 @@ class ModelComparison(BaseEstimator):
         """
         before = self.prior if prior is None else prior_probabilities(self.names, prior)
         return np.asarray(np.exp(log_softmax(self.log_evidence_ratios(x) + np.log(before), axis=-1)))
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each model, with its prior probability and, of an observation, its probability."""
+        found = {} if self.probability is None else {"probability": self.probability}
+        return Rows.of({"name": self.names, "prior": self.prior} | found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return names, prior, calibration and, of an observation, its probabilities as JSON values; `save` keeps the networks."""
+        shown = ("names", "prior", "n_train", "calibration", "x_obs", "probability")
+        return {name: plain(getattr(self, name)) for name in shown}
 
     def summary(self) -> str:
         """Return the result in words."""

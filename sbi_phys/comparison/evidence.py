@@ -12,7 +12,7 @@ Source: Vehtari et al., arXiv:1507.02646.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import logsumexp
@@ -20,18 +20,23 @@ from scipy.special import logsumexp
 from sbi_phys.comparison.probabilities import prior_probabilities, require_names
 from sbi_phys.core.checks import as_real, require_finite
 from sbi_phys.core.errors import ConvergenceError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.rng import seed_for
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import standard_normal_log_prob
 from sbi_phys.samplers.importance import ImportanceResult, Proposal, importance_sample
 from sbi_phys.store.identity import class_path
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 __all__ = ["EvidenceComparison", "compare_evidence", "importance_evidence"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvidenceComparison:
+class EvidenceComparison(Result):
     """Result of `compare_evidence`: evidence of K models for one data set.
 
     names (K,). prior (K,), prior probabilities. log_evidence (K,), nats, with log_evidence_err (K,). probability (K,), posterior
@@ -59,12 +64,22 @@ class EvidenceComparison:
         error = math.hypot(float(self.log_evidence_err[i]), float(self.log_evidence_err[j])) if i != j else 0.0
         return float(self.log_evidence[i] - self.log_evidence[j]), error
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each model."""
+        shown = ("prior", "log_evidence", "log_evidence_err", "probability", "pareto_k")
+        return Rows.of({"name": self.names} | {k: getattr(self, k) for k in shown}, {"log_evidence": "nats", "log_evidence_err": "nats"})
+
     def summary(self) -> str:
         """Return the result in words."""
         pad = max(map(len, self.names))
         rows = zip(self.names, self.log_evidence, self.log_evidence_err, self.probability, self.pareto_k, strict=True)
         lines = [f"  {n:<{pad}}  log Z = {z:.3f} +- {e:.3f}  P = {p:.4f}  Pareto k {k:.2f}" for n, z, e, p, k in rows]
         return "\n".join(["Evidence by importance sampling", *lines])
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the log evidence of each model with its error, relative to the largest."""
+        relative = self.log_evidence - self.log_evidence.max()
+        return figures.results.forest(self.names, relative, self.log_evidence_err, ax, line=0.0, xlabel="log evidence - largest [nats]")
 
 
 def importance_evidence(

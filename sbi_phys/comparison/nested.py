@@ -23,6 +23,7 @@ from sbi_phys.core.checks import as_array, as_matrix, as_real, require_finite, r
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.results import Result
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.simulation.protocol import Simulator, check_simulator
@@ -33,7 +34,7 @@ _CHUNK = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NestedTest:
+class NestedTest(Result):
     """Result of `nested_test`: test of a null hypothesis.
 
     statistic, observed. pvalue, with interval, its central 68.3 % error from the number of toys. significance, one-sided Gaussian standard

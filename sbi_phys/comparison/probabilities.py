@@ -14,7 +14,7 @@ Source: Guo et al. 2017, arXiv:1706.04599 (ECE); Vaicenavicius et al. 2019, arXi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -23,6 +23,7 @@ from sbi_phys.calibration.pvalues import ALPHA, combine
 from sbi_phys.core.checks import as_array, require_choice, require_int, require_known, require_number
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
 
@@ -41,7 +42,7 @@ MIN_ROWS = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ProbabilityCalibration:
+class ProbabilityCalibration(Result):
     """Result of `check_probabilities`: reliability of the probabilities of K models in n data sets; dimensionless.
 
     names (K,). predicted, observed (K, b): mean probability and fraction from the model in each bin, NaN where a bin is empty.
@@ -81,6 +82,12 @@ class ProbabilityCalibration:
             return "wrong shape"
         return "overconfident" if self.log_score > self.null_log_score else "underconfident"
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each model and bin of its probability."""
+        k, b = (index.ravel() for index in np.indices(self.predicted.shape))
+        found = {"name": [self.names[j] for j in k], "n": self.counts[k, b], "predicted": self.predicted[k, b]}
+        return Rows.of(found | {"observed": self.observed[k, b], "low": self.band[k, b, 0], "high": self.band[k, b, 1]})
+
     def summary(self) -> str:
         """Return the result in words."""
         return (
@@ -89,14 +96,12 @@ class ProbabilityCalibration:
             f"log score {self.log_score:.4f}, expected {self.null_log_score:.4f}"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, text and lists, for a file."""
-        return {f.name: value.tolist() if isinstance(value := getattr(self, f.name), np.ndarray) else value for f in fields(self)}
-
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Self:
         """Inverse of `to_dict`."""
-        arrays = {name: np.array(content[name]) for name in ("predicted", "observed", "band", "counts")}
+        # NaN is None in the content
+        arrays: dict[str, Any] = {name: np.array(content[name], dtype=np.float64) for name in ("predicted", "observed", "band")}
+        arrays["counts"] = np.array(content["counts"], dtype=np.int64)
         return cls(**(content | arrays | {"names": tuple(content["names"])}))
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":

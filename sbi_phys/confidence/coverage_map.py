@@ -32,6 +32,7 @@ from sbi_phys.confidence.sets import require_within
 from sbi_phys.core.checks import as_real, check_level, require_int, require_same_rows
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Parameter
 
@@ -72,7 +73,7 @@ class Bin:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class CoverageMap:
+class CoverageMap(Result):
     """Coverage as a function of theta, n simulations: `at` gives the smooth map, `bins` the binned one; pvalues 'smooth' and 'bins'.
 
     >>> import numpy as np
@@ -114,6 +115,12 @@ class CoverageMap:
     def covers(self) -> bool:
         """Whether no deviation was found at 5 %."""
         return self.pvalue > ALPHA
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each bin of theta."""
+        ends = {f"{n}_{end}": [b.box[n][i] for b in self.bins] for n in self.names for i, end in enumerate(("low", "high"))}
+        numbers = {"n": "n", "coverage": "coverage", "coverage_err": "error", "pvalue": "pvalue"}
+        return Rows.of(ends | {k: [getattr(b, of) for b in self.bins] for k, of in numbers.items()})
 
     def summary(self) -> str:
         """Return the result in words, the worst region named."""

@@ -39,6 +39,7 @@ from sbi_phys.confidence.sets import Construction, Profile, Statistic, require_w
 from sbi_phys.core.checks import as_array, check_level, check_levels, require_choice, require_int, require_same_rows
 from sbi_phys.core.errors import DataError, NonFiniteError, SbiPhysError, SettingError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.priors import Parameter
@@ -55,7 +56,7 @@ MIN_TAIL = 20  # simulations required above the quantile
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CriticalValues:
+class CriticalValues(Result):
     """Learned C_level(theta): at(theta (m, d)) -> (m,) within the box low..high; cross-validated pinball loss of each candidate.
 
     >>> import numpy as np
@@ -80,11 +81,24 @@ class CriticalValues:
         require_within("theta", points, self.low, self.high, self.names)
         return self.curve(points)
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each candidate, with its cross-validated loss."""
+        losses = self.losses or {self.model: float("nan")}
+        chosen = [name == self.model for name in losses]
+        return Rows.of({"level": self.level, "model": list(losses), "loss": list(losses.values()), "chosen": chosen, "n": self.n})
+
     def summary(self) -> str:
         """Return in words which candidate was taken, and the loss of each."""
         losses = ", ".join(f"{name} {value:.5g}" for name, value in self.losses.items())
         chosen = f"{100 * self.level:.4g} % critical values from {self.n} simulations: {self.model}"
         return chosen + (f" (pinball loss: {losses})" if losses else "")
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the critical value along the first parameter, the others at the middle of the box."""
+        x = np.tile((self.low + self.high) / 2, (200, 1))
+        x[:, 0] = np.linspace(self.low[0], self.high[0], 200)
+        ylabel = f"critical value, {100 * self.level:.4g} %"
+        return figures.results.trace(self.at(x), ax, at=x[:, 0], xlabel=self.names[0], ylabel=ylabel)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -343,7 +357,7 @@ PROJECTION = 8  # points per nuisance over which a set without a profile is proj
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LF2I(Construction):
+class LF2I(Construction, Result):
     """Confidence sets with learned critical values; `critical_models`, one CriticalValues per level; p-values, and their corrections.
 
     >>> import numpy as np
@@ -385,6 +399,11 @@ class LF2I(Construction):
         q = check_statistic(self.statistic(points, data), points.shape[0], "row by row")
         require_within("theta", points, self.low, self.high, self.names)
         return q <= self.critical(points, level)
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each level and candidate, with its cross-validated loss."""
+        tables = [model.rows() for model in self.critical_models]
+        return Rows(tables[0].columns, tuple(row for table in tables for row in table.rows))
 
     def summary(self) -> str:
         """Return in words which regressions were taken."""

@@ -21,6 +21,7 @@ from sbi_phys.confidence.sets import Interval
 from sbi_phys.core.checks import as_array, check_level, require_choice
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.types import Array, ArrayLike
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Limits:
+class Limits(Result):
     """Limits for one parameter and n data sets: low (n,), high (n,), -+inf on a side that was not asked for.
 
     expected (5,), at -2, -1, 0, 1, 2 sd of data without signal, where the source knows it; else None.
@@ -60,6 +61,11 @@ class Limits:
     method: str
     expected: Array | None = None
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each data set."""
+        fixed = {"name": self.name, "kind": self.kind, "level": self.level}
+        return Rows.of({"data_set": np.arange(self.low.size)} | fixed | {"low": self.low, "high": self.high})
+
     def summary(self) -> str:
         """Return the result in words."""
         head = f"{100 * self.level:.4g} % {'interval' if self.kind == 'interval' else self.kind + ' limit'} on {self.name} ({self.method})"
@@ -72,6 +78,11 @@ class Limits:
             e = self.expected
             lines.append(f"  expected without signal {e[2]:.4g}, 68 % [{e[1]:.4g}, {e[3]:.4g}], 95 % [{e[0]:.4g}, {e[4]:.4g}]")
         return "\n".join(lines)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the limits, one row for each data set, over the expected ones if they are known."""
+        rows = [str(i) for i in range(self.low.size)]
+        return figures.results.intervals(self.low, self.high, rows, ax, xlabel=self.name, bands=self.expected)
 
 
 def limits(
@@ -146,7 +157,7 @@ def _from_fit(source: Fit, data: Any, kind: str, level: float, name: str | None,
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ExpectedLimits:
+class ExpectedLimits(Result):
     """Limits of n toys without signal, values (n,) rising; bands (5,): median and central 68.3 and 95.4 %, in the parameter's unit.
 
     >>> import numpy as np
@@ -171,6 +182,11 @@ class ExpectedLimits:
         """Share of toys with a limit as strong as `observed` or stronger. Read: below a few percent, the data fluctuated."""
         stronger = self.values <= observed if self.kind == "upper" else self.values >= observed
         return float(stronger.mean())
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each quantile of the limits."""
+        fixed = {"name": self.name, "kind": self.kind, "level": self.level, "n": self.values.size}
+        return Rows.of({"sd": [-2, -1, 0, 1, 2], "quantile": BANDS} | fixed | {"limit": self.bands})
 
     def summary(self) -> str:
         """Return the result in words."""

@@ -41,6 +41,7 @@ from sbi_phys.core.checks import check_levels, require_choice, require_int
 from sbi_phys.core.errors import SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.priors import Parameter
@@ -56,7 +57,7 @@ Grid = ArrayLike | Sequence[ArrayLike] | Mapping[str, ArrayLike]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Neyman(Construction):
+class Neyman(Construction, Result):
     r"""Critical values of a test statistic on a product grid, and the confidence sets that follow.
 
     axes, d arrays. toys (g1, .., gd, n), values of the statistic at each grid point, rising (with nuisance = 'supremum' the largest of each
@@ -114,6 +115,13 @@ class Neyman(Construction):
     def _scan_axis(self, i: int, points: int) -> Array:
         # the points of the grid are included, because C has kinks there
         return np.unique(np.concatenate([np.linspace(self.low[i], self.high[i], points), self.axes[i]]))
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each level and point of the grid."""
+        points = np.array(list(product(*self.axes)))
+        axes = {name: np.tile(points[:, j], len(self.levels)) for j, name in enumerate(self.names)}
+        found = {"level": np.repeat(self.levels, len(points))} | axes
+        return Rows.of(found | {"critical_value": self.critical_values.ravel(), "critical_value_err": self.critical_errors.ravel()})
 
     def summary(self) -> str:
         """Return the result in words: grid, toys, range of the critical values with their largest error."""

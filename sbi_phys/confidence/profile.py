@@ -52,6 +52,7 @@ from sbi_phys.confidence._inputs import frozen, point_words
 from sbi_phys.core.checks import as_array, as_real, check_level, find_name, require_finite, require_int, require_number
 from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, SbiPhysError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.priors import Parameter
 
@@ -180,7 +181,7 @@ Limits = Mapping[str, tuple[float | None, float | None]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Fit:
+class Fit(Result):
     r"""Best fit of d parameters, in their own units.
 
     values (d,); errors (d,), Hesse; covariance (d, d); minos (d, 2), (-, +), NaN where a side was not found, None if not asked for.
@@ -247,6 +248,14 @@ class Fit:
     def interval(self, name: str, level: float = 0.9) -> tuple[float, float]:
         """Interval {q(psi) <= chi2_level(1)} of one parameter; see `asymptotic_interval`."""
         return asymptotic_interval(self, name, check_level(level))
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each parameter."""
+        pulls, none = self.pulls, (np.nan, np.nan)
+        sides = {} if self.minos is None else {"minos_down": self.minos[:, 0], "minos_up": self.minos[:, 1]}
+        found = {"name": self.names, "value": self.values, "value_err": self.errors} | sides
+        found |= {"pull": [pulls.get(n, none)[0] for n in self.names], "pull_err": [pulls.get(n, none)[1] for n in self.names]}
+        return Rows.of(found | {"at_limit": [n in self.at_limit for n in self.names]})
 
     def summary(self) -> str:
         """Return the result in words: one line per parameter, with pulls where constrained."""
@@ -370,7 +379,7 @@ DEEPER = 0.02  # largest negative q that is attributed to the tolerance of the m
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Profile:
+class Profile(Result):
     """Profile likelihood along one parameter: grid (m,), q (m,) >= 0, conditional fit values (m, d); best, its fitted value, and error.
 
     >>> from sbi_phys.confidence import fit
@@ -389,13 +398,23 @@ class Profile:
     best: float
     error: float
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each point of the grid, with the conditional fit of all parameters."""
+        others = {f"fitted {name}": self.values[:, j] for j, name in enumerate(self.names) if name != self.name}
+        return Rows.of({self.name: self.grid, "q": self.q} | others)
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        ends = f"{self.grid[0]:.4g} to {self.grid[-1]:.4g}, q up to {self.q.max():.3g}"
+        return f"profile likelihood of {self.name}: {self.best:.5g} +- {self.error:.3g}, {self.grid.size} points from {ends}"
+
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw q over the parabola that follows from the Hesse error.   Read: where they differ, the error is not Gaussian."""
         return figures.confidence.profile(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Contour:
+class Contour(Result):
     """Joint profile likelihood of two parameters: x (m,), y (m,), q (m, m) with the first index along x; best (2,).
 
     >>> from sbi_phys.confidence import fit
@@ -420,6 +439,20 @@ class Contour:
     def inside(self, level: float) -> Mask:
         """Whether each point (m, m) lies in the asymptotic region."""
         return self.q <= self.threshold(level)
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each point of the grid."""
+        i, j = (index.ravel() for index in np.indices(self.q.shape))
+        return Rows.of({self.names[0]: self.x[i], self.names[1]: self.y[j], "q": self.q.ravel()})
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        x, y = self.names
+        inside = ", ".join(f"{100 * level:.4g} %: {int(self.inside(level).sum())}" for level in (0.683, 0.954))
+        return (
+            f"joint profile likelihood of {x} and {y}: best at {self.best[0]:.5g} and {self.best[1]:.5g}; "
+            f"of {self.q.size} points within the region of {inside}"
+        )
 
     def plot(self, ax: "Axes | None" = None, *, levels: tuple[float, ...] = (0.683, 0.954)) -> "Axes":
         """Draw the contours of these contents and the best fit."""
@@ -558,7 +591,7 @@ def crossing(fit: Fit, name: str, target: float, side: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Impacts:
+class Impacts(Result):
     """Ranking for parameter `name`: names of the k others, largest impact first.
 
     down, up (k,): shift of psi, in its unit, when nu_k moves by -1 and +1 error. pull, pull_error (k,), NaN where not constrained.
@@ -580,6 +613,11 @@ class Impacts:
     pull_error: Array
     error: float
     statistical: float
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each other parameter, the largest impact first."""
+        found = {"name": self.names, "down": self.down, "up": self.up, "pull": self.pull, "pull_err": self.pull_error}
+        return Rows.of(found)
 
     def summary(self) -> str:
         """Return the ranking in words."""
@@ -642,7 +680,7 @@ BANDS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Discovery:
+class Discovery(Result):
     """Test of `name` = null against larger values: q0, its significance Z = sqrt(q0) in sd and one-sided p-value.
 
     >>> from sbi_phys.confidence import discovery, fit
@@ -660,6 +698,10 @@ class Discovery:
     def summary(self) -> str:
         """Return the result in words."""
         return f"{self.name} > {self.null:g}: {self.significance:.2f} sigma (p = {self.pvalue:.3g}, asymptotic)"
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the distribution of sqrt(q0) under the null hypothesis and the observed value."""
+        return figures.results.discovery(self, ax)
 
 
 def asymptotic_interval(fit: Fit, name: str, level: float = 0.9) -> tuple[float, float]:

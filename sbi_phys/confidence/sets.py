@@ -25,6 +25,7 @@ from sbi_phys.confidence._inputs import check_statistic, nearest_level, point_wo
 from sbi_phys.core.checks import as_array, require_choice, require_int
 from sbi_phys.core.errors import SettingError, ShapeError, SupportError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.types import Array, ArrayLike, Mask
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ Profile = Callable[[Array, Any], ArrayLike]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Interval:
+class Interval(Result):
     """Intervals for one parameter and n data sets: low (n,), high (n,), +-inf where a side was left open, NaN where the set is empty.
 
     >>> from sbi_phys.confidence import FeldmanCousins
@@ -61,6 +62,11 @@ class Interval:
         """Whether the interval holds `value`, (n,); an empty one does not."""
         return (self.low <= value) & (value <= self.high)
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each data set."""
+        fixed = {"name": self.name, "level": self.level}
+        return Rows.of({"data_set": np.arange(self.low.size)} | fixed | {"low": self.low, "high": self.high})
+
     def summary(self) -> str:
         """Return the result in words: each interval for up to ten data sets, else the median of the ends."""
         head = f"{100 * self.level:.4g} % intervals for {self.name} ({self.method})"
@@ -71,9 +77,13 @@ class Interval:
         ends = f"median [{np.nanmedian(self.low):.4g}, {np.nanmedian(self.high):.4g}]"
         return f"{head}: {self.low.size} data sets, {ends}, {int(self.empty.sum())} empty"
 
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the intervals, one row for each data set."""
+        return figures.results.intervals(self.low, self.high, [str(i) for i in range(self.low.size)], ax, xlabel=self.name)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Region:
+class Region(Result):
     """Joint set of two parameters on a grid: axes (m1,), (m2,); margin (n, m1, m2) <= 0 inside, q - C, or 1 - level - p if prepivoted.
 
     >>> import numpy as np
@@ -94,6 +104,21 @@ class Region:
     def inside(self) -> Mask:
         """Whether each point is in the set, (n, m1, m2)."""
         return self.margin <= 0
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each data set and point of the grid."""
+        d, i, j = (index.ravel() for index in np.indices(self.margin.shape))
+        axes = {self.names[0]: self.axes[0][i], self.names[1]: self.axes[1][j]}
+        return Rows.of({"data_set": d} | axes | {"margin": self.margin.ravel(), "inside": self.inside.ravel()})
+
+    def summary(self) -> str:
+        """Return the result in words: for up to ten data sets the range of each parameter within the set."""
+        lines = [f"{100 * self.level:.4g} % regions of {' and '.join(self.names)}, {len(self.margin)} data sets"]
+        for inside in self.inside[:10]:
+            ends = [axis[inside.any(axis=1 - k)] for k, axis in enumerate(self.axes)]
+            words = [f"{name} [{a.min():.4g}, {a.max():.4g}]" for name, a in zip(self.names, ends, strict=True) if a.size]
+            lines.append("  " + (" x ".join(words) if words else "empty"))
+        return "\n".join(lines)
 
     def plot(self, ax: "Axes | None" = None, *, data_set: int = 0) -> "Axes":
         """Draw the set of one data set as a filled contour."""

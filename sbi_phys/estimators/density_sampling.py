@@ -21,12 +21,15 @@ A sampler that has not converged raises ConvergenceError; the diagnostics are pa
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sbi_phys.core.checks import as_array, require_choice, require_int
 from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, SettingError
+from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.results import Result, Rows, draws_rows
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array
 from sbi_phys.priors import Prior, standard_normal_log_prob
@@ -35,6 +38,9 @@ from sbi_phys.samplers.hmc import run_hmc
 from sbi_phys.samplers.importance import Proposal, importance_sample, resample_indices
 from sbi_phys.samplers.mcmc import run_emcee
 from sbi_phys.samplers.tempering import spread_start, temper
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["METHODS", "LogLikelihood", "PosteriorDraws", "sample_posterior"]
 
@@ -51,7 +57,7 @@ _CHUNK = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PosteriorDraws:
+class PosteriorDraws(Result):
     r"""Draws of p(theta | x), with the numbers by which the sampler is judged.
 
     theta (n, d), prior units, in random order. log_prob (n,) = log L(theta) + log p(theta), not normalised; less log_evidence it is.
@@ -77,9 +83,17 @@ class PosteriorDraws:
     log_evidence: float
     message: str
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each column of theta, with mean, sd, median and central intervals, in prior units."""
+        return draws_rows(self.theta, [f"theta_{j}" for j in range(self.theta.shape[1])])
+
     def summary(self) -> str:
         """Return the result in words."""
         return f"{len(self.theta)} draws by {self.method}, {self.evaluations} evaluations: {self.message}"
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the marginals, in sd from their means; `plotting.corner_figure` draws them in their units."""
+        return figures.results.marginals(self.theta, self.rows().column("name"), None, ax)
 
 
 def sample_posterior(

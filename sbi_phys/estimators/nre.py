@@ -49,7 +49,7 @@ Cornuet et al. 2012, arXiv:0907.1254 (adaptive multiple importance sampling).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -59,7 +59,9 @@ from torch.nn import functional as F
 
 from sbi_phys.core.checks import as_matrix, require_choice, require_int
 from sbi_phys.core.errors import ConvergenceError, DataError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.estimators.base import Estimator, Shared
@@ -69,6 +71,9 @@ from sbi_phys.priors import Prior, standard_normal_log_prob
 from sbi_phys.samplers.importance import Proposal, effective_size
 from sbi_phys.samplers.mixture import Mixture
 from sbi_phys.samplers.tempering import temper
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["BALANCE_WEIGHT", "LOSSES", "NRE", "PriorMean", "balance", "bnre_loss", "carl_loss", "mean_over_prior", "nre_c_loss"]
 
@@ -370,7 +375,7 @@ def _gaussians(nets: Sequence[PairClassifier], x: Tensor) -> Gaussians:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PriorMean:
+class PriorMean(Result):
     """Mean of a ratio over the prior for n observations: log_mean (n,), nats, with error (n,); n_effective (n,) of n_draws (n,) draws.
 
     Returned by `NRE.prior_mean`.
@@ -389,6 +394,11 @@ class PriorMean:
     n_effective: Array
     n_draws: Integers
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each observation."""
+        found = {"log_mean": self.log_mean, "log_mean_err": self.error, "n_effective": self.n_effective, "n_draws": self.n_draws}
+        return Rows.of({"observation": np.arange(len(self.log_mean))} | found, {"log_mean": "nats", "log_mean_err": "nats"})
+
     def summary(self) -> str:
         """Return the result in words."""
         rms = float(np.sqrt((self.log_mean**2).mean()))
@@ -397,6 +407,11 @@ class PriorMean:
             f" {np.abs(self.log_mean).max():.3g} (0 if the ratio is exact); Monte Carlo error at most {self.error.max():.2g},"
             f" at least {self.n_effective.min():.0f} effective draws"
         )
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the log of the mean ratio of each observation with its error.   Read: at 0 within errors = exact."""
+        rows = [str(i) for i in range(len(self.log_mean))]
+        return figures.results.forest(rows, self.log_mean, self.error, ax, line=0.0, xlabel="log mean ratio [nats]")
 
 
 def mean_over_prior(

@@ -9,12 +9,18 @@ cell must hold little mass: the largest share is reported, and a share above a l
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sbi_phys.core.checks import as_array, require_int
 from sbi_phys.core.errors import ConvergenceError, NonFiniteError, ShapeError
+from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows, draws_rows
 from sbi_phys.core.types import Array, ArrayLike, Integers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["GridPosterior", "grid_posterior"]
 
@@ -25,7 +31,7 @@ _KEEP = (1e4, 1e3, 100.0, 25.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GridPosterior:
+class GridPosterior(Result):
     """Normalised density on cells, returned by `grid_posterior`: centres (m, d), width (d,), log_density (m,), log_evidence in nats.
 
     max_cell_mass is the largest share of the mass within one cell, a measure of the grid's fineness.
@@ -56,6 +62,10 @@ class GridPosterior:
         cell = rng.choice(len(self.centres), size=require_int("n", n, low=1), p=self.masses)
         return self.centres[cell] + (rng.random((n, len(self.width))) - 0.5) * self.width
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each column, with mean, sd, median and central intervals."""
+        return draws_rows(self.centres, [f"u_{j}" for j in range(self.centres.shape[1])], self.masses)
+
     def summary(self) -> str:
         """Return the result in words."""
         n = self.centres.shape[1]
@@ -63,6 +73,10 @@ class GridPosterior:
             f"Grid posterior, {n} parameter{'s'[: n - 1]}, log evidence {self.log_evidence:.4f}: {len(self.centres)} cells,"
             f" the heaviest with {self.max_cell_mass:.2g} of the mass"
         )
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the marginals, in sd from their means."""
+        return figures.results.marginals(self.centres, self.rows().column("name"), self.masses, ax)
 
     def mean(self) -> Array:
         """Posterior mean (d,)."""

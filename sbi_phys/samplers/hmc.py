@@ -22,16 +22,22 @@ Source: Neal 2011, arXiv:1206.1901; dual averaging: Hoffman & Gelman 2014, arXiv
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sbi_phys.core.checks import as_array, require_choice, require_int, require_number
 from sbi_phys.core.errors import ShapeError
+from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, Task, or_none
+from sbi_phys.core.results import Result, Rows, draws_rows
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.samplers.density import CheckedGradient, LogDensityAndGrad, require_positive
 from sbi_phys.samplers.diagnostics import Verdict, judge, require_converged, run_until_converged, split_r_hat, thinned
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["HMCResult", "run_hmc"]
 
@@ -46,7 +52,7 @@ _FARTHEST = 1e8  # a chain beyond this distance has diverged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HMCResult:
+class HMCResult(Result):
     r"""Draws of Hamiltonian chains and the evidence for their convergence, returned by `run_hmc`.
 
     samples (n, d), about independent, in random order (fewer than asked for only if not converged); log_prob (n,) at them.
@@ -78,6 +84,11 @@ class HMCResult:
     converged: bool
     message: str
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each column of the draws, with mean, sd, intervals and the numbers of convergence."""
+        names = [f"u_{j}" for j in range(self.samples.shape[1])]
+        return draws_rows(self.samples, names, further={"r_hat": self.r_hat, "autocorr_time": self.autocorr_time})
+
     def summary(self) -> str:
         """Return the result in words."""
         verdict = "converged" if self.converged else "NOT converged"
@@ -85,6 +96,10 @@ class HMCResult:
             f"HMC, {self.chains.shape[0]} chains x {self.chains.shape[1]} steps after {self.n_burn} of warm-up: {verdict}, {self.message};"
             f" acceptance {self.acceptance:.2f}, step {self.step_size:.2g}"
         )
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the means of groups of chains along the steps.   Read: no trends, and lines that cross = converged."""
+        return figures.results.chains(self.chains, None, ax)
 
 
 def run_hmc(

@@ -13,17 +13,22 @@ Source: Vehtari, Simpson, Gelman, Yao & Gabry, arXiv:1507.02646 (k and smoothing
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from scipy.special import logsumexp
 
 from sbi_phys.core.checks import as_array, require_choice, require_int, require_number
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.results import Result, Rows, draws_rows
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.samplers.density import LogDensity, require_log_density
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["ImportanceResult", "Proposal", "effective_size", "importance_sample", "pareto_smooth", "resample_indices"]
 
@@ -52,7 +57,7 @@ class Proposal(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImportanceResult:
+class ImportanceResult(Result):
     r"""Weighted draws, returned by `importance_sample`.
 
     samples (n, d), in the proposal's space. log_weights (n,), raw log(p~/q); -inf where the target is zero.
@@ -95,6 +100,10 @@ class ImportanceResult:
         """Expected share of distinct rows among n multinomially resampled ones (systematic resampling has at least as many)."""
         return float(-np.expm1(n * np.log1p(-np.minimum(self.weights, 1 - 1e-16))).sum() / n)
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each column of the weighted draws, with mean, sd, median and central intervals."""
+        return draws_rows(self.samples, [f"u_{j}" for j in range(self.samples.shape[1])], self.weights)
+
     def summary(self) -> str:
         """Return the result in words."""
         words = "reliable" if self.reliable else "NOT reliable: the proposal misses part of the target"
@@ -102,6 +111,10 @@ class ImportanceResult:
             f"Importance sampling, {self.log_weights.size} draws: ESS {self.ess:.0f} ({100 * self.ess_fraction:.1f} %), "
             f"log evidence {self.log_evidence:.3f} +- {self.log_evidence_err:.3f}, Pareto k {self.pareto_k:.2f}: {words}"
         )
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the distribution of the weights.   Read: the tail ends far below the number of draws = reliable."""
+        return figures.results.importance_weights(self, ax)
 
 
 def importance_sample(

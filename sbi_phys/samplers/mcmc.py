@@ -40,19 +40,24 @@ Comput. 18, 435; Nelson et al. 2014, arXiv:1311.5229; Goodman & Weare 2010.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import chdtri
 
 from sbi_phys.core.checks import as_array, require_int, require_number
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, Task, or_none
+from sbi_phys.core.results import Result, Rows, draws_rows
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike, Integers, Mask
 from sbi_phys.samplers.density import CheckedDensity, LogDensity, require_positive
 from sbi_phys.samplers.diagnostics import Verdict, autocorrelation_time, judge, require_converged, run_until_converged, split_r_hat, thinned
 from sbi_phys.samplers.mixture import Mixture, fit_mixture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["MCMCResult", "default_moves", "run_emcee"]
 
@@ -65,7 +70,7 @@ GROWTH = 1.5  # of the blocks of burn-in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MCMCResult:
+class MCMCResult(Result):
     r"""Draws of a Markov chain and the evidence for their convergence, returned by `run_emcee`.
 
     samples (n, d), thinned to about one per autocorrelation time, in random order (fewer than asked for only if not converged);
@@ -101,6 +106,12 @@ class MCMCResult:
     converged: bool
     message: str
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each column of the draws, with mean, sd, intervals and the numbers of convergence."""
+        names = [f"u_{j}" for j in range(self.samples.shape[1])]
+        found = {"r_hat": self.r_hat, "r_hat_walkers": self.r_hat_walkers, "autocorr_time": self.autocorr_time}
+        return draws_rows(self.samples, names, further=found)
+
     def summary(self) -> str:
         """Return the result in words."""
         size = f"{self.chains.shape[0]} walkers in {self.group.max() + 1} groups x {self.chains.shape[1]} steps"
@@ -108,6 +119,10 @@ class MCMCResult:
         mixture = f" ({self.acceptance_independence:.2f} from a mixture of {self.n_components})" if self.n_components else ""
         verdict = "converged" if self.converged else "NOT converged"
         return f"MCMC, {size} {burn}: {verdict}, {self.message}; acceptance {self.acceptance:.2f}{mixture}"
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the means of the groups along the chain.   Read: no trends, and lines that cross = converged."""
+        return figures.results.chains(self.chains, self.group, ax)
 
 
 def run_emcee(

@@ -13,17 +13,23 @@ Scand. J. Stat. 38, 1.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sbi_phys.core.checks import as_array, require_int, require_number
 from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.results import Result, Rows, draws_rows
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import standard_normal_log_prob
 from sbi_phys.samplers.density import CheckedDensity, LogDensity
 from sbi_phys.samplers.importance import effective_size, resample_indices
 from sbi_phys.samplers.mixture import Mixture, fit_mixture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Tempered", "spread_start", "temper"]
 
@@ -34,7 +40,7 @@ _STALLS = 6  # rounds at one power after which the tempering stops
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tempered:
+class Tempered(Result):
     """Where the mass of a posterior is.
 
     u (m, d), draws of the last mixture but one. proposal, the last mixture. efficiency, effective size of u at the power reached, as a
@@ -53,12 +59,20 @@ class Tempered:
     power: float
     n_rounds: int
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each column of u, with mean, sd, median and central intervals."""
+        return draws_rows(self.u, [f"u_{j}" for j in range(self.u.shape[1])])
+
     def summary(self) -> str:
         """Return the result in words."""
         return (
             f"Tempering reached power {self.power:.2g} of the likelihood after {self.n_rounds} rounds, with a mixture of"
             f" {self.proposal.weights.size} components: effective size {100 * self.efficiency:.0f} % of the draws"
         )
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the marginals of u, in sd from their means."""
+        return figures.results.marginals(self.u, self.rows().column("name"), None, ax)
 
 
 def temper(

@@ -10,13 +10,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sbi_phys.core.errors import StoreError
+from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, or_none
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.store._encoding import MARK, read_ahead
 from sbi_phys.store.locks import StoreLock, is_lock_file
 from sbi_phys.store.manifest import MANIFEST, Manifest, list_shards, read_manifest, remove_litter, write_manifest
 from sbi_phys.store.shards import open_shard, read_facts, shard_name, verify_shard
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Check", "Finding", "Repair", "check_store", "ranges_text", "repair_store"]
 
@@ -55,7 +61,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class Check(Result):
     """Result of `check_store`.
 
     Fields: findings; n_shards of the finished store; n_whole, shards without a fault; n_bytes read; seconds; strays, files in
@@ -79,6 +85,11 @@ class Check:
         """Whether no fault was found."""
         return not self.findings
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each finding."""
+        names = ("kind", "file", "shard", "what")
+        return Rows(names, tuple(tuple(getattr(f, name) for name in names) for f in self.findings))
+
     def summary(self) -> str:
         """One line for each finding, then one line of totals."""
         lines = [f"{f.kind:<10} {f.file}: {f.what}" for f in self.findings]
@@ -86,6 +97,10 @@ class Check:
         rate = self.n_bytes / max(self.seconds, 1e-9) / 1e6
         lines.append(f"{self.n_whole} of {self.n_shards} shards are intact{'; ' + kinds if kinds else ''} ({rate:.0f} MB/s)")
         return "\n".join(lines)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the number of intact shards, and of findings of each kind."""
+        return figures.results.bars({"intact": self.n_whole} | dict(Counter(f.kind for f in self.findings)), ax, xlabel="shards")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sbi_phys.core.errors import StoreError
+from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import seconds_text
+from sbi_phys.core.results import Result
 from sbi_phys.store._encoding import read_label, reason_kind
 from sbi_phys.store.check import ranges_text
 from sbi_phys.store.locks import writers
 from sbi_phys.store.manifest import Manifest, list_shards, read_manifest
 from sbi_phys.store.shards import open_shard, shard_name, write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["INDEX", "Index", "Info", "reason_kind", "store_info", "watch_store"]
 
@@ -115,7 +120,7 @@ def _read(path: Path, stat: os.stat_result) -> Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Info:
+class Info(Result):
     """State of a store.
 
     Fields: n_rows on disk; n_requested, rows asked for; n_present, shards on disk; n_shards of the finished store; missing,
@@ -187,6 +192,10 @@ class Info:
         if len(top) > 10:
             lines.append(f"  {sum(n for _, n in top[10:]):>8} x {len(top) - 10} other reasons")
         return "\n".join(lines)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the numbers of good, failed and missing rows."""
+        return figures.results.store_rows(self, ax)
 
 
 def store_info(path: str | os.PathLike[str], *, index: Index | None = None, now: float | None = None) -> Info:

@@ -41,6 +41,7 @@ from sbi_phys.core.checks import require_choice, require_int, require_number
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, Task, or_none
+from sbi_phys.core.results import Result, Rows, bin_columns
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.samplers.diagnostics import R_HAT_MAX, Verdict, autocorrelation_time, require_converged, run_until_converged, split_r_hat
@@ -282,7 +283,7 @@ _REPLICAS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BayesianUnfold:
+class BayesianUnfold(Result):
     r"""Posterior of the true counts in t bins from r reconstructed bins. Counts, without unit.
 
     samples (n, t), draws of the spectrum; hyper (n,), draws of sigma, the standard deviation of the curvature of log n (empty if fixed).
@@ -348,6 +349,14 @@ class BayesianUnfold:
     def to_hist(self) -> Any:
         """Posterior mean and variance as a `hist` or `boost-histogram` object.   Raises: SettingError (no edges), SbiPhysError."""
         return to_hist(self.truth_edges, self.counts, self.covariance)
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each truth bin, with posterior mean, sd, median and central intervals of its counts."""
+        n = self.counts.size
+        values = np.quantile(self.samples, [0.025, 0.16, 0.5, 0.84, 0.975], axis=0)
+        q = dict(zip(("q025", "q16", "median", "q84", "q975"), values, strict=True))
+        found = bin_columns(self.truth_edges, n) | {"counts": self.counts, "counts_err": self.errors} | q
+        return Rows.of(found | {"mode": self.map, "reference": self.reference}, errors={"median": ("q16", "q84")})
 
     def summary(self) -> str:
         """Return the result in words."""

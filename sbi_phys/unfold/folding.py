@@ -26,6 +26,7 @@ from scipy.special import chdtrc
 from sbi_phys.core.checks import as_array, require_int, require_number
 from sbi_phys.core.errors import ConvergenceError, SbiPhysError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows, bin_columns
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.unfold._inputs import check_counts
 from sbi_phys.unfold.histograms import counts_of, to_hist
@@ -89,7 +90,7 @@ def bin_integral(flux: Flux, edges: Array, theta: Array) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ForwardFold:
+class ForwardFold(Result):
     r"""Fitted flux and corrected data; p parameters, r reconstructed bins.
 
     names (p). values, errors (p,), covariance_parameters (p, p), from Hesse. minos (p, 2), lower (negative) and upper errors, or None.
@@ -137,6 +138,13 @@ class ForwardFold:
     def to_hist(self) -> Any:
         """Corrected counts and variances in the reco bins as a `hist` or `boost-histogram` object.   Raises: SbiPhysError."""
         return to_hist(self.reco_edges, self.counts, self.covariance)
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each reconstructed bin; the fitted parameters are in `names`, `values` and `errors`."""
+        found = {"measured": self.measured, "correction": self.correction, "correction_err": self.correction_errors}
+        found |= {"counts": self.counts, "counts_err": np.sqrt(np.diag(self.covariance))}
+        found |= {"flux": self.flux, "flux_err": np.sqrt(np.diag(self.flux_covariance))}
+        return Rows.of(bin_columns(self.reco_edges, self.counts.size) | found)
 
     def summary(self) -> str:
         """Return the result in words."""

@@ -36,7 +36,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -44,7 +44,9 @@ from scipy.special import expit, ndtr
 
 from sbi_phys.core.checks import as_array, as_real, require_finite, require_int, require_number
 from sbi_phys.core.errors import ConvergenceError, DataError, SbiPhysError, SettingError, ShapeError
+from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, Task, or_none
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.nets.posterior import PosteriorNet, encode_net, log_prob_nets, sample_net
@@ -53,6 +55,9 @@ from sbi_phys.unfold._learned import LearnedUnfolder, PairScaler
 from sbi_phys.unfold.classifier import RatioEstimator
 from sbi_phys.unfold.histograms import to_hist
 from sbi_phys.unfold.response import Response
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["DensityFit", "ForwardUnfolder", "Kernel", "UnfoldedTruth", "fit_weights", "minimise_density", "points_of"]
 
@@ -83,7 +88,7 @@ class Kernel(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class UnfoldedTruth:
+class UnfoldedTruth(Result):
     """Counts at truth points.
 
     points (s, d). weights (s,), counts corrected for efficiency. replicas (n_replicas, s), of bootstrapped data. log_likelihood (k + 1,),
@@ -153,6 +158,12 @@ class UnfoldedTruth:
         """Counts and variances in bins as a `hist` or `boost-histogram` object.   Raises: as `histogram`, SbiPhysError."""
         return to_hist(edges, *self.histogram(edges, column))
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each truth point, with its counts and their error by bootstrap."""
+        points = {f"truth_{j}": self.points[:, j] for j in range(self.points.shape[1])}
+        spread = {"counts_err": self.replicas.std(axis=0, ddof=1)} if len(self.replicas) > 1 else {}
+        return Rows.of(points | {"counts": self.weights} | spread)
+
     def summary(self) -> str:
         """Return the result in words."""
         moments = ", ".join(f"{m:.4g} +- {s:.4g}" for m, s in zip(self.mean, self.sd, strict=True))
@@ -161,9 +172,13 @@ class UnfoldedTruth:
             f" mean and width of the truth {moments}; {len(self.replicas)} replicas"
         )
 
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the log likelihood after each iteration, relative to the last."""
+        return figures.results.trace(self.log_likelihood - self.log_likelihood[-1], ax, ylabel="log likelihood - last [nats]")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DensityFit:
+class DensityFit(Result):
     """Parameters of a density of the truth, fitted through the detector.
 
     names (p). values, errors (p,), covariance (p, p), from Hesse. log_likelihood. efficiency, mean over the fitted density; total and
@@ -190,6 +205,10 @@ class DensityFit:
     total: float
     total_error: float
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each parameter."""
+        return Rows.of({"name": self.names, "value": self.values, "value_err": self.errors})
+
     def summary(self) -> str:
         """Return the result in words."""
         lines = [
@@ -197,6 +216,10 @@ class DensityFit:
         ]
         lines += [f"  {name:<8} {v:.5g} +- {e:.3g}" for name, v, e in zip(self.names, self.values, self.errors, strict=True)]
         return "\n".join(lines)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the fitted values with their errors, in units of the errors."""
+        return figures.results.forest(self.names, self.values / self.errors, np.ones(len(self.names)), ax, line=0.0, xlabel="value / error")
 
 
 def points_of(support: ArrayLike | int, truth: Array, seed: int) -> tuple[Array, Array]:

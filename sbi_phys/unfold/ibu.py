@@ -50,6 +50,7 @@ from scipy.special import chdtrc, ndtr, xlogy
 from sbi_phys.core.checks import require_choice, require_int, require_number
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows, bin_columns
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.unfold._inputs import bin_name, check_covariance, check_prior
@@ -280,7 +281,7 @@ class StoppingRule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stopping:
+class Stopping(Result):
     r"""The scan over iterations on toys, and the chosen number.
 
     kind, "coverage" or "bias". chosen, iterations; met, False if the last does not meet the rule either. iterations (k,). coverage
@@ -304,6 +305,21 @@ class Stopping:
     truth: Array
     bias: Array
     spread: Array
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each number of iterations, with coverage and mean pull of the worst bin."""
+        found = {"iterations": self.iterations, "worst_coverage": self.coverage.min(axis=1)}
+        found |= {"worst_pull": np.abs(self.mean_pull).max(axis=1)}
+        return Rows.of(found | {"chosen": self.iterations == self.chosen})
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        met = "meet the rule" if self.met else "the most that were tried, do NOT meet the rule"
+        last = int(np.argmin(np.abs(self.iterations - self.chosen)))
+        return (
+            f"stopping by {self.kind}: {self.chosen} iterations {met}; there the worst bin has coverage "
+            f"{100 * self.coverage[last].min():.1f} % and mean pull {np.abs(self.mean_pull[last]).max():.2f}"
+        )
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw worst-bin coverage and |mean pull| against iterations.   Read: the dashed line marks the chosen number."""
@@ -443,7 +459,7 @@ def _warn(kind: str, rule: StoppingRule, coverage: Array, pull: Array, response:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class IBU:
+class IBU(Result):
     r"""Unfolded counts of t truth bins from r reconstructed bins, with their derivatives. Counts, without unit.
 
     counts (t,), corrected for efficiency, fakes and background. covariance (t, t) = covariance_data + covariance_response +
@@ -509,6 +525,13 @@ class IBU:
     def to_hist(self) -> Any:
         """Counts and variances as a `hist` or `boost-histogram` object.   Raises: SettingError (no edges), SbiPhysError."""
         return to_hist(self.truth_edges, self.counts, self.covariance)
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each truth bin, with the parts of its error."""
+        parts = {"data": self.covariance_data, "response": self.covariance_response, "prior": self.covariance_prior}
+        found = bin_columns(self.truth_edges, self.counts.size) | {"counts": self.counts, "counts_err": self.errors}
+        found |= {f"error_{name}": np.sqrt(np.diag(c)) for name, c in parts.items()}
+        return Rows.of(found | {"prior": self.prior, "prior_remaining": self.prior_remaining})
 
     def summary(self) -> str:
         """Return the result in words."""

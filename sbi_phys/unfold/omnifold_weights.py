@@ -32,7 +32,7 @@ Source: Andreassen+ 2020, arXiv:1911.09107 (OmniFold), 2105.04448 (acceptance an
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,6 +43,7 @@ from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import Progress, Task, or_none
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.rng import seed_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
@@ -211,7 +212,7 @@ class OmniFoldIteration:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OmniFold:
+class OmniFold(Result):
     """Unfolded weights of simulated events.
 
     weights (n,), unfolded counts: any histogram, mean or quantile of `truth` under them is the unfolded one; 0 for events that are not
@@ -249,6 +250,11 @@ class OmniFold:
     def n_iterations(self) -> int:
         """Number of iterations done."""
         return len(self.history)
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each iteration; the weights of the events are in `weights`."""
+        names = [f.name for f in fields(OmniFoldIteration)]
+        return Rows.of({name: [getattr(record, name) for record in self.history] for name in names}, {"separation_reco": "nats"})
 
     def summary(self) -> str:
         """Return the result in words."""

@@ -25,6 +25,7 @@ from scipy.special import ndtr
 from sbi_phys.core.checks import as_array, require_finite, require_number, require_same_rows
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows, bin_columns
 from sbi_phys.core.types import Array, ArrayLike, Integers, Mask
 from sbi_phys.unfold._inputs import bin_name, check_edges, check_mask, check_nonnegative, frozen
 
@@ -44,7 +45,7 @@ def _nothing() -> Array:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Response:
+class Response(Result):
     r"""Response matrix P(reco j | truth mu) with everything needed to fold a spectrum; its arrays are read-only.
 
     matrix (n_reco, n_truth), column sums = efficiency in (0, 1]. truth_edges (n_truth + 1,) and reco_edges (n_reco + 1,) or None.
@@ -265,6 +266,20 @@ class Response:
     def with_background(self, background: ArrayLike) -> "Response":
         """Return the same response with other background counts (n_reco,).   Raises: ShapeError, NonFiniteError, DataError."""
         return replace(self, background=np.asarray(background, dtype=np.float64))
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each truth bin, with its efficiency and the share of its events in the likeliest reco bin."""
+        found = bin_columns(self.truth_edges, self.n_truth) | {"efficiency": self.efficiency}
+        known = {} if self.n_simulated is None else {"n_simulated": self.n_simulated}
+        return Rows.of(found | {"largest": self.matrix.max(axis=0), "largest_reco_bin": self.matrix.argmax(axis=0)} | known)
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        e, known = self.efficiency, "known exactly" if self.n_simulated is None else f"from {self.n_simulated.sum():.6g} simulated events"
+        return (
+            f"response of {self.n_reco} reconstructed to {self.n_truth} truth bins, {known}: efficiency {e.min():.3g} to {e.max():.3g}, "
+            f"fakes up to {100 * self.fakes.max():.3g} %, background {self.background.sum():.4g}"
+        )
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the matrix, truth to the right and reco upwards, and the efficiency as a line.   Read: off the diagonal = migration."""

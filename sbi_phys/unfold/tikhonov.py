@@ -24,6 +24,7 @@ from scipy.linalg import eigh
 from sbi_phys.core.checks import require_choice, require_int, require_number
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
+from sbi_phys.core.results import Result, Rows, bin_columns
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.unfold.histograms import measured, to_hist
 from sbi_phys.unfold.ibu import prior_or_default, scaled_prior
@@ -39,7 +40,7 @@ METHODS = ("l_curve", "global_correlation")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TikhonovScan:
+class TikhonovScan(Result):
     """Scan over k strengths. All (k,).
 
     strength tau. chi2 of the data. penalty |L x|^2. curvature of the L-curve (log chi2, log penalty), largest at its corner.
@@ -64,13 +65,26 @@ class TikhonovScan:
     method: str
     chosen: int
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each strength."""
+        shown = ("strength", "chi2", "penalty", "curvature", "global_correlation", "effective")
+        return Rows.of({k: getattr(self, k) for k in shown} | {"chosen": np.arange(self.strength.size) == self.chosen})
+
+    def summary(self) -> str:
+        """Return the result in words."""
+        k = self.chosen
+        return (
+            f"scan of {self.strength.size} strengths from {self.strength.min():.3g} to {self.strength.max():.3g} by {self.method}: "
+            f"{self.strength[k]:.4g}, chi2 {self.chi2[k]:.4g}, {self.effective[k]:.3g} effective parameters"
+        )
+
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the L-curve with the chosen point.   Read: noise dominates to the left of the corner, bias to the right."""
         return figures.unfolding.scan(self, ax)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tikhonov:
+class Tikhonov(Result):
     r"""Unfolded counts of t truth bins from r reconstructed bins.
 
     counts (t,), may be negative. covariance (t, t) = covariance_data + covariance_response. jacobian (t, r) = dn/dN at fixed weights.
@@ -108,6 +122,12 @@ class Tikhonov:
     def to_hist(self) -> Any:
         """Counts and variances as a `hist` or `boost-histogram` object.   Raises: SettingError (no edges), SbiPhysError."""
         return to_hist(self.truth_edges, self.counts, self.covariance)
+
+    def rows(self) -> Rows:
+        """Return the table: one row for each truth bin, with the parts of its error."""
+        parts = {"data": self.covariance_data, "response": self.covariance_response}
+        found = bin_columns(self.truth_edges, self.counts.size) | {"counts": self.counts, "counts_err": self.errors}
+        return Rows.of(found | {f"error_{name}": np.sqrt(np.diag(c)) for name, c in parts.items()} | {"prior": self.prior})
 
     def summary(self) -> str:
         """Return the result in words."""

@@ -23,7 +23,6 @@ arXiv:2102.10473 (regression).
 
 import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -41,6 +40,7 @@ from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.files import write_aside
 from sbi_phys.core.progress import Progress, Task, or_none
+from sbi_phys.core.results import Result, Rows, plain
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.unfold._inputs import bin_name, check_counts, check_nonnegative
 from sbi_phys.unfold.checks import (
@@ -78,7 +78,7 @@ MAX_PAIRS = 10  # of truth quantities whose products are ranked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EventPIT:
+class EventPIT(Result):
     """Ranks of the events' truths: `sbc` of each quantity and of products of two; `regression` of ranks on reco, or None.
 
     >>> import numpy as np
@@ -98,6 +98,10 @@ class EventPIT:
         """Combined p-value: the smaller of both, times two if there are two."""
         both = {"ranks": self.sbc.pvalue} | ({} if self.regression is None else {"regression": float(self.regression.pvalue)})
         return combine(both)
+
+    def rows(self) -> Rows:
+        """Return the table of the ranks: one row for each quantity."""
+        return self.sbc.rows()
 
     def summary(self) -> str:
         """Return the result in words."""
@@ -187,7 +191,8 @@ class MethodValidation:
         """P-values of the tests on toys, corrected by Holm's rule."""
         return holm(self.pvalues)
 
-    def rows(self) -> tuple[Row, ...]:
+    @property
+    def decisions(self) -> tuple[Row, ...]:
         """Every test with its decision."""
         adjusted = self.adjusted
         return tuple(
@@ -198,7 +203,7 @@ class MethodValidation:
     @property
     def failed(self) -> tuple[str, ...]:
         """Names of the tests that are not passed."""
-        return tuple(row.name for row in self.rows() if row.passed is False)
+        return tuple(row.name for row in self.decisions if row.passed is False)
 
     @property
     def passed(self) -> bool:
@@ -208,14 +213,14 @@ class MethodValidation:
     @property
     def verdict(self) -> str:
         """The result in one sentence."""
-        n = sum(row.passed is not None for row in self.rows())
+        n = sum(row.passed is not None for row in self.decisions)
         if self.passed:
             return f"{self.name}: passes all {n} tests."
         return f"{self.name}: fails {len(self.failed)} of {n} tests: {', '.join(self.failed)}."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Validation:
+class Validation(Result):
     """Results of `validate`.
 
     methods, by name. response, truth (t,), n_toys, criteria: as passed. events: ranks of event posteriors, or None. seconds, by method.
@@ -223,7 +228,7 @@ class Validation:
     >>> from sbi_phys.unfold import tikhonov, validate
     >>> matrix = [[0.8, 0.1, 0.0], [0.2, 0.8, 0.2], [0.0, 0.1, 0.8]]
     >>> report = validate(lambda n, r: tikhonov(n, r, 0.0), matrix, [400, 300, 200], n_toys=50)
-    >>> report.passed, [row.name for row in report.table()][:2]
+    >>> report.passed, [row.name for row in report.decisions][:2]
     (True, ['closure', 'stress: tilt up'])
     """
 
@@ -235,10 +240,11 @@ class Validation:
     events: EventPIT | None
     seconds: Mapping[str, float] = field(compare=False)
 
-    def table(self) -> tuple[Row, ...]:
+    @property
+    def decisions(self) -> tuple[Row, ...]:
         """Rows (name, value, criterion, passed, words, pvalue); with several methods the name begins with that of the method."""
         several = len(self.methods) > 1
-        rows = [r._replace(name=f"{name}: {r.name}") if several else r for name, m in self.methods.items() for r in m.rows()]
+        rows = [r._replace(name=f"{name}: {r.name}") if several else r for name, m in self.methods.items() for r in m.decisions]
         if self.events is not None:
             p = self.events.pvalue
             words = self.events.sbc.summary().split("\n")[0]
@@ -247,8 +253,8 @@ class Validation:
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """Names of the table's rows that are not passed."""
-        return tuple(row.name for row in self.table() if row.passed is False)
+        """Names of the tests that are not passed."""
+        return tuple(row.name for row in self.decisions if row.passed is False)
 
     @property
     def passed(self) -> bool:
@@ -265,16 +271,25 @@ class Validation:
             )
         return " ".join(words)
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each test, with its decision; with several methods the name begins with that of the method."""
+        return Rows(Row._fields, tuple(tuple(row) for row in self.decisions))
+
     def summary(self) -> str:
         """Every result in words, the verdict first."""
         lines = [self.verdict, ""]
-        for row in self.table():
+        for row in self.decisions:
             mark = {True: "passes", False: "FAILS", None: "-"}[row.passed]
             p = "" if row.pvalue is None else f", p = {row.pvalue:.3g} corrected"
             lines.append(f"  {mark:<7} {row.name}: {row.value:.4g} ({row.criterion}{p}); {row.words}")
         for m in self.methods.values():
             lines += [f"  {m.name} warned {k} times: {text}" for text, k in m.warned.items()]
         return "\n".join(lines)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the p-values of the tests on toys after the correction.   Read: in the grey area = rejected."""
+        shown = {row.name: row.pvalue for row in self.decisions if row.pvalue is not None}
+        return figures.results.pvalue_rows(shown, ax, alpha=ALPHA, xlabel="p-value, corrected")
 
     def figures(self) -> "dict[str, Figure]":
         """Figures by name: closure, stress, pulls, coverage, correlation; regularisation and events where they were requested.
@@ -284,11 +299,11 @@ class Validation:
         return figures.unfolding.validation(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and words."""
+        """Verdict, decisions and the results of every bin as JSON values, None for infinity."""
         return {
             "verdict": self.verdict, "passed": self.passed, "failed": list(self.failed), "n_toys": self.n_toys,
             "criteria": asdict(self.criteria), "truth": self.truth.tolist(), "seconds": dict(self.seconds),
-            "rows": [{k: _plain(v) for k, v in row._asdict().items()} for row in self.table()],
+            "rows": [plain(row._asdict()) for row in self.decisions],
             "bins": {name: _bins(m) for name, m in self.methods.items()},
             "warned": {name: dict(m.warned) for name, m in self.methods.items()},
         }  # fmt: skip
@@ -321,13 +336,6 @@ def _bins(m: MethodValidation) -> dict[str, Any]:
         **{f"stress: {name}": c.counts for name, c in m.stress.items()},
     }
     return {name: values.tolist() for name, values in arrays.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Value for JSON, which has no infinity and no NaN: these become strings."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 Unfold = Callable[[Array, Response], Any]

@@ -144,7 +144,7 @@ def validate_on_toys(run: UnfoldRun, names: list[str]) -> dict[str, Any]:
         "summary": found.summary(),
         "rows": [
             {"name": r.name, "value": r.value, "criterion": r.criterion, "passed": r.passed, "words": r.words, "pvalue": r.pvalue}
-            for r in found.table()
+            for r in found.decisions
         ],
         "figures": [f"validate_{name}" for name in figures],
     }

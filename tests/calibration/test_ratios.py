@@ -281,7 +281,7 @@ def test_check_holds_all_three():
     parts = result.mean.pvalue, result.reliability.pvalue, result.auc.pvalue
     assert result.pvalue == min(1, 3 * min(parts)) and result.pvalue > 0.01
     assert len(result.summary().splitlines()) == 4
-    figure = result.plot()
+    figure = result.figure()
     assert isinstance(figure, Figure) and len(figure.axes) == 3
     assert check_ratio(2 * log_one, 2 * log_zero, one, zero).pvalue < 1e-3
 

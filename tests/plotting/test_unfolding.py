@@ -122,4 +122,4 @@ def test_plain_matrices_one_method_and_no_alternatives() -> None:
     made = found.figures()
     assert list(made) == ["closure", "pulls", "coverage", "correlation"]
     assert made["closure"].axes[1].get_xlabel() == "truth bin"
-    assert {r.name for r in found.table() if r.name.startswith("bottom line")} == {f"bottom line: wave of {k} bins" for k in (2, 3, 4, 6)}
+    assert {r.name for r in found.decisions if r.name.startswith("bottom line")} == {f"bottom line: wave of {k} bins" for k in (2, 3, 4, 6)}
