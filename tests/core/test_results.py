@@ -155,9 +155,7 @@ def test_latex_is_rounded_to_the_errors():
     assert lines[2] == r"f 1 \& more & mass [km\textasciicircum{}2] & median \\"
     assert lines[4] == r"50 \% & $0.83 \pm 0.12$ & $1.00^{+0.20}_{-0.10}$ \\"
     assert lines[5] == r"$x_1$ & $0.8 \pm 0.4$ & $2$ \\"
-    assert (
-        lines[6] == r"c & $-1234 \pm 21$ & $0.500^{+0.020}_{-0.020}$ \\"
-    )
+    assert lines[6] == r"c & $-1234 \pm 21$ & $0.500^{+0.020}_{-0.020}$ \\"
 
 
 def test_latex_of_numbers_without_errors():
