@@ -31,7 +31,7 @@ from sbi_phys.priors.parameters import observables_to_dicts
 from sbi_phys.simulation._dispatch import Campaign, complete
 from sbi_phys.simulation.protocol import Simulator, check_simulator
 from sbi_phys.simulation.workers import close_sandboxes
-from sbi_phys.store.identity import simulator_identity
+from sbi_phys.store.identity import code_fingerprint, simulator_identity
 from sbi_phys.store.layout import Layout
 from sbi_phys.store.locks import ArrayLock, StoreLock
 from sbi_phys.store.manifest import Plan, existing_header, plan_store, remove_litter
@@ -61,6 +61,7 @@ def simulate(
     shards: range | str | int | None = None,
     timeout: float | None = None,
     isolate: bool = False,
+    accept_code_change: bool = False,
     progress: Progress | None = None,
 ) -> Store:
     r"""Draw n rows theta ~ p(theta), x ~ p(x | theta) into the store at `path`, or continue the store that exists there.
@@ -85,11 +86,14 @@ def simulate(
         shards: make only these, in parallel with other such calls: a range, '0:64', '7' or '3/100'.
         timeout: seconds allowed per row; the simulator then runs in a separate process, which is killed and replaced.
         isolate: run the simulator in a separate process without time limit; a row that crashes it is flagged.
+        accept_code_change: continue a store although the simulator's code differs from that of its rows; both fingerprints
+            are kept (`Store.code`). Right where the change does not alter the simulations.
         progress: display; default none.
 
     Returns: the store, complete unless `shards` selects some.
     Raises: SettingError, SimulatorMismatchError, ShapeError, NonFiniteError, SupportError (theta), DataError (all rows of a shard fail,
-        x does not fit the dtype), StoreError (store of other settings, locked or read-only, shards of another job, crashing workers).
+        x does not fit the dtype), StoreError (store of other settings or of other code, locked or read-only, shards of another job,
+        crashing workers).
 
     >>> import sbi_phys as sp
     >>> from simulators import OnOff
@@ -103,11 +107,16 @@ def simulate(
     n, given = _check_rows(prior, n, theta)
     workers, progress = _check_workers(workers, executor), or_none(progress)
     timeout = None if timeout is None else require_number("timeout", timeout, low=0, open_low=True)
-    folder = Path(path)
+    folder, code = Path(path), code_fingerprint(simulator)
     _make_folder(folder)
     with ExitStack() as on_exit:
         header = partial(_header, simulator, prior, seed, shard_size, dtype, layout, given, folder)
-        found = _enter(folder, lambda: plan_store(folder, header(), n, given, shards), shards, on_exit)
+        found = _enter(
+            folder,
+            lambda: plan_store(folder, header(), n, given, shards, code=code, accept_code_change=accept_code_change),
+            shards,
+            on_exit,
+        )
         part = None if shards is None else found.shards
         isolate = isolate or timeout is not None
         run = Campaign(

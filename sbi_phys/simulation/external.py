@@ -13,8 +13,10 @@ import importlib
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,6 +53,11 @@ class _Described:
     def parameters(self) -> tuple[Parameter, ...]:
         """Columns of theta."""
         return self.prior.parameters
+
+    @property
+    def code_sources(self) -> tuple[Any, ...]:
+        """What the events come from, for the fingerprint that stores keep: the function, or the program's files."""
+        raise NotImplementedError
 
     @property
     def n_columns(self) -> int:
@@ -111,6 +118,11 @@ class FunctionSimulator(_Described):
     def settings(self) -> dict[str, Any]:
         """Keyword arguments that rebuild the simulator."""
         return {"function": self.function, **self.described()}
+
+    @property
+    def code_sources(self) -> tuple[Any, ...]:
+        """The function, with its module."""
+        return (self._function,)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by name, so that a worker imports the function."""
@@ -174,6 +186,14 @@ class CommandSimulator(_Described):
         """Keyword arguments that rebuild the simulator."""
         own = {"command": self.command, "output": self.output, "files": self.files, "timeout": self.timeout, "retries": self.retries}
         return {**own, **self.described()}
+
+    @property
+    def code_sources(self) -> tuple[Any, ...]:
+        """The program, unless it belongs to the system, and the files that its arguments name; the command itself is in `settings`."""
+        found = shutil.which(self.command[0])
+        paths = [Path(found)] if found and not Path(found).resolve().is_relative_to("/usr") else []
+        paths += [Path(part) for part in self.command[1:] if os.sep in part and Path(part).is_file()]
+        return tuple(p for p in paths if not p.resolve().is_relative_to(sys.base_prefix))
 
     def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
         """Draw events x (n, k) at theta (n, d), one run of the program per event.   Raises: RowsFailedError."""

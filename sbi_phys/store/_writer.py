@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,13 +76,13 @@ class Folder:
 class StoreWriter:
     """Writes a new store, as a context manager; rows are numbered in the order in which they are added.
 
-    Args: path: of the new store. header: of all its shards.
+    Args: path: of the new store. header: of all its shards. code: fingerprints of the code that made the rows.
     Raises: StoreError; SettingError for a layout that does not fit; DataError when the block ends without a row.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
+    def __init__(self, path: str | os.PathLike[str], header: Header, code: tuple[dict[str, Any], ...] = ()) -> None:
         Layout.from_plain(header.layout).check(header.observables, header.dtype)
-        self._folder, self._header = Folder(path), header
+        self._folder, self._header, self._code = Folder(path), header, code
         self._parts: list[ShardData] = []
         self._held = self._shard = 0
         self.n = 0
@@ -108,7 +108,7 @@ class StoreWriter:
                 if not self.n:
                     raise DataError(f"{self._folder.path} would have no rows; expected at least one")
                 self._flush(whole_only=False)
-                write_manifest(self._folder.aside, Manifest(self._header, self.n))
+                write_manifest(self._folder.aside, Manifest(self._header, self.n, code=self._code))
             except BaseException as err:
                 self._folder.__exit__(type(err), err, err.__traceback__)
                 raise

@@ -126,7 +126,8 @@ class Info(Result):
     Fields: n_rows on disk; n_requested, rows asked for; n_present, shards on disk; n_shards of the finished store; missing,
     numbers of the other shards; n_failed rows; reasons, kind of reason -> rows; n_bytes on disk; rate, rows a second of the newest
     shards, and seconds_left, both None where no process writes or too few shards exist; writer, the process that writes, or '';
-    simulator, seed, dtype, shard_size and theta of the store.
+    simulator, seed, dtype, shard_size and theta of the store; code, SHA-256 of the simulator's code of the first rows and of
+    accepted changes.
 
     >>> import numpy as np, sbi_phys as sp
     >>> np.savez("events.npz", energy=np.linspace(1, 9, 50), signal=np.arange(50.0))
@@ -153,6 +154,7 @@ class Info(Result):
     dtype: str
     shard_size: int
     theta: str
+    code: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -180,6 +182,8 @@ class Info(Result):
             f"shards     {self.n_present} of {self.n_shards}, {self.shard_size} rows each, {self.dtype}",
             f"bytes      {self.n_bytes} ({self.n_bytes / max(self.n_rows, 1):.0f} a row)",
         ]
+        if self.code:
+            lines.append(f"code       {', accepted change to '.join(c[:12] or 'unreadable' for c in self.code)}")
         if self.missing:
             lines.append(f"missing    {ranges_text(self.missing)}")
         if self.rate is not None and self.seconds_left is not None:
@@ -227,7 +231,7 @@ def store_info(path: str | os.PathLike[str], *, index: Index | None = None, now:
         n_failed=sum(entry[3] for entry in entries.values()), reasons=dict(reasons), n_bytes=sum(entry[0] for entry in entries.values()),
         rate=rate, seconds_left=None if rate is None else (manifest.n - rows) / rate, writer=writer,
         simulator=str(header.simulator.get("class", "")), seed=header.seed, dtype=header.dtype,
-        shard_size=header.shard_size, theta=header.theta,
+        shard_size=header.shard_size, theta=header.theta, code=tuple(str(c.get("sha256", "")) for c in manifest.code),
     )  # fmt: skip
 
 

@@ -10,8 +10,10 @@ import json
 import os
 import re
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from sbi_phys.core.provenance import git_state
 from sbi_phys.core.types import Array
 from sbi_phys.core.version import __version__
 from sbi_phys.store._encoding import read_label
+from sbi_phys.store.identity import fingerprint_difference
 from sbi_phys.store.locks import LOCK_FILE, array_jobs, is_lock_file
 from sbi_phys.store.shards import (
     FORMAT,
@@ -39,6 +42,7 @@ __all__ = [
     "Manifest",
     "Plan",
     "existing_header",
+    "join_codes",
     "list_shards",
     "plan_store",
     "read_manifest",
@@ -56,11 +60,16 @@ _LITTER = re.compile(r"^\.(shard-(\d{5,})\.h5|store\.json|\.index\.json)\.\d+\.t
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Content of store.json: the header of all shards, the rows asked for, and the SHA-256 of given theta ('' if drawn)."""
+    """Content of store.json.
+
+    Fields: header of all shards; n, rows asked for; theta_sha256 of given theta ('' if drawn); code, fingerprints of the simulator's
+    code: that of the first rows, then those of accepted changes.
+    """
 
     header: Header
     n: int
     theta_sha256: str = ""
+    code: tuple[dict[str, Any], ...] = ()
 
     @property
     def n_shards(self) -> int:
@@ -101,6 +110,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "git": git_state(),
         "n": manifest.n,
         "theta_sha256": manifest.theta_sha256,
+        **({"code": list(manifest.code)} if manifest.code else {}),
         **manifest.header.plain(),
     }
     text = json.dumps(values, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
@@ -125,7 +135,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreError(f"{path} has schema {values.get('schema')}, written by sbi_phys {made}; expected {SCHEMA}: update sbi_phys")
     if not isinstance(values.get("n"), int) or values["n"] < 1:
         raise StoreError(f"{path} has n = {values.get('n')!r}; expected the number of rows asked for")
-    return Manifest(Header.from_plain(values, str(path)), values["n"], str(values.get("theta_sha256", "")))
+    code = values.get("code", [])
+    if not isinstance(code, list) or not all(isinstance(c, dict) and isinstance(c.get("parts"), dict) for c in code):
+        raise StoreError(f"{path} has code = {str(code)[:80]}; expected a list of fingerprints")
+    return Manifest(Header.from_plain(values, str(path)), values["n"], str(values.get("theta_sha256", "")), tuple(code))
 
 
 def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardData:
@@ -188,14 +201,25 @@ def existing_header(folder: Path) -> Header | None:
         return read_facts(file, path)[0]
 
 
-def plan_store(folder: Path, header: Header, n: int, given: Array | None, shards: range | str | int | None = None) -> Plan:
+def plan_store(
+    folder: Path,
+    header: Header,
+    n: int,
+    given: Array | None,
+    shards: range | str | int | None = None,
+    *,
+    code: dict[str, Any] | None = None,
+    accept_code_change: bool = False,
+) -> Plan:
     """Compare the folder with what is asked for, and write the manifest.
 
-    Raises: StoreError for a shard of other settings or one that cannot be read; SettingError for a wrong range.
+    Args: code: fingerprint of the simulator; accept_code_change: whether rows of other code may be in the store.
+    Raises: StoreError for a shard of other settings or one that cannot be read, and for other code; SettingError for a wrong range.
     """
     before = read_manifest(folder) if (folder / MANIFEST).exists() else None
     if before is not None:
         header.require_equal(before.header, str(folder / MANIFEST))
+    codes = _codes(folder, before, code, accept_code_change)
     sha256 = "" if given is None else hashlib.sha256(np.ascontiguousarray(given, dtype="<f8").tobytes()).hexdigest()
     if shards is not None and before is not None:
         _require_joinable(folder, before, n, sha256)
@@ -210,7 +234,7 @@ def plan_store(folder: Path, header: Header, n: int, given: Array | None, shards
     n_there = last * header.shard_size + rows[last] if rows else 0
     if given is not None and n_there > n:
         raise StoreError(f"{folder} holds {n_there} rows; expected at most the {n} rows of theta")
-    manifest = Manifest(header, max(n, n_there, 0 if mine is None or before is None else before.n), sha256)
+    manifest = Manifest(header, max(n, n_there, 0 if mine is None or before is None else before.n), sha256, codes)
     chosen = range(manifest.n_shards) if shards is None else shard_range(shards, manifest.n_shards)
     for index, got in rows.items():
         if got != manifest.rows(index):
@@ -218,6 +242,40 @@ def plan_store(folder: Path, header: Header, n: int, given: Array | None, shards
     if manifest != before:
         write_manifest(folder, manifest)
     return Plan(manifest, chosen, deque(i for i in chosen if rows.get(i) != manifest.rows(i)))
+
+
+def _codes(folder: Path, before: Manifest | None, code: dict[str, Any] | None, accept: bool) -> tuple[dict[str, Any], ...]:
+    """Return the fingerprints of the store's code with that of this call.   Raises: StoreError if it differs and is not accepted."""
+    known = () if before is None else before.code
+    if code is None:
+        return known
+    if not known:
+        return (code if before is None else {**code, "note": "rows of before were made when stores did not keep the code"},)
+    if what := fingerprint_difference(known[-1], code):
+        if not accept:
+            raise StoreError(
+                f"{folder} was made with other code of the simulator: {what}; expected the same code, since a store must not mix the two. "
+                "Simulate into another folder, or, if the change does not alter the simulations, accept it: accept_code_change=True "
+                "(command line: --accept-code-change)"
+            )
+        return (*known, code)
+    return known
+
+
+def join_codes(folders: Sequence[Path], manifests: Sequence[Manifest], accept: bool) -> tuple[dict[str, Any], ...]:
+    """Return the fingerprints of several stores, each once.   Raises: StoreError if their last ones differ and this is not accepted."""
+    found: dict[str, dict[str, Any]] = {}
+    last: tuple[Path, dict[str, Any]] | None = None
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest.code:
+            if last is not None and not accept and (what := fingerprint_difference(last[1], manifest.code[-1])):
+                raise StoreError(
+                    f"{folder} was made with other code of the simulator than {last[0]}: {what}; expected the same code, or "
+                    "accept_code_change=True (command line: --accept-code-change) if the change does not alter the simulations"
+                )
+            last = last or (folder, manifest.code[-1])
+            found |= {str(c.get("sha256")): c for c in manifest.code if str(c.get("sha256")) not in found}
+    return tuple(found.values())
 
 
 def _require_joinable(folder: Path, before: Manifest, n: int, sha256: str) -> None:

@@ -25,7 +25,7 @@ from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.store._writer import Folder, StoreWriter, require_complete, take_rows
 from sbi_phys.store.layout import Layout
-from sbi_phys.store.manifest import Manifest, list_shards, read_manifest, read_shard, write_manifest
+from sbi_phys.store.manifest import Manifest, join_codes, list_shards, read_manifest, read_shard, write_manifest
 from sbi_phys.store.shards import Header, shard_name, verify_shard
 
 __all__ = ["merge_stores", "repack_store", "split_store", "subset_store"]
@@ -36,13 +36,14 @@ def merge_stores(
     out: str | os.PathLike[str],
     *,
     shard_size: int | None = None,
+    accept_code_change: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write the rows of several stores to one new store -> its path; the sources stay as they are.
 
     Args: paths: at least two stores. out: a folder that does not exist yet. shard_size: of the new store, default that of the
-    first (stores of the same campaign keep theirs).
-    Raises: SettingError; StoreError where stores differ in simulator, prior, observables, dtype or layout, where one is
+    first (stores of the same campaign keep theirs). accept_code_change: merge rows of different code of the simulator.
+    Raises: SettingError; StoreError where stores differ in simulator, its code, prior, observables, dtype or layout, where one is
     damaged (or incomplete, with different seeds), where two share a shard or rows, or `out` exists.
 
     >>> import numpy as np, sbi_phys as sp
@@ -65,17 +66,21 @@ def merge_stores(
         other = manifest.header
         shared = replace(first, seed=other.seed, shard_size=other.shard_size, theta=other.theta, origin=other.origin)
         shared.require_equal(other, f"{folder}, to be merged with {folders[0]},")
+    code = join_codes(folders, manifests, accept_code_change)
     if all(m.header == first for m in manifests) and not first.origin:
         if shard_size is not None and shard_size != first.shard_size:
             raise SettingError(f"shard_size is {shard_size}; expected {first.shard_size}, as the stores are of one campaign (or None)")
-        _same_campaign(folders, manifests, Path(out), progress)
+        _same_campaign(folders, manifests, Path(out), code, progress)
     else:
         size = first.shard_size if shard_size is None else require_int("shard_size", shard_size, low=1)
-        _other_seeds(folders, manifests, Path(out), size, progress)
+        _other_seeds(folders, manifests, Path(out), size, code, progress)
     return Path(out)
 
 
-def _same_campaign(folders: list[Path], manifests: list[Manifest], out: Path, progress: Progress | None) -> None:
+Codes = tuple[dict[str, Any], ...]
+
+
+def _same_campaign(folders: list[Path], manifests: list[Manifest], out: Path, code: Codes, progress: Progress | None) -> None:
     hashes = {m.theta_sha256 for m in manifests}
     if len(hashes) > 1:
         raise StoreError(f"{folders[0]} and the others were made at different given theta; expected the same theta, or other seeds")
@@ -99,7 +104,7 @@ def _same_campaign(folders: list[Path], manifests: list[Manifest], out: Path, pr
             _copy(folder / shard_name(index), target)
             verify_shard(target, total.header, index, total.rows(index))
             task.advance(1)
-        write_manifest(made.aside, total)
+        write_manifest(made.aside, replace(total, code=code))
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -109,13 +114,13 @@ def _copy(source: Path, target: Path) -> None:
         raise StoreError(f"{source} cannot be copied to {target}: {err.strerror}; the sources are intact") from err
 
 
-def _other_seeds(folders: list[Path], manifests: list[Manifest], out: Path, size: int, progress: Progress | None) -> None:
+def _other_seeds(folders: list[Path], manifests: list[Manifest], out: Path, size: int, code: Codes, progress: Progress | None) -> None:
     drawn = all(m.header.theta in ("prior", "merged", "split") for m in manifests)
     sources = [_source(m.header, m.n) for m in manifests]
     theta = "merged" if drawn else "merged given"
     header = replace(manifests[0].header, shard_size=size, theta=theta, origin={"kind": "merged", "sources": sources})
     seen: dict[bytes, Path] = {}
-    with StoreWriter(out, header) as writer, or_none(progress).task("merge", sum(m.n_shards for m in manifests)) as task:
+    with StoreWriter(out, header, code) as writer, or_none(progress).task("merge", sum(m.n_shards for m in manifests)) as task:
         for folder, manifest in zip(folders, manifests, strict=True):
             for index in require_complete(folder, manifest):
                 path = folder / shard_name(index)
@@ -203,7 +208,7 @@ def _write_parts(
         for path, origin in zip(paths, origins, strict=True):
             history = {"from": manifest.header.origin} if manifest.header.origin else {}
             header = replace(manifest.header, theta=_theta(manifest.header.theta, kind, origin), origin=origin | history)
-            writers.append(stack.enter_context(StoreWriter(path, header)))
+            writers.append(stack.enter_context(StoreWriter(path, header, manifest.code)))
         with or_none(progress).task(kind, manifest.n_shards) as task:
             for index in require_complete(folder, manifest):
                 mine = part[index * size : (index + 1) * size]
@@ -277,7 +282,7 @@ def repack_store(
     folder = Path(path)
     manifest = read_manifest(folder)
     header = replace(manifest.header, layout=layout.plain(), dtype=dtype or manifest.header.dtype)
-    with StoreWriter(out, header) as writer, or_none(progress).task("repack", manifest.n_shards) as task:
+    with StoreWriter(out, header, manifest.code) as writer, or_none(progress).task("repack", manifest.n_shards) as task:
         for index in require_complete(folder, manifest):
             writer.add(read_shard(folder, manifest, index))
             task.advance(1)

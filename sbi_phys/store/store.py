@@ -100,6 +100,11 @@ class Store:
         return dict(self._manifest.header.simulator)
 
     @property
+    def code(self) -> tuple[dict[str, Any], ...]:
+        """Fingerprints of the simulator's code: that of the first rows, then those of accepted changes; empty if none is known."""
+        return tuple(self._manifest.code)
+
+    @property
     def theta_kind(self) -> str:
         """Origin of theta: 'prior', 'given', 'merged' or 'split' (both still draws of the prior), 'subset', 'imported'."""
         return self._manifest.header.theta

@@ -33,6 +33,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the new store;
 Rows = Annotated[int | None, typer.Option("--shard-size", help="Rows per shard of the new store; default: that of the first store.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Repeat until the store is complete.")]
 Interval = Annotated[float, typer.Option("--interval", min=0.05, help="Seconds between updates.")]
+Accept = Annotated[bool, typer.Option("--accept-code-change", help="Merge rows of different code of the simulator.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -143,14 +144,15 @@ def _register_changes(store: typer.Typer) -> None:
             typer.echo(left)
 
     @store.command()
-    def merge(folders: Folders, out: Out, shard_size: Rows = None, debug: Debug = False) -> None:
+    def merge(folders: Folders, out: Out, shard_size: Rows = None, accept_code_change: Accept = False, debug: Debug = False) -> None:
         """Merge stores of the same simulator and prior into a new one."""
         with plain_errors(debug):
             from sbi_phys.core.progress import RichProgress
             from sbi_phys.store.info import store_info
             from sbi_phys.store.merge import merge_stores
 
-            _show(store_info(merge_stores(folders, out, shard_size=shard_size, progress=RichProgress())), False)
+            merged = merge_stores(folders, out, shard_size=shard_size, accept_code_change=accept_code_change, progress=RichProgress())
+            _show(store_info(merged), False)
 
 
 def _show(state: "Info", as_json: bool) -> None:

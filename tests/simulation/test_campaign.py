@@ -1,4 +1,6 @@
+import importlib
 import io
+import json
 import multiprocessing
 import shutil
 import subprocess
@@ -262,6 +264,75 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, simulator, changes, mes
         with pytest.raises(StoreError, match=message):
             simulate(simulator, 300, tmp_path, **{"seed": 7, "workers": 1, **changes})
     assert {k: v for k, v in digests(tmp_path).items() if k != "store.json"} == {k: v for k, v in before.items() if k != "store.json"}
+
+
+CODE = """
+import numpy as np, sbi_phys as sp
+from rates import SCALE
+class Mine:
+    settings = {}
+    parameters = (sp.Parameter("a", 1.0, 5.0),)
+    prior = sp.BoxPrior(parameters)
+    observables = (sp.Observable("n", 2, kind="counts"),)
+    def simulate(self, theta, rng):
+        return rng.poisson(SCALE * np.repeat(theta, 2, axis=1))
+"""
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """A simulator whose code is edited between calls: `edited(scale)` returns it with another value of a constant beside it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "edited_mine.py").write_text(CODE)
+
+    def load(scale):
+        (tmp_path / "rates.py").write_text(f"SCALE = {scale}\n")
+        for name in ("edited_mine", "rates"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return importlib.import_module("edited_mine").Mine()
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield load
+    for name in ("edited_mine", "rates"):
+        sys.modules.pop(name, None)
+
+
+def test_a_store_refuses_rows_of_edited_code(tmp_path, edited):
+    folder, options = tmp_path / "store", {"seed": 0, "workers": 1, "shard_size": 100}
+    first = simulate(edited("1.0"), 100, folder, **options)
+    assert [set(c) for c in first.code] == [{"sha256", "parts"}] and set(first.code[0]["parts"]) == {"edited_mine", "rates"}
+    changed = edited("50.00")
+    before = digests(folder)
+    for n in (100, 200):  # also where nothing is left to make
+        with pytest.raises(StoreError, match=r"other code of the simulator: rates changed; .* accept_code_change=True"):
+            simulate(changed, n, folder, **options)
+    with pytest.raises(StoreError, match="rates changed"):
+        simulate(changed, 200, folder, shards="1", **options)
+    assert {k: v for k, v in digests(folder).items() if k != ".plan.lock"} == before
+    store = simulate(changed, 200, folder, accept_code_change=True, **options)
+    assert store.code[0] == first.code[0] and len(store.code) == 2 and store.n_rows == 200
+    assert digests(folder)[shard_name(0)] == before[shard_name(0)]
+    assert simulate(changed, 200, folder, **options).code == store.code  # accepted for good
+    with pytest.raises(StoreError, match="rates changed"):
+        simulate(edited("1.0"), 300, folder, **options)
+
+
+def test_a_store_made_before_the_code_was_kept_is_accepted(tmp_path, edited):
+    simulator = edited("1.0")
+    simulate(simulator, 100, tmp_path / "store", workers=1, shard_size=100)
+    manifest = tmp_path / "store" / "store.json"
+    values = json.loads(manifest.read_text())
+    code = values.pop("code")
+    manifest.write_text(json.dumps(values))
+    assert Store(tmp_path / "store").code == ()
+    store = simulate(simulator, 200, tmp_path / "store", workers=1)
+    assert [c["sha256"] for c in store.code] == [code[0]["sha256"]] and "stores did not keep the code" in store.code[0]["note"]
+    with pytest.raises(StoreError, match="rates changed"):
+        simulate(edited("2.00"), 200, tmp_path / "store", workers=1)
+    manifest.write_text(json.dumps({**values, "code": ["abc"]}))
+    with pytest.raises(StoreError, match=r"has code = \['abc'\]; expected a list of fingerprints"):
+        Store(tmp_path / "store")
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -100,6 +100,7 @@ def test_info_of_a_finished_store(tmp_path):
     assert (info.n_rows, info.n_requested, info.n_present, info.n_shards, info.missing) == (350, 350, 4, 4, ())
     assert info.complete and info.rate is None and info.writer == "" and info.n_failed == store.n_failed
     assert info.n_bytes == sum(p.stat().st_size for p in tmp_path.glob("shard-*"))
+    assert info.code == (store.code[0]["sha256"],) and f"code       {info.code[0][:12]}\n" in info.summary()
     assert "state      complete" in info.summary() and info.line().startswith("350/350 rows (100 %), 4/4 shards, ")
 
 

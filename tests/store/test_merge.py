@@ -1,11 +1,13 @@
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from sbi_phys.core.errors import DataError, SettingError, StoreError
 from sbi_phys.simulation.campaign import simulate
+from sbi_phys.store.manifest import read_manifest, write_manifest
 from sbi_phys.store.merge import merge_stores
 from sbi_phys.store.shards import shard_name
 from sbi_phys.store.store import Store
@@ -36,6 +38,23 @@ def test_shard_ranges_of_one_campaign_become_that_campaign(made, tmp_path):
             (tmp_path / name / shard_name(i)).unlink()
     merge_stores([tmp_path / "x", tmp_path / "y"], tmp_path / "out")
     assert digests(tmp_path / "out") == digests(made[0].path)
+
+
+def test_the_code_is_kept_and_other_code_is_refused(made, tmp_path):
+    code = made[0].code
+    assert len(code) == 1 and made[0].subset(tmp_path / "few", rows=[1, 2]).code == code
+    assert [s.code for s in made[0].split([tmp_path / "s", tmp_path / "t"], [0.5, 0.5])] == [code, code]
+    assert Store(merge_stores([s.path for s in made], tmp_path / "both")).code == code
+    shutil.copytree(made[1].path, tmp_path / "edited")
+    manifest = read_manifest(tmp_path / "edited")
+    other = {"sha256": "b", "parts": {**code[0]["parts"], "tests.more": "b"}}
+    write_manifest(tmp_path / "edited", replace(manifest, code=(other,)))
+    with pytest.raises(StoreError, match=r"edited was made with other code of the simulator than .*a: tests.more is new"):
+        merge_stores([made[0].path, tmp_path / "edited"], tmp_path / "out")
+    merged = merge_stores([made[0].path, tmp_path / "edited"], tmp_path / "out", accept_code_change=True)
+    assert Store(merged).code == (*code, other)
+    write_manifest(tmp_path / "edited", replace(manifest, code=()))  # not known: an older store
+    assert Store(merge_stores([tmp_path / "edited", made[0].path], tmp_path / "old")).code == code
 
 
 def test_gaps_stay_and_simulate_fills_them(made, tmp_path):
