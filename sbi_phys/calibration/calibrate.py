@@ -10,6 +10,7 @@ of whether the observation resembles the simulations is reported separately from
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,8 +39,10 @@ from sbi_phys.core.results import Result, Rows, plain
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.priors import Observable, Parameter
-from sbi_phys.priors.blocks import column_name, failed_rows, missing_columns, to_rows
-from sbi_phys.simulation.protocol import Simulator, check_output
+from sbi_phys.priors.blocks import column_name, missing_columns, to_rows
+from sbi_phys.simulation.protocol import Simulator
+from sbi_phys.simulation.rows import simulate_rows
+from sbi_phys.store.identity import class_path
 from sbi_phys.store.store import Store
 
 if TYPE_CHECKING:
@@ -293,15 +296,23 @@ class _Drawn:
             if not self.is_estimator:
                 raise SettingError("draws were given with a simulator; expected the (theta, x) that they are draws for")
             theta = given.prior.sample(self.n, rng_for(self.seed, "calibrate theta"))
-            x = _simulated(given, theta, rng_for(self.seed, "calibrate x"))
-            good = ~failed_rows(x, given.observables)
-            return theta[good], x[good]
+            return _simulated(given, theta, rng_for(self.seed, "calibrate x"))
         raise SettingError(f"simulations is a {type(given).__name__}; expected a simulator, a store, its path, or (theta, x)")
 
 
-def _simulated(simulator: Simulator, theta: Array, rng: np.random.Generator) -> Array:
-    """Rows x (n, k) at theta (n, d)."""
-    return np.asarray(check_output(simulator, simulator.simulate(theta, rng), len(theta)), dtype=np.float64)
+def _simulated(simulator: Simulator, theta: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Theta and x of the simulations that succeed.   Warns: if some fail, for which no posterior is tested.   Raises: DataError."""
+    x, reasons = simulate_rows(simulator, theta, rng)
+    if reasons:
+        row, reason = next(iter(reasons.items()))
+        warnings.warn(
+            f"{len(reasons)} of {len(theta)} simulations of {class_path(simulator)} failed and are left out; the calibration holds for "
+            f"simulations that succeed. Row {row}: {reason:.200}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    good = np.setdiff1d(np.arange(len(theta)), list(reasons))
+    return theta[good], x[good]
 
 
 def _rows(name: str, x: Any, observables: Sequence[Observable] | None) -> Array:
@@ -418,9 +429,9 @@ def _posterior_sbc(draw: _Drawn) -> Any:
     posterior, rng = draw.posterior, rng_for(draw.seed, "posterior sbc")
     draws = np.asarray(posterior.sample(draw.x_obs, _REPLICA_DRAWS, seed=seed_for(draw.seed, "posterior sbc")))
     theta = draws[rng.integers(len(draws), size=_REPLICAS)]
-    x = _simulated(draw.simulator, theta, rng)
+    theta, x = _simulated(draw.simulator, theta, rng)
     log_prior = draw.simulator.prior.log_prob(draws)
-    log_q = posterior.log_prob_draws(np.broadcast_to(draws, (_REPLICAS, *draws.shape)), x)
+    log_q = posterior.log_prob_draws(np.broadcast_to(draws, (len(x), *draws.shape)), x)
     return posterior_sbc(theta, draws, log_q - log_prior, draw.names, seed=draw.seed)
 
 
@@ -430,6 +441,5 @@ def _misspecification(draw: _Drawn) -> Any:
     rows = draw.x
     if draw.simulator is not None:
         theta = draw.simulator.prior.sample(_FEATURE_ROWS, rng_for(draw.seed, "features theta"))
-        rows = _simulated(draw.simulator, theta, rng_for(draw.seed, "features x"))
-        rows = rows[~failed_rows(rows, draw.simulator.observables)]
+        _, rows = _simulated(draw.simulator, theta, rng_for(draw.seed, "features x"))
     return misspecification(_features(draw, rows), _features(draw, draw.x_obs[None])[0], seed=draw.seed)

@@ -23,6 +23,7 @@ __all__ = [
     "require_known",
     "require_number",
     "require_same_rows",
+    "shortened",
 ]
 
 
@@ -148,6 +149,15 @@ def find_name(name: str, names: Sequence[str]) -> int:
     if name not in names:
         raise SettingError(f"there is no parameter {name!r}; expected one of {', '.join(names)}{did_you_mean(name, names)}")
     return list(names).index(name)
+
+
+def shortened(value: Any, most: int = 200) -> str:
+    """Return text, or the representation of another value, in one line of at most `most` characters: its begin, '...', and its end."""
+    text = " ".join((value if isinstance(value, str) else repr(value)).split())
+    if len(text) <= most:
+        return text
+    end = most // 4
+    return f"{text[: most - end - 3]}...{text[-end:]}"
 
 
 def did_you_mean(got: Any, options: Iterable[str]) -> str:

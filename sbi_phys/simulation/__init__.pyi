@@ -7,3 +7,4 @@ from .protocol import RowsFailedError as RowsFailedError
 from .protocol import Simulator as Simulator
 from .protocol import check_simulator as check_simulator
 from .protocol import load_simulator as load_simulator
+from .rows import simulate_rows as simulate_rows

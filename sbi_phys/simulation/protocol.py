@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from sbi_phys.core.checks import did_you_mean, require_int, require_known
-from sbi_phys.core.errors import SettingError, SimulatorMismatchError
+from sbi_phys.core.checks import did_you_mean, require_int, require_known, shortened
+from sbi_phys.core.errors import DataError, SettingError, SimulatorMismatchError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import AnyArray, Array
 from sbi_phys.priors import Observable, Parameter, Prior
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-class RowsFailedError(Exception):
+class RowsFailedError(DataError):
     """Raised by a simulator when some rows of a call failed; it carries the other rows, which are kept.
 
     Args: x (n, k), with any values in the failed rows. reasons: {row: text}.
@@ -44,7 +44,7 @@ class RowsFailedError(Exception):
     def __str__(self) -> str:
         """Return the number of failed rows and the first reason."""
         row, text = next(iter(self.reasons.items()), (0, "no reason"))
-        return f"{len(self.reasons)} of {len(self.x)} rows failed, first row {row}: {text}"
+        return f"{len(self.reasons)} of {len(self.x)} rows failed, first row {row}: {shortened(text)}"
 
 
 def event_reason(err: BaseException) -> str:

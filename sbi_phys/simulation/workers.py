@@ -11,13 +11,11 @@ exist on another machine as well.
 
 import errno
 import os
-import re
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +26,11 @@ from sbi_phys.core.errors import DataError, StoreError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import AnyArray, Array
 from sbi_phys.priors import prior_from_dict
-from sbi_phys.priors.blocks import column_name, failed_rows, missing_columns
+from sbi_phys.priors.blocks import column_name, failed_rows
 from sbi_phys.simulation._sandbox import Sandbox
 from sbi_phys.simulation.processes import limit_threads_for_good, unpickle_simulator
-from sbi_phys.simulation.protocol import RowsFailedError, Simulator, check_output
+from sbi_phys.simulation.protocol import Simulator, check_output
+from sbi_phys.simulation.rows import non_finite_reason, simulate_parts
 from sbi_phys.store.identity import class_path
 from sbi_phys.store.shards import NON_FINITE, OK, RAISED, Header, ShardData, shard_name, write_shard
 
@@ -39,11 +38,7 @@ __all__ = ["ShardResult", "ShardTask", "close_sandboxes", "make_rows", "name_dis
 
 # If all rows of a shard fail and there are at least this many, the simulator is considered broken and the shard is not written.
 BROKEN_ROWS = 16
-# Number of parts into which a failed batch is divided. Two parts need the fewest calls; more parts repeat fewer rows and crash fewer
-# processes: with one failing row in a hundred, sixteen parts take half the time of two.
-_PARTS = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,36 +142,23 @@ def make_rows(simulator: Simulator, theta: Array, header: Header, *key: int | st
     """
     n = theta.shape[0]
     parts: list[tuple[int, NDArray[np.floating]]] = []
-    status = np.full(n, RAISED, dtype=np.uint8)
+    status = np.zeros(n, dtype=np.uint8)
     reasons: dict[int, str] = {}
-    todo, call = [(0, n)], call or simulator.simulate
-    while todo:
-        start, stop = todo.pop()
-        rng = rng_for(header.seed, *key) if stop - start == n else rng_for(header.seed, *key, start, stop)
-        try:
-            # copied, because a simulator that works in place must not change the stored theta
-            got, failed = call(theta[start:stop].copy(), rng), {}
-        except RowsFailedError as err:
-            got, failed = err.x, err.reasons
-        except MemoryError as err:
-            # depends on the machine and not on the row: a flag would make the data depend on where it was simulated
-            raise StoreError(f"memory ran out in a batch of {stop - start} rows; expected a smaller shard_size (now {n})") from err
-        except StoreError:
-            raise  # from the sandbox: no process can be started
-        except (Exception, SystemExit) as err:
-            if stop - start == 1:
-                reasons[start] = _reason(err)
-            else:
-                n_parts = min(_PARTS, stop - start)
-                edges = [start + (stop - start) * i // n_parts for i in range(n_parts + 1)]
-                todo += reversed(list(pairwise(edges)))
-            continue
-        good = _as_stored(simulator, check_output(simulator, got, stop - start), header.dtype)
-        status[start:stop] = OK
-        for row, text in failed.items():
-            status[start + row], reasons[start + row] = RAISED, _ADDRESS.sub("0x...", text)
-        # copied, because a simulator may reuse its output buffer in the next call
-        parts.append((start, good if stop - start == n else good.copy()))
+
+    def rng_of(start: int, stop: int) -> np.random.Generator:
+        return rng_for(header.seed, *key) if stop - start == n else rng_for(header.seed, *key, start, stop)
+
+    try:
+        for start, stop, got, failed in simulate_parts(call or simulator.simulate, theta, rng_of):
+            reasons |= failed
+            if got is not None:
+                good = _as_stored(simulator, check_output(simulator, got, stop - start), header.dtype)
+                # copied, because a simulator may reuse its output buffer in the next call
+                parts.append((start, good if stop - start == n else good.copy()))
+    except MemoryError as err:
+        # depends on the machine and not on the row: a flag would make the data depend on where it was simulated
+        raise StoreError(f"memory ran out in a batch of {n} rows; expected a smaller shard_size (now {n})") from err
+    status[list(reasons)] = RAISED
     if len(parts) == 1 and parts[0][1].shape[0] == n:
         x = parts[0][1]  # the usual case needs no further copy
     else:
@@ -186,7 +168,7 @@ def make_rows(simulator: Simulator, theta: Array, header: Header, *key: int | st
     bad = failed_rows(x, simulator.observables)
     for row in map(int, np.flatnonzero((status == OK) & bad)):
         status[row] = NON_FINITE
-        reasons[row] = _non_finite_reason(simulator, x[row])
+        reasons[row] = non_finite_reason(simulator, x[row])
     return ShardData(theta, x, status, dict(sorted(reasons.items())))
 
 
@@ -218,6 +200,9 @@ def _as_stored(simulator: Simulator, x: AnyArray, dtype: str) -> NDArray[np.floa
         out = x.astype(dtype)
     finite = np.isfinite(out)
     lost = np.zeros_like(finite) if finite.all() else ~finite & np.isfinite(x)
+    faint = (out == 0) & (x != 0)
+    if faint.any():  # a tail may end in 0, but a column whose values mostly do has lost its meaning
+        lost |= faint & (2 * np.count_nonzero(faint, axis=0) > np.count_nonzero(x, axis=0))
     start = 0
     for o in simulator.observables:
         block = slice(start, start + o.size)
@@ -231,16 +216,3 @@ def _as_stored(simulator: Simulator, x: AnyArray, dtype: str) -> NDArray[np.floa
             'cannot hold; expected dtype="float64" for this store'
         )
     return out
-
-
-def _reason(err: BaseException) -> str:
-    # memory addresses differ between runs and would change the bytes of the file
-    return _ADDRESS.sub("0x...", f"{type(err).__name__}: {err}")
-
-
-def _non_finite_reason(simulator: Simulator, x: NDArray[np.floating]) -> str:
-    missing = missing_columns(simulator.observables)
-    bad = np.flatnonzero(~np.isfinite(x) & ~(np.isnan(x) & missing))
-    if not bad.size:
-        return f"all {x.size} values of x are missing"
-    return f"non-finite x in {bad.size} of {x.size} columns, first {x[bad[0]]} in {column_name(simulator.observables, int(bad[0]))}"

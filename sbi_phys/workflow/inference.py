@@ -32,6 +32,7 @@ from sbi_phys.samplers.mcmc import run_emcee
 from sbi_phys.samplers.tempering import spread_start
 from sbi_phys.simulation.campaign import simulate as run_simulations
 from sbi_phys.simulation.clusters import cluster_executor
+from sbi_phys.simulation.rows import simulate_rows
 from sbi_phys.store.store import Store
 from sbi_phys.workflow.run import Run
 
@@ -341,9 +342,8 @@ def predictive(run: Run) -> tuple[Array, Array, tuple[Array, Array]]:
     final = run.read_draws("posterior.nc").flat
     rng = run.rng("check")
     theta = final[rng.choice(len(final), min(run.config.check.n, len(final)), replace=False)]
-    replicas = np.asarray(run.simulator.simulate(theta, rng), dtype=np.float64)
-    good = np.isfinite(replicas).all(axis=1)
-    theta, replicas = theta[good], replicas[good]
+    replicas, failed = simulate_rows(run.simulator, theta, rng)
+    theta, replicas = np.delete(theta, list(failed), axis=0), np.delete(replicas, list(failed), axis=0)
     deviance = getattr(run.simulator, "deviance", None)
     if deviance is not None:
         return theta, replicas, (np.asarray(deviance(replicas, theta)), np.asarray(deviance(run.observation, theta)))

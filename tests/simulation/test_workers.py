@@ -3,12 +3,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from sbi_phys.core.errors import DataError, SimulatorMismatchError, StoreError
 from sbi_phys.core.rng import rng_for
+from sbi_phys.priors import Observable
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.store.manifest import list_shards
 from tests.toys import Counts, Flaky, Gaps, LinearGaussian, Misbehaving
@@ -210,3 +212,24 @@ def test_nan_beside_the_missing_ones_inf_and_empty_rows_are_failures(tmp_path):
     assert [f.reason.partition(" in")[0] for f in store.failures()] == ["non-finite x"] * 3
     assert "image[0, 1]" in store.failures()[0].reason
     assert "present[0]" in store.failures()[1].reason
+
+
+def test_a_column_that_float32_turns_into_zeros_is_refused(tmp_path):
+    class Flux:
+        settings: ClassVar[dict] = {}
+        prior = LinearGaussian(1).prior
+        parameters = prior.parameters
+        observables = (Observable("t", 1), Observable("flux", 2))
+
+        def __init__(self, exponent):
+            self.exponent = exponent
+
+        def simulate(self, theta, rng):
+            return np.hstack([theta, 10.0 ** (self.exponent + theta), np.exp(-60 * theta**2)])  # the last has a tail
+
+    with pytest.raises(DataError, match=r"in flux\[0\], which float32 cannot hold; expected dtype=\"float64\""):
+        simulate(Flux(-50), 100, tmp_path / "a", workers=1)
+    x = simulate(Flux(-50), 100, tmp_path / "b", workers=1, dtype="float64").read()[1]
+    assert (x[:, 1] > 0).all()
+    x = simulate(Flux(-10), 100, tmp_path / "c", workers=1).read()[1]
+    assert (x[:, 1] > 0).all() and (x[:, 2] == 0).any()
