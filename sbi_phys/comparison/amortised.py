@@ -91,7 +91,7 @@ class ModelComparison(BaseEstimator, Result):
         x, sizes = np.concatenate(samples), np.array([len(s) for s in samples])
         label = np.repeat(np.arange(len(samples)), sizes)
         shares = torch.from_numpy((len(x) / (len(samples) * sizes))[label]).float()
-        scaler = XScaler.fit(x, count_columns(x, self.x_transform, self.observables))
+        scaler = XScaler.fit(x, count_columns(x, self.x_transform, self.observables), standardise=self.standardise)
         rows = (scaler.apply(x), torch.from_numpy(label), shares)
         config = self.config or _config(len(x))
         self._train(InMemory(rows, scaler, config, seed=self.seed, device=self.device), model_loss, checkpoint, or_none(progress))

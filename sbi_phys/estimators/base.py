@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sbi_phys.core.checks import as_matrix, did_you_mean, require_int
+from sbi_phys.core.checks import as_matrix, did_you_mean, require_choice, require_int
 from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, SimulatorMismatchError
 from sbi_phys.core.progress import Progress, or_none
@@ -51,7 +51,7 @@ from sbi_phys.store.store import Store
 from sbi_phys.training.batches import Batches
 from sbi_phys.training.checkpoint import read_file, write_file
 from sbi_phys.training.loop import Loss, TrainConfig, fit
-from sbi_phys.training.scaling import XScaler
+from sbi_phys.training.scaling import STANDARDISE, XScaler
 from sbi_phys.training.sources import Rows, Scaling, Settings, from_arrays, from_simulator, from_stores, stores_of
 
 __all__ = ["FILE", "BaseEstimator", "Estimator", "History", "Shared", "load"]
@@ -98,6 +98,7 @@ class Shared(TypedDict, total=False):
     n_ensemble: int
     device: str | torch.device
     x_transform: str
+    standardise: str
     observables: Sequence[Observable] | None
     simulator: Simulator | None
     config: TrainConfig | None
@@ -112,7 +113,9 @@ class BaseEstimator:
         n_ensemble: networks, trained with different seeds and splits.
         device: 'auto' takes CUDA where there is one.
         x_transform: 'auto', 'counts' (Anscombe's root) or 'real'; 'auto' asks `observables`, else looks at the values.
-        observables: the simulator's blocks of columns; None takes those of the simulator or of the store.
+        standardise: what a network receives: x scaled by 'column' or by 'block' (observable), or as it is, 'none'.
+        observables: the simulator's blocks of columns; None takes those of the simulator or of the store. With them x may be rows (n, k),
+            in the shape of the only observable, or {name: array}, and NaN is a missing value where they say so (`training.scaling`).
         simulator: that the simulations come from; its identity is kept in the model file.
         config: of the training loop.
 
@@ -140,6 +143,7 @@ class BaseEstimator:
         n_ensemble: int = 1,
         device: str | torch.device = "auto",
         x_transform: str = "auto",
+        standardise: str = "column",
         observables: Sequence[Observable] | None = None,
         simulator: Simulator | None = None,
         config: TrainConfig | None = None,
@@ -152,6 +156,7 @@ class BaseEstimator:
         self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
         self.device = resolve_device(device)
         self.x_transform = x_transform
+        self.standardise = require_choice("standardise", standardise, STANDARDISE)
         self.observables = tuple(observables) if observables is not None else None
         self.identity = None if simulator is None else simulator_identity(simulator)
         self.config = config
@@ -414,7 +419,9 @@ class Estimator(BaseEstimator):
         return from_stores(stores, self._source_settings(), memory, progress, weights)
 
     def _source_settings(self) -> Settings:
-        return Settings(self.prior, self.seed, self.config, self.device, self.x_transform, self.observables, self._scaling())
+        return Settings(
+            self.prior, self.seed, self.config, self.device, self.x_transform, self.observables, self._scaling(), self.standardise
+        )
 
     def _scaling(self) -> Callable[[AnyArray, Integers | slice], Scaling] | None:
         """Function (x, training rows) -> map of x to the network's input; None takes `XScaler`."""

@@ -108,7 +108,8 @@ class HypothesisRatio(BaseEstimator):
         """Scale, train every member, keep the result."""
         config = self.config or _default_config(len(events.x))
         first, _ = split_rows(len(events.x), config.validation_fraction, seed_for(self.seed, "member", 0))
-        scaler = XScaler.fit(events.x[first], count_columns(events.x, self.x_transform, self.observables))
+        counts = count_columns(events.x, self.x_transform, self.observables)
+        scaler = XScaler.fit(events.x[first], counts, standardise=self.standardise)
         if (scaler.counts & (events.x < 0).any(axis=0)).any():
             raise DataError("x has negative values in columns declared as counts; expected counts >= 0")
         self._prior, self._boxes = None, [_box(t) for t in (events.theta0, events.theta1)]
@@ -273,7 +274,7 @@ class TwoHypotheses(HypothesisRatio):
         """Settings of n rows (theta, x); the prior and the ranges of theta are kept."""
         self._prior, self._boxes = prior, [_box(theta) for theta in thetas]
         config = self.config or _default_config(max(n, MIN_EVENTS))
-        return Settings(prior, self.seed, config, self.device, self.x_transform, self.observables)
+        return Settings(prior, self.seed, config, self.device, self.x_transform, self.observables, standardise=self.standardise)
 
     def row_loss(self, net: nn.Module, u: Tensor, x: Tensor) -> Tensor:
         """Cross entropy of pairs made of rows (u, x)."""

@@ -231,7 +231,8 @@ class SALLY(BaseEstimator):
         n = len(events)
         config = self.config or TrainConfig(batch_size=int(np.clip(2 ** round(math.log2(n / 80)), 16, 1024)), max_epochs=30, patience=30)
         first, _ = split_rows(n, config.validation_fraction, seed_for(self.seed, "member", 0))
-        scaler = XScaler.fit(events[first], count_columns(events, self.x_transform, self.observables))
+        counts = count_columns(events, self.x_transform, self.observables)
+        scaler = XScaler.fit(events[first], counts, standardise=self.standardise)
         spread = np.sqrt((target[first] ** 2).mean(axis=0))
         self._scale = np.where(spread > 0, spread, 1.0)
         rows = [scaler.apply(events), torch.from_numpy((target / self._scale).astype(np.float32))]

@@ -29,7 +29,7 @@ Papamakarios & Murray 2016, arXiv:1605.06376 (r).
 
 import itertools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Unpack, cast
 
 import numpy as np
@@ -46,7 +46,7 @@ from sbi_phys.estimators.density_sampling import Gradient, PosteriorDraws, sampl
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.likelihood import DequantisedLoss, XColumns, log_density_rows, noise_points, value_and_gradient
 from sbi_phys.nets.posterior import PosteriorNet, sample_net
-from sbi_phys.priors import Observable, Parameter, Prior
+from sbi_phys.priors import Observable, Parameter, Prior, to_rows
 from sbi_phys.samplers.importance import Proposal
 from sbi_phys.training.loop import Loss
 
@@ -97,6 +97,8 @@ class NLE(Estimator):
         self._choose_flow = isinstance(flow, str) and flow == "auto"
         kind = "spline" if self._choose_flow else flow
         self.flow = FlowConfig(kind=kind, n_layers=3, hidden=32) if isinstance(kind, str) else kind
+        if self.standardise != "column":
+            raise SettingError(f"standardise is {self.standardise!r}; expected 'column': no network of an NLE has x as input")
         self.dequantise = dequantise
         self.n_noise = require_int("n_noise", n_noise, low=1)
 
@@ -116,6 +118,12 @@ class NLE(Estimator):
 
     def _scaling(self) -> Callable[[AnyArray, Integers | slice], XColumns]:
         def columns(x: AnyArray, train: Integers | slice) -> XColumns:
+            gaps = [o.name for o in self.observables or () if o.missing]
+            if gaps:
+                raise SettingError(
+                    f"values of {', '.join(gaps)} may be missing, and a density of x has no such values; expected NPE or NRE, or observables "
+                    "without missing=True"
+                )
             if x.ndim != 2:
                 raise ShapeError(f"x has shape {x.shape}; expected (n, k), one event a row")
             data = np.asarray(x, dtype=np.float64)
@@ -129,6 +137,14 @@ class NLE(Estimator):
     def _columns(self) -> XColumns:
         return cast(XColumns, self._require_fit())
 
+    def _checked(self, x: ArrayLike | Tensor, *, rows: bool = False) -> tuple[Array, bool]:
+        """Events x as rows (n, k), from any form that `priors.to_rows` takes, and whether it is a single one."""
+        known = self.observables
+        if known is not None and (isinstance(x, Mapping) or (len(known) == 1 and np.shape(x)[-len(known[0].shape) :] == known[0].shape)):
+            found, single = to_rows(x, known)
+            x = found[0] if single else found
+        return self._columns().check("x", x, rows=rows)
+
     def _noise(self, columns: XColumns) -> Array:
         return noise_points(columns, self.n_noise, self.seed)
 
@@ -140,8 +156,8 @@ class NLE(Estimator):
         Probabilities where x are counts, densities per unit of x elsewhere.
         Raises: ShapeError, NonFiniteError, SupportError (theta outside the prior), DataError (no events; x outside the support).
         """
-        columns, inputs = self._columns(), self._u(theta)
-        array, _ = columns.check("x", x, rows=event_set)
+        inputs = self._u(theta)
+        array, _ = self._checked(x, rows=event_set)
         if len(inputs) == 1 and not event_set:
             inputs = inputs.expand(len(array), -1)
         m = len(inputs)
@@ -166,8 +182,8 @@ class NLE(Estimator):
 
         Raises: as `log_likelihood`.
         """
-        columns, inputs = self._columns(), self._u(theta)
-        array, _ = columns.check("x", x, rows=True)
+        inputs = self._u(theta)
+        array, _ = self._checked(x, rows=True)
         if owner.shape != (len(array),) or owner.min() < 0 or owner.max() >= len(inputs):
             raise ShapeError(f"owner has shape {owner.shape}; expected ({len(array)},) with values in 0 .. {len(inputs) - 1}")
         return self._rows(array, inputs, owner)
@@ -190,7 +206,7 @@ class NLE(Estimator):
         Args: x (k,), one event, or with event_set (n_events, k).   Raises: as `log_likelihood`.
         """
         columns, inputs = self._columns(), self._u(theta)
-        array, _ = columns.check("x", x, rows=event_set)
+        array, _ = self._checked(x, rows=event_set)
         if len(array) != 1 and not event_set:
             raise ShapeError(f"x has {len(array)} rows; expected one event, or event_set=True")
         return value_and_gradient(self._nets, columns, self._noise(columns), array, inputs)
@@ -221,7 +237,7 @@ class NLE(Estimator):
         Raises: as `log_likelihood`, and ConvergenceError.
         """
         columns = self._columns()
-        array, _ = columns.check("x", x, rows=event_set)
+        array, _ = self._checked(x, rows=event_set)
         if len(array) != 1 and not event_set:
             raise ShapeError(f"x has {len(array)} rows; expected one event ({columns.n_columns},), or event_set=True")
         return sample_posterior(

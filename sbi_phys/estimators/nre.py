@@ -71,6 +71,7 @@ from sbi_phys.priors import Prior, standard_normal_log_prob
 from sbi_phys.samplers.importance import Proposal, effective_size
 from sbi_phys.samplers.mixture import Mixture
 from sbi_phys.samplers.tempering import temper
+from sbi_phys.training.scaling import XScaler
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,7 +135,7 @@ class NRE(Estimator):
         loss: 'carl' (the same as 'nre-a'), 'nre-c' or 'bnre', see the module.
         network: of the part that sees pairs; None takes a trunk of width 64 and 32 products.
         reference: 'posterior', 'likelihood' (see `nets.classifier`) or 'auto': the latter for up to 64 columns of numbers, the former where
-            there are more, or where the embedding is a module.
+            there are more, where values may be missing, or where the embedding is a module.
         n_ensemble: networks, trained with different seeds and splits; log r is the mean of theirs, so that their factors of x alone, which
             differ by nats, do not favour one network for each x.
         contrast: other theta per joint pair; None takes 8.
@@ -174,7 +175,10 @@ class NRE(Estimator):
     def build(self, scaler: Any, seed: int) -> PairClassifier:
         """Classifier of pairs with its Gaussian reference."""
         shape = scaler.shape
-        columns = len(shape) == 1 and shape[0] <= _COLUMNS and not isinstance(self.embedding, nn.Module)
+        gaps = isinstance(scaler, XScaler) and bool(scaler.missing.any())
+        if gaps and self.reference == "likelihood":
+            raise SettingError("reference is 'likelihood', a Gaussian of all columns, and values of x may be missing; expected 'posterior'")
+        columns = len(shape) == 1 and shape[0] <= _COLUMNS and not gaps and not isinstance(self.embedding, nn.Module)
         kind = self.reference if self.reference != "auto" else "likelihood" if columns else "posterior"
         return PairClassifier(self.prior.free_dim, shape, self.network, self.embedding, seed=seed, reference=kind)
 

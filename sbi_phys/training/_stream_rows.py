@@ -32,22 +32,23 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from sbi_phys.core.checks import require_choice
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, SimulatorMismatchError, StoreError, SupportError
 from sbi_phys.core.files import open_aside, write_aside
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, Integers, Mask
 from sbi_phys.priors import Observable, Prior
+from sbi_phys.priors.blocks import column_name, failed_rows, fractional
 from sbi_phys.store.locks import StoreLock
 from sbi_phys.store.manifest import Manifest, list_shards, read_manifest
 from sbi_phys.store.shards import Header, open_shard, read_facts, require_place, shard_name
 from sbi_phys.store.store import Store
-from sbi_phys.training.scaling import XScaler, count_columns
+from sbi_phys.training.scaling import STANDARDISE, Sums, XScaler, count_columns
 
 __all__ = [
     "CELL",
     "Job",
-    "Moments",
     "Prepared",
     "RowSource",
     "RowTransform",
@@ -58,6 +59,7 @@ __all__ = [
     "inspect_shard",
     "open_stores",
     "prepare",
+    "scaler_of",
     "transform_for",
     "typical_row",
 ]
@@ -196,6 +198,8 @@ class RowTransform:
     prior: Prior
     counts: Mask
     shift: Array
+    observables: tuple[Observable, ...] = ()
+    standardise: str = "column"
 
     @property
     def dim_u(self) -> int:
@@ -217,8 +221,10 @@ class RowTransform:
         out[:, : self.dim_u] = self.prior.to_unbounded(theta)
         with np.errstate(over="ignore"):
             out[:, self.dim_u :] = y
-        if not np.isfinite(out).all():
-            row, column = np.argwhere(~np.isfinite(out))[0]
+        lost = ~np.isfinite(out)
+        lost[:, self.dim_u :] &= ~np.isnan(y)  # missing values stay NaN
+        if lost.any():
+            row, column = np.argwhere(lost)[0]
             raise DataError(
                 f"{shard.path}, good row {start + row}: x[{column - self.dim_u}] is {y[row, column - self.dim_u]:g} from the typical "
                 "value, which float32 cannot hold; expected another unit or the logarithm"
@@ -228,7 +234,7 @@ class RowTransform:
     def _checked(self, shard: Shard, start: int, stop: int) -> tuple[Array, Array]:
         """Read and check theta and g(x) of good rows start to stop."""
         theta, x, failed = _read_good(shard, start, stop)
-        finite = np.isfinite(theta).all(axis=1) & np.isfinite(x).all(axis=1)
+        finite = np.isfinite(theta).all(axis=1) & (~failed_rows(x, self.observables) if self.observables else np.isfinite(x).all(axis=1))
         if not finite.all():
             row = int(np.argmin(finite))
             raise NonFiniteError(
@@ -239,6 +245,12 @@ class RowTransform:
         if negative.any():
             row = _file_row(failed, start + int(np.argmax(negative)))
             raise DataError(f"{shard.path}, row {row} has negative values in columns declared as counts; expected counts >= 0")
+        found = fractional(x, self.observables) if self.counts.any() else None
+        if found is not None:
+            raise DataError(
+                f"{shard.path}, row {_file_row(failed, start + found[0])} has {x[found]:g} in {column_name(self.observables, found[1])}, "
+                "of kind 'counts'; expected whole numbers, or kind='real'"
+            )
         inside = self.prior.contains(theta)
         if not inside.all():
             row = int(np.argmin(inside))
@@ -252,20 +264,27 @@ class RowTransform:
         return theta, np.array(XScaler.identity(self.counts).stabilise(x))
 
 
-def transform_for(prior: Prior, header: Header, x_transform: str, observables: Sequence[Observable], shift: Array) -> RowTransform:
+def transform_for(
+    prior: Prior, header: Header, x_transform: str, observables: Sequence[Observable], shift: Array, standardise: str = "column"
+) -> RowTransform:
     """Transform of the rows of stores with this header.   Raises: SimulatorMismatchError, SettingError, ShapeError."""
     names = tuple(p["name"] for p in header.parameters)
     if names != prior.names:
         raise SimulatorMismatchError(f"the store has parameters {names}; expected those of the prior, {prior.names}")
     counts = count_columns(np.zeros((1, header.n_columns)), x_transform, observables)
-    return RowTransform(prior, counts, shift)
+    return RowTransform(prior, counts, shift, tuple(observables), require_choice("standardise", standardise, STANDARDISE))
 
 
 def typical_row(transform: RowTransform, shards: Sequence[Shard]) -> Array:
     """Median of g(x) over the first good rows, a shift that is robust against outliers."""
     shard = next(s for s in shards if s.n_ok)
     n = min(shard.n_ok, max(1, min(1024, 2**17 // transform.counts.size)))
-    return np.asarray(np.median(transform._checked(shard, 0, n)[1], axis=0))
+    first = transform._checked(shard, 0, n)[1]
+    gone = np.isnan(first)
+    if not gone.any():
+        return np.asarray(np.median(first, axis=0))
+    first[:, gone.all(axis=0)] = 0.0
+    return np.asarray(np.nanmedian(first, axis=0))
 
 
 class Split:
@@ -312,21 +331,9 @@ class Split:
         return mask
 
 
-class Moments:
-    """Sums over rows of y = g(x) - shift, which give the same scaler as `XScaler.fit`."""
-
-    def __init__(self, columns: int) -> None:
-        self.n, self.total, self.squares = 0, np.zeros(columns), np.zeros(columns)
-
-    def add(self, y: Array) -> None:
-        """Add rows y (n, k)."""
-        self.n += len(y)
-        self.total += y.sum(axis=0)
-        self.squares += np.einsum("nk,nk->k", y, y)
-
-    def scaler(self, transform: RowTransform) -> XScaler:
-        """Scaler of g(x) from the sums."""
-        return XScaler.from_sums(transform.counts, transform.shift, self.n, self.total, self.squares)
+def scaler_of(sums: Sums, transform: RowTransform) -> XScaler:
+    """Scaler of g(x) from the sums, the same as that of `XScaler.fit`."""
+    return XScaler.from_sums(transform.counts, sums, observables=transform.observables, standardise=transform.standardise)
 
 
 _FORMAT, _VERSION = "sbi_phys stream cache", 1
@@ -408,13 +415,14 @@ def _without_cache(job: Job) -> Prepared:
     shards = _inspect(job)
     split = Split(job.folders, shards, job.validation_fraction, job.seed)
     transform = replace(job.transform, shift=typical_row(job.transform, shards))
-    scaler = _pass(job, shards, split, transform, None, "scaling").scaler(transform)
+    scaler = scaler_of(_pass(job, shards, split, transform, None, "scaling"), transform)
     return Prepared(shards, split, transform, scaler, _Live(shards, transform))
 
 
 def _with_cache(job: Job, folder: Path) -> Prepared:
     key = _key(job)
-    rows, scale = folder / f"rows-{key}.json", folder / f"scale-{key}-{digest([job.seed, job.validation_fraction])}.json"
+    split = digest([job.seed, job.validation_fraction, *([job.transform.standardise] if job.transform.standardise != "column" else [])])
+    rows, scale = folder / f"rows-{key}.json", folder / f"scale-{key}-{split}.json"
     ready = _load(job, rows, scale)
     if ready is not None:
         return ready
@@ -460,7 +468,7 @@ def _build(job: Job, rows: Path, scale: Path) -> None:
         transform = replace(job.transform, shift=typical_row(job.transform, shards))
         data = rows.with_suffix(".f32")
         with open_aside(data, **_WRITE) as file:
-            moments = _pass(job, shards, split, transform, file, "transform")
+            sums = _pass(job, shards, split, transform, file, "transform")
         stat = data.stat()
         _write_json(rows, {
             "rows": sum(s.n_ok for s in shards), "width": transform.width, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
@@ -468,24 +476,24 @@ def _build(job: Job, rows: Path, scale: Path) -> None:
         })  # fmt: skip
     else:
         transform = replace(job.transform, shift=np.array(meta["shift"]))
-        moments = _pass(job, shards, split, transform, None, "scaling")
-    scaler = moments.scaler(transform)
+        sums = _pass(job, shards, split, transform, None, "scaling")
+    scaler = scaler_of(sums, transform)
     _write_json(scale, {"mean": scaler.mean.tolist(), "scale": scaler.scale.tolist()})
 
 
-def _pass(job: Job, shards: list[Shard], split: Split, transform: RowTransform, file: BinaryIO | None, what: str) -> Moments:
+def _pass(job: Job, shards: list[Shard], split: Split, transform: RowTransform, file: BinaryIO | None, what: str) -> Sums:
     """Read all good rows once, sum over the training rows, and write all transformed rows to `file` if given."""
-    moments = Moments(transform.counts.size)
+    sums = Sums(transform.shift)
     out = np.empty((job.block_rows, transform.width), dtype=np.float32)
     with or_none(job.progress).task(what, sum(s.n_ok for s in shards)) as task:
         for i, start, stop in _blocks(shards, job.block_rows):
             y = transform.read(shards[i], start, stop, out[: stop - start])
             mask = split.training(i, start, stop)
-            moments.add(y if mask.all() else y[mask])
+            sums.add(y if mask.all() else y[mask])
             if file is not None:
                 file.write(out[: stop - start].data.cast("B"))
             task.advance(stop - start)
-    return moments
+    return sums
 
 
 def _blocks(shards: Sequence[Shard], block_rows: int) -> Iterator[tuple[int, int, int]]:
@@ -507,7 +515,7 @@ def _load(job: Job, rows: Path, scale: Path) -> Prepared | None:
         return None
     shards, counts = _with_facts(job.shards, meta), job.transform.counts
     transform = replace(job.transform, shift=np.array(meta["shift"]))
-    scaler = XScaler((counts.size,), counts, np.array(scaling["mean"]), np.array(scaling["scale"]))
+    scaler = XScaler((counts.size,), counts, np.array(scaling["mean"]), np.array(scaling["scale"]), transform.observables)
     split = Split(job.folders, shards, job.validation_fraction, job.seed)
     return Prepared(shards, split, transform, scaler, _Cached(rows.with_suffix(".f32"), meta))
 

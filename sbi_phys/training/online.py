@@ -31,7 +31,7 @@ from sbi_phys.simulation.workers import make_rows
 from sbi_phys.store.identity import class_path, simulator_identity
 from sbi_phys.store.shards import Header
 from sbi_phys.training.ranks import Ranks
-from sbi_phys.training.scaling import XScaler, count_columns, prepare_simulations
+from sbi_phys.training.scaling import XScaler, count_columns, prepare_simulations, require_counts
 
 __all__ = ["OnlineBatches", "default_workers"]
 
@@ -46,7 +46,8 @@ class OnlineBatches:
 
     Args: simulator. prior: of theta. n: training rows per epoch. n_valid: validation rows; the same number of further rows sets the
     scaling. x_transform: as for an estimator. seed. workers: processes that simulate; 0 for a thread, for a simulator that cannot be
-    sent to a process. device: of the batches. ranks. scaling: function (x, rows) -> map of x to the network's input; None takes `XScaler`.
+    sent to a process. device: of the batches. ranks. scaling: function (x, rows) -> map of x to the network's input; None takes `XScaler`,
+    with `standardise`.
     Attributes: scaler. n_failed: rows that failed and were replaced. first_reason: of the first such row.
     Raises: SettingError, DataError (all rows of a chunk fail), SimulatorMismatchError.
     """
@@ -64,11 +65,13 @@ class OnlineBatches:
         device: torch.device = _CPU,
         ranks: Ranks | None = None,
         scaling: Callable[[AnyArray, Integers | slice], Any] | None = None,
+        standardise: str = "column",
     ) -> None:
         self._n = require_int("n", n, low=1)
         self._n_valid = require_int("n_valid", n_valid, low=2)
         self.ranks, self.device, self.seed = ranks or Ranks(), device, seed
         self._prior, self._simulator, self._x_transform, self._scaling = prior, simulator, x_transform, scaling
+        self._standardise = standardise
         self.n_failed, self.first_reason = 0, ""
         observables = observables_to_dicts(simulator.observables)
         self._header = Header(simulator_identity(simulator), prior.to_dict(), observables, seed, _CHUNK, "float32", "prior")
@@ -112,7 +115,10 @@ class OnlineBatches:
     def fingerprint(self) -> Any:
         """Settings that determine the rows."""
         plain = self._header.plain()
-        return {"online": plain, "n": self._n, "n_valid": self._n_valid, "x_transform": self._x_transform}
+        return {
+            "online": plain, "n": self._n, "n_valid": self._n_valid, "x_transform": self._x_transform,
+            "standardise": self._standardise,
+        }  # fmt: skip
 
     def epoch(self, epoch: int, n_batches: int) -> Iterator[tuple[Tensor, ...]]:
         """Yield this rank's new rows of an epoch in exactly n_batches batches."""
@@ -155,11 +161,14 @@ class OnlineBatches:
     def _prepare(self) -> tuple[Any, tuple[Tensor, Tensor]]:
         # rows for the scaling, then the validation rows; neither are used for training
         parts = [self._good(self._submit(_PILOT, k, self._n_valid).result()) for k in (0, 1)]
-        _, pilot = prepare_simulations(self._prior, *parts[0])
+        observables = self._simulator.observables
+        _, pilot = prepare_simulations(self._prior, *parts[0], observables)
         if self._scaling is not None:
             self.scaler = self._scaling(pilot, slice(None))
         else:
-            self.scaler = XScaler.fit(pilot, count_columns(pilot, self._x_transform, self._simulator.observables))
+            counts = count_columns(pilot, self._x_transform, observables)
+            require_counts("x", pilot, counts, observables)
+            self.scaler = XScaler.fit(pilot, counts, observables=observables, standardise=self._standardise)
         u, x = self._tensors(parts[1])
         share = slice(self.ranks.rank, None, self.ranks.size)
         return self.scaler, (u[share].to(self.device), x[share].to(self.device))

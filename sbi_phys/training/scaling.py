@@ -4,11 +4,24 @@ Counts are variance-stabilised by y = 2 sqrt(x + 3/8) (Anscombe 1948) before the
 width in every bin of a steep spectrum. The scale of a count column is at least this unit noise, so that a single event in a bin
 that is almost always empty does not become a 20 sigma input.
 
+`standardise` says what a network receives: "column" has a mean and a width for each column, "block" one for each observable, which
+keeps the relative sizes within an image or a trace, and "none" leaves the values as they are (Anscombe's root remains where x are counts).
+
+Missing values. A value that was not measured is NaN (`Observable(..., missing=True)`). Mean and width come from the values that are
+present; the network receives 0 for a missing value, i.e. the mean, and an indicator, 1 where the value is present, 0 where it is missing:
+
+    rows (n, k)                       the k columns, then one indicator for each column that may be missing
+    an observable of shape (h, w)     (n, h, w), and (n, 2, h, w) with values and indicators if it may be missing
+
+The second form is for a single observable of two or more axes; several observables come as rows.
+
 Sets of events in padded slots (n, n_max, k + 1), with a mask in the last column, have one mean and one width per column for all
 slots, computed from the real events, because events have no order. The mask is not scaled.
 """
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,77 +31,143 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sbi_phys.core.checks import as_real, require_choice, require_finite, require_int, require_number, require_same_rows
-from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, Integers, Mask
-from sbi_phys.priors import Observable, Prior
+from sbi_phys.priors import Observable, Prior, to_rows
+from sbi_phys.priors.blocks import column_name, columns, failed_rows, fractional, missing_columns
+from sbi_phys.priors.parameters import observables_from_dicts, observables_to_dicts
 
 __all__ = ["XScaler", "prepare_simulations", "split_rows"]
 
 TRANSFORMS = ("auto", "counts", "real")
+STANDARDISE = ("column", "block", "none")
 
 
 @dataclass(frozen=True, slots=True)
 class XScaler:
-    """Elementwise map of observations to network inputs: z = (g(x) - mean) / scale, g Anscombe's root on count columns.
+    """Map of observations to network inputs: z = (g(x) - mean) / scale, g Anscombe's root on count columns, arranged by the observables.
 
-    Args: shape: of one observation. counts: mask of count columns; mean, scale: all of `shape`.
+    Args: x_shape: of one observation, (k,) where observables are given. counts: mask of count columns; mean, scale: all of `x_shape`.
+    observables: blocks of the columns, () where they are not known.
+    Attributes: shape: of one network input, see the module.
     """
 
-    shape: tuple[int, ...]
+    x_shape: tuple[int, ...]
     counts: Mask
     mean: Array
     scale: Array
+    observables: tuple[Observable, ...] = ()
 
     @classmethod
-    def fit(cls, x: NDArray[np.floating], counts: Mask, *, chunk: int = 65536) -> Self:
-        """Compute mean and scale of x (n, ...), after the root on counts, in one pass over chunks of rows."""
+    def fit(
+        cls,
+        x: NDArray[np.floating],
+        counts: Mask,
+        *,
+        observables: Sequence[Observable] | None = None,
+        standardise: str = "column",
+        chunk: int = 65536,
+    ) -> Self:
+        """Compute mean and scale of x (n, ...), after the root on counts, in one pass over chunks of rows.
+
+        Args: observables: of rows x (n, k); where they are given, NaN is a missing value.
+        """
         n, shape = x.shape[0], x.shape[1:]
         blank = cls.identity(counts)
+        padded = not counts.any() and _are_padded_sets(x)
+        if padded and standardise == "none":
+            return blank
         shift = blank.stabilise(x[:1])[0]  # sums about the first row avoid cancellation for large offsets
-        total, squares = np.zeros(shape), np.zeros(shape)
+        if np.isnan(shift).any():
+            shift = _first_present(blank.stabilise(x))
+        sums = Sums(shift)
         for start in range(0, n, chunk):
-            y = blank.stabilise(x[start : start + chunk]) - shift
-            total += y.sum(axis=0)
-            squares += np.einsum("n...,n...->...", y, y)
-        if not counts.any() and _are_padded_sets(x):
-            variance = np.maximum(squares / n - (total / n) ** 2, 0.0)
-            return cls(shape, counts, *_moments_of_events(shift + total / n, variance))
-        return cls.from_sums(counts, shift, n, total, squares)
+            sums.add(blank.stabilise(x[start : start + chunk]) - shift)
+        if padded:
+            variance = np.maximum(sums.squares / n - (sums.total / n) ** 2, 0.0)
+            return cls(shape, counts, *_moments_of_events(shift + sums.total / n, variance))
+        return cls.from_sums(counts, sums, observables=observables, standardise=standardise)
 
     @classmethod
-    def from_sums(cls, counts: Mask, shift: Array, n: int, total: Array, squares: Array) -> Self:
-        """Scaler of n rows y from their sums about `shift`: total = sum (y - shift), squares = sum (y - shift)^2."""
-        offset = total / n
-        mean, sd = shift + offset, np.sqrt(np.maximum(squares / n - offset**2, 0.0))
+    def from_sums(cls, counts: Mask, sums: "Sums", *, observables: Sequence[Observable] | None = None, standardise: str = "column") -> Self:
+        """Scaler of rows y from their sums."""
+        known = tuple(observables or ())
+        mean, sd = sums.moments()
+        if require_choice("standardise", standardise, STANDARDISE) == "none":
+            return cls(counts.shape, counts, np.zeros(counts.shape), np.ones(counts.shape), known)
+        if standardise == "block":
+            mean, sd = _moments_of_blocks(mean, sd, np.broadcast_to(sums.n, counts.shape), known)
         scale = np.where(counts, np.maximum(sd, 1.0), np.where(sd > 1e-12 * np.abs(mean), sd, 1.0))
-        return cls(counts.shape, counts, mean, np.where(scale > 0, scale, 1.0))
+        return cls(counts.shape, counts, mean, np.where(scale > 0, scale, 1.0), known)
 
     @classmethod
     def identity(cls, counts: Mask) -> Self:
         """Scaler that stabilises counts and leaves mean and scale as they are."""
         return cls(counts.shape, counts, np.zeros(counts.shape), np.ones(counts.shape))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one network input."""
+        if not self.observables:
+            return self.x_shape
+        first = self.observables[0]
+        if self._shaped:
+            return (2, *first.shape) if first.missing else first.shape
+        return (self.x_shape[0] + int(self.missing.sum()),)
+
+    @property
+    def missing(self) -> Mask:
+        """Which columns may be missing, of `x_shape`."""
+        return missing_columns(self.observables) if self.observables else np.zeros(self.x_shape, dtype=bool)
+
+    @property
+    def _shaped(self) -> bool:
+        """Whether inputs have the shape of the only observable."""
+        return len(self.observables) == 1 and len(self.observables[0].shape) > 1
+
     def apply(self, x: NDArray[np.floating]) -> Tensor:
-        """Scale x (n, ...) -> float32 tensor of the same shape."""
-        return torch.from_numpy(((self.stabilise(x) - self.mean) / self.scale).astype(np.float32))
+        """Network inputs (n, *shape) float32 of x (n, *x_shape)."""
+        return self.arrange(torch.from_numpy(((self.stabilise(x) - self.mean) / self.scale).astype(np.float32)))
+
+    def arrange(self, z: Tensor) -> Tensor:
+        """Network inputs (n, *shape) of scaled rows z (n, k), in which NaN is a missing value."""
+        if not self.observables:
+            return z
+        missing = self.missing
+        if not missing.any():
+            return z.reshape(len(z), *self.shape)
+        gone = torch.isnan(z)
+        values, present = torch.where(gone, torch.zeros_like(z), z), (~gone).to(z.dtype)
+        if self._shaped:
+            return torch.stack([values, present], dim=1).reshape(len(z), *self.shape)
+        return torch.cat([values, present[:, torch.from_numpy(missing).to(z.device)]], dim=1)
 
     def invert(self, z: Tensor) -> Array:
-        """Inverse of `apply`, to single precision; whole numbers on count columns."""
+        """Inverse of the scaling, x of z (n, *x_shape) that is not arranged, to single precision; whole numbers on count columns."""
         y = z.detach().cpu().double().numpy() * self.scale + self.mean
         return np.where(self.counts, np.round((np.maximum(y, 0.0) / 2) ** 2 - 0.375), y)
 
     def check(self, name: str, x: Any) -> tuple[Array, bool]:
-        """Return x as (n, ...) and whether a single observation was passed.
+        """Return x as (n, *x_shape) and whether a single observation was passed.
 
-        Raises: ShapeError, NonFiniteError, DataError for negative counts.
+        Args: x: where the observables are known, in any form that `priors.to_rows` takes.
+        Raises: ShapeError, NonFiniteError, DataError for negative counts, and for fractions where observables say counts.
         """
+        if self.observables:
+            rows, single = to_rows(x, self.observables, name=name)
+            array = np.asarray(rows, dtype=np.float64)
+            require_values(name, array, self.observables)
+            require_counts(name, array, self.counts, self.observables)
+            return array, single
+        if isinstance(x, Mapping):
+            raise DataError(f"{name} is a dictionary of blocks, and the observables are not known; expected an array as in training")
         array = as_real(name, x)
-        single = array.shape == self.shape
+        single = array.shape == self.x_shape
         if single:
             array = array[None]
-        if array.shape[1:] != self.shape or array.ndim != len(self.shape) + 1:
-            want = ", ".join(str(s) for s in self.shape)
+        if array.shape[1:] != self.x_shape or array.ndim != len(self.x_shape) + 1:
+            want = ", ".join(str(s) for s in self.x_shape)
             raise ShapeError(f"{name} has shape {np.shape(x)}; expected ({want},) for one observation or (n, {want}) as in training")
         require_finite(name, array)
         if (array[:, self.counts] < 0).any():
@@ -105,12 +184,94 @@ class XScaler:
     def to_dict(self) -> dict[str, Any]:
         """Return tensors and numbers for a model file."""
         arrays = {k: torch.from_numpy(np.array(getattr(self, k))) for k in ("counts", "mean", "scale")}
-        return {"shape": list(self.shape), **arrays}
+        known = json.dumps(observables_to_dicts(self.observables))
+        return {"shape": list(self.x_shape), **arrays, **({"observables": known} if self.observables else {})}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Self:
         """Rebuild from `to_dict`."""
-        return cls(tuple(state["shape"]), *(state[k].numpy() for k in ("counts", "mean", "scale")))
+        known = observables_from_dicts(json.loads(state.get("observables", "[]")))
+        counts, mean, scale = (state[k].numpy() for k in ("counts", "mean", "scale"))
+        return cls(tuple(state["shape"]), counts, mean, scale, known)
+
+
+def require_counts(name: str, x: NDArray[np.floating], counts: Mask, observables: Sequence[Observable] | None) -> None:
+    """Raise DataError for negative values in columns of counts of x (n, ...), and for fractions in observables of kind 'counts'."""
+    if not counts.any():
+        return
+    if (x[:, counts] < 0).any():
+        raise DataError(f"{name} has negative values in columns declared as counts; expected counts >= 0")
+    found = fractional(x, observables) if observables else None
+    if observables and found is not None:
+        raise DataError(
+            f"{name} has {x[found]:g} in {column_name(observables, found[1])} of row {found[0]}, of kind 'counts'; expected whole numbers, "
+            "or kind='real'"
+        )
+
+
+class Sums:
+    """Sums over rows y - shift (n, ...), column by column, from which mean and width follow; NaN is a missing value and adds nothing.
+
+    Attributes: n: number of values, one number or one for each column. total, squares: sums of y - shift and of its square.
+    """
+
+    def __init__(self, shift: Array) -> None:
+        self.shift, self.total, self.squares = shift, np.zeros(shift.shape), np.zeros(shift.shape)
+        self.n: int | Integers = 0
+
+    def add(self, y: Array) -> None:
+        """Add rows from which `shift` was taken off (n, ...)."""
+        gone = np.isnan(y)
+        if gone.any():
+            y = np.where(gone, 0.0, y)
+            self.n = self.n + (~gone).sum(axis=0)
+        else:
+            self.n = self.n + len(y)
+        self.total += y.sum(axis=0)
+        self.squares += np.einsum("n...,n...->...", y, y)
+
+    def moments(self) -> tuple[Array, Array]:
+        """Mean and standard deviation of each column; shift and 0 for a column without values."""
+        n = np.maximum(self.n, 1)
+        offset = self.total / n
+        return self.shift + offset, np.sqrt(np.maximum(self.squares / n - offset**2, 0.0))
+
+
+def _first_present(y: Array) -> Array:
+    """The first value of each column that is not missing, 0 if there is none."""
+    present = ~np.isnan(y)
+    return np.where(present.any(axis=0), np.take_along_axis(y, present.argmax(axis=0)[None], axis=0)[0], 0.0)
+
+
+def _moments_of_blocks(mean: Array, sd: Array, n: Integers, observables: Sequence[Observable]) -> tuple[Array, Array]:
+    """Mean and sd of all values of each observable, or of all columns, from those of the columns, each with n values."""
+    cuts = list(columns(observables).values()) if observables else [slice(None)]
+    flat_mean, flat_sd, weight = (np.array(a, dtype=np.float64).reshape(-1) for a in (mean, sd, n))
+    for cut in cuts:
+        total = max(float(weight[cut].sum()), 1.0)
+        centre = float((weight[cut] * flat_mean[cut]).sum() / total)
+        square = float((weight[cut] * (flat_sd[cut] ** 2 + (flat_mean[cut] - centre) ** 2)).sum() / total)
+        flat_mean[cut], flat_sd[cut] = centre, math.sqrt(square)
+    return flat_mean.reshape(mean.shape), flat_sd.reshape(sd.shape)
+
+
+def require_values(name: str, x: NDArray[np.floating], observables: Sequence[Observable] | None) -> None:
+    """Raise NonFiniteError for Inf in rows x (n, ...), NaN that no observable declares as missing, and rows without any value."""
+    if not observables:
+        require_finite(name, x)
+        return
+    bad = failed_rows(x, observables)
+    if not bad.any():
+        return
+    row = int(np.argmax(bad))
+    wrong = np.flatnonzero(~np.isfinite(x[row]) & ~(np.isnan(x[row]) & missing_columns(observables)))
+    if not wrong.size:
+        raise NonFiniteError(f"{name} has no value in {int(bad.sum())} of {len(x)} rows, first in row {row}; expected at least one a row")
+    column = int(wrong[0])
+    raise NonFiniteError(
+        f"{name} has NaN or Inf in {int(bad.sum())} of {len(x)} rows, first {x[row, column]} at index ({row}, {column}), "
+        f"{column_name(observables, column)}; expected finite values, and NaN only where Observable(..., missing=True) says so"
+    )
 
 
 def _are_padded_sets(x: NDArray[np.floating]) -> bool:
@@ -133,10 +294,14 @@ def _moments_of_events(mean: Array, variance: Array) -> tuple[Array, Array]:
     return np.broadcast_to(np.append(centre, 0.0), mean.shape).copy(), np.broadcast_to(np.append(sd, 1.0), mean.shape).copy()
 
 
-def prepare_simulations(prior: Prior, theta: Any, x: Any) -> tuple[Array, NDArray[np.floating]]:
+def prepare_simulations(
+    prior: Prior, theta: Any, x: Any, observables: Sequence[Observable] | None = None
+) -> tuple[Array, NDArray[np.floating]]:
     """Check a training set: theta (n, d) in the prior's support, x (n, ...), both finite, equal rows.
 
-    Returns the whitened parameters u (n, free_dim) and x.   Raises: ShapeError, NonFiniteError, DataError, SupportError.
+    Args: observables: of x, which then has any form that `priors.to_rows` takes, with NaN where values are missing.
+    Returns the whitened parameters u (n, free_dim) and x, rows (n, k) where observables are given.
+    Raises: ShapeError, NonFiniteError, DataError, SupportError.
     """
     theta = as_real("theta", theta)
     if theta.ndim == 1 and prior.dim == 1:
@@ -145,15 +310,25 @@ def prepare_simulations(prior: Prior, theta: Any, x: Any) -> tuple[Array, NDArra
         raise ShapeError(f"theta has shape {theta.shape}; expected (n, {prior.dim}) = {prior.names}")
     if hasattr(x, "detach"):
         x = x.detach().cpu().numpy()
-    data = np.asarray(x) if isinstance(x, np.ndarray) and x.dtype == np.float32 else as_real("x", x)
-    if data.ndim == 1:
-        data = data[:, None]
+    data = _x_rows(x, observables)
     if data.ndim < 2 or 0 in data.shape[1:]:
         raise ShapeError(f"x has shape {data.shape}; expected (n, ...) with at least one value per simulation")
     require_same_rows(theta=theta, x=data)
     require_finite("theta", theta)
-    require_finite("x", data)
+    require_values("x", data, observables)
     return prior.to_unbounded(theta), data
+
+
+def _x_rows(x: Any, observables: Sequence[Observable] | None) -> NDArray[np.floating]:
+    """Observations (n, ...); rows (n, k) where observables are given.   Raises: ShapeError, DataError."""
+    if isinstance(x, Mapping):
+        if not observables:
+            raise DataError("x is a dictionary of blocks, and the observables are not known; expected observables=[...] of the estimator")
+        return to_rows(x, observables)[0]
+    data = np.asarray(x) if isinstance(x, np.ndarray) and x.dtype == np.float32 else as_real("x", x)
+    if data.ndim == 1:
+        data = data[:, None]
+    return to_rows(data, observables)[0] if observables else data
 
 
 def count_columns(x: NDArray[np.floating], transform: str, observables: Sequence[Observable] | None) -> Mask:

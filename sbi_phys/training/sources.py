@@ -27,7 +27,7 @@ from sbi_phys.training.batches import Batches, MemoryBatches
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.training.online import OnlineBatches, default_workers
 from sbi_phys.training.ranks import current_ranks
-from sbi_phys.training.scaling import XScaler, count_columns, prepare_simulations, split_rows
+from sbi_phys.training.scaling import XScaler, count_columns, prepare_simulations, require_counts, split_rows
 from sbi_phys.training.stream import Stream
 
 __all__ = ["InMemory", "Rows", "Scaling", "Settings", "from_arrays", "from_simulator", "from_stores", "needs_streaming", "stores_of"]
@@ -53,6 +53,7 @@ class Settings:
     """Settings of an estimator that every source of rows needs.
 
     scaling: function (x (n, ...), training rows) -> Scaling, where the estimator has one of its own; None takes `XScaler`.
+    standardise: 'column', 'block' or 'none' (`training.scaling`).
     """
 
     prior: Prior
@@ -62,6 +63,7 @@ class Settings:
     x_transform: str
     observables: tuple[Observable, ...] | None
     scaling: Callable[[AnyArray, Integers | slice], Scaling] | None = None
+    standardise: str = "column"
 
 
 class Rows:
@@ -128,11 +130,14 @@ class _Streamed(Rows):
         return _Later(self._batches, k * _MEMBER_EPOCHS), self._batches.validation
 
 
-class _Rescaled:
-    """Batches of a stream whose x is mapped back to its units and then by another scaling, on the device."""
+class _Mapped:
+    """Batches of a stream whose x is mapped once more, on the device.
 
-    def __init__(self, stream: Stream, scaler: Scaling, device: torch.device) -> None:
-        self.source, self.scaler, self._device = stream, scaler, device
+    Args: x_map: of scaled rows (n, k), as the stream yields them, to network inputs. scaler: of x to these inputs.
+    """
+
+    def __init__(self, stream: Stream, scaler: Scaling, device: torch.device, x_map: Callable[[Tensor], Tensor]) -> None:
+        self.source, self.scaler, self._device, self._map = stream, scaler, device, x_map
         self.validation = self._mapped(stream.validation)
 
     @property
@@ -151,8 +156,7 @@ class _Rescaled:
 
     def _mapped(self, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         u, x, *rest = rows
-        again = self.scaler.apply(self.source.scaler.invert(x))
-        return u.to(self._device), again.to(self._device), *(t.to(self._device) for t in rest)
+        return u.to(self._device), self._map(x).to(self._device), *(t.to(self._device) for t in rest)
 
 
 _MEMBER_EPOCHS = 1_000_000  # more than any training has
@@ -185,7 +189,7 @@ class _Later:
 
 def from_arrays(theta: Any, x: Any, settings: Settings, weights: Any = None) -> Rows:
     """Rows from arrays theta (n, d), x (n, ...) and weights (n,) > 0.   Raises: ShapeError, NonFiniteError, SupportError, DataError."""
-    u, data = prepare_simulations(settings.prior, theta, x)
+    u, data = prepare_simulations(settings.prior, theta, x, settings.observables)
     if len(u) < MIN_SIMULATIONS:
         raise DataError(f"{len(u)} simulations; expected at least {MIN_SIMULATIONS}")
     given = [] if weights is None else [torch.from_numpy(checked_weights(weights, len(u)).astype(np.float32))]
@@ -195,9 +199,8 @@ def from_arrays(theta: Any, x: Any, settings: Settings, weights: Any = None) -> 
         scaler = settings.scaling(data, first)
     else:
         counts = count_columns(data, settings.x_transform, settings.observables)
-        if (counts & (data < 0).any(axis=0)).any():
-            raise DataError("x has negative values in columns declared as counts; expected counts >= 0")
-        scaler = XScaler.fit(data[first], counts)
+        require_counts("x", data, counts, settings.observables)
+        scaler = XScaler.fit(data[first], counts, observables=settings.observables, standardise=settings.standardise)
     tensors = (torch.from_numpy(u.astype(np.float32)), scaler.apply(data), *given)
     return InMemory(tensors, scaler, settings.config, seed=settings.seed, device=settings.device, weighted=bool(given))
 
@@ -256,6 +259,7 @@ def from_stores(stores: Sequence[Store], settings: Settings, memory: int | None,
         validation_fraction=settings.config.validation_fraction,
         x_transform=settings.x_transform if own is None else "auto",
         observables=settings.observables,
+        standardise=settings.standardise if own is None else "column",
         device=settings.device if own is None else torch.device("cpu"),
         rank=ranks.rank,
         n_ranks=ranks.size,
@@ -263,10 +267,14 @@ def from_stores(stores: Sequence[Store], settings: Settings, memory: int | None,
         weights=None if weights is None else checked_weights(weights, sum(store.n_ok for store in stores)),
     )
     weighted = weights is not None
-    if pilot is None:
-        return _Streamed(stream, settings.config, weighted=weighted)
     try:
-        return _Streamed(stream, settings.config, weighted=weighted, batches=_Rescaled(stream, pilot, settings.device))
+        if pilot is not None:
+            batches = _Mapped(stream, pilot, settings.device, lambda z: pilot.apply(stream.scaler.invert(z)))
+        elif stream.scaler.shape != stream.scaler.x_shape:
+            batches = _Mapped(stream, stream.scaler, settings.device, stream.scaler.arrange)
+        else:
+            return _Streamed(stream, settings.config, weighted=weighted)
+        return _Streamed(stream, settings.config, weighted=weighted, batches=batches)
     except BaseException:
         stream.close()
         raise
@@ -309,6 +317,7 @@ def from_simulator(simulator: Simulator, n: int | None, settings: Settings, work
         device=settings.device,
         ranks=current_ranks(),
         scaling=settings.scaling,
+        standardise=settings.standardise,
     )
     changed = {"batch_size": batch, "max_epochs": epochs, "patience": epochs}
     return _Streamed(source, TrainConfig(**{name: changed.get(name, getattr(config, name)) for name in config.__slots__}))

@@ -385,7 +385,9 @@ class Stream:
         seed: of the split and the order.
         validation_fraction: share of each store's good rows that is held out.
         x_transform: 'auto' (as the observables say), 'counts' or 'real'.
-        observables: blocks of columns of x; default those of the store.
+        observables: blocks of columns of x; default those of the store. A missing value is NaN in the batches: `scaler.arrange` makes
+            network inputs of them.
+        standardise: 'column', 'block' or 'none', see `training.scaling`.
         device: of the batches.
         rank, n_ranks: of this process in a training with several; each process reads and validates on its own shards.
         progress: display of the first pass.
@@ -428,6 +430,7 @@ class Stream:
         validation_fraction: float = 0.1,
         x_transform: str = "auto",
         observables: Sequence[Observable] | None = None,
+        standardise: str = "column",
         device: torch.device = _CPU,
         rank: int = 0,
         n_ranks: int = 1,
@@ -439,7 +442,7 @@ class Stream:
         require_int("seed", seed, low=0)
         require_number("cache_timeout_s", cache_timeout_s, low=0)
         job = _job(
-            stores, prior, x_transform, observables, cache,
+            stores, prior, x_transform, observables, cache, standardise,
             validation_fraction=validation_fraction, seed=seed, rank=rank, wait_s=cache_timeout_s, progress=progress,
         )  # fmt: skip
         require_shards(job.shards, n_ranks)
@@ -636,6 +639,7 @@ def _job(
     x_transform: str,
     observables: Sequence[Observable] | None,
     cache: str | Path | None,
+    standardise: str,
     **settings: Any,
 ) -> Job:
     """Describe what to read and how; checks everything that needs no shard to be opened."""
@@ -644,7 +648,7 @@ def _job(
     folders, manifests = open_stores(stores)
     header = manifests[0].header
     blocks = observables if observables is not None else observables_from_dicts(header.observables)
-    transform = transform_for(prior, header, x_transform, blocks, np.zeros(header.n_columns))
+    transform = transform_for(prior, header, x_transform, blocks, np.zeros(header.n_columns), standardise)
     pairs = enumerate(zip(folders, manifests, strict=True))
     shards = [shard for i, (folder, manifest) in pairs for shard in find_shards(folder, manifest, i)]
     folder = folders[0] / ".cache" if cache == "auto" else None if cache is None else Path(cache)

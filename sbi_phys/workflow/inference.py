@@ -84,6 +84,7 @@ def estimator_settings(run: Run) -> dict[str, Any]:
         "embedding": config.embedding,
         "n_ensemble": config.estimator.n_ensemble,
         "x_transform": config.estimator.x_transform,
+        "standardise": config.estimator.standardise,
         "device": config.run.device,
         "observables": run.simulator.observables,
         "simulator": run.simulator,

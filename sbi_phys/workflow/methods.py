@@ -51,7 +51,7 @@ def train_nle(run: Run, numbers: dict[str, Any]) -> None:
     """Train the likelihood on the store; an interrupted training continues from its checkpoint."""
     layers = run.config.methods.nle_layers
     flow: Any = "auto" if layers is None else FlowConfig(n_layers=layers, hidden=32)
-    nle = NLE(run.simulator.prior, seed=run.seed("train_nle"), flow=flow, **estimator_settings(run))
+    nle = NLE(run.simulator.prior, seed=run.seed("train_nle"), flow=flow, **estimator_settings(run) | {"standardise": "column"})
     _train(run, nle, "nle")
     numbers |= _training(nle) | {"n_layers": nle.flow.n_layers}
 

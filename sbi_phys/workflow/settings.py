@@ -190,15 +190,18 @@ class EstimatorSettings:
     """The neural posterior estimator.
 
     Args: n_ensemble: networks whose equal mixture is the density. x_transform: 'auto', 'counts' or 'real'.
+    standardise: what the network receives, x scaled by 'column' or by 'block' (observable), or as it is, 'none'.
     """
 
     n_ensemble: int = 1
     x_transform: str = "auto"
+    standardise: str = "column"
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
         require_int("estimator.n_ensemble", self.n_ensemble, low=1)
         require_choice("estimator.x_transform", self.x_transform, ("auto", "counts", "real"))
+        require_choice("estimator.standardise", self.standardise, ("column", "block", "none"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ import pytest
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.priors import BoxPrior, Observable, Parameter
-from sbi_phys.training.scaling import XScaler, count_columns, prepare_simulations, split_rows
+from sbi_phys.training.scaling import XScaler, count_columns, prepare_simulations, require_counts, split_rows
 
 PRIOR = BoxPrior([Parameter("a", 0, 1), Parameter("b", 0, 1)])
 
@@ -102,3 +102,116 @@ def test_slots_of_a_padded_set_share_one_scale_and_the_mask_stays() -> None:
     for other in (events, np.flip(x, axis=1), x + np.array([1.0, 0, 0])):
         scale = XScaler.fit(other, np.zeros(other.shape[1:], dtype=bool)).scale
         assert np.ptp(scale[:, 0]) > 0
+
+
+IMAGE, TRACE, SPECTRUM = Observable("image", shape=(2, 3), missing=True), Observable("trace", 4), Observable("n", 2, kind="counts")
+NONE = np.zeros(6, dtype=bool)
+
+
+def gappy(n: int = 400, seed: int = 0) -> np.ndarray:
+    """Images (n, 6) with mean 100 + 10 column and sd 1 + column, a third of the values missing, and one pixel that is never there."""
+    rng = rng_for(seed)
+    x = rng.normal(100 + 10 * np.arange(6), 1 + np.arange(6), (n, 6))
+    x[rng.random(x.shape) < 1 / 3] = np.nan
+    x[:, 4] = np.nan
+    return x
+
+
+@pytest.mark.parametrize("chunk", [64, 10_000])
+def test_mean_and_width_come_from_the_values_that_are_present(chunk: int) -> None:
+    x = gappy()
+    scaler = XScaler.fit(x, NONE, observables=[IMAGE], chunk=chunk)
+    seen = [0, 1, 2, 3, 5]
+    np.testing.assert_allclose(scaler.mean[seen], np.nanmean(x[:, seen], axis=0), rtol=1e-12)
+    np.testing.assert_allclose(scaler.scale[seen], np.nanstd(x[:, seen], axis=0), rtol=1e-9)
+    assert (scaler.mean[4], scaler.scale[4]) == (0, 1)
+
+
+def test_a_missing_value_is_zero_beside_an_indicator() -> None:
+    x, gone = gappy(), np.isnan(gappy())
+    single = XScaler.fit(x, NONE, observables=[IMAGE])
+    z = single.apply(x).numpy()
+    assert single.shape == (2, 2, 3)
+    assert z.shape == (400, 2, 2, 3)
+    np.testing.assert_array_equal(z[:, 1].reshape(400, 6), ~gone)
+    np.testing.assert_array_equal(z[:, 0].reshape(400, 6)[gone], 0.0)
+    np.testing.assert_allclose(z[:, 0].reshape(400, 6)[~gone], ((x - single.mean) / single.scale)[~gone], atol=1e-4)
+    both = np.hstack([rng_for(1).normal(5, 2, (400, 4)), x])
+    mixed = XScaler.fit(both, np.zeros(10, dtype=bool), observables=[TRACE, IMAGE])
+    z = mixed.apply(both).numpy()
+    assert mixed.shape == (16,)
+    np.testing.assert_allclose(z[:, :4].std(axis=0), 1, rtol=1e-4)
+    np.testing.assert_array_equal(z[:, 10:], ~gone)
+    assert XScaler.fit(both[:, :4], np.zeros(4, dtype=bool), observables=[TRACE]).shape == (4,)
+
+
+def test_a_scaler_with_observables_goes_to_a_file_and_back() -> None:
+    scaler = XScaler.fit(gappy(), NONE, observables=[IMAGE])
+    again = XScaler.from_dict(scaler.to_dict())
+    assert (again.observables, again.shape) == ((IMAGE,), (2, 2, 3))
+    np.testing.assert_array_equal(again.apply(gappy(seed=1)), scaler.apply(gappy(seed=1)))
+
+
+def test_a_block_keeps_the_relative_sizes_within_it() -> None:
+    both = np.hstack([rng_for(1).normal(5, [1.0, 2.0, 3.0, 4.0], (400, 4)), gappy()])
+    scaler = XScaler.fit(both, np.zeros(10, dtype=bool), observables=[TRACE, IMAGE], standardise="block")
+    np.testing.assert_allclose(scaler.mean, np.repeat([np.nanmean(both[:, :4]), np.nanmean(both[:, 4:])], [4, 6]), rtol=1e-10)
+    np.testing.assert_allclose(scaler.scale, np.repeat([np.nanstd(both[:, :4]), np.nanstd(both[:, 4:])], [4, 6]), rtol=1e-9)
+    images = rng_for(2).normal(3.0, np.arange(1, 7).reshape(2, 3), (300, 2, 3))
+    whole = XScaler.fit(images, np.zeros((2, 3), dtype=bool), standardise="block")
+    np.testing.assert_allclose(whole.scale, np.full((2, 3), images.std()), rtol=1e-9)
+    counts = XScaler.fit(np.full((50, 2), 3.0), np.ones(2, dtype=bool), observables=[SPECTRUM], standardise="block")
+    np.testing.assert_array_equal(counts.scale, 1.0)  # Poisson noise has unit width
+
+
+def test_none_leaves_the_values_and_another_word_is_refused() -> None:
+    x = rng_for(0).normal(50, 9, (30, 2, 3))
+    np.testing.assert_array_equal(XScaler.fit(x, np.zeros((2, 3), dtype=bool), standardise="none").apply(x), x.astype(np.float32))
+    with pytest.raises(SettingError, match="standardise is 'colunm'; expected one of column, block, none; did you mean 'column'"):
+        XScaler.fit(x, np.zeros((2, 3), dtype=bool), standardise="colunm")
+
+
+def test_observations_come_in_every_form_and_in_no_other() -> None:
+    scaler = XScaler.fit(gappy(), NONE, observables=[IMAGE])
+    x = gappy(3, seed=5)
+    for form in (x, x.reshape(3, 2, 3), {"image": x.reshape(3, 2, 3)}):
+        rows, single = scaler.check("x", form)
+        np.testing.assert_array_equal(rows, x)
+        assert not single
+    assert scaler.check("x", x[0].reshape(2, 3))[1]
+    for shape in ((2, 3, 3), (3, 2), (12,), (5,)):
+        with pytest.raises(ShapeError, match=r"expected \(6,\) for one observation, \(n, 6\) for several, \(2, 3\), \(n, 2, 3\)"):
+            scaler.check("x", np.zeros(shape))
+    plain = XScaler.fit(np.random.default_rng(0).normal(size=(9, 2)), np.zeros(2, dtype=bool))
+    with pytest.raises(DataError, match="observables are not known"):
+        plain.check("x", {"image": np.zeros(2)})
+
+
+def test_nan_inf_and_fractions_are_named_where_they_are_no_missing_values() -> None:
+    x = np.hstack([gappy(), rng_for(0).poisson(3.0, (400, 2))])
+    counts = np.repeat([False, True], [6, 2])
+    scaler = XScaler.fit(x, counts, observables=[IMAGE, SPECTRUM])
+    for column, value, message in (
+        (1, np.inf, r"first inf at index \(2, 1\), image\[0, 1\]"),
+        (
+            6,
+            np.nan,
+            r"first nan at index \(2, 6\), n\[0\]; expected finite values, and NaN only where Observable",
+        ),
+        (slice(None), np.nan, r"first nan at index \(2, 6\)"),
+    ):
+        bad = x[:5].copy()
+        bad[2, column] = value
+        with pytest.raises(NonFiniteError, match=message):
+            scaler.check("x", bad)
+    with pytest.raises(NonFiniteError, match="no value in 1 of 2 rows, first in row 1"):
+        XScaler.fit(gappy(), NONE, observables=[IMAGE]).check("x", np.array([[1.0, *[np.nan] * 5], [np.nan] * 6]))
+    bad = x[:5].copy()
+    bad[3, 7] = 2.5
+    with pytest.raises(DataError, match=r"x has 2.5 in n\[1\] of row 3, of kind 'counts'; expected whole numbers, or kind='real'"):
+        scaler.check("x", bad)
+    with pytest.raises(DataError, match="negative"):
+        require_counts("x", -x, counts, [IMAGE, SPECTRUM])
+    with pytest.raises(DataError, match=r"x has 2.5 in n\[1\]"):
+        require_counts("x", bad, counts, [IMAGE, SPECTRUM])
+    require_counts("x", bad, np.zeros(8, dtype=bool), [IMAGE, SPECTRUM])  # x_transform='real': no counts

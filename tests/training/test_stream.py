@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbi_phys.core.errors import SettingError, StoreError
+from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, StoreError
 from sbi_phys.priors import BoxPrior, Observable, Parameter
 from sbi_phys.store.store import Store
 from sbi_phys.training import _stream_rows
@@ -362,3 +362,44 @@ def test_peak_memory_stays_within_the_allowance(tmp_path, cached):
     assert drained == rows and 80 * rows > 7 * memory
     print(f"peak memory grew by {growth / 2**20:.1f} MiB")
     assert growth < memory, f"peak memory grew by {growth / 2**20:.1f} MiB; allowed are {memory / 2**20:.0f}"
+
+
+@pytest.mark.parametrize("standardise", ["column", "block", "none"])
+@pytest.mark.parametrize("cache", [None, "auto"])
+def test_missing_values_and_blocks_are_scaled_as_in_memory(tmp_path, standardise, cache):
+    rng = np.random.default_rng(0)
+    observables = [Observable("image", shape=(2, 2), missing=True), Observable("y", 2)]
+    x = rng.normal(100, [1, 2, 3, 4, 5, 6], (900, 6))
+    x[rng.random((900, 6)) < [0.3, 0.3, 0.3, 0.0, 0, 0]] = np.nan
+    x[:, 0] = np.where(np.arange(900) < 300, np.nan, x[:, 0])  # nothing in the first shards
+    store = make_store(tmp_path / "s", 900, x=x, observables=observables, failed=[7])
+    settings = {"memory": 700 * ROW, "seed": 2, "standardise": standardise}
+    with Stream(store, PRIOR, cache=cache, **settings) as stream:
+        scaled = torch.cat([stream.validation[1], *(b[1] for b in stream.epoch(0, 100))])
+        back = stream.scaler.invert(scaled)
+        train = stream.scaler.invert(torch.cat([b[1] for b in stream.epoch(0, 100)]))
+        want = XScaler.fit(train, np.zeros(6, dtype=bool), observables=observables, standardise=standardise)
+        np.testing.assert_allclose(stream.scaler.mean, want.mean, rtol=1e-5)
+        np.testing.assert_allclose(stream.scaler.scale, want.scale, rtol=1e-3)
+        keep = np.delete(x, 7, axis=0)
+        order, back = keep[np.argsort(keep[:, 5])], back[np.argsort(back[:, 5])]
+        np.testing.assert_allclose(back, order, atol=1e-3)  # NaN equals NaN
+        assert stream.scaler.arrange(scaled).shape == (899, 10)
+
+
+def test_nan_that_no_observable_declares_is_refused(tmp_path):
+    x = np.random.default_rng(0).normal(size=(200, 3))
+    x[120, 1] = np.nan
+    store = make_store(tmp_path / "s", 200, x=x, observables=[Observable("y", 3, missing=True)])
+    with Stream(store, PRIOR) as stream:
+        assert torch.isnan(torch.cat([stream.validation[1], *(b[1] for b in stream.epoch(0, 5))])).sum() == 1
+    with pytest.raises(NonFiniteError, match="shard-00001.h5, row 20 has NaN"):
+        Stream(store, PRIOR, observables=[Observable("y", 3)], cache=None)
+
+
+def test_fractions_in_counts_are_refused(tmp_path):
+    x = np.random.default_rng(0).poisson(3.0, (200, 3)) + 0.0
+    x[120, 1] = 2.5
+    store = make_store(tmp_path / "s", 200, x=x, observables=[Observable("n", 3, kind="counts")])
+    with pytest.raises(DataError, match=r"shard-00001.h5, row 20 has 2.5 in n\[1\], of kind 'counts'"):
+        Stream(store, PRIOR)
