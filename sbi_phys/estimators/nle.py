@@ -121,8 +121,8 @@ class NLE(Estimator):
             gaps = [o.name for o in self.observables or () if o.missing]
             if gaps:
                 raise SettingError(
-                    f"values of {', '.join(gaps)} may be missing, and a density of x has no such values; expected NPE or NRE, or observables "
-                    "without missing=True"
+                    f"values of {', '.join(gaps)} may be missing, and a density of x has no such values; expected NPE or NRE, or "
+                    "observables without missing=True"
                 )
             if x.ndim != 2:
                 raise ShapeError(f"x has shape {x.shape}; expected (n, k), one event a row")
