@@ -140,6 +140,8 @@ class _LineTask:
         parts = [f"{self._done:.10g}" + (f"/{self._total:.10g}" if self._total is not None else "")]
         if self._total:
             parts[0] += f" ({100 * self._done / self._total:.0f} %)"
+        elif self._total is None and not self._done:
+            parts = []  # work without a count, such as a stage
         if rate > 0:
             parts.append(f"{rate:.3g}/s")
         parts.append(f"elapsed {seconds_text(elapsed)}")

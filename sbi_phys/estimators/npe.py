@@ -177,6 +177,12 @@ class NPE(Estimator):
         best = minimize(objective, simplex[0], method="Nelder-Mead", options=options)
         return self.prior.from_unbounded((start + best.x * width)[None])[0]
 
+    def inputs(self, x: ArrayLike | Tensor) -> Array:
+        """Observations as the network receives them, scaled: (...) for one, (b, ...) for a batch."""
+        scaled, single = self._inputs(x)
+        rows: Array = scaled.double().cpu().numpy()
+        return rows[0] if single else rows
+
     def embed(self, x: ArrayLike | Tensor) -> Array:
         """Features h of observations, those of all members side by side: (k,) for one, (b, k) for a batch."""
         inputs, single = self._inputs(x)

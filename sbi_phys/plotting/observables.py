@@ -30,7 +30,7 @@ __all__ = ["block_kind", "block_shape", "features_figure", "predictive_figure", 
 
 MIN_ROWS = 20  # simulations below which quantiles of 95 % do not exist
 _LONG = 60  # columns from which a vector is drawn as a line
-_SMALL = 9  # columns up to which a vector has one panel for each
+SMALL = 9  # columns up to which a vector has one panel for each
 _CHANNELS = 4  # channels of a trace or an image that are shown
 _MARGINALS = 5  # columns of a set of events that are shown
 _SETS = 400  # sets of events whose histograms make the band
@@ -169,7 +169,7 @@ def _figure(observable: Observable, x_obs: ArrayLike, simulated: ArrayLike, look
             return _sets(observable, data.reshape(shape), rows.reshape(-1, *shape), look)
         if kind == "trace":
             return _traces(observable, data.reshape(-1, shape[-1]), rows.reshape(len(rows), -1, shape[-1]), look)
-        if kind == "vector" and observable.size <= _SMALL:
+        if kind == "vector" and observable.size <= SMALL:
             return _columns(observable, data, rows, look)
         return _histogram(observable, data, rows, look, binned=kind == "histogram")
 

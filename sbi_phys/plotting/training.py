@@ -30,6 +30,8 @@ def loss_figure(history: History) -> "Figure":
     """
     members = [_columns(member, k) for k, member in enumerate(_members(history))]
     rates = any(np.isfinite(m["learning_rate"]).any() for m in members)
+    from matplotlib.ticker import MaxNLocator
+
     with house_style():
         fig = new_figure(7.0, 4.9 if rates else 4.0)
         axes = fig.subplots(2 if rates else 1, 1, sharex=True, squeeze=False, height_ratios=[3.2, 1] if rates else [1])[:, 0]
@@ -53,6 +55,7 @@ def loss_figure(history: History) -> "Figure":
             axes[1].set_ylabel("learning rate")
             axes[1].grid(alpha=0.25, linewidth=0.6)
         axes[-1].set_xlabel("epoch")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(10, integer=True))
     return fig
 
 

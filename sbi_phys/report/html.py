@@ -20,7 +20,7 @@ from sbi_phys.report.tables import Table, inline_html
 __all__ = ["Block", "Code", "Details", "FigureBlock", "KeyValues", "Section", "Table", "Text", "Verdict", "render_report"]
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_LEVELS = {"good": ("✓", "Good"), "warn": ("!", "Caution"), "bad": ("✗", "Problem")}
+_LEVELS = {"good": ("✓", "Good"), "warn": ("!", "Caution"), "bad": ("✗", "Problem"), "next": ("→", "Next")}
 _TEMPLATE = Path(__file__).with_name("template.html.j2")
 
 
@@ -117,7 +117,9 @@ class KeyValues:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The result of a check in words; level 'good', 'warn' or 'bad' is shown by a sign, a word and a colour.   Raises: SettingError.
+    """The result of a check in words; level 'good', 'warn' or 'bad' is shown by a sign, a word and a colour, 'next' is what to do next.
+
+    Raises: SettingError.
 
     >>> from sbi_phys.report import Verdict
     >>> Verdict("good", "The network is calibrated.").name

@@ -4,9 +4,7 @@ r"""Stages of an inference run: simulate, train, infer, rounds, refine, referenc
 
 With the weights w = p(x_o | theta) p(theta) / q(theta | x_o) the final draws are exact up to their number, whatever the error of the
 network, and the effective sample size measures that error. `reference` runs Markov chains on the exact likelihood, `compare` tests the
-posteriors against them. `calibrate` tests the amortised network on held-out simulations and at the observation. `check` computes
-p = P(D(x_rep, theta) >= D(x_o, theta)) over the final posterior, D the deviance, pulls of the data, and the Mahalanobis distance of the
-observation's features among those of the simulations.
+posteriors against them. `calibrate` tests the amortised network on held-out simulations and at the observation. `check` is in `checks`.
 """
 
 import sys
@@ -16,29 +14,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from sbi_phys.calibration import c2st, predictive_pvalue
+from sbi_phys.calibration import c2st
 from sbi_phys.calibration.calibrate import calibrate as run_tests
-from sbi_phys.calibration.misspecification import feature_space
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.types import Array
 from sbi_phys.estimators.base import load
 from sbi_phys.estimators.npe import NPE
 from sbi_phys.estimators.sequential import truncated_rounds
-from sbi_phys.plotting.posterior import misfit_figure, panels_figure
-from sbi_phys.priors import standard_normal_log_prob
+from sbi_phys.plotting.posterior import panels_figure
+from sbi_phys.priors import LogUniformPrior, Prior, standard_normal_log_prob
 from sbi_phys.report.tables import shift_table
 from sbi_phys.samplers.importance import importance_sample
 from sbi_phys.samplers.mcmc import run_emcee
 from sbi_phys.samplers.tempering import spread_start
 from sbi_phys.simulation.campaign import simulate as run_simulations
 from sbi_phys.simulation.clusters import cluster_executor
-from sbi_phys.simulation.rows import simulate_rows
 from sbi_phys.store.store import Store
+from sbi_phys.workflow.checks import check
 from sbi_phys.workflow.run import Run
 
 __all__ = [
     "LogTarget", "calibrate", "check", "compare",
-    "estimator_settings", "fit_network", "infer", "log_target", "reference", "refine", "rounds", "simulate",
+    "estimator_settings", "fit_network", "infer", "log_names", "log_target", "news", "reference", "refine", "rounds", "simulate",
     "simulations", "train",
 ]  # fmt: skip
 
@@ -46,7 +43,6 @@ _MIN_ESS = 100  # effective draws below which importance weights do not describe
 # draws of each: the least with which a two-sample accuracy can be compared between runs, and the most that a few seconds allow
 _C2ST_DRAWS = 2000
 _POSTERIORS = {"amortised": "posterior_amortised.nc", "rounds": "posterior_rounds.nc", "final": "posterior.nc"}
-_MAX_FEATURE_ROWS = 20_000
 
 
 def simulations(run: Run, folder: str, n: int, *key: int | str) -> Store:
@@ -112,6 +108,37 @@ def train(run: Run, numbers: dict[str, Any]) -> None:
         "device": str(npe.device),
         "threads": torch.get_num_threads(),
     }
+
+
+def log_names(prior: Prior) -> list[str]:
+    """Names of the parameters whose prior is log-uniform: figures have them on a logarithmic axis."""
+    blocks = getattr(prior, "blocks", (prior,))
+    return [p.name for block in blocks if isinstance(block, LogUniformPrior) for p in block.parameters]
+
+
+def news(stage: str, numbers: dict[str, Any]) -> str:
+    """Return what a finished stage found, in a few words for the progress display."""
+    if isinstance(numbers.get("skipped"), str):
+        return f"skipped: {numbers['skipped']}"
+    n, failed = numbers.get("n_simulations", numbers.get("n", 0)), numbers.get("n_failed", 0)
+    rows = f"{n} rows" + (f", {failed} failed" if failed else "")
+    if stage == "train":
+        loss = ", ".join(f"{value:.3f}" for value in numbers.get("validation_loss", ()))
+        return f"{max(numbers.get('epochs', [0]))} epochs, validation loss {loss}"
+    if stage == "compare":
+        return ", ".join(f"{name} C2ST {found['c2st']:.3f}" for name, found in numbers.items() if "c2st" in found)
+    words = {
+        "simulate": rows,
+        "rounds": rows,
+        "infer": f"{numbers.get('n_draws', 0)} draws",
+        "refine": f"effective sample size {numbers.get('ess', 0):.0f}",
+        "reference": f"{'converged' if numbers.get('converged') else 'NOT converged'}, {numbers.get('n_effective', 0):.0f} effective draws",
+        "calibrate": f"{len(numbers.get('failed', ()))} of {len(numbers.get('pvalues', ()))} tests fail",
+        "check": f"predictive p = {numbers.get('pvalue', 0):.3g} from {numbers.get('n', 0)} replicas"
+        + (f", {failed} failed" if failed else ""),
+        "report": f"{len(numbers.get('sections', ()))} sections",
+    }
+    return words.get(stage, "")
 
 
 def log_target(run: Run) -> "LogTarget | None":
@@ -310,50 +337,3 @@ def _observation(run: Run) -> Array | None:
         return run.observation
     except (SettingError, DataError):
         return None
-
-
-def check(run: Run, numbers: dict[str, Any]) -> None:
-    """Posterior predictive p-value, pulls of every column, and the observation's distance from the simulations."""
-    theta, replicas, statistics = predictive(run)
-    t_rep, t_obs = statistics
-    result = predictive_pvalue(t_rep, t_obs)
-    mean, sd = replicas.mean(axis=0), replicas.std(axis=0)
-    pulls = np.divide(run.observation - mean, sd, out=np.zeros_like(mean), where=sd > 0)
-    npe = load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device)
-    features = npe.embed(Store(run.path("simulations")).read()[1][:_MAX_FEATURE_ROWS])
-    half = len(features) // 2  # mean and covariance come from one half of the simulations, the distances from the other
-    space = feature_space(features[:half])
-    distances, observed = space.mahalanobis(features[half:]), float(space.mahalanobis(np.atleast_2d(npe.embed(run.observation)))[0])
-    label = "distance of the network's features from the mean of the simulations [sd]"
-    run.save_figure(misfit_figure(distances, observed, label=label), "misfit")
-    run.save_figure(panels_figure({"": result}, columns=1, width=5.0, height=3.8), "predictive")
-    numbers |= {
-        "statistic": "deviance" if hasattr(run.simulator, "deviance") else "chi-square about the predictive mean",
-        "n": len(theta),
-        "pvalue": result.pvalue,
-        "pvalue_err": result.error,
-        "pulls": {o.name: pulls[block] for o, block in _blocks(run)},
-        "distance": observed,
-        "distance_quantile": float((distances < observed).mean()),
-    }
-
-
-def predictive(run: Run) -> tuple[Array, Array, tuple[Array, Array]]:
-    """Draws theta (n, d) of the final posterior, replicas x (n, k), and the statistic of replicas and observation (n,)."""
-    final = run.read_draws("posterior.nc").flat
-    rng = run.rng("check")
-    theta = final[rng.choice(len(final), min(run.config.check.n, len(final)), replace=False)]
-    replicas, failed = simulate_rows(run.simulator, theta, rng)
-    theta, replicas = np.delete(theta, list(failed), axis=0), np.delete(replicas, list(failed), axis=0)
-    deviance = getattr(run.simulator, "deviance", None)
-    if deviance is not None:
-        return theta, replicas, (np.asarray(deviance(replicas, theta)), np.asarray(deviance(run.observation, theta)))
-    mean, variance = replicas.mean(axis=0), replicas.var(axis=0)
-    scale = np.where(variance > 0, variance, 1.0)
-    t_rep, t_obs = (((x - mean) ** 2 / scale).sum(axis=-1) for x in (replicas, run.observation))
-    return theta, replicas, (t_rep, np.broadcast_to(t_obs, t_rep.shape))
-
-
-def _blocks(run: Run) -> list[tuple[Any, slice]]:
-    ends = np.cumsum([o.size for o in run.simulator.observables]).tolist()
-    return [(o, slice(end - o.size, end)) for o, end in zip(run.simulator.observables, ends, strict=True)]

@@ -1,22 +1,37 @@
-"""Stage `report`: summary.json with all numbers, the verdicts on them, the figures, and the HTML page."""
+"""Stage `report`: summary.json with all numbers, the verdicts on them, the figures, and the HTML page.
 
+The page has a section only for what was done: without a likelihood there is nothing on refinement and Markov chains. A simulator adds
+its own figures by the method
+
+    figures(theta, x_obs, *, seed, draws="posterior")  ->  [(name, title, caption, matplotlib Figure), ...]
+
+of which theta (n, d) are draws of the final posterior. If it has the argument `draws`, it is also called with draws of the prior and
+draws="prior". Name: letters, digits, '-' and '_', of the files figures/NAME.png and .pdf. An error in it is shown on the page.
+"""
+
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from sbi_phys.calibration.calibrate import AT_THE_OBSERVATION, TITLES
+from sbi_phys.calibration.calibrate import TITLES
 from sbi_phys.core.numbers import format_interval
 from sbi_phys.estimators.base import load
 from sbi_phys.plotting.corner import corner_figure
+from sbi_phys.plotting.observables import SMALL
 from sbi_phys.plotting.posterior import comparison_figure, weights_figure
 from sbi_phys.plotting.style import house_style, new_figure
 from sbi_phys.plotting.training import loss_figure, step_time_figure
 from sbi_phys.report.html import Block, Code, Details, KeyValues, Section, Text, Verdict, render_report
 from sbi_phys.report.tables import Table, comparison_table, posterior_table, rows_to_csv, rows_to_table, shift_table, summarise
+from sbi_phys.workflow.checks import FIGURES
+from sbi_phys.workflow.inference import log_names
 from sbi_phys.workflow.methods import TITLES as METHOD_TITLES
 from sbi_phys.workflow.run import Run, versions
+from sbi_phys.workflow.verdicts import training_state, verdicts
 
 __all__ = ["method_sections", "report", "seconds", "summary", "verdicts"]
 
@@ -26,20 +41,22 @@ _STAGES = (
     "simulate", "train", "infer", "rounds", "refine", "reference", "compare", "calibrate", "check",
     "train_nle", "infer_nle", "train_nre", "infer_nre", "methods",
 )  # fmt: skip
-# Largest C2ST and largest shift of a median, in sd, of a posterior that agrees with the exact one.
-_C2ST, _SHIFT = 0.55, 0.1
-_PARETO = 0.7  # arXiv:1507.02646
+_FIGURE_DRAWS = 2000  # draws that a simulator's own figures get
 
 
 def report(run: Run, numbers: Numbers) -> None:
     """Write summary.json, the figures and report.html."""
     found = summary(run)
     posterior = _posterior(run, found)  # before _physics, which reads the figure `corner`
+    parts: list[tuple[str, list[Block]]] = [
+        ("Data and prior", _data_and_prior(run, found)),
+        ("Observation and simulations", _observation_section(run, found)),
+        ("Posterior", posterior),
+        ("Data and model", _physics(run, found)),
+        ("Calibration and model checks", _checks(run, found)),
+    ]
     sections = [
-        Section("Data and prior", _data_and_prior(run)),
-        Section("Posterior", posterior),
-        *([Section("Data and model", physics)] if (physics := _physics(run)) else []),
-        Section("Calibration and model checks", _checks(run, found)),
+        *(Section(title, body) for title, body in parts if body),
         *method_sections(run),
         Section("Training", _training(run)),
         *([Section("Published fits", _published_fits(run, found))] if published(run) else []),
@@ -58,7 +75,7 @@ def report(run: Run, numbers: Numbers) -> None:
     numbers["sections"] = [section.title for section in sections]
 
 
-def _data_and_prior(run: Run) -> list[Block]:
+def _data_and_prior(run: Run, found: Numbers) -> list[Block]:
     simulator, prior = run.simulator, run.simulator.prior
     blocks = getattr(prior, "blocks", (prior,))
     rows = [
@@ -66,8 +83,9 @@ def _data_and_prior(run: Run) -> list[Block]:
         for block in blocks
         for p in block.parameters
     ]
+    kinds = found["blocks"] or {}
     data = [
-        (o.name, str(o.size), o.kind, f"{o.edges[0]:g} to {o.edges[-1]:g} {o.edges_unit}" if o.edges else "–")
+        (o.name, " × ".join(map(str, o.shape)), _kind_words(o, kinds.get(o.name, {}).get("kind", "")), o.unit or "–", _edges(o))
         for o in simulator.observables
     ]
     source = run.config.infer.observation
@@ -82,8 +100,84 @@ def _data_and_prior(run: Run) -> list[Block]:
             f"`{run.config.simulator.spec}`; its settings are listed at the end of this page."
         ),
         Table(("Parameter", "Name", "Prior", "Range", "Unit"), tuple(rows), "Parameters and their priors"),
-        Details("Blocks of the observation", [Table(("Block", "Columns", "Kind", "Bins"), tuple(data))]),
+        *([Text(failed)] if (failed := _failed_words(found)) else []),
+        Details("Blocks of the observation", [Table(("Block", "Shape", "Kind", "Unit", "Bins"), tuple(data))]),
     ]
+
+
+def _kind_words(observable: Any, kind: str) -> str:
+    words = ", ".join(
+        filter(None, (kind, "counts" if observable.kind == "counts" else "", "values may be missing" if observable.missing else ""))
+    )
+    return words or observable.kind
+
+
+def _edges(observable: Any) -> str:
+    return f"{observable.edges[0]:g} to {observable.edges[-1]:g} {observable.edges_unit}".strip() if observable.edges else "–"
+
+
+def _failed_words(found: Numbers) -> str:
+    n, failed = found["n_simulations"], found["n_failed"]
+    if not failed:
+        return ""
+    return (
+        f"{failed} of {n} simulations ({100 * failed / n:.2g} %) failed and are left out of the training. If failures depend on the "
+        "parameters, the posterior is that of the simulations that do not fail; `sbi-phys store check` lists the reasons."
+    )
+
+
+def _observation_section(run: Run, found: Numbers) -> list[Block]:
+    """The prior predictive of each block, and what the network receives."""
+    prior, out = found["prior_predictive"], found["misspecification"]
+    blocks: list[Block] = []
+    if prior is not None:
+        words = f"The observation is compared with {prior['n']} simulations at parameters drawn from the prior."
+        if prior.get("pvalue") is not None:
+            words += f" Prior predictive p-value: {prior['pvalue']:.3g}, of all columns, blocks and their sum together."
+        count = (
+            f"{prior['n_outside']} of {prior['n_columns']} columns are outside all of them; {prior['n_expected']:.2g} expected by chance"
+        )
+        named = ", ".join(f"`{name}`" for name in prior["outside"]) + (", ..." if prior["n_outside"] > len(prior["outside"]) else "")
+        blocks.append(Text(f"{words} {count}" + (f": {named}." if named else ".")))
+    blocks += _block_figures(run, found, "prior")
+    blocks += _own_figures(run, "prior")
+    caption = (
+        "What the network receives, and the features that its embedding makes of it, relative to the simulations. Red: outside all of "
+        "them, where the network extrapolates."
+    )
+    blocks += _if_drawn(run, "features", caption, "inputs and features of the network", 860)
+    if out["quantile"] is not None:
+        caption = "Distance from the mean of the simulations in the network's features: simulations (histogram) and observation (line)."
+        blocks += _if_drawn(run, "misfit", caption, "histogram of distances with the observation marked", 720)
+    return blocks
+
+
+def _if_drawn(run: Run, name: str, caption: str, alt: str, width: int | None = None) -> list[Block]:
+    return [run.figure_block(name, caption, alt, width)] if run.path("figures", f"{name}.png").exists() else []
+
+
+def _block_figures(run: Run, found: Numbers, what: str) -> list[Block]:
+    """The figures of stage `check`, one for each block of observables."""
+    words_of = {
+        "prior": ("the prior predictive", "the median of the simulations, and the fraction of them below the data in each pixel"),
+        "predictive": ("the posterior predictive", "the mean of the replicas, and the pulls (data − mean) / sd"),
+    }
+    below = {"prior": "below, the fraction of simulations below the data", "predictive": "below, the pulls (data − mean) / sd"}[what]
+    predicted, pictures = words_of[what]
+    captions = {
+        "image": f"Data, {pictures}.",
+        "set": f"Histogram of each column over all events, and the number of events: data and central 68 and 95 % of {predicted}.",
+    }
+    out: list[Block] = []
+    for name, block in (found["blocks"] or {}).items():
+        caption = captions.get(block["kind"], f"Data and central 68 and 95 % of {predicted}; {below}.")
+        if block["kind"] == "vector" and block["size"] <= SMALL:
+            caption = f"Data, and the distribution of each column in {predicted} with its central 68 and 95 %."
+        words = f"**{name}.** {caption}" if len(found["blocks"]) > 1 else caption
+        width = {"image": 980, "set": 900, "vector": 800}.get(block["kind"], 760)
+        out += _if_drawn(run, f"{what}_{block['figure']}", words, f"{name}: observation and {what} predictive simulations", width)
+    rest = len(run.simulator.observables) - FIGURES
+    return [*out, Text(f"{rest} further blocks are not drawn.")] if out and rest > 0 else out
 
 
 def _range(p: Any) -> str:
@@ -91,16 +185,21 @@ def _range(p: Any) -> str:
 
 
 def _posterior(run: Run, found: Numbers) -> list[Block]:
-    sets, parameters = _sample_sets(run), run.simulator.parameters
-    final = next(iter(sets.values()))
+    sets, parameters = _sample_sets(run, found), run.simulator.parameters
+    final, log = next(iter(sets.values())), log_names(run.simulator.prior)
     rows = posterior_table(final, parameters)
     run.write_text("posterior.csv", rows_to_csv(rows))
+    sentences = ["One- and two-dimensional marginals with 68 and 95 % regions."]
+    if len(sets) > 1:
+        lines = iter(("Black lines", "Dashed"))
+        sentences.append(f"Filled: the final posterior ({found['method']}).")
+        sentences += [f"{next(lines)}: {_SET_WORDS[label]}." for label in sets if label in _SET_WORDS]
+    if log:
+        sentences.append("On logarithmic axes the densities are those of the logarithm.")
     corner = run.draw(
-        corner_figure(sets, parameters, truth=run.truth, published=published(run)),
+        corner_figure(sets, parameters, truth=run.truth, published=published(run), log=log),
         "corner",
-        f"One- and two-dimensional marginals with 68 and 95 % regions. Filled: the final posterior ({found['method']})."
-        + (" Black lines: MCMC with the exact likelihood." if len(sets) > 2 else "")
-        + " Dashed: the amortised network before refinement.",
+        " ".join(sentences),
         "corner plot of the posterior",
     )
     evidence = found["log_evidence"]
@@ -112,19 +211,86 @@ def _posterior(run: Run, found: Numbers) -> list[Block]:
     ]
 
 
-def _sample_sets(run: Run) -> dict[str, Any]:
+_SET_WORDS = {"exact MCMC": "MCMC with the exact likelihood", "amortised network": "the amortised network before rounds and refinement"}
+
+
+def _sample_sets(run: Run, found: Numbers) -> dict[str, Any]:
+    """Draws by label; the amortised network's are shown where the final ones are others."""
     files = {"final posterior": "posterior.nc", "exact MCMC": "reference.nc", "amortised network": "posterior_amortised.nc"}
+    if not found["differs_from_amortised"]:
+        files = {"posterior" if label == "final posterior" else label: file for label, file in list(files.items())[:2]}
     return {label: run.read_draws(file).flat for label, file in files.items() if run.path(file).exists()}
 
 
-def _physics(run: Run) -> list[Block]:
-    if not hasattr(run.simulator, "figures"):
+def _physics(run: Run, found: Numbers) -> list[Block]:
+    """The simulator's own figures, the posterior predictive of each block, and the tests of the model."""
+    own = _own_figures(run, "posterior")
+    blocks = _block_figures(run, found, "predictive")
+    if own and blocks:
+        blocks = [Details("Every block of the observation and its posterior predictive", blocks)]
+    return [*own, *blocks, *_predictive_tests(run, found)]
+
+
+def _own_figures(run: Run, draws: str) -> list[Block]:
+    """What the simulator's method `figures` draws; an error in it does not end the report."""
+    method = getattr(run.simulator, "figures", None)
+    if method is None:
         return []
-    theta = run.read_draws("posterior.nc").flat[:2000]
-    made = run.simulator.figures(theta, run.observation, seed=run.seed("figures") % 2**31)
-    blocks: list[Block] = [run.draw(figure, name, caption, title) for name, title, caption, figure in made]
-    run.save_figure(_side_by_side([run.path("figures", f"{name}.png") for name in ("corner", made[0][0])]), "overview")
+    options: dict[str, Any] = {"seed": run.seed("figures") % 2**31}
+    if "draws" in inspect.signature(method).parameters:
+        options["draws"] = draws
+    elif draws == "prior":
+        return []
+    if draws == "prior":
+        theta = run.simulator.prior.sample(_FIGURE_DRAWS, run.rng("figures", "prior"))
+    else:
+        theta = run.read_draws("posterior.nc").flat[:_FIGURE_DRAWS]
+    try:
+        made = list(method(theta, run.observation, **options))
+        blocks: list[Block] = [run.draw(figure, name, caption, title) for name, title, caption, figure in made]
+    except Exception as err:  # code of the user: the other sections do not depend on it
+        where = f"figures() of {run.config.simulator.spec} failed with draws of the {draws}."
+        return [Verdict("warn", where, f"{type(err).__name__}: {err}. Expected a list of (name, title, caption, Figure).")]
+    if made and draws == "posterior":
+        run.save_figure(_side_by_side([run.path("figures", f"{name}.png") for name in ("corner", made[0][0])]), "overview")
     return blocks
+
+
+def _predictive_tests(run: Run, found: Numbers) -> list[Block]:
+    blocks: list[Block] = []
+    if found["predictive_failed"]:
+        reasons = "; ".join(f"{n} × {reason}" for reason, n in found["predictive_failures"].items())
+        total = found["predictive_n"] + found["predictive_failed"]
+        blocks.append(Text(f"{found['predictive_failed']} of {total} predictive simulations failed and are left out ({reasons})."))
+    if found["predictive_pvalue"] is None:
+        return blocks
+    caption = f"Posterior predictive check, statistic: {found['predictive_statistic']}."
+    blocks += _if_drawn(run, "predictive", caption, "posterior predictive check", 560)
+    if found["predictive_statistics"]:
+        rows = [(_STATISTICS.get(name, name), f"{p:.3g}") for name, p in found["predictive_statistics"].items()]
+        blocks.append(Table(("Statistic", "$p$"), tuple(rows), "Two-sided posterior predictive p-values of several statistics"))
+    pulls = [(abs(v), v, name, i) for name, row in found["pulls"].items() for i, v in enumerate(row) if v is not None]
+    worst = sorted(pulls, reverse=True)[:8]
+    shapes = {o.name: o.shape for o in run.simulator.observables}
+    largest = [(name, _index(i, shapes[name]), f"{v:+.2f}".replace("-", "−")) for _, v, name, i in worst]
+    table: list[Block] = [Table(("Block", "Column", "(data − predicted) / sd"), tuple(largest))]
+    if found["predictive_constant"]:
+        names = ", ".join(f"`{name}`" for name in found["predictive_constant"])
+        blocks.append(Text(f"Constant in the predictive simulations and another value in the data: {names}."))
+    return [*blocks, Details("Largest pulls of the data", table)]
+
+
+_STATISTICS = {
+    "total": "sum of all columns",
+    "max |pull|": "largest pull",
+    "chi2": "sum of squared pulls",
+    "longest run": "longest run of pulls of one sign",
+    "neighbours alike": "product of neighbouring pulls",
+}
+
+
+def _index(i: int, shape: tuple[int, ...]) -> str:
+    return ", ".join(str(int(k)) for k in np.unravel_index(i, shape))
 
 
 def _side_by_side(paths: list[Path], height: float = 7.0) -> Any:
@@ -164,18 +330,6 @@ def _checks(run: Run, found: Numbers) -> list[Block]:
         out.append(run.draw(figure, "weights", caption, "histogram and cumulative share of the importance weights"))
     if run.path("figures", "calibration.png").exists():
         out += _calibration(run)
-    out.append(
-        run.figure_block(
-            "predictive", f"Posterior predictive check, statistic: {found['predictive_statistic']}.", "posterior predictive check", 560
-        )
-    )
-    caption = (
-        "Distance from the mean of the training simulations in the network's features: simulations (histogram) and observation (line)."
-    )
-    out.append(run.figure_block("misfit", caption, "histogram of distances with the observation marked", 720))
-    worst = sorted(((abs(v), v, name, i) for name, row in found["pulls"].items() for i, v in enumerate(row)), reverse=True)[:8]
-    rows = [(name, str(i), f"{v:+.2f}".replace("-", "−")) for _, v, name, i in worst]
-    out.append(Details("Largest pulls of the data", [Table(("Block", "Bin", "(data − predicted) / sd"), tuple(rows))]))
     return out
 
 
@@ -225,18 +379,37 @@ def _published_fits(run: Run, found: Numbers) -> list[Block]:
     final, parameters, fits = run.read_draws("posterior.nc").flat, run.simulator.parameters, published(run)
     caption = f"Published values and this posterior. Sources: {', '.join(dict.fromkeys(fit['source'] for fit in fits))}."
     return [
-        run.draw(comparison_figure(_sample_sets(run), parameters, fits, truth=run.truth), "published", caption, "published fits"),
+        run.draw(
+            comparison_figure(_sample_sets(run, found), parameters, fits, truth=run.truth, log=log_names(run.simulator.prior)),
+            "published",
+            caption,
+            "published fits",
+        ),
         Details("Table", [rows_to_table(comparison_table(final, parameters, fits))]),
     ]
 
 
 def _settings(run: Run, found: Numbers) -> list[Block]:
-    spent = {name: f"{value:.1f} s" for name, value in seconds(run).items()}
+    skipped = {name for name in _STAGES if isinstance(run.numbers(name).get("skipped"), str)}
+    spent = {name: f"{value:.1f} s" for name, value in seconds(run).items() if name not in skipped}
+    text, caption = run.config.to_toml(), "config.toml; the same settings reproduce the same numbers"
+    if not found["likelihood"]:
+        text, caption = _without_exact(run), "config.toml, without the settings of stages that need a likelihood"
     return [
         KeyValues({"seed": run.config.run.seed, "device": found["device"], "threads": found["threads"], **found["versions"]}, "Versions"),
         KeyValues(spent, "Time of each stage"),
-        Details("All settings", [Code(run.config.to_toml(), "config.toml; the same settings reproduce the same numbers")]),
+        Details("All settings", [Code(text, caption)]),
     ]
+
+
+def _without_exact(run: Run) -> str:
+    import tomli_w
+
+    settings = run.config.to_dict()
+    settings.pop("reference", None)
+    for key in ("n_refine", "target_ess"):
+        settings.get("infer", {}).pop(key, None)
+    return tomli_w.dumps(settings)
 
 
 def _text(value: Any) -> str:
@@ -368,7 +541,12 @@ def summary(run: Run) -> dict[str, Any]:
         "posterior": summarise(final, run.names),
         "posterior_amortised": summarise(run.read_draws("posterior_amortised.nc").flat, run.names),
         "reference": summarise(run.read_draws("reference.nc").flat, run.names) if run.path("reference.nc").exists() else None,
+        "likelihood": callable(getattr(run.simulator, "log_likelihood", None)),
         "method": get["refine"].get("method"),
+        "differs_from_amortised": get["refine"].get("method") not in ("amortised network", "amortised network, refinement failed"),
+        "blocks": get["check"].get("blocks"),
+        "prior_predictive": get["check"].get("prior_predictive"),
+        "training": training_state(load(run.path("model.pt"), device="cpu").history),
         "c2st_amortised": compare.get("amortised", {}).get("c2st"),
         "c2st_rounds": compare.get("rounds", {}).get("c2st"),
         "c2st_final": compare.get("final", {}).get("c2st"),
@@ -388,6 +566,12 @@ def summary(run: Run) -> dict[str, Any]:
         "rounds": get["rounds"],
         "predictive_pvalue": get["check"].get("pvalue"),
         "predictive_statistic": get["check"].get("statistic"),
+        "predictive_statistics": get["check"].get("statistics"),
+        "predictive_n": get["check"].get("n", 0),
+        "predictive_failed": get["check"].get("n_failed", 0),
+        "predictive_failures": get["check"].get("failures", {}),
+        "predictive_constant": get["check"].get("constant", []),
+        "predictive_skipped": get["check"].get("skipped"),
         "pulls": get["check"].get("pulls"),
         "misspecification": {
             "distance": get["check"].get("distance"),
@@ -436,110 +620,3 @@ def _published(run: Run, theta: Any) -> list[dict[str, Any]]:
         }
         for fit in published(run)
     ]
-
-
-def verdicts(found: dict[str, Any]) -> list[Verdict]:
-    """Verdicts on the numbers of `summary`, one also for each stage that was not run."""
-    return [
-        _judge_posterior(found),
-        *_judge_refinement(found),
-        _judge_calibration(found),
-        _judge_prediction(found),
-        _judge_observation(found),
-    ]
-
-
-def _judge_posterior(found: dict[str, Any]) -> Verdict:
-    c2st, shift = found["c2st_final"], found["max_median_shift_sd"]
-    if shift is None:
-        return Verdict(
-            "warn",
-            "The posterior was not compared with an exact posterior.",
-            "Stage reference was not run, or the likelihood is not tractable.",
-        )
-    detail = (
-        f"C2ST {_number(c2st)} (0.5: no difference found), largest shift of a median {shift:.3f} sd; "
-        f"C2ST before rounds and refinement {_number(found['c2st_amortised'])}."
-    )
-    if c2st is None:
-        return Verdict("bad", "The final posterior has too few distinct draws for a comparison with exact MCMC.", detail)
-    if not found["mcmc"]["converged"]:
-        return Verdict("warn", "The exact MCMC has not converged: the comparison is not conclusive.", detail)
-    if c2st <= _C2ST and shift <= _SHIFT:
-        return Verdict("good", "The final posterior agrees with exact MCMC.", detail)
-    return Verdict("bad", "The final posterior differs from exact MCMC.", detail)
-
-
-def _judge_refinement(found: dict[str, Any]) -> list[Verdict]:
-    share, k = found["importance_ess_fraction"], found["importance_pareto_k"]
-    if share is None:
-        return [Verdict("warn", "The network's draws were not refined with the exact likelihood.")]
-    detail = f"Effective sample size {found['importance_ess']:.0f}, {100 * share:.2g} % of the proposals; Pareto k {_number(k)}."
-    if not found["refined"]:
-        return [
-            Verdict("bad", "Refinement failed: the network is too far from the exact posterior; the unrefined draws are shown.", detail)
-        ]
-    if k is not None and k < _PARETO and found["importance_ess"] >= 1000:
-        return [Verdict("good", "Importance sampling with the exact likelihood is reliable.", detail)]
-    return [
-        Verdict(
-            "warn",
-            "Importance sampling may be unreliable: few draws have most of the weight, and the refined posterior may miss mass.",
-            detail,
-        )
-    ]
-
-
-def _judge_calibration(found: dict[str, Any]) -> Verdict:
-    tests = found["calibration"]
-    if tests["adjusted"] is None:
-        return Verdict("warn", "The calibration of the network was not tested.")
-    if tests["passed"]:
-        return Verdict("good", "The amortised network is calibrated on held-out simulations.", tests["verdict"])
-    if set(tests["failed"]) <= AT_THE_OBSERVATION:
-        head = "The amortised network is calibrated on average, but not near the observation; refinement corrects the posterior."
-        return Verdict("warn", head, tests["verdict"])
-    level, words = ("warn", "slightly miscalibrated") if min(tests["adjusted"].values()) >= 1e-3 else ("bad", "not calibrated")
-    head = f"The amortised network is {words} on held-out simulations; refinement corrects the posterior of this observation only."
-    return Verdict(level, head, tests["verdict"])
-
-
-def _judge_prediction(found: dict[str, Any]) -> Verdict:
-    p = found["predictive_pvalue"]
-    if p is None:
-        return Verdict("warn", "No posterior predictive check was run.")
-    detail = f"Posterior predictive p = {p:.3g}, statistic: {found['predictive_statistic']}."
-    if p < 0.05:
-        level = "warn" if p >= 1e-3 else "bad"
-        return Verdict(
-            level,
-            "The data are more extreme than posterior predictive simulations: the model does not describe them fully.",
-            detail,
-        )
-    return Verdict("good", "The data agree with posterior predictive simulations.", detail)
-
-
-def _judge_observation(found: dict[str, Any]) -> Verdict:
-    """The more extreme of two out-of-distribution scores: the distance in the network's features, and the tests of `misspecification`."""
-    quantile, p = found["misspecification"]["quantile"], found["misspecification"].get("pvalue")
-    if quantile is None and p is None:
-        return Verdict("warn", "The observation was not compared with the training simulations.")
-    details = []
-    if quantile is not None:
-        details.append(f"Its distance in the network's features is larger than that of {100 * quantile:.1f} % of the simulations.")
-    if p is not None:
-        details.append(f"Misspecification tests of the observation: p = {p:.3g}.")
-    pvalue = min(1.0 if quantile is None else 1 - quantile, 1.0 if p is None else p)
-    detail = " ".join(details)
-    if pvalue >= 0.05:
-        return Verdict("good", "The observation lies within the training distribution.", detail)
-    words = "at the edge of" if pvalue >= 0.01 else "outside"
-    return Verdict(
-        "warn" if pvalue >= 0.01 else "bad",
-        f"The observation lies {words} the training distribution, where the network extrapolates.",
-        detail,
-    )
-
-
-def _number(value: float | None) -> str:
-    return "not known" if value is None else f"{value:.3f}"

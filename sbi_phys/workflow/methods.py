@@ -28,7 +28,7 @@ from sbi_phys.report.tables import shift_table
 from sbi_phys.samplers.diagnostics import split_r_hat
 from sbi_phys.samplers.grid import grid_posterior
 from sbi_phys.store.store import Store
-from sbi_phys.workflow.inference import LogTarget, estimator_settings, log_target, simulations
+from sbi_phys.workflow.inference import LogTarget, estimator_settings, log_names, log_target, simulations
 from sbi_phys.workflow.run import Run
 
 __all__ = [
@@ -141,7 +141,8 @@ def methods(run: Run, numbers: dict[str, Any]) -> None:
             task.advance(1, text=method)
     numbers["exact_posterior"] = None if exact is None else _moments(run, exact)
     label = None if exact is None else (f"exact ({name})", exact)
-    figure = methods_figure({TITLES[m]: theta for m, theta in found.items()}, run.simulator.parameters, label, truth=run.truth)
+    draws, log = {TITLES[m]: theta for m, theta in found.items()}, log_names(run.simulator.prior)
+    figure = methods_figure(draws, run.simulator.parameters, label, truth=run.truth, log=log)
     run.save_figure(figure, "methods")
     numbers["ratios"] = _ratios(run)
 

@@ -103,9 +103,11 @@ def run_stages(config: Config, folder: str | Path, until: Iterable[str] = ("repo
                     begin = time.perf_counter()
                     concurrent.wait(name)
                     run.note(name, {"waited": round(time.perf_counter() - begin, 3)})
+                    task.advance(0, inference.news(name, run.numbers(name)))
                     continue
                 _forget_dependents(run, name)
                 _execute(run, name)
+                task.advance(0, inference.news(name, run.numbers(name)))
     return run
 
 

@@ -95,7 +95,7 @@ def test_unknown_total_and_no_work():
     with progress.task("fit", None) as task:
         clock.now += 10
         task.advance(0, "warming up")
-    assert stream.getvalue().splitlines() == ["fit: 0, elapsed 0:10, warming up", "fit: 0, elapsed 0:10, warming up, done"]
+    assert stream.getvalue().splitlines() == ["fit: elapsed 0:10, warming up", "fit: elapsed 0:10, warming up, done"]
 
 
 def test_an_exception_is_named_in_the_last_line():
