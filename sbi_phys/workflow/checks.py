@@ -19,6 +19,7 @@ import numpy as np
 from sbi_phys.calibration import predictive_pvalue
 from sbi_phys.calibration.misspecification import feature_space
 from sbi_phys.calibration.predictive import predictive_checks, prior_predictive_check
+from sbi_phys.core.errors import DataError
 from sbi_phys.core.types import Array, Mask
 from sbi_phys.estimators.base import load
 from sbi_phys.plotting.observables import MIN_ROWS, block_kind, features_figure, predictive_figure, prior_predictive_figure
@@ -160,8 +161,8 @@ def _pulls(x: Array, replicas: Array) -> tuple[Array, Mask]:
 def predictive(run: Run) -> tuple[Array, Array, tuple[Array, Any], dict[str, int]]:
     """Replicas at draws of the final posterior.
 
-    Returns: theta (n, d), replicas (n, k), the statistic of replicas (n,) and of the observation (n,) or a number, and {reason: rows that
-    failed}.
+    Returns: theta (n, d), replicas (n, k), the statistic of replicas (n,) and of the observation (n,) or a number, and the number of rows
+    that failed, {reason: rows}.   Raises: DataError (all rows fail).
     """
     final = run.read_draws("posterior.nc").flat
     rng = run.rng("check")
