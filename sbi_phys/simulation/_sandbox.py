@@ -242,12 +242,14 @@ class Child:
 
     def close(self) -> None:
         """End the child and its server."""
-        if self._server is not None:
-            self._server.kill()  # its child ends with it
-            self._server.join()
-            self._server.close()
         for connection in {self._pipe, self._control} - {None}:
             connection.close()  # type: ignore[union-attr]
+        if self._server is not None:
+            if self._forks:
+                self._server.join(_END_S)  # it kills its child, and the programs that this started, when the connection closes
+            self._server.kill()
+            self._server.join()
+            self._server.close()
         self._server = self._pipe = self._control = None
 
     def _fork(self) -> Connection:
@@ -345,6 +347,7 @@ def _server(control: Connection, data: bytes, environment: dict[str, str | None]
                 child = os.fork()
                 if child == 0:
                     _child(server, control, handle, simulator, columns)
+                _lead_group(child)
                 os.close(handle)
                 control.send(None)
             else:
@@ -390,6 +393,7 @@ def _child(server: int, control: Connection, handle: int, simulator: Simulator, 
     code = 1
     try:
         die_with_parent(server)
+        _lead_group(0)
         control.close()
         _answer(Connection(handle), simulator, columns)
         code = 0
@@ -398,8 +402,25 @@ def _child(server: int, control: Connection, handle: int, simulator: Simulator, 
         os._exit(code)
 
 
+def _lead_group(child: int) -> None:
+    """Make a child the leader of a process group; called by both processes, since either may come first."""
+    with contextlib.suppress(OSError):
+        os.setpgid(child, child)
+
+
 def _reap(child: int, *, now: bool) -> int | None:
-    """Wait for a child to end, kill it after a while or immediately if `now`, and return its exit status."""
+    """Wait for a child to end, kill it after a while or immediately if `now`, and return its exit status.
+
+    Processes that the simulator started, and that are still in the child's group, are killed with it.
+    """
+    try:
+        return _wait(child, now=now)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child, signal.SIGKILL)
+
+
+def _wait(child: int, *, now: bool) -> int | None:
     deadline = time.monotonic() + (0.0 if now else _END_S)
     while True:
         if time.monotonic() >= deadline:

@@ -4,18 +4,15 @@ r"""Simulators made of a Python function or a command line program that produces
     CommandSimulator(["corsika", "--energy", "{energy}", "--seed", "{seed}"], prior, [Observable("signal", 64)], timeout=600)
 
 Both follow the `Simulator` protocol. Every event has its own generator or seed. An event that fails is flagged with the reason; the other
-events are kept and nothing is simulated twice. A program that exceeds its time limit is killed together with the processes it started. A
-function that crashes or hangs loses only its own event if it runs isolated: simulate(..., isolate=True) or timeout=.
+events are kept and nothing is simulated twice. A program that exceeds its time limit is killed together with the processes it started, and
+so is one whose worker or campaign is killed. Of its output only what the event needs is kept. A function that crashes or hangs loses only
+its own event if it runs isolated: simulate(..., isolate=True) or timeout=.
 """
 
-import contextlib
 import importlib
-import io
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,12 +27,15 @@ from sbi_phys.core.types import Array
 from sbi_phys.priors import Observable, Parameter, Prior, prior_from_dict
 from sbi_phys.priors.blocks import to_rows
 from sbi_phys.priors.parameters import observables_from_dicts, observables_to_dicts
+from sbi_phys.simulation._programs import run_program
 from sbi_phys.simulation.protocol import RowsFailedError, event_reason, require_foreign
 
 __all__ = ["CommandSimulator", "FunctionSimulator"]
 
 
 _STDERR_LINES = 5
+# Text that an event may have: some for other words than its values, which are refused then with their own reason, and 64 bytes a value.
+_OUTPUT_BYTES, _VALUE_BYTES = 2**20, 64
 _FIELD = re.compile(r"\{(\w+)(?::([^{}]*))?\}")
 
 
@@ -72,12 +72,11 @@ class _Described:
         """One event as (k,), from any array of k values or from {name: array} with one for each observable.   Raises: DataError."""
         if isinstance(values, Mapping):
             return np.asarray(to_rows(values, self.observables, name="event")[0][0], dtype=np.float64)
-        x = np.asarray(values, dtype=np.float64).ravel()
-        if x.size != self.n_columns:
-            raise DataError(
-                f"an event has {x.size} values; expected {self.n_columns}: {', '.join(f'{o.name} ({o.size})' for o in self.observables)}"
-            )
-        return x
+        size = np.size(values)
+        if size != self.n_columns:
+            names = ", ".join(f"{o.name} ({o.size})" for o in self.observables)
+            raise DataError(f"an event has {size} values; expected {self.n_columns}: {names}")
+        return np.array(values, dtype=np.float64).ravel()
 
 
 class FunctionSimulator(_Described):
@@ -145,6 +144,7 @@ class CommandSimulator(_Described):
             {seed} a number below 2^31 drawn from the event's generator, {folder} the working folder; {{ and }} are braces.
         prior, observables: of the simulator.
         output: file in the working folder with the event's values (.npy, or text separated by white space or commas), or 'stdout'.
+            Text above 1 MiB plus 64 bytes for each value is refused; what else the program writes to stdout is dropped.
         files: {name: text} of input files to write into the working folder, with the same fields.
         timeout: seconds allowed per event; None for no limit.
         retries: further runs, with the same seed, if the program ends with a status other than 0 or leaves no output.
@@ -216,21 +216,18 @@ class CommandSimulator(_Described):
         for name, text in self.files.items():
             (folder / name).write_text(text.format(**values), encoding="utf-8")
         command = [part.format(**values) for part in self.command]
-        # in a new session, so that the processes that the program starts can be killed with it
-        process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-        )
+        from_stdout, limit = self.output == "stdout", _OUTPUT_BYTES + _VALUE_BYTES * self.n_columns
         try:
-            out, err = process.communicate(timeout=self.timeout)
-        except subprocess.TimeoutExpired as late:
+            done = run_program(command, folder, timeout=self.timeout, limit=limit, stop=from_stdout)
+        except TimeoutError as late:
             raise TimeoutError(f"{self.command[0]} did not end within the timeout of {self.timeout:g} s") from late
-        finally:
-            _end_group(process)
-        words = " | ".join(err.decode(errors="replace").replace(str(folder), "{folder}").strip().splitlines()[-_STDERR_LINES:])
-        if process.returncode:
-            how = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
+        if from_stdout and done.too_long:
+            raise DataError(f"{self.command[0]} wrote more than {limit} bytes to stdout; expected {self.n_columns} values")
+        words = " | ".join(done.errors.decode(errors="replace").replace(str(folder), "{folder}").strip().splitlines()[-_STDERR_LINES:])
+        if done.status:
+            how = f"signal {-done.status}" if done.status < 0 else f"status {done.status}"
             raise _RunError(f"{self.command[0]} ended with {how}: {words or 'nothing on stderr'}")
-        return self.event(self._read(folder, out, words))
+        return self.event(self._read(folder, done.output, words))
 
     def _read(self, folder: Path, out: bytes, words: str) -> Any:
         if self.output == "stdout":
@@ -240,7 +237,11 @@ class CommandSimulator(_Described):
             if not path.is_file():
                 raise _RunError(f"{self.command[0]} left no {self.output}: {words or 'nothing on stderr'}")
             if path.suffix == ".npy":
-                return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+                # mapped, so that an array of another size takes no memory before it is refused
+                return np.load(path, mmap_mode="r", allow_pickle=False)
+            size, limit = path.stat().st_size, _OUTPUT_BYTES + _VALUE_BYTES * self.n_columns
+            if size > limit:
+                raise DataError(f"{self.command[0]} wrote {size} bytes to {self.output}; expected {self.n_columns} values, below {limit}")
             text = path.read_text(encoding="utf-8", errors="replace")
         try:
             return [float(word) for word in text.replace(",", " ").split()]
@@ -270,14 +271,3 @@ def _one_by_one(theta: Array, rng: np.random.Generator, n_columns: int, event: A
     if reasons:
         raise RowsFailedError(x, reasons)
     return x
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a program and the processes that it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.wait()
-    for stream in (process.stdout, process.stderr):
-        if stream is not None:
-            stream.close()
