@@ -17,7 +17,8 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future,
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from typing import Any
 from uuid import uuid4
 
 from sbi_phys.core.errors import SettingError, StoreError
@@ -41,6 +42,9 @@ _CRASHES = 2
 _IN_VAIN, _IN_VAIN_LATER = 2, 10
 _LARGE = 2**16  # bytes from which a simulator is sent to Dask's workers separately from the shards
 _LOOK_S = 2.0  # interval between queries for the number of workers of a Dask cluster
+_ANSWER_S = 10.0  # time for the answer
+# Time after which a scheduler without an answer, or without a worker, is given up; the second for jobs that may wait in a queue.
+_SILENT_S, _QUEUED_S = 300.0, 3600.0
 
 
 @dataclass
@@ -151,19 +155,40 @@ def _token(run: Campaign) -> Iterator[None]:
 
 
 class _InFlight:
-    """Number of shards allowed in flight: two per worker, counting the current workers of a Dask cluster, whose jobs start one by one."""
+    """Number of shards allowed in flight: two per worker, counting the current workers of a Dask cluster, whose jobs start one by one.
+
+    It also notices a Dask scheduler that no longer answers and one that has lost all workers: futures of either never end.
+    """
 
     def __init__(self, executor: Executor | None, workers: int) -> None:
         self._client = getattr(executor, "_client", None)  # Dask's executor has it
         self._workers, self._next = workers, 0.0
+        self._answered = self._worked = time.monotonic()
 
     def __call__(self) -> int:
         if self._client is not None and time.monotonic() >= self._next:
-            # an unreachable scheduler is not an error here; the shards in flight report it
-            with suppress(Exception):
-                self._workers = max(self._workers, sum(self._client.nthreads().values()))
+            self._look(self._client)
             self._next = time.monotonic() + _LOOK_S
         return 2 * self._workers
+
+    def _look(self, client: Any) -> None:
+        """Ask for the number of workers.   Raises: ClusterLostError after the time that is allowed without an answer or a worker."""
+        try:
+            workers = sum(client.sync(client.scheduler.ncores, workers=None, callback_timeout=_ANSWER_S).values())
+        except Exception:
+            # no error before the time is over: a scheduler under load answers late, and a restarted connection works again
+            silent = time.monotonic() - self._answered
+            if silent > _SILENT_S:
+                raise ClusterLostError(f"the Dask scheduler has not answered for {silent:.0f} s (limit {_SILENT_S:g} s)") from None
+            return
+        self._answered = time.monotonic()
+        if workers:
+            self._worked, self._workers = self._answered, max(self._workers, workers)
+        # jobs of a batch system may wait in its queue
+        limit = _QUEUED_S if client.cluster is not None else _SILENT_S
+        idle = self._answered - self._worked
+        if idle > limit:
+            raise ClusterLostError(f"the Dask scheduler has had no worker for {idle:.0f} s (limit {limit:g} s)")
 
 
 def _callers_executor(run: Campaign, executor: Executor, in_flight: Callable[[], int]) -> None:
@@ -190,6 +215,8 @@ def _callers_executor(run: Campaign, executor: Executor, in_flight: Callable[[],
                 f"the scheduler cancelled the shards of {run.folder} or stopped; {_counts(run)}. Expected a scheduler that runs until "
                 "the call ends"
             ) from err
+        except ClusterLostError as err:
+            raise StoreError(f"{err}; {_counts(run)}. Expected a running scheduler with workers") from err
 
 
 def _submit(run: Campaign, executor: Executor) -> Callable[..., Future[ShardResult]]:
@@ -200,6 +227,10 @@ def _submit(run: Campaign, executor: Executor) -> Callable[..., Future[ShardResu
     # created by a task and not scattered, so that Dask makes it again if its workers are lost
     shared = client.submit(bytes, run.payload, pure=False)
     return lambda function, task: executor.submit(function, replace(task, simulator=b""), shared)
+
+
+class ClusterLostError(Exception):
+    """A scheduler does not answer or has no workers."""
 
 
 class WorkerLostError(BrokenExecutor):
@@ -299,7 +330,10 @@ def _drain(run: Campaign, submit: Callable[..., Future[ShardResult]], in_flight:
                 future = submit(run_shard, run.shard(run.todo[0]))
                 pending[future] = run.todo.popleft()
                 future.add_done_callback(done.put)
-            future = done.get()
+            try:
+                future = done.get(timeout=_LOOK_S)
+            except Empty:
+                continue  # and look whether the cluster is still there
             run.finished(_result(future))
             del pending[future]
     except BrokenExecutor:
@@ -308,6 +342,9 @@ def _drain(run: Campaign, submit: Callable[..., Future[ShardResult]], in_flight:
                 run.todo.append(pending[future])
             else:
                 run.finished(future.result())
+        raise
+    except ClusterLostError:
+        # cancelling would wait for the scheduler, and so would the futures
         raise
     except BaseException:
         for future in pending:
