@@ -174,7 +174,7 @@ class _InFlight:
     def _look(self, client: Any) -> None:
         """Ask for the number of workers.   Raises: ClusterLostError after the time that is allowed without an answer or a worker."""
         try:
-            workers = sum(client.sync(client.scheduler.ncores, workers=None, callback_timeout=_ANSWER_S).values())
+            workers = sum(client.nthreads(callback_timeout=_ANSWER_S).values())
         except Exception:
             # no error before the time is over: a scheduler under load answers late, and a restarted connection works again
             silent = time.monotonic() - self._answered
@@ -185,7 +185,7 @@ class _InFlight:
         if workers:
             self._worked, self._workers = self._answered, max(self._workers, workers)
         # jobs of a batch system may wait in its queue
-        limit = _QUEUED_S if client.cluster is not None else _SILENT_S
+        limit = _QUEUED_S if getattr(client, "cluster", None) is not None else _SILENT_S
         idle = self._answered - self._worked
         if idle > limit:
             raise ClusterLostError(f"the Dask scheduler has had no worker for {idle:.0f} s (limit {limit:g} s)")

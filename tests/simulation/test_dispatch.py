@@ -101,7 +101,7 @@ class Client:
     def __init__(self, threads):
         self.threads = threads
 
-    def nthreads(self):
+    def nthreads(self, callback_timeout):
         if self.threads is None:
             raise OSError("away")
         return {"tcp://a": 1, "tcp://b": self.threads - 1}
