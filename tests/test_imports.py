@@ -46,6 +46,14 @@ def test_modules_below_the_networks_need_no_torch(module):
     assert "torch" not in loaded_after(f"import sbi_phys.{module}")
 
 
+def test_estimators_and_their_flows_need_no_nflows_and_none_of_its_servers():
+    loaded = loaded_after(
+        "import sbi_phys as sp; sp.NPE(sp.NormalPrior([sp.Parameter('a')])); sp.NLE; sp.NRE; sp.load; sp.nets.ConditionalFlow"
+    )
+    assert "torch" in loaded
+    assert loaded & {"nflows", "tensorboard", "grpc", "google", "matplotlib"} == set()
+
+
 def test_every_public_name_is_there():
     for name in sp.__all__:
         assert getattr(sp, name) is not None

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from sbi_phys.core.rng import seed_for
 from sbi_phys.nets.classifier import newton
-from sbi_phys.nets.embedding_vector import EmbeddingConfig, build_embedding
+from sbi_phys.nets.embedding_vector import EmbeddingConfig, build_embedding, is_own
 from sbi_phys.training.scaling import XScaler
 
 __all__ = ["ModelNet", "finish", "model_loss", "solve_last_layer"]
@@ -65,13 +65,13 @@ class ModelNet(nn.Module):
         scaler: XScaler | None = None,
     ) -> None:
         super().__init__()
-        self.counts = scaler is not None and bool(scaler.counts.all()) and not isinstance(embedding, nn.Module)
+        self.counts = scaler is not None and bool(scaler.counts.all()) and not is_own(embedding)
         if scaler is not None and self.counts:  # to undo the standardisation of the square roots
             self.register_buffer("centre", torch.from_numpy(scaler.mean.ravel()), persistent=False)
             self.register_buffer("scale", torch.from_numpy(scaler.scale.ravel()), persistent=False)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_for(seed, "weights"))
-            self.plain = not isinstance(embedding, nn.Module)
+            self.plain = not is_own(embedding)
             self.embedding, n_features = build_embedding(embedding, x_shape)
             n_inputs = math.prod(x_shape) if self.plain else n_features
             few = self.plain and n_inputs <= N_PRODUCTS

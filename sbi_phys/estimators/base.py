@@ -16,14 +16,15 @@ checkpoints, shares the work under torchrun, and gives `save`, `load` and a repr
     sum_i w_i L_i / sum_i w_i.
 
 A file holds settings, scaling and weights and never code: `load` finds the class by its name, among those of this package and those
-that have been imported.
+that have been imported. Embeddings, flows and priors of the user's own are in the file by name, arguments and weights; their modules
+are imported only with `allow_import=True`, and their classes are checked before they are called (`core.classes`).
 """
 
 import importlib
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypedDict, Unpack, cast
 
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from sbi_phys.core.checks import as_matrix, did_you_mean, require_choice, require_int
+from sbi_phys.core.classes import find_class
 from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, SimulatorMismatchError
 from sbi_phys.core.progress import Progress, or_none
@@ -45,6 +47,7 @@ from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import sample_net
 from sbi_phys.nets.spline import arithmetic
 from sbi_phys.priors import Observable, Prior, prior_from_dict
+from sbi_phys.priors.product import require_rebuilt, same_prior
 from sbi_phys.simulation.protocol import Simulator, check_simulator
 from sbi_phys.store.identity import simulator_identity
 from sbi_phys.store.store import Store
@@ -94,7 +97,7 @@ class Shared(TypedDict, total=False):
     """Keyword arguments of every estimator, see `BaseEstimator`."""
 
     seed: int
-    embedding: EmbeddingConfig | nn.Module | None
+    embedding: EmbeddingConfig | nn.Module | type[nn.Module] | str | None
     n_ensemble: int
     device: str | torch.device
     x_transform: str
@@ -109,7 +112,9 @@ class BaseEstimator:
 
     Args:
         seed: of weights, split, order and draws.
-        embedding: of the observation: None (the default perceptron), an EmbeddingConfig, or any nn.Module (n, *x_shape) -> (n, k).
+        embedding: of the observation: None (the default perceptron), an EmbeddingConfig, or of your own: an nn.Module
+            (n, *x_shape) -> (n, k), whose weights are the initial ones of every member; its class, or 'package.module:Class', built with
+            the seed of each member (arguments: EmbeddingConfig(spec=..., settings={...})).
         n_ensemble: networks, trained with different seeds and splits.
         device: 'auto' takes CUDA where there is one.
         x_transform: 'auto', 'counts' (Anscombe's root) or 'real'; 'auto' asks `observables`, else looks at the values.
@@ -139,7 +144,7 @@ class BaseEstimator:
         self,
         *,
         seed: int = 0,
-        embedding: EmbeddingConfig | nn.Module | None = None,
+        embedding: EmbeddingConfig | nn.Module | type[nn.Module] | str | None = None,
         n_ensemble: int = 1,
         device: str | torch.device = "auto",
         x_transform: str = "auto",
@@ -152,7 +157,9 @@ class BaseEstimator:
             check_simulator(simulator)
             observables = simulator.observables if observables is None else observables
         self.seed = require_int("seed", seed, low=0)
-        self.embedding = self.default_embedding if embedding is None else embedding
+        self.embedding = self.default_embedding if embedding is None else EmbeddingConfig.of(embedding)
+        if isinstance(self.embedding, EmbeddingConfig):
+            self.embedding.require_class()
         self.n_ensemble = require_int("n_ensemble", n_ensemble, low=1)
         self.device = resolve_device(device)
         self.x_transform = x_transform
@@ -317,19 +324,21 @@ class BaseEstimator:
         path: str | Path,
         *,
         simulator: Simulator | None = None,
-        embedding: nn.Module | None = None,
+        embedding: nn.Module | str | None = None,
+        prior: Prior | None = None,
+        allow_import: bool = False,
         device: str | torch.device = "auto",
     ) -> Self:
         """Read a model of this class; arguments and errors as `sp.load`."""
-        model = load(path, simulator=simulator, embedding=embedding, device=device)
+        model = load(path, simulator=simulator, embedding=embedding, prior=prior, allow_import=allow_import, device=device)
         if not isinstance(model, cls):
             raise ModelFileError(f"{path} is the file of a {type(model).__name__}; expected one of {cls.__name__}")
         return model
 
     @classmethod
-    def _from_content(cls, path: Path, content: dict[str, Any], embedding: nn.Module | None, device: str | torch.device) -> Self:
-        settings = {name: _decoded(value) for name, value in content["settings"].items()}
-        settings["embedding"] = _embedding_of(path, settings["embedding"], embedding)
+    def _from_content(cls, path: Path, content: dict[str, Any], given: "_Given", device: str | torch.device) -> Self:
+        settings = {name: given.decoded(path, name, value) for name, value in content["settings"].items()}
+        settings["embedding"] = given.network(path, "embedding", settings["embedding"])
         model = cls(**settings, device=device)
         model.identity = json.loads(content["identity"])
         model.history = content["history"]
@@ -368,6 +377,7 @@ class Estimator(BaseEstimator):
         super().__init__(**shared)
         if not isinstance(prior, Prior):
             raise SettingError(f"prior is a {type(prior).__name__}; expected a prior, e.g. BoxPrior([Parameter(...)])")
+        require_rebuilt(prior)
         self.prior = prior
         self.config = self.config or TrainConfig()
 
@@ -446,18 +456,61 @@ class _Weighted:
         return rows[-1] * self.loss(net, *rows[:-1])
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What the caller of `load` gives for what a file holds by name alone."""
+
+    embedding: nn.Module | str | None = None
+    prior: Prior | None = None
+    allow_import: bool = False
+
+    def decoded(self, path: Path, name: str, value: Any) -> Any:
+        """A setting from its plain values; a prior that is given replaces that of the file."""
+        if isinstance(value, dict) and "prior" in value:
+            stored = json.loads(value["prior"])
+            return prior_from_dict(stored, allow_import=self.allow_import) if self.prior is None else same_prior(path, stored, self.prior)
+        return _decoded(value)
+
+    def network(self, path: Path, name: str, stored: Any) -> Any:
+        """The module or the settings to build with.   Raises: ModelFileError if the module is missing, or is one too many."""
+        given = getattr(self, name)
+        if isinstance(stored, dict):
+            if given is None:
+                kind = stored["module"]
+                raise ModelFileError(f"{path} was trained with an {name} of class {kind}; expected load(path, {name}={kind}(...))")
+            return given
+        spec = getattr(stored, "spec", "")
+        if given is not None and not spec:
+            raise ModelFileError(f"{path} was trained with the default {name}; expected load(path) without an {name}")
+        if isinstance(given, str):
+            return replace(stored, spec=given)
+        if given is not None:
+            return given
+        if spec:
+            otherwise = f"load(path, {name}=...) with the module"
+            what = f"{path}: {name}"
+            find_class(what, spec, nn.Module, allow_import=self.allow_import, error=ModelFileError, otherwise=otherwise)
+        return stored
+
+
 def load(
     path: str | Path,
     *,
     simulator: Simulator | None = None,
-    embedding: nn.Module | None = None,
+    embedding: nn.Module | str | None = None,
+    prior: Prior | None = None,
+    allow_import: bool = False,
     device: str | torch.device = "auto",
 ) -> Any:
     """Read a model that `save` wrote, of the class that the file names.
 
     Args: simulator: if given, it must be the one the model was trained with. embedding: the module, where the model was
-    trained with one of the user's own (its weights come from the file).
-    Raises: ModelFileError (missing, truncated, not ours, a class that has not been imported), SimulatorMismatchError.
+    trained with an object of the user's own (its weights come from the file), or another name 'module:Class' for the same class.
+    prior: the prior, where its class is the user's own and cannot be found; it must describe itself as the file does.
+    allow_import: import the modules of the user's own embedding, flow and prior that the file names; without it they must have been
+    imported. To import a module is to run it: say True only if you trust the file's author or have looked at the name in the error.
+    Raises: ModelFileError (missing, truncated, not ours, a class that has not been imported or is of another kind),
+    SimulatorMismatchError.
 
     >>> import numpy as np, sbi_phys as sp
     >>> prior = sp.NormalPrior([sp.Parameter("mu")])
@@ -471,7 +524,9 @@ def load(
     content = read_file(path, *FILE)
     kind = _class_named(path, content)
     try:
-        model = kind._from_content(path, content, embedding, device)
+        model = kind._from_content(path, content, _Given(embedding, prior, allow_import), device)
+    except DataError as err:
+        raise ModelFileError(f"{path}: {err}") from err
     except (KeyError, TypeError, RuntimeError) as err:
         raise ModelFileError(f"{path} does not describe a model that this version can build: {str(err).splitlines()[0]}") from err
     if simulator is not None:
@@ -515,7 +570,8 @@ def _short(value: Any) -> str:
 
 
 def _changed(config: Any) -> list[tuple[str, Any]]:
-    return [(f.name, getattr(config, f.name)) for f in fields(config) if getattr(config, f.name) != f.default]
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
+    return [(name, getattr(config, name)) for name, default in defaults.items() if getattr(config, name) != default]
 
 
 def _encoded(name: str, value: Any) -> Any:
@@ -546,13 +602,3 @@ def _decoded(value: Any) -> Any:
     if "observables" in value:
         return [Observable(**o) for o in json.loads(value["observables"])]
     return value
-
-
-def _embedding_of(path: Path, stored: Any, given: nn.Module | None) -> Any:
-    """The embedding to build with.   Raises: ModelFileError if the module is missing, or is one too many."""
-    if isinstance(stored, dict) and given is None:
-        name = stored["module"]
-        raise ModelFileError(f"{path} was trained with an embedding of class {name}; expected load(path, embedding={name}(...))")
-    if not isinstance(stored, dict) and given is not None:
-        raise ModelFileError(f"{path} was trained with the default embedding; expected load(path) without an embedding")
-    return stored if given is None else given

@@ -204,8 +204,9 @@ class SALLY(BaseEstimator):
 
     def __init__(self, **shared: Unpack[Shared]) -> None:
         super().__init__(**shared)
-        if not isinstance(self.embedding, EmbeddingConfig):
-            raise SettingError(f"embedding is a {type(self.embedding).__name__}; expected None or EmbeddingConfig(...)")
+        if not isinstance(self.embedding, EmbeddingConfig) or self.embedding.spec:
+            got = self.embedding.spec if isinstance(self.embedding, EmbeddingConfig) else f"a {type(self.embedding).__name__}"
+            raise SettingError(f"embedding is {got}; expected None or the EmbeddingConfig(...) of a perceptron")
         self._scale = np.ones(0)
 
     def fit(

@@ -54,7 +54,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import torch
 from scipy.special import logsumexp, ndtri
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sbi_phys.core.checks import as_matrix, require_choice, require_int
@@ -67,6 +67,7 @@ from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.estimators.base import Estimator, Shared
 from sbi_phys.estimators.density_sampling import PosteriorDraws, sample_posterior
 from sbi_phys.nets.classifier import NEAR, REFERENCES, ClassifierConfig, PairClassifier, Parts
+from sbi_phys.nets.embedding_vector import is_own
 from sbi_phys.priors import Prior, standard_normal_log_prob
 from sbi_phys.samplers.importance import Proposal, effective_size
 from sbi_phys.samplers.mixture import Mixture
@@ -178,7 +179,7 @@ class NRE(Estimator):
         gaps = isinstance(scaler, XScaler) and bool(scaler.missing.any())
         if gaps and self.reference == "likelihood":
             raise SettingError("reference is 'likelihood', a Gaussian of all columns, and values of x may be missing; expected 'posterior'")
-        columns = len(shape) == 1 and shape[0] <= _COLUMNS and not gaps and not isinstance(self.embedding, nn.Module)
+        columns = len(shape) == 1 and shape[0] <= _COLUMNS and not gaps and not is_own(self.embedding)
         kind = self.reference if self.reference != "auto" else "likelihood" if columns else "posterior"
         return PairClassifier(self.prior.free_dim, shape, self.network, self.embedding, seed=seed, reference=kind)
 

@@ -1,4 +1,4 @@
-"""Networks: conditional flows over nflows, classifiers, and embeddings of vectors and of sets of events (`embedding_*`)."""
+"""Networks: conditional flows, classifiers, and embeddings of vectors and of sets of events (`embedding_*`)."""
 
 from sbi_phys.core.lazy import public_names
 

@@ -1,4 +1,4 @@
-r"""Conditional normalizing flow q(u | h) and its layers, each an nflows `Transform`.
+r"""Conditional normalizing flow q(u | h) and its layers, each a `Layer`: a map with its inverse, as a `Transform` of nflows is.
 
     z_0 = u,   z_l = T_l(z_{l-1}; c_l(h)),   log q(u | h) = log N(z_L; 0, I) + sum_l log|dz_l/dz_{l-1}|
 
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from nflows.transforms.base import Transform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,6 +61,20 @@ class FlowConfig:
         require_number("bound", self.bound, low=0, open_low=True)
 
 
+class Layer(nn.Module):
+    """A map of u (n, d) given its context (n, context_size): forward u -> z, log|dz/du|; inverse z -> u, log|du/dz|.
+
+    The last context_zero entries of the context are zero at the start.
+    """
+
+    context_size: int
+    context_zero: int
+
+    def inverse(self, inputs: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """z (n, d) -> u (n, d), log|du/dz| (n,)."""
+        raise NotImplementedError
+
+
 class ConditionalFlow(nn.Module):
     """Density over u (n, d) given features h (n, k): `log_prob`, and `decode` from base draws to u.
 
@@ -78,7 +91,7 @@ class ConditionalFlow(nn.Module):
     def __init__(self, dim: int, n_features: int, config: FlowConfig, *, rng: torch.Generator) -> None:
         super().__init__()
         self.dim, self.config = dim, config
-        layers: list[Transform] = [GaussianLayer(dim)] if config.gaussian_layer else []
+        layers: list[Layer] = [GaussianLayer(dim)] if config.gaussian_layer else []
         layers += _autoregressive(config, dim, rng) if config.kind == "maf" else _couplings(config, dim, rng)
         self.layers = nn.ModuleList(layers)
         self._shares = [int(layer.context_size) for layer in layers]
@@ -106,7 +119,7 @@ class ConditionalFlow(nn.Module):
         """Base z (n, d) -> u (n, d) and log|du/dz| (n,)."""
         total = z.new_zeros(z.shape[0])
         for layer, context in zip(reversed(self.layers), reversed(contexts), strict=True):
-            z, log_det = cast(Transform, layer).inverse(z, context)
+            z, log_det = cast(Layer, layer).inverse(z, context)
             total = total + log_det
         return z, total
 
@@ -134,14 +147,14 @@ def coupling_splits(dim: int, n_layers: int, rng: torch.Generator) -> list[tuple
     return splits[:n_layers]
 
 
-def _couplings(config: FlowConfig, dim: int, rng: torch.Generator) -> list[Transform]:
+def _couplings(config: FlowConfig, dim: int, rng: torch.Generator) -> list[Layer]:
     splits = coupling_splits(dim, config.n_layers, rng)
     if config.kind == "spline":
         return [SplineCoupling(*split, hidden=config.hidden, n_bins=config.n_bins, bound=config.bound) for split in splits]
     return [AffineCoupling(*split, hidden=config.hidden) for split in splits]
 
 
-def _autoregressive(config: FlowConfig, dim: int, rng: torch.Generator) -> list[Transform]:
+def _autoregressive(config: FlowConfig, dim: int, rng: torch.Generator) -> list[Layer]:
     """Layers in a random order of the features and its reverse, in turn."""
     orders: list[Tensor] = []
     while len(orders) < config.n_layers:
@@ -150,7 +163,7 @@ def _autoregressive(config: FlowConfig, dim: int, rng: torch.Generator) -> list[
     return [MaskedAutoregressive(order, hidden=config.hidden) for order in orders[: config.n_layers]]
 
 
-class GaussianLayer(Transform):
+class GaussianLayer(Layer):
     r"""Full conditional affine map z = A(x) (u - mu(x)), A = diag(e^s) (I + N), N strictly lower triangular; log|dz/du| = sum_k s_k.
 
     With a normal base, this layer alone is a Gaussian posterior with full covariance. It stands next to the data, so that the layers
@@ -189,7 +202,7 @@ class GaussianLayer(Transform):
         return mean + centred, -log_scale.sum(dim=-1)
 
 
-class MaskedAutoregressive(Transform):
+class MaskedAutoregressive(Layer):
     r"""Affine autoregressive map z_k = u_k e^{s_k} + t_k, (s_k, t_k) a function of the features before k and of the context.
 
     Forward takes one pass of a masked network: a hidden unit of degree m sees features of rank <= m, and outputs of rank k see degrees
@@ -239,7 +252,7 @@ class MaskedAutoregressive(Transform):
         return torch.stack(columns, dim=1), total
 
 
-class Coupling(Transform):
+class Coupling(Layer):
     """Coupling layer: features `kept` pass unchanged and, with the context, set the map of the others.
 
     Args: kept, changed: positions that together are 0 .. d-1 (`kept` may be empty: then the context alone sets the map).

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from sbi_phys.core.checks import as_matrix, require_int
+from sbi_phys.core.classes import source_hash, spec_of
 from sbi_phys.core.errors import SettingError, SupportError
 from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.priors.parameters import Parameter
@@ -120,8 +121,13 @@ class Prior(ABC):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain description from which `prior_from_dict` builds the same prior."""
-        return {"kind": type(self).__name__, "parameters": [_parameter_to_dict(p) for p in self.parameters]}
+        """Plain description from which `prior_from_dict` builds the same prior; of a class of your own with its place and a source hash.
+
+        A subclass with further arguments adds them: {**super().to_dict(), "rho": self.rho} is rebuilt as Class(parameters, rho=rho).
+        """
+        kind = type(self)
+        own = {} if kind.__module__.startswith("sbi_phys.") else {"class": spec_of(kind), "source": source_hash(kind)}
+        return {"kind": kind.__name__, **own, "parameters": [_parameter_to_dict(p) for p in self.parameters]}
 
     def __eq__(self, other: object) -> bool:
         """Equal description, equal prior."""

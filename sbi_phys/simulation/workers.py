@@ -89,7 +89,7 @@ def run_shard(task: ShardTask, apart: bytes | None = None) -> ShardResult:
     header = task.header
     theta = task.theta
     if theta is None:
-        theta = prior_from_dict(header.prior).sample(task.rows, rng_for(header.seed, "theta", task.index))
+        theta = prior_from_dict(header.prior, allow_import=True).sample(task.rows, rng_for(header.seed, "theta", task.index))
     call = _sandbox(task.simulator, task.timeout).simulate if isinstance(task.simulator, bytes) and task.isolate else None
     data = make_rows(simulator, theta, header, "x", task.index, call=call)
     failed = int(np.count_nonzero(data.status))

@@ -5,6 +5,7 @@ unknown source cannot execute anything.
 """
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from sbi_phys.core.files import open_aside
 __all__ = ["read_file", "write_file"]
 
 _MAGIC = "sbi_phys"
+_SAFE_TORCH = (
+    2,
+    10,
+)  # before, torch.load(weights_only=True) could be made to run code (CVE-2025-32434 until 2.6, CVE-2026-24747 until 2.10)
 
 
 def write_file(path: str | Path, kind: str, version: int, content: dict[str, Any]) -> None:
@@ -34,6 +39,7 @@ def read_file(path: str | Path, kind: str, version: int) -> dict[str, Any]:
 
     Raises: ModelFileError if the file is missing, truncated, of another program, of another kind or of a newer version.
     """
+    _require_safe_torch(path)
     path = Path(path)
     if not path.is_file():
         raise ModelFileError(f"{path} is not a file; expected a file of kind {kind!r} written by sbi_phys")
@@ -52,3 +58,13 @@ def read_file(path: str | Path, kind: str, version: int) -> dict[str, Any]:
         raise ModelFileError(f"{path} has format version {payload['version']}, expected at most {version}; update sbi_phys")
     content: dict[str, Any] = payload["content"]
     return content
+
+
+def _require_safe_torch(path: str | Path) -> None:
+    """Raise ModelFileError for a torch whose loader of files can be made to run code."""
+    found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if found < _SAFE_TORCH:
+        wanted = ".".join(map(str, _SAFE_TORCH))
+        raise ModelFileError(
+            f"{path} is not read: torch {torch.__version__} can be made to run code by a file; expected torch {wanted} or later"
+        )

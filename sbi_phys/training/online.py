@@ -183,7 +183,7 @@ def _make_chunk(
 ) -> tuple[Array, NDArray[np.floating], Mask, str]:
     """Simulate one chunk, in a worker -> theta, x, mask of the good rows, and the reason of the first failure."""
     simulator = unpickle_simulator(source) if isinstance(source, bytes) else source
-    theta = prior_from_dict(header.prior).sample(rows, rng_for(header.seed, "online theta", epoch, chunk))
+    theta = prior_from_dict(header.prior, allow_import=True).sample(rows, rng_for(header.seed, "online theta", epoch, chunk))
     data = make_rows(simulator, theta, header, "online x", epoch, chunk)
     return data.theta, data.x, data.status == 0, next(iter(data.reasons.values()), "")
 

@@ -204,8 +204,9 @@ class Run(RunFolder):
 
     @cached_property
     def simulator(self) -> Simulator:
-        """The simulator of the settings."""
+        """The simulator of the settings; the class of an embedding of the user's own is checked with it, before any work."""
         chosen = self.config.simulator
+        self.config.embedding.require_class()
         if not chosen.spec:
             raise SettingError("simulator.spec is empty; expected 'package.module:Class'")
         try:

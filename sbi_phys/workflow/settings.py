@@ -9,7 +9,10 @@ An inference run (`Config`) has one dataclass per table of its TOML file:
     [flow] [embedding] [train]               [check]     posterior predictive
                                              [methods]   learned likelihood and ratio
 
-The tables [flow], [embedding] and [train] are the dataclasses that the networks and the training loop take.
+The tables [flow], [embedding] and [train] are the dataclasses that the networks and the training loop take. An embedding of your own:
+
+    [embedding]                              [embedding.settings]
+    spec = "my_module:MyCNN"                 channels = 8
 """
 
 import dataclasses

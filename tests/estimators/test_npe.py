@@ -158,7 +158,7 @@ def test_own_embedding_and_images(tmp_path: Path) -> None:
         sp.load(tmp_path / "npe.pt")
     again = sp.load(tmp_path / "npe.pt", embedding=nn.Sequential(nn.Flatten(), nn.Linear(8, 5), nn.Tanh()))
     assert (again.sample(images[0], 3) == npe.sample(images[0], 3)).all()
-    with pytest.raises(ShapeError, match=r"embedding maps x of shape \(2, 4, 2\)"):
+    with pytest.raises(ShapeError, match=r"embedding Identity maps x of shape \(2, 4, 2\)"):
         make(embedding=nn.Identity()).fit(theta, images)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, ShapeError
 from sbi_phys.core.rng import rng_for
-from sbi_phys.estimators.base import FILE
+from sbi_phys.estimators.base import FILE, _Given
 from sbi_phys.estimators.npe import NPE
 from sbi_phys.estimators.set_npe import SetNPE, likelihood_embedding
 from sbi_phys.nets.embedding_set import pad_sets
@@ -60,7 +60,7 @@ def test_a_posterior_of_larger_sets_than_the_scores_have_seen(embedding, tmp_pat
     same, content = LikelihoodSet(1, 1, hidden=32, rank=8, config=SMALL), read_file(tmp_path / "sets.pt", *FILE)
     assert content["estimator"] == "SetNPE"
     with pytest.raises(RuntimeError, match="size mismatch"):  # a plain NPE cannot take the weights for its own
-        NPE._from_content(tmp_path / "sets.pt", content, same, "cpu")
+        NPE._from_content(tmp_path / "sets.pt", content, _Given(embedding=same), "cpu")
     write_file(tmp_path / "other.pt", *FILE, content | {"estimator": "NPE"})
     with pytest.raises(ModelFileError, match="does not describe a model"):
         SetNPE.load(tmp_path / "other.pt", embedding=same)

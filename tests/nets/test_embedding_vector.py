@@ -36,5 +36,7 @@ def test_an_embedding_is_built_from_settings_or_copied_from_a_module() -> None:
 
 @pytest.mark.parametrize(("module", "got"), [(torch.nn.Identity(), r"\(2, 2, 3\)"), (torch.nn.Flatten(0), r"\(12,\)")])
 def test_an_embedding_of_another_shape_is_refused(module: torch.nn.Module, got: str) -> None:
-    with pytest.raises(ShapeError, match=rf"embedding maps x of shape \(2, 2, 3\) to {got}; expected \(2, n_features\)"):
+    with pytest.raises(
+        ShapeError, match=rf"embedding {type(module).__name__} maps x of shape \(2, 2, 3\) to {got}; expected \(2, n_features\)"
+    ):
         build_embedding(module, (2, 3))

@@ -67,3 +67,13 @@ def test_a_full_disk_leaves_the_former_file(tmp_path: Path, monkeypatch: pytest.
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
     with pytest.raises(ModelFileError, match="writable folder"):
         write_file(tmp_path / "none" / "m.pt", "model", 1, {})
+
+
+@pytest.mark.parametrize("version", ["2.4.1", "2.6.0+cpu", "2.9.1+cu128", "1.13.0a0+git1"])
+def test_a_torch_that_a_file_can_make_run_code_reads_nothing(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_file(tmp_path / "m.pt", "model", 1, {"a": 1})
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(ModelFileError, match="not read: torch .* run code by a file; expected torch 2.10 or later"):
+        read_file(tmp_path / "m.pt", "model", 1)
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    assert read_file(tmp_path / "m.pt", "model", 1) == {"a": 1}

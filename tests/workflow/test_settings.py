@@ -139,3 +139,19 @@ def test_settings_of_unfolding_and_limits_use_the_same_mechanism(tmp_path, setti
 def test_quick_unfolding_keeps_what_is_smaller_already():
     assert UnfoldSettings(validate_toys=20).quick().validate_toys == 20
     assert UnfoldSettings().quick().n_simulated == UnfoldSettings.QUICK["n_simulated"]
+
+
+def test_an_embedding_of_ones_own_in_toml(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('[embedding]\nspec = "my_module:MyCNN"\n[embedding.settings]\nchannels = 8\nwidths = [3, 4]\n')
+    config = Config.read(path)
+    assert config.embedding.spec == "my_module:MyCNN" and config.embedding.settings == {"channels": 8, "widths": [3, 4]}
+    path.write_text(config.to_toml())
+    assert Config.read(path) == config
+    assert config.first_difference(config.override({"embedding.settings": {"channels": 9}}))[0] == "embedding.settings"
+    with pytest.raises(SettingError, match="there is no module 'my_module'"):
+        config.embedding.require_class()
+    with pytest.raises(SettingError, match="embedding spec is 'MyCNN'; expected 'package.module:Class'"):
+        Config.from_dict({"embedding": {"spec": "MyCNN"}})
+    with pytest.raises(SettingError, match=r"takes .*got \{'in_features': 3\}: missing a required argument: 'out_features'"):
+        Config.from_dict({"embedding": {"spec": "torch.nn:Linear", "settings": {"in_features": 3}}}).embedding.require_class()
