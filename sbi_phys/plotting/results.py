@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sbi_phys.core.types import Array, ArrayLike
-from sbi_phys.plotting.style import BAND, MUTED, PALETTE, finish, line_style, new_axes
+from sbi_phys.plotting.style import BAND, MUTED, PALETTE, finish, house_style, line_style, new_axes, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+    from sbi_phys.comparison.learning_curve import LearningCurve
+    from sbi_phys.comparison.observations import PosteriorComparison
     from sbi_phys.confidence.profile import Discovery
     from sbi_phys.samplers.importance import ImportanceResult
     from sbi_phys.store.info import Info
@@ -21,10 +24,13 @@ if TYPE_CHECKING:
 __all__ = [
     "bars",
     "chains",
+    "compared_panels",
+    "compared_rows",
     "discovery",
     "forest",
     "importance_weights",
     "intervals",
+    "learning_curve",
     "marginals",
     "pvalue_rows",
     "store_rows",
@@ -211,3 +217,60 @@ def _rows(ax: "Axes", names: Sequence[str], xlabel: str) -> "Axes":
     ax.set(xlabel=xlabel, **settings)
     ax.tick_params(axis="y", length=0)
     return ax
+
+
+def compared_rows(result: "PosteriorComparison", ax: "Axes | None" = None) -> "Axes":
+    """Medians and intervals of all parameters and observations, in mean sd from the mean median of each parameter."""
+    n_obs, d = result.median.shape
+    ax = new_axes(ax, height=1.2 + 0.22 * n_obs * d)
+    centre, scale = result.median.mean(axis=0), np.maximum(result.sd.mean(axis=0), 1e-300)
+    for k in range(n_obs):
+        y = np.arange(d)[::-1] + 0.7 * (0.5 - (k + 0.5) / n_obs)
+        ends = np.abs(np.stack([result.low[k], result.high[k]]) - result.median[k]) / scale
+        style: dict[str, Any] = {"color": PALETTE[k % len(PALETTE)], "markersize": 4, "linewidth": 1.2}
+        ax.errorbar((result.median[k] - centre) / scale, y, xerr=ends, fmt="o", label=result.observations[k], **style)
+    ax.axvline(0, color="black", linewidth=0.6)
+    finish(ax, legend="above")
+    return _rows(ax, result.labels, "(value - mean) / mean sd")
+
+
+def compared_panels(result: "PosteriorComparison") -> "Figure":
+    """One panel for each parameter: medians and intervals of the observations in its unit."""
+    d = len(result.names)
+    columns = min(d, 3)
+    rows = -(-d // columns)
+    with house_style():
+        figure = new_figure(3.4 * columns + 0.6, (0.9 + _ROW * min(len(result.observations), _MOST_ROWS)) * rows + 0.3)
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in panels[d:]:
+        ax.remove()
+    for j in range(d):
+        ends = np.stack([result.median[:, j] - result.low[:, j], result.high[:, j] - result.median[:, j]], axis=1)
+        label = result.labels[j] + (f" [{result.units[j]}]" if result.units[j] else "")
+        ax = forest(result.observations, result.median[:, j], ends, panels[j], xlabel=label)
+        if j % columns:
+            ax.set_yticklabels([])
+    return figure
+
+
+def learning_curve(result: "LearningCurve", ax: "Axes | None" = None) -> "Axes":
+    """Scores of all trainings, their means with errors, the fit up to twice the largest size, and its asymptote."""
+    ax = new_axes(ax)
+    first, last = float(result.sizes[0]), float(result.sizes[-1])
+    ax.axhspan(
+        result.asymptote - result.asymptote_err,
+        result.asymptote + result.asymptote_err,
+        color=BAND,
+        linewidth=0,
+        label="unlimited simulations",
+    )
+    grid = np.geomspace(first, 2 * last, 100)
+    ax.plot(grid, result.fitted(grid), color="black", linewidth=1.0, label=r"fit, $a - b\,n^{-c}$")
+    if result.score.shape[1] > 1:
+        ax.plot(np.repeat(result.sizes, result.score.shape[1]), result.score.ravel(), ".", color=MUTED, markersize=4, label="trainings")
+    ax.errorbar(result.sizes, result.mean, yerr=result.error, fmt="o", color=PALETTE[0], markersize=4, capsize=2, label="held-out score")
+    at = float(result.fitted(2 * last))
+    ax.errorbar([2 * last], [at], yerr=[result.gain_err], fmt="s", color=PALETTE[1], markersize=4, capsize=2, label="doubled, predicted")
+    ax.set_xscale("log")
+    ax.set(xlabel="simulations trained on", ylabel="mean log score [nats]")
+    return finish(ax)

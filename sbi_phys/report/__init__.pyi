@@ -3,6 +3,7 @@ from .arviz import group as group
 from .arviz import read_netcdf as read_netcdf
 from .arviz import to_inference_data as to_inference_data
 from .arviz import write_netcdf as write_netcdf
+from .export import export_draws as export_draws
 from .html import Code as Code
 from .html import Details as Details
 from .html import FigureBlock as FigureBlock

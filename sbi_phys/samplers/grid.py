@@ -38,7 +38,7 @@ class GridPosterior(Result):
 
     >>> import numpy as np
     >>> import sbi_phys as sp
-    >>> grid = sp.samplers.grid_posterior(lambda u: -0.5 * u[:, 0] ** 2, [-8], [8])
+    >>> grid = sp.samplers.grid_posterior(lambda u: -0.5 * u[:, 0] ** 2, [-8], [8], n_cells=1000)
     >>> grid.sample(100, np.random.default_rng(0)).shape
     (100, 1)
     >>> grid.summary().split(":")[0]
