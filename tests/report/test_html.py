@@ -146,7 +146,7 @@ def test_bad_input_is_named(tmp_path):
     for pdf in ("https://x.org/a.pdf", "/etc/passwd", "../a.pdf", "javascript:alert(1)"):
         with pytest.raises(SettingError, match="pdf is"):
             page.FigureBlock(png(), "c", "a", pdf=pdf)
-    with pytest.raises(SettingError, match="level is 'god'; expected one of good, warn, bad; did you mean 'good'"):
+    with pytest.raises(SettingError, match="level is 'god'; expected one of good, warn, bad, next; did you mean 'good'"):
         page.Verdict("god", "w")
     with pytest.raises(DataError, match="is a str"):
         page.Section("t", "words")
