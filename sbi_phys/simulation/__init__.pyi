@@ -3,6 +3,9 @@ from .clusters import ClusterFile as ClusterFile
 from .clusters import cluster_executor as cluster_executor
 from .external import CommandSimulator as CommandSimulator
 from .external import FunctionSimulator as FunctionSimulator
+from .inspection import Inspection as Inspection
+from .inspection import inspect_simulator as inspect_simulator
+from .inspection import quick_check as quick_check
 from .protocol import RowsFailedError as RowsFailedError
 from .protocol import Simulator as Simulator
 from .protocol import check_simulator as check_simulator

@@ -51,12 +51,15 @@ def simulate_parts(call: Callable[..., Any], theta: Array, rng_of: Callable[[int
         yield part
 
 
-def simulate_rows(simulator: Simulator, theta: Array, rng: np.random.Generator) -> tuple[Array, dict[int, str]]:
+def simulate_rows(
+    simulator: Simulator, theta: Array, rng: np.random.Generator, *, call: Callable[..., Any] | None = None
+) -> tuple[Array, dict[int, str]]:
     """Return x (n, k) for theta (n, d), with NaN in rows that failed, and {failed row: reason}.
 
     A row fails if the simulator raises for it, or if its x is not finite (NaN where an observable may have missing values does not
     count). The generator is that of `simulate` unless rows raise, which are then simulated with generators spawned from it.
 
+    Args: call: function used in place of simulator.simulate.
     Raises: SimulatorMismatchError (wrong shape or dtype), DataError (all rows fail).
 
     >>> import numpy as np
@@ -79,7 +82,7 @@ def simulate_rows(simulator: Simulator, theta: Array, rng: np.random.Generator) 
     x = np.full((n, sum(o.size for o in observables)), np.nan)
     reasons: dict[int, str] = {}
     for start, stop, got, failed in simulate_parts(
-        simulator.simulate, theta, lambda start, stop: rng if stop - start == n else rng.spawn(1)[0]
+        call or simulator.simulate, theta, lambda start, stop: rng if stop - start == n else rng.spawn(1)[0]
     ):
         if got is not None:
             x[start:stop] = check_output(simulator, got, stop - start)

@@ -17,6 +17,7 @@ import typer
 from sbi_phys.core.errors import SettingError
 from sbi_phys.workflow._console import Debug, plain_errors, prepare_process
 from sbi_phys.workflow.cli_limits import register as register_limits
+from sbi_phys.workflow.cli_simulator import register as register_simulator
 from sbi_phys.workflow.cli_store import array_job
 from sbi_phys.workflow.cli_store import register as register_store
 from sbi_phys.workflow.cli_unfold import register as register_unfold
@@ -220,6 +221,7 @@ def _print_result(run: "Run", until: str) -> None:
 register_limits(app)
 register_unfold(app)
 register_store(app)
+register_simulator(app)
 
 if __name__ == "__main__":
     main()
