@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sbi_phys.calibration.coverage import coverage
-from sbi_phys.calibration.inputs import check_pairs, draws_from_arviz
+from sbi_phys.calibration.inputs import check_pairs, draws_from_arviz, wrong_order
 from sbi_phys.calibration.lc2st import train_lc2st
 from sbi_phys.calibration.local import local_coverage
 from sbi_phys.calibration.misspecification import misspecification
@@ -30,7 +30,7 @@ from sbi_phys.calibration.pulls import pulls
 from sbi_phys.calibration.pvalues import ALPHA, holm
 from sbi_phys.calibration.sbc import sbc
 from sbi_phys.calibration.tarp import tarp
-from sbi_phys.core.checks import as_real, require_int
+from sbi_phys.core.checks import as_real, column_labels, require_int
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.files import write_aside
@@ -75,7 +75,7 @@ class Calibration(Result):
     """Results of `calibrate`.
 
     results: by name of the test, each with .pvalue, .summary() and .plot(). skipped: name -> reason. n simulations, n_draws each.
-    seconds: of the draws and of each test. names: of the parameters.
+    seconds: of the draws and of each test. names: of the parameters. hint: what the shapes of the input may have wrong, or ''.
 
     >>> import numpy as np
     >>> import sbi_phys as sp
@@ -91,6 +91,7 @@ class Calibration(Result):
     results: Mapping[str, Any]
     skipped: Mapping[str, str]
     seconds: Mapping[str, float] = field(compare=False)
+    hint: str = ""
 
     @property
     def pvalues(self) -> dict[str, float]:
@@ -142,7 +143,7 @@ class Calibration(Result):
 
     def summary(self) -> str:
         """Return all results in words, the verdict first."""
-        lines = [self.verdict, *([self.likeness] if self.likeness else []), ""]
+        lines = [self.verdict, *(line for line in (self.hint, self.likeness) if line), ""]
         for name, result in self.results.items():
             lines += [f"{TITLES[name]} [{name}]", result.summary(), ""]
         lines += [f"skipped: {name}: {why}" for name, why in self.skipped.items()]
@@ -234,6 +235,7 @@ def calibrate(
         results=results,
         skipped=draw.skipped,
         seconds=draw.seconds,
+        hint=wrong_order(draw.theta, draw.draws),
     )
 
 
@@ -290,7 +292,7 @@ class _Drawn:
             theta, x = given.read()
             return theta[: self.n], x[: self.n].astype(np.float64)
         if isinstance(given, tuple | list) and len(given) == 2:
-            theta = as_real("theta", given[0])[: self.n]
+            theta = as_real("theta", given[0], _plain_names(self.names))[: self.n]
             return theta, None if given[1] is None else _rows("x", given[1], self.observables)[: self.n]
         if hasattr(given, "simulate") and hasattr(given, "prior"):
             if not self.is_estimator:
@@ -298,6 +300,12 @@ class _Drawn:
             theta = given.prior.sample(self.n, rng_for(self.seed, "calibrate theta"))
             return _simulated(given, theta, rng_for(self.seed, "calibrate x"))
         raise SettingError(f"simulations is a {type(given).__name__}; expected a simulator, a store, its path, or (theta, x)")
+
+
+def _plain_names(names: Any) -> tuple[str, ...]:
+    """Names of parameters that are given as text or as Parameter; () if none are."""
+    several = () if names is None else (names,) if isinstance(names, str | Parameter) else names
+    return tuple(p.name if isinstance(p, Parameter) else str(p) for p in several)
 
 
 def _simulated(simulator: Simulator, theta: Array, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -317,8 +325,8 @@ def _simulated(simulator: Simulator, theta: Array, rng: np.random.Generator) -> 
 
 def _rows(name: str, x: Any, observables: Sequence[Observable] | None) -> Array:
     """Observations (n, ...) as an array: rows (n, k) where the observables are known."""
-    array = x if isinstance(x, Mapping) else as_real(name, x)
-    if observables is None or (not isinstance(array, Mapping) and array.ndim == 1):
+    array = x if isinstance(x, Mapping) or (observables is not None and column_labels(x)) else as_real(name, x)
+    if observables is None or (isinstance(array, np.ndarray) and array.ndim == 1):
         return as_real(name, array)
     return np.asarray(to_rows(array, observables, name=name)[0], dtype=np.float64)
 

@@ -1,5 +1,7 @@
 """The inputs that calibration tests share: simulated parameters, posterior draws, names and further quantities, checked in one place."""
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ __all__ = [
     "count_below",
     "draws_from_arviz",
     "require_varying",
+    "wrong_order",
 ]
 
 
@@ -35,7 +38,11 @@ def check_pairs(theta: ArrayLike, draws: ArrayLike) -> tuple[Array, Array]:
     if truth.ndim != 2:
         raise ShapeError(f"theta has shape {truth.shape}; expected (n, d), one row per simulation")
     if samples.ndim != 3 or samples.shape[0] != truth.shape[0] or samples.shape[2] != truth.shape[1]:
-        raise ShapeError(f"draws has shape {samples.shape}; expected (n, l, d) = ({truth.shape[0]}, l, {truth.shape[1]}) to match theta")
+        other = samples.ndim == 3 and samples.shape[1:] == truth.shape
+        hint = "; the axes seem to be (l, n, d): draws.transpose(1, 0, 2) has the right order" if other else ""
+        raise ShapeError(
+            f"draws has shape {samples.shape}; expected (n, l, d) = ({truth.shape[0]}, l, {truth.shape[1]}) to match theta{hint}"
+        )
     if truth.shape[1] == 0:
         raise ShapeError(f"theta has shape {truth.shape}; expected at least one parameter")
     if truth.shape[0] < MIN_ROWS:
@@ -44,7 +51,34 @@ def check_pairs(theta: ArrayLike, draws: ArrayLike) -> tuple[Array, Array]:
         raise DataError(f"draws has {samples.shape[1]} draws per simulation; expected at least 2 (100 or more to see tails)")
     require_finite("theta", truth)
     require_finite("draws", samples)
+    hint = wrong_order(truth, samples)
+    if hint:
+        warnings.warn(hint, UserWarning, stacklevel=3)
     return truth, samples
+
+
+def wrong_order(theta: Array, draws: Array) -> str:
+    """Words if the draws (n, l, d) look as if their axes or rows were not in the order of theta (n, d), else ''.
+
+    As many draws as simulations: the axes may be (l, n, d). Found where the means of the draws over the first axis, and not over the
+    second, are correlated with theta. The correlation of independent columns is below 5 / sqrt(n) but for one in a million.
+    """
+    if draws.shape[0] != draws.shape[1]:
+        return ""
+    right, swapped = (_largest_correlation(theta, draws.mean(axis=axis)) for axis in (1, 0))
+    if swapped < 5 / math.sqrt(len(theta)) or right > 0.5 * swapped:
+        return ""
+    return (
+        f"draws has shape {draws.shape}, and its axes seem to be (draws, simulations, d): theta is correlated with the means over the first"
+        f" axis (r = {swapped:.2f}) and not over the second (r = {right:.2f}); expected (simulations, draws, d): draws.transpose(1, 0, 2)"
+    )
+
+
+def _largest_correlation(theta: Array, means: Array) -> float:
+    """Largest absolute correlation of a column of theta (n, d) with that of means (n, d)."""
+    a, b = theta - theta.mean(axis=0), means - means.mean(axis=0)
+    norm = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
+    return float(np.abs((a * b).sum(axis=0)[norm > 0] / norm[norm > 0]).max(initial=0.0))
 
 
 def check_names(names: Sequence[str | Parameter] | str | Parameter | None, dim: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -26,7 +26,7 @@ from torch import nn
 
 from sbi_phys.comparison.network import ModelNet, finish, model_loss
 from sbi_phys.comparison.probabilities import ProbabilityCalibration, check_probabilities, prior_probabilities, require_names
-from sbi_phys.core.checks import as_real, require_finite, require_int
+from sbi_phys.core.checks import as_floating, require_finite, require_int
 from sbi_phys.core.errors import DataError, SettingError, ShapeError, SimulatorMismatchError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.results import Result, Rows, plain
@@ -260,7 +260,7 @@ def _checked_names(models: Mapping[str, Any]) -> tuple[str, ...]:
 def _draw(name: str, model: Any, n: int, seed: int, progress: Progress | None) -> NDArray[np.floating]:
     """Simulations (n, ...) of one model, finite."""
     if not hasattr(model, "simulate"):
-        x = model if isinstance(model, np.ndarray) and model.dtype == np.float32 else as_real(f"simulations of {name}", model)
+        x = as_floating(f"simulations of {name}", model)
         x = x[:, None] if x.ndim == 1 else x
         require_finite(f"simulations of {name}", x)
         return np.asarray(x)

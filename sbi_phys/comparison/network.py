@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbi_phys.core.rng import seed_for
+from sbi_phys.core.rng import seed_for, torch_seeded
 from sbi_phys.nets.classifier import newton
 from sbi_phys.nets.embedding_vector import EmbeddingConfig, build_embedding, is_own
 from sbi_phys.training.scaling import XScaler
@@ -69,8 +69,7 @@ class ModelNet(nn.Module):
         if scaler is not None and self.counts:  # to undo the standardisation of the square roots
             self.register_buffer("centre", torch.from_numpy(scaler.mean.ravel()), persistent=False)
             self.register_buffer("scale", torch.from_numpy(scaler.scale.ravel()), persistent=False)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed_for(seed, "weights"))
+        with torch_seeded(seed_for(seed, "weights")):
             self.plain = not is_own(embedding)
             self.embedding, n_features = build_embedding(embedding, x_shape)
             n_inputs = math.prod(x_shape) if self.plain else n_features

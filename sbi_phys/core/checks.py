@@ -1,20 +1,23 @@
 """Checks of arguments: shapes, finite values, ranges. The wording of the errors is the same everywhere."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.types import AnyArray, Array
 
 __all__ = [
     "as_array",
+    "as_floating",
     "as_matrix",
     "as_real",
     "check_level",
     "check_levels",
+    "column_labels",
     "did_you_mean",
     "find_name",
     "require_choice",
@@ -22,25 +25,146 @@ __all__ = [
     "require_int",
     "require_known",
     "require_number",
+    "require_plain",
     "require_same_rows",
     "shortened",
 ]
 
 
-def as_real(name: str, value: Any) -> Array:
-    """Return `value` (numpy, torch, list; any shape) as float64; integers and booleans are widened.
+def as_real(name: str, value: Any, columns: Iterable[str] = ()) -> Array:
+    """Return `value` (numpy, torch, list, table; any shape) as float64; integers, booleans and half precision are widened.
 
-    Raises: DataError for complex, object or text dtypes and for objects that numpy cannot read.
+    Args: columns: names of the last axis, where they are known: a table with named columns (a data frame, a structured array) must have
+    these, in any order, and is returned in their order.
+    Raises: DataError for what would be lost in a plain array: masked values, a unit, columns of other names, whole numbers beyond 2^53;
+    and for complex, object or text dtypes and for objects that numpy cannot read.
     """
+    require_plain(name, value)
     if hasattr(value, "detach"):  # a torch tensor, on any device, without importing torch here
-        value = value.detach().cpu().numpy()
+        value = _of_tensor(name, value)
+    labels = column_labels(value)
+    wanted = tuple(columns)
+    if labels and wanted and set(labels) != set(wanted):
+        raise DataError(_other_columns(name, labels, wanted))
     try:
-        array = np.asarray(value)
-    except (ValueError, TypeError) as err:
-        raise DataError(f"{name} is a {type(value).__name__} that numpy cannot read as an array: {err}") from err
+        if labels and not hasattr(value, "to_numpy"):  # a structured array, or a table that numpy reads as one
+            array = np.column_stack([as_real(f"{name}, column {label}", value[label]) for label in labels])
+        else:
+            array = np.asarray(value)
+    except (ValueError, TypeError, OverflowError) as err:
+        raise DataError(f"{name} is a {type(value).__name__} that numpy cannot read as an array: {_unequal(value) or err}") from err
+    if array.dtype.kind == "V" and array.dtype.name.startswith(("bfloat16", "float8")):  # numbers of other libraries' formats
+        array = array.astype(np.float64)
     if array.dtype.kind not in "fiub":
         raise DataError(f"{name} has dtype {array.dtype}; expected real numbers (float, int or bool)")
+    if labels and wanted:
+        array = array[..., [labels.index(label) for label in wanted]]
+    if array.dtype.kind in "iu" and array.dtype.itemsize == 8:
+        _require_exact(name, array)
     return array.astype(np.float64, copy=False)
+
+
+def as_floating(name: str, value: Any, columns: Iterable[str] = ()) -> NDArray[np.floating]:
+    """Return `value` as `as_real` does, but a float32 array of numpy as it is, without a copy: for large simulations."""
+    if type(value) is np.ndarray and value.dtype == np.float32:
+        return value
+    return as_real(name, value, columns)
+
+
+def column_labels(value: Any) -> tuple[str, ...]:
+    """Names of the columns of a data frame, a table or a structured array; () where they have none, or only numbers."""
+    dtype = getattr(value, "dtype", None)
+    found = getattr(dtype, "names", None) if dtype is not None else None
+    if found is None and hasattr(value, "columns") and hasattr(value, "__getitem__") and not callable(value.columns):
+        found = list(value.columns)
+    if not found or not all(isinstance(label, str) for label in found):
+        return ()
+    return tuple(found)
+
+
+def _other_columns(name: str, labels: Sequence[str], wanted: Sequence[str]) -> str:
+    unknown = [label for label in labels if label not in wanted]
+    missing = [label for label in wanted if label not in labels]
+    parts = [f"{words} {', '.join(some)}" for words, some in (("unknown:", unknown), ("missing:", missing)) if some]
+    hint = did_you_mean(unknown[0], missing) if unknown and missing else ""
+    return (
+        f"{name} is a table with columns {', '.join(labels)}; expected {', '.join(wanted)} in any order ({'; '.join(parts)}){hint};"
+        " an array without names, e.g. table.to_numpy(), is taken by position"
+    )
+
+
+def require_plain(name: str, value: Any) -> None:
+    """Raise DataError for a mask or a unit, which a plain array would lose without a word."""
+    parts = value if isinstance(value, list | tuple) else ()
+    labels = () if isinstance(value, np.ndarray) else column_labels(value)
+    for label in labels:
+        column = value[label]
+        if getattr(column, "ndim", 1) != 1:
+            raise DataError(f"{name} has several columns with the name {label!r}; expected different names")
+        require_plain(f"{name}, column {label}", column)
+    for i, part in enumerate(parts):
+        if isinstance(part, np.ma.MaskedArray) or part is np.ma.masked or _unit(part):
+            require_plain(f"{name}[{i}]", part)
+    masked = np.ma.getmask(value) if isinstance(value, np.ma.MaskedArray) else np.ma.nomask
+    if masked is not np.ma.nomask:
+        n = int(np.sum([masked[k].sum() for k in masked.dtype.names] if masked.dtype.names else masked.sum()))
+        if n:
+            raise DataError(
+                f"{name} has {n} masked values of {np.size(value)}; expected an array without a mask, because what lies behind it"
+                " is no data: leave these rows out, or fill them, x.filled(...), with what they stand for"
+            )
+    unit = _unit(value)
+    if unit:
+        raise DataError(
+            f"{name} has the unit {unit!r}; expected plain numbers in the unit of the parameter or observable: convert it and take the"
+            " values, e.g. x.to_value(unit) of an astropy quantity, x.to(unit).magnitude of a pint quantity"
+        )
+
+
+def _unit(value: Any) -> str:
+    """Unit of an object that has one (`unit`, `units`, or an attribute `units` of an xarray object), else ''; a plain number has none."""
+    for key in ("unit", "units"):
+        unit = getattr(value, key, None)
+        if unit is not None and not callable(unit):
+            text = str(unit).strip()
+            return "" if text in ("", "dimensionless", "None") else text
+    attributes = getattr(value, "attrs", None)
+    text = str(attributes.get("units", "")) if isinstance(attributes, Mapping) and not hasattr(value, "file") else ""
+    return "" if text in ("", "1", "dimensionless") else text
+
+
+def _of_tensor(name: str, value: Any) -> AnyArray:
+    try:
+        value = value.detach().cpu()
+        if str(value.dtype).removeprefix("torch.").startswith(("bfloat16", "float8")):  # numpy does not have these
+            value = value.float()
+        return np.asarray(value.resolve_conj().resolve_neg().numpy())
+    except (TypeError, RuntimeError) as err:
+        raise DataError(f"{name} is a {value.layout} tensor of {value.dtype} that numpy cannot read: {str(err).splitlines()[0]}") from err
+
+
+def _unequal(value: Any) -> str:
+    """Words for the first row of a list whose length differs from that of the first; '' if none does."""
+    if not isinstance(value, list | tuple) or not value:
+        return ""
+    shapes = [np.shape(v) if not isinstance(v, list | tuple) else (len(v),) for v in value]
+    i = next((i for i, s in enumerate(shapes) if s[:1] != shapes[0][:1]), None)
+    if i is None:
+        return ""
+    got = [s[0] if s else "a number" for s in (shapes[0], shapes[i])]
+    return f"row 0 has length {got[0]}, row {i} {got[1]}; expected rows of one length (sets of events: sp.pad_sets)"
+
+
+def _require_exact(name: str, array: AnyArray) -> None:
+    """Raise DataError if whole numbers of 64 bits change as float64."""
+    if not array.size or -(2**53) <= int(array.min()) <= int(array.max()) <= 2**53:
+        return
+    changed = array.astype(np.float64).astype(array.dtype) != array
+    if changed.any():
+        raise DataError(
+            f"{name} has {int(changed.sum())} whole numbers beyond 2^53 that float64 rounds, first {array[changed][0]};"
+            " expected smaller ones: subtract an offset first"
+        )
 
 
 def require_finite(name: str, array: AnyArray) -> None:
@@ -72,10 +196,10 @@ def as_array(name: str, value: Any, shape: Sequence[int | None], *, finite: bool
 
 def as_matrix(name: str, value: Any, dim: int, columns: Iterable[str] = (), *, finite: bool = True) -> Array:
     """Return `value` as an (n, dim) float64 matrix; a single row (dim,) becomes (1, dim)."""
-    array = as_real(name, value)
+    columns = tuple(columns)
+    array = as_real(name, value, columns)
     if array.ndim == 1 and array.shape[0] == dim:
         array = array[None, :]
-    columns = tuple(columns)
     note = f"columns {columns}" if columns and len(columns) <= 16 else ""
     return as_array(name, array, (None, dim), finite=finite, note=note)
 

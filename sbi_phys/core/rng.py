@@ -4,7 +4,10 @@ Keys give independent streams without a counter: the generator of shard 7 is the
 the shards before it were made in this process or read from disk.
 """
 
+import threading
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +17,9 @@ from sbi_phys.core.checks import require_int
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["key_number", "rng_for", "seed_for", "torch_rng_for"]
+__all__ = ["key_number", "rng_for", "seed_for", "torch_rng_for", "torch_seeded"]
+
+_TORCH = threading.RLock()  # held while torch's global generator is seeded, used alone, or restored
 
 
 def key_number(part: int | str) -> int:
@@ -46,3 +51,29 @@ def torch_rng_for(seed: int, *key: int | str, device: "torch.device | str" = "cp
     import torch
 
     return torch.Generator(device=device).manual_seed(seed_for(seed, *key))
+
+
+@contextmanager
+def torch_seeded(seed: int, devices: Sequence["torch.device"] = (), *, alone: bool = True) -> Iterator[None]:
+    """Seed torch's global generator for a block of code that can use no other, such as the initial weights of torch's layers.
+
+    The generator's state is restored at the end. Threads of one process share it: with `alone`, those that call this function wait for each
+    other, and the block gives the same numbers for any number of them. A long block (an epoch with dropout) is not alone: only its
+    seeding is, so that random layers of networks that train at the same time in threads share their noise.
+    """
+    import torch
+
+    fork = torch.random.fork_rng(list(devices))
+    if alone:
+        with _TORCH, fork:
+            torch.manual_seed(seed)
+            yield
+        return
+    with _TORCH:
+        fork.__enter__()
+        torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        with _TORCH:
+            fork.__exit__(None, None, None)

@@ -37,7 +37,7 @@ from sbi_phys.core.classes import find_class
 from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, SimulatorMismatchError
 from sbi_phys.core.progress import Progress, or_none
-from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for
+from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for, torch_seeded
 from sbi_phys.core.types import AnyArray, Array, ArrayLike, Integers
 from sbi_phys.core.version import __version__
 from sbi_phys.nets.classifier import ClassifierConfig
@@ -274,8 +274,7 @@ class BaseEstimator:
         return net, history
 
     def _new_net(self, scaler: Any, seed: int) -> Any:
-        with torch.random.fork_rng([]):  # torch's global generator stays as it was
-            torch.manual_seed(seed)
+        with torch_seeded(seed):  # torch's global generator stays as it was
             return self.build(scaler, seed).to(self.device)
 
     def _require_fit(self) -> Any:

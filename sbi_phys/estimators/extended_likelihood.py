@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sbi_phys.core.checks import as_array, as_matrix, as_real, require_finite, require_int, require_number
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
-from sbi_phys.core.rng import seed_for
+from sbi_phys.core.rng import seed_for, torch_seeded
 from sbi_phys.core.types import Array, ArrayLike, Integers, Mask
 from sbi_phys.estimators.density_sampling import PosteriorDraws, sample_posterior
 from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP
@@ -365,8 +365,7 @@ def fit_expected_counts(
     log_mean = float(np.log(n.sum() / share.sum()))
     rows = [torch.from_numpy(a.astype(np.float32)) for a in (u, n, np.log(share) + log_mean)]
     config = config or TrainConfig()
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed_for(require_int("seed", seed, low=0), "weights"))
+    with torch_seeded(seed_for(require_int("seed", seed, low=0), "weights")):
         net = ResidualMLP(u.shape[1], EmbeddingConfig(hidden=64, n_blocks=2, n_features=1))
     for weight in (net.last.weight, net.last.bias, net.straight.weight):
         nn.init.zeros_(weight)  # the fit starts at the mean

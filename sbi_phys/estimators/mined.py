@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from sbi_phys.core.checks import as_array, as_real, require_choice, require_number
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.progress import Progress, or_none
-from sbi_phys.core.rng import seed_for
+from sbi_phys.core.rng import seed_for, torch_seeded
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.estimators.base import BaseEstimator, Shared
 from sbi_phys.estimators.hypotheses import Events, HypothesisRatio, RatioShared, as_events, cross_entropy, solve_head, standard_units
@@ -246,8 +246,7 @@ class SALLY(BaseEstimator):
     def build(self, scaler: Any, seed: int) -> ResidualMLP:
         """Perceptron x -> t."""
         assert isinstance(self.embedding, EmbeddingConfig)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed_for(seed, "weights"))
+        with torch_seeded(seed_for(seed, "weights")):
             shape = EmbeddingConfig(hidden=self.embedding.hidden, n_blocks=self.embedding.n_blocks, n_features=len(self._scale))
             return ResidualMLP(math.prod(scaler.shape), shape)
 

@@ -27,7 +27,7 @@ from sbi_phys.core.checks import require_int
 from sbi_phys.core.device import resolve_device
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.progress import Progress, or_none
-from sbi_phys.core.rng import seed_for, torch_rng_for
+from sbi_phys.core.rng import seed_for, torch_rng_for, torch_seeded
 from sbi_phys.core.types import ArrayLike
 from sbi_phys.estimators.npe import NPE
 from sbi_phys.nets.embedding_set_likelihood import AnchoredFlow, LikelihoodSet, contrastive_loss
@@ -51,8 +51,7 @@ class _AnchoredNet(PosteriorNet):
 
     def __init__(self, dim: int, x_shape: tuple[int, ...], flow: FlowConfig, embedding: LikelihoodSet, *, seed: int) -> None:
         super().__init__(dim, x_shape, flow, embedding, seed=seed)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed_for(seed, "anchored flow"))
+        with torch_seeded(seed_for(seed, "anchored flow")):
             self.flow = AnchoredFlow(dim, self.n_features, flow, rng=torch_rng_for(seed, "splits"))
 
     def start_at(self, u: Tensor) -> None:

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbi_phys.core.checks import require_int
-from sbi_phys.core.rng import seed_for
+from sbi_phys.core.rng import seed_for, torch_seeded
 from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP, build_embedding
 
 __all__ = [
@@ -236,8 +236,7 @@ class PairClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = dim
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed_for(seed, "weights"))
+        with torch_seeded(seed_for(seed, "weights")):
             self.embedding, n_x = build_embedding(embedding, x_shape)
             self.trunk_x = nn.Linear(n_x, network.hidden) if network.hidden else None
             self.left = nn.Linear(n_x, network.rank)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from sbi_phys.core.checks import as_real, require_finite, require_int
 from sbi_phys.core.errors import DataError, SettingError, ShapeError
-from sbi_phys.core.rng import seed_for
+from sbi_phys.core.rng import seed_for, torch_seeded
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP
 from sbi_phys.training.scaling import XScaler
@@ -196,8 +196,7 @@ class DeepSet(SetEmbedding):
     def __init__(
         self, n_columns: int, *, hidden: int = 64, n_pooled: int = 64, config: EmbeddingConfig | None = None, seed: int = 0
     ) -> None:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed_for(seed, "deep set"))
+        with torch_seeded(seed_for(seed, "deep set")):
             super().__init__(n_columns, require_int("n_pooled", n_pooled, low=1), config)
             self.first = nn.Linear(n_columns, require_int("hidden", hidden, low=1))
             self.second = nn.Linear(hidden, n_pooled)
@@ -240,8 +239,7 @@ class SetAttention(SetEmbedding):
         if hidden % n_heads:
             raise SettingError(f"hidden is {hidden} and n_heads {n_heads}; expected a width that the number of heads divides")
         n_seeds = require_int("n_seeds", n_seeds, low=1)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed_for(seed, "set attention"))
+        with torch_seeded(seed_for(seed, "set attention")):
             super().__init__(n_columns, hidden * n_seeds, config)
             self.first = nn.Linear(n_columns, hidden)
             self.second = nn.Linear(hidden, hidden)

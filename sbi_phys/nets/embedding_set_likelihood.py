@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbi_phys.core.checks import require_int
-from sbi_phys.core.rng import seed_for
+from sbi_phys.core.rng import seed_for, torch_seeded
 from sbi_phys.nets.embedding_set import SetEmbedding, segment_sum
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import ConditionalFlow, FlowConfig, GaussianLayer
@@ -75,8 +75,7 @@ class EventScores(nn.Module):
 
     def __init__(self, n_columns: int, dim: int, *, hidden: int = 64, rank: int = 48, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed_for(seed, "event scores"))
+        with torch_seeded(seed_for(seed, "event scores")):
             hidden, self.rank = require_int("hidden", hidden, low=1), require_int("rank", rank, low=1)
             self.phi = nn.Sequential(
                 _spread_layer(require_int("n_columns", n_columns, low=1), hidden),
@@ -129,8 +128,7 @@ class LikelihoodSet(SetEmbedding):
         seed: int = 0,
     ) -> None:
         pairs = dim * (dim + 1) // 2
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed_for(seed, "likelihood set"))
+        with torch_seeded(seed_for(seed, "likelihood set")):
             n_bins, n_points = require_int("n_bins", n_bins, low=1), require_int("n_points", n_points, low=16)
             super().__init__(n_columns, rank + (len(_POWERS) + 2) * (dim + pairs) + 1 + dim * n_bins, config)
         self.scores = EventScores(n_columns, dim, hidden=hidden, rank=rank, seed=seed)

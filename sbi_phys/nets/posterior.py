@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sbi_phys.core.checks import require_number
 from sbi_phys.core.errors import SettingError
-from sbi_phys.core.rng import seed_for, torch_rng_for
+from sbi_phys.core.rng import seed_for, torch_rng_for, torch_seeded
 from sbi_phys.core.types import Array
 from sbi_phys.nets.embedding_vector import EmbeddingConfig, build_embedding
 from sbi_phys.nets.flow import ConditionalFlow, FlowConfig, base_log_prob
@@ -31,8 +31,7 @@ class PosteriorNet(nn.Module):
 
     def __init__(self, dim: int, x_shape: tuple[int, ...], flow: FlowConfig, embedding: EmbeddingConfig | nn.Module, *, seed: int) -> None:
         super().__init__()
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed_for(seed, "weights"))
+        with torch_seeded(seed_for(seed, "weights")):
             self.embedding, self.n_features = build_embedding(embedding, x_shape)
             self.flow = ConditionalFlow(dim, self.n_features, flow, rng=torch_rng_for(seed, "splits"))
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sbi_phys.core.checks import as_real, did_you_mean
+from sbi_phys.core.checks import as_floating, column_labels, did_you_mean
 from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.types import AnyArray, Mask
 from sbi_phys.priors.parameters import Observable
 
-__all__ = ["column_name", "columns", "failed_rows", "fractional", "missing_columns", "to_blocks", "to_rows"]
+__all__ = ["column_name", "column_names", "columns", "failed_rows", "fractional", "missing_columns", "to_blocks", "to_rows"]
 
 
 def columns(observables: Sequence[Observable]) -> dict[str, slice]:
@@ -33,6 +33,18 @@ def column_name(observables: Sequence[Observable], column: int) -> str:
             index = ", ".join(str(int(i)) for i in np.unravel_index(column - block.start, o.shape))
             return f"{o.name}[{index}]"
     return f"column {column}"
+
+
+def column_names(observables: Sequence[Observable]) -> tuple[str, ...]:
+    """Names (k,) of the columns of x as a table has them: 'mass' for an observable of one value, else 'spectrum[0]', 'spectrum[1]', ..."""
+    return tuple(o.name if o.size == 1 else column_name((o,), i) for o in observables for i in range(o.size))
+
+
+def _as_array(name: str, x: Any, observables: Sequence[Observable]) -> NDArray[np.floating]:
+    """Array of x; a table with named columns is read by the names of the observables, 'spectrum_0' and 'spectrum[0]' alike."""
+    labels, names = column_labels(x), column_names(observables)
+    plain = [n.replace("[", "_").replace("]", "").replace(", ", "_") for n in names]
+    return as_floating(name, x, plain if labels and set(labels) == set(plain) else names)
 
 
 def missing_columns(observables: Sequence[Observable]) -> Mask:
@@ -94,7 +106,7 @@ def to_rows(x: Any, observables: Sequence[Observable], *, name: str = "x") -> tu
 
 def _array(name: str, x: Any, observables: Sequence[Observable]) -> tuple[NDArray[np.floating], bool]:
     """Rows of an array (k,), (n, k), or of one observable (shape), (n, *shape)."""
-    array: NDArray[np.floating] = x if isinstance(x, np.ndarray) and x.dtype == np.float32 else as_real(name, x)
+    array = _as_array(name, x, observables)
     k = sum(o.size for o in observables)
     if array.shape == (k,):
         return array[None], True

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from sbi_phys.core.checks import did_you_mean, require_int, require_known, shortened
+from sbi_phys.core.checks import did_you_mean, require_int, require_known, require_plain, shortened
 from sbi_phys.core.errors import DataError, SettingError, SimulatorMismatchError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import AnyArray, Array
@@ -169,6 +169,12 @@ def _block(where: str, x: Any, n: int, observables: Sequence[Observable]) -> Any
         # not converted: a simulator written in torch has most likely drawn from torch's global generator
         hint = "; return x.detach().cpu().numpy(), and draw from the generator that is passed in" if hasattr(x, "detach") else ""
         raise SimulatorMismatchError(f"{where} returned a {type(x).__module__}.{type(x).__name__}; expected a numpy array {expected}{hint}")
+    if type(x) is not np.ndarray:
+        try:
+            require_plain(f"the output of {where}", x)
+        except DataError as err:
+            raise SimulatorMismatchError(str(err)) from err
+        x = np.asarray(x)
     if x.dtype.kind not in "fiub":
         raise SimulatorMismatchError(f"{where} returned dtype {x.dtype}; expected real numbers")
     if len(observables) == 1 and x.shape == (n, *observables[0].shape):

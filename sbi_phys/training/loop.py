@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from sbi_phys.core.checks import require_choice, require_int, require_number
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, TrainingError
-from sbi_phys.core.rng import seed_for
+from sbi_phys.core.rng import seed_for, torch_seeded
 from sbi_phys.training._optimizer import FlatAdamW, cosine_rate
 from sbi_phys.training.batches import Batches, MemoryBatches
 from sbi_phys.training.checkpoint import read_file, write_file
@@ -242,9 +242,9 @@ class _Trainer:
         """Train for one epoch, validate, and keep the best weights."""
         begin, state = time.perf_counter(), self.state
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), _memory_errors(self.batch_size):
-            # seeds dropout and similar layers of a user's network; the global state is restored afterwards
-            torch.manual_seed(seed_for(self.seed, "noise", state.epoch, self.ranks.rank))
+        # seeds dropout and similar layers of a user's network; the global state is restored afterwards
+        noise = torch_seeded(seed_for(self.seed, "noise", state.epoch, self.ranks.rank), devices, alone=False)
+        with noise, _memory_errors(self.batch_size):
             train, step_ms = self._train_epoch()
             with self.optimizer.averaged():
                 valid = self._validate()

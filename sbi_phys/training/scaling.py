@@ -30,7 +30,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sbi_phys.core.checks import as_real, require_choice, require_finite, require_int, require_number, require_same_rows
+from sbi_phys.core.checks import (
+    as_floating,
+    as_real,
+    column_labels,
+    require_choice,
+    require_finite,
+    require_int,
+    require_number,
+    require_same_rows,
+)
 from sbi_phys.core.errors import DataError, NonFiniteError, ShapeError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, Integers, Mask
@@ -303,13 +312,11 @@ def prepare_simulations(
     Returns the whitened parameters u (n, free_dim) and x, rows (n, k) where observables are given.
     Raises: ShapeError, NonFiniteError, DataError, SupportError.
     """
-    theta = as_real("theta", theta)
+    theta = as_real("theta", theta, prior.names)
     if theta.ndim == 1 and prior.dim == 1:
         theta = theta[:, None]
     if theta.ndim != 2 or theta.shape[1] != prior.dim:
         raise ShapeError(f"theta has shape {theta.shape}; expected (n, {prior.dim}) = {prior.names}")
-    if hasattr(x, "detach"):
-        x = x.detach().cpu().numpy()
     data = _x_rows(x, observables)
     if data.ndim < 2 or 0 in data.shape[1:]:
         raise ShapeError(f"x has shape {data.shape}; expected (n, ...) with at least one value per simulation")
@@ -325,7 +332,9 @@ def _x_rows(x: Any, observables: Sequence[Observable] | None) -> NDArray[np.floa
         if not observables:
             raise DataError("x is a dictionary of blocks, and the observables are not known; expected observables=[...] of the estimator")
         return to_rows(x, observables)[0]
-    data = np.asarray(x) if isinstance(x, np.ndarray) and x.dtype == np.float32 else as_real("x", x)
+    if observables and column_labels(x):
+        return to_rows(x, observables)[0]
+    data = as_floating("x", x)
     if data.ndim == 1:
         data = data[:, None]
     return to_rows(data, observables)[0] if observables else data

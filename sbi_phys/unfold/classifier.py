@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from sbi_phys.core.checks import require_int
 from sbi_phys.core.errors import SettingError
-from sbi_phys.core.rng import rng_for, seed_for
+from sbi_phys.core.rng import rng_for, seed_for, torch_seeded
 from sbi_phys.core.types import Array
 from sbi_phys.nets.classifier import newton_step
 from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP
@@ -62,8 +62,7 @@ class RatioNet(nn.Module):
 
     def __init__(self, n_inputs: int, config: EmbeddingConfig, *, seed: int) -> None:
         super().__init__()
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed_for(seed, "weights"))
+        with torch_seeded(seed_for(seed, "weights")):
             self.body = ResidualMLP(n_inputs, config)
             pairs = torch.triu_indices(n_inputs, n_inputs) if n_inputs <= _MOST_PAIRS else torch.arange(n_inputs).repeat(2, 1)
             self.head = nn.Linear(config.n_features + n_inputs + pairs.shape[1], 1)

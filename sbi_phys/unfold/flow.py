@@ -55,8 +55,8 @@ class UnfoldIteration:
     """Record of one iteration.
 
     loss: best held-out -log q per event, in units of the standardised truth. mean, sd (d,): of the data unfolded with this network; NaN
-    without data. separation: Jensen-Shannon divergence of unfolded and simulated truth, nats. effective_sample_size: of the weights that
-    the next network trains with, as a share of the events.
+    without data. separation: Jensen-Shannon divergence of unfolded and simulated truth, nats. effective_sample_size: events of equal weight
+    that the weights of the next training are worth, (sum w)^2 / sum w^2.
     """
 
     iteration: int
@@ -217,7 +217,7 @@ class FlowUnfolder(LearnedUnfolder):
                 self.weights = np.exp(ratio.log_ratio(t_all))
                 rho = self.weights[keep]
             product = w * rho
-            effective = float(product.sum() ** 2 / (len(product) * (product**2).sum()))
+            effective = float(product.sum() ** 2 / (product**2).sum())
             yield UnfoldIteration(
                 iteration=k + 1, loss=float(np.mean(losses)), mean=mean, sd=sd, separation=separation, effective_sample_size=effective
             )

@@ -47,13 +47,15 @@ def edges_of(histogram: Any) -> Array:
     return check_edges("edges of the histogram", edges)
 
 
-def counts_of(value: Any, response: Response | None = None) -> tuple[Any, Array | None]:
+def counts_of(value: Any, response: Response | None = None, *, covariance_given: bool = False) -> tuple[Any, Array | None]:
     r"""Counts and covariance of an array or a histogram.
 
     Args: value: an array, returned as it is, with covariance None; or a UHI histogram. response: its reco_edges must be the histogram's.
+        covariance_given: the variances of the histogram are not needed.
     Returns: counts (r,); covariance (r, r), diagonal of the variances if they differ from the contents (a weighted histogram), else None
         = Poisson.
-    Raises: ShapeError (axes, number of bins), DataError (other edges, a profile, weighted bins without variance: the bin is named).
+    Raises: ShapeError (axes, number of bins), DataError (other edges, a profile, weights without variances, weighted bins without
+        variance: the bin is named).
     Source: UHI, https://uhi.readthedocs.io.
     """
     if not is_histogram(value):
@@ -65,8 +67,15 @@ def counts_of(value: Any, response: Response | None = None) -> tuple[Any, Array 
     counts = as_array("values of the histogram", value.values(), (edges.size - 1,))
     if response is not None:
         _require_edges(edges, response)
+    if covariance_given:
+        return counts, None
     variances = value.variances()
-    if variances is None or np.array_equal(as_real("variances of the histogram", variances), counts):
+    if variances is None:
+        raise DataError(
+            "histogram was filled with weights or scaled, and its storage keeps no variances: Poisson errors would be wrong; expected a"
+            " storage with variances, e.g. hist.storage.Weight(), or counts_covariance=..., or the plain array for Poisson counts"
+        )
+    if np.array_equal(as_real("variances of the histogram", variances), counts):
         return counts, None
     spread = as_array("variances of the histogram", variances, counts.shape)
     empty = np.flatnonzero(spread <= 0)
@@ -104,7 +113,7 @@ def measured(
         if resp.background.any():
             raise SettingError("background is given twice, here and in the response; expected one of them")
         resp = resp.with_background(b)
-    values, own = counts_of(counts, resp)
+    values, own = counts_of(counts, resp, covariance_given=counts_covariance is not None)
     data = check_counts(values, resp.n_reco, resp.reco_edges)
     warn_few(data, resp.n_truth)
     given = own if counts_covariance is None else counts_covariance

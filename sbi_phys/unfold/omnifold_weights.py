@@ -199,7 +199,7 @@ class OmniFoldIteration:
     separation_reco: Jensen-Shannon divergence left between data and the folded simulation before the iteration, nats (held-out events);
     near 0 the iterations have converged at reco. norm_reco, norm_truth: normalisation of the two ratios before it was set right; far
     from 1 a classifier has not been trained well. change: mean |nu_new - nu_old| / mean nu_new over true events.
-    effective_sample_size: (sum w)^2 / (n sum w^2). fake_scale: factor of all fakes.
+    effective_sample_size: events, (sum w)^2 / sum w^2. fake_scale: factor of all fakes.
     """
 
     iteration: int
@@ -228,7 +228,7 @@ class OmniFold(Result):
     >>> truth = rng.normal(size=120)
     >>> reco, data = truth + 0.3 * rng.normal(size=120), rng.uniform(-1.5, 1.5, size=100)
     >>> result = omnifold(truth, reco, data, 1, config=quick, device="cpu")
-    >>> result.n_iterations, 0.5 < result.effective_sample_size <= 1
+    >>> result.n_iterations, result.effective_sample_size > 0.5 * len(result.weights)
     (1, True)
     """
 
@@ -243,7 +243,7 @@ class OmniFold(Result):
 
     @property
     def effective_sample_size(self) -> float:
-        """Effective sample size as a share of the true events: (sum w)^2 / (n sum w^2), 1 for equal weights."""
+        """Effective number of true events, (sum w)^2 / sum w^2: as many events of equal weight have the same statistical errors."""
         return _effective(self.weights[self.truth_pass])
 
     @property
@@ -262,7 +262,7 @@ class OmniFold(Result):
         total, n = self.weights.sum(), int(self.truth_pass.sum())
         lines = [
             f"OmniFold, {self.n_iterations} iterations: {total:.6g} unfolded events on {n} simulated ones, "
-            f"effective share {self.effective_sample_size:.3f}",
+            f"worth {self.effective_sample_size:.6g} of equal weight",
             f"before the last iteration data and folded simulation differed by {last.separation_reco:.2g} nats (Jensen-Shannon, held out); "
             f"its weights moved by {100 * last.change:.2g} %",
         ]
@@ -436,8 +436,8 @@ def _reco_rows(events: Events, nu: Array) -> tuple[Array, Array, Array]:
 
 
 def _effective(weights: Array) -> float:
-    """(sum w)^2 / (n sum w^2)."""
-    return float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
+    """Effective number of events, (sum w)^2 / sum w^2."""
+    return float(weights.sum() ** 2 / (weights**2).sum())
 
 
 def _warn_far(events: Events, ratio: RatioEstimator) -> None:
@@ -454,9 +454,9 @@ def _warn_far(events: Events, ratio: RatioEstimator) -> None:
 
 
 def _warn_few(effective: float, n: int) -> None:
-    if effective < _LOW_SIZE:
+    if effective < _LOW_SIZE * n:
         warnings.warn(
-            f"the effective number of events is {effective * n:.0f} of {n}: a few simulated events dominate the result; "
+            f"the effective number of events is {effective:.0f} of {n}: a few simulated events dominate the result; "
             "expected a simulation nearer to the data",
             RuntimeWarning,
             stacklevel=4,

@@ -324,7 +324,7 @@ def weighting(task: Task) -> Answer:
     m, s = task.measurement, task.settings
     pairs = simulate_pairs(m, task.spectrum, s.n_simulated, rng_for(s.seed, "unfold", "pairs"))
     rows, bins = _data_rows(m)
-    shares: list[float] = []
+    sizes: list[float] = []
 
     def run(counts: Array, weights: Array, seed: int) -> Array:
         found = omnifold(
@@ -338,12 +338,12 @@ def weighting(task: Task) -> Answer:
             seed=seed,
             device="cpu",
         )
-        shares.append(found.effective_sample_size)
+        sizes.append(found.effective_sample_size)
         return found.weights
 
     answer = _from_weights(task, pairs, run, s.omnifold_replicas, "omnifold")
     words = f"OmniFold, {s.omnifold_iterations} iterations, {s.n_simulated} simulated events, {s.omnifold_replicas} replicas of the data"
-    numbers = answer.numbers | {"n_iterations": s.omnifold_iterations, "effective_sample_size": shares[0]}
+    numbers = answer.numbers | {"n_iterations": s.omnifold_iterations, "effective_sample_size": sizes[0]}
     return replace(answer, words=words, numbers=numbers)
 
 

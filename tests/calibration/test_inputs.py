@@ -14,6 +14,7 @@ from sbi_phys.calibration.inputs import (
     count_below,
     draws_from_arviz,
     require_varying,
+    wrong_order,
 )
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.priors import Parameter
@@ -185,3 +186,17 @@ class SimpleHolder(SimpleNamespace):
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_axes_in_another_order_are_said(d: int) -> None:
+    """As many draws as simulations: shapes cannot tell, but the means of the right axis follow theta."""
+    n, rng = 120, np.random.default_rng(d)
+    theta = rng.normal(size=(n, d))
+    draws = theta[:, None] + 0.8 * rng.normal(size=(n, 1, d)) + 0.8 * rng.normal(size=(n, n, d))
+    assert wrong_order(theta, draws) == "" == wrong_order(theta, rng.normal(size=(n, n, d)))  # the second is the prior: right axes
+    check_pairs(theta, draws)
+    with pytest.warns(UserWarning, match=r"axes seem to be \(draws, simulations, d\).*draws.transpose\(1, 0, 2\)"):
+        check_pairs(theta, draws.transpose(1, 0, 2))
+    with pytest.raises(ShapeError, match=r"the axes seem to be \(l, n, d\)"):
+        check_pairs(theta, draws[:, :50].transpose(1, 0, 2))

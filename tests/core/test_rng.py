@@ -1,5 +1,7 @@
 """Keyed generators: same key same stream, other key other stream, nothing global touched."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sbi_phys.core.errors import SettingError
-from sbi_phys.core.rng import key_number, rng_for, seed_for, torch_rng_for
+from sbi_phys.core.rng import key_number, rng_for, seed_for, torch_rng_for, torch_seeded
 
 KEYS = st.lists(st.one_of(st.integers(0, 2**31), st.text(max_size=8)), max_size=3)
 
@@ -43,3 +45,21 @@ def test_global_generators_are_left_alone() -> None:
 def test_bad_seed(seed: object) -> None:
     with pytest.raises(SettingError, match="seed"):
         rng_for(seed)  # type: ignore[arg-type]
+
+
+def test_layers_made_in_threads_have_the_weights_of_their_seeds() -> None:
+    """Many layers at once: without the lock another thread's seed comes in between; the global state is left as it was."""
+
+    def weights(seed: int) -> list[float]:
+        with torch_seeded(seed):
+            return [float(torch.nn.Linear(30, 30).weight.sum()) for _ in range(40)]
+
+    alone, state = [weights(s) for s in range(8)], torch.random.get_rng_state()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(weights, range(8))) == alone
+    assert torch.equal(torch.random.get_rng_state(), state)
+    with torch_seeded(3, alone=False):
+        one = torch.rand(2)
+    with torch_seeded(3):
+        assert torch.equal(torch.rand(2), one)
+    assert torch.equal(torch.random.get_rng_state(), state)

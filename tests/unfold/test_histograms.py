@@ -57,7 +57,7 @@ def test_protocol_alone_is_enough():
     np.testing.assert_array_equal(edges_of(Plain(EDGES, COUNTS)), EDGES)
     _, covariance = counts_of(Plain(EDGES, COUNTS, 2 * COUNTS), RESPONSE)
     np.testing.assert_array_equal(covariance, np.diag(2 * COUNTS))
-    plain, weighted = (ibu(Plain(EDGES, COUNTS, v), RESPONSE) for v in (None, 2 * COUNTS))
+    plain, weighted = (ibu(Plain(EDGES, COUNTS, v), RESPONSE) for v in (COUNTS, 2 * COUNTS))
     np.testing.assert_allclose(weighted.errors, np.sqrt(2) * plain.errors)
 
 
@@ -133,7 +133,7 @@ def test_without_either_the_error_says_what_to_install(monkeypatch):
         (Plain(EDGES, COUNTS, axes=(Axis([(0, 1), (1, 2), (2.5, 3), (3, 4), (4, 5)]),)), DataError, "gap between bin 1"),
         (Plain(EDGES, COUNTS, kind="MEAN"), DataError, "kind MEAN; expected COUNT"),
         (Plain(EDGES, COUNTS, np.array([1.0, 2, 0, 3, 4])), DataError, r"variance 0 in reco bin 2 \[18.7, 18.8\)"),
-        (Plain(EDGES, -COUNTS), DataError, "counts is -900 at reco bin 0"),
+        (Plain(EDGES, -COUNTS, -COUNTS), DataError, "counts is -900 at reco bin 0"),
     ],
 )
 def test_bad_histograms_are_named(histogram, error, message):
@@ -144,3 +144,19 @@ def test_bad_histograms_are_named(histogram, error, message):
 def test_results_without_edges_have_no_axis():
     with pytest.raises(SettingError, match="no truth edges"):
         ibu([3.0, 4.0], np.eye(2)).to_hist()
+
+
+def test_weights_without_variances_are_refused(bh):
+    """A storage of plain doubles keeps sum w alone: Poisson errors would be too small by the weight."""
+    events = rng_for(3, "weighted").uniform(18.4, 19.2, 3000)
+    lost, kept = (bh.Histogram(bh.axis.Variable(EDGES), storage=s) for s in (bh.storage.Double(), bh.storage.Weight()))
+    for histogram in (lost, kept):
+        histogram.fill(events, weight=7.0)
+    with pytest.raises(DataError, match=r"keeps no variances.*hist.storage.Weight\(\)"):
+        ibu(lost, RESPONSE)
+    with pytest.raises(DataError, match="keeps no variances"):
+        forward_fold(lost, Response.from_resolution(EDGES, EDGES, resolution=0.05, exposure=1.0))
+    variances = kept.variances()
+    one, other = ibu(kept, RESPONSE), ibu(lost, RESPONSE, counts_covariance=np.diag(variances))
+    np.testing.assert_allclose(one.errors, other.errors)
+    np.testing.assert_allclose(variances, 7 * kept.values())

@@ -41,7 +41,7 @@ def test_plain_toy(plain: OmniFold) -> None:
     mean, sd, _, _ = oracle.exact(3)
     assert oracle.moments(plain.truth[:, 0], plain.weights) == pytest.approx((mean, sd), abs=0.035)
     assert plain.weights.sum() == pytest.approx(12_000, rel=1e-4)
-    assert plain.effective_sample_size > 0.85
+    assert 0.85 < plain.effective_sample_size / plain.truth_pass.sum() <= 1
     assert oracle.triangular(plain.truth[:, 0], plain.weights) < 3
 
 
@@ -153,7 +153,7 @@ def test_history_words_and_plain_values(plain: OmniFold) -> None:
     assert plain.history[0].separation_reco > plain.history[2].separation_reco
     assert plain.history[0].change > plain.history[2].change
     weights = plain.weights
-    assert plain.effective_sample_size == pytest.approx(weights.sum() ** 2 / (12_000 * (weights**2).sum()))
+    assert plain.effective_sample_size == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
     assert plain.history[-1].effective_sample_size == pytest.approx(plain.effective_sample_size)
     assert "3 iterations" in plain.summary()
 
@@ -296,9 +296,9 @@ def test_full_size_plain() -> None:
     seconds = time.perf_counter() - begin
     mean, sd = oracle.moments(result.truth[:, 0], result.weights)
     delta = oracle.triangular(result.truth[:, 0], result.weights)
-    print(f"plain: mean {mean:.4f} sd {sd:.4f} Delta {delta:.3f}e-3 ESS {result.effective_sample_size:.3f} in {seconds:.0f} s")
+    print(f"plain: mean {mean:.4f} sd {sd:.4f} Delta {delta:.3f}e-3 ESS {result.effective_sample_size:.0f} in {seconds:.0f} s")
     assert mean == pytest.approx(0.1993, abs=0.015) and sd == pytest.approx(0.8075, abs=0.012)
-    assert delta < 0.5 and result.effective_sample_size > 0.85 and seconds < 120
+    assert delta < 0.5 and result.effective_sample_size > 0.85 * result.truth_pass.sum() and seconds < 120
 
 
 @pytest.mark.slow
