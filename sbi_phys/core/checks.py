@@ -105,9 +105,9 @@ def require_plain(name: str, value: Any) -> None:
     for i, part in enumerate(parts):
         if isinstance(part, np.ma.MaskedArray) or part is np.ma.masked or _unit(part):
             require_plain(f"{name}[{i}]", part)
-    masked = np.ma.getmask(value) if isinstance(value, np.ma.MaskedArray) else np.ma.nomask
-    if masked is not np.ma.nomask:
-        n = int(np.sum([masked[k].sum() for k in masked.dtype.names] if masked.dtype.names else masked.sum()))
+    if isinstance(value, np.ma.MaskedArray):
+        mask: AnyArray = np.ma.getmaskarray(value)  # of a structured array one for each of its columns
+        n = sum(int(mask[k].sum()) for k in mask.dtype.names) if mask.dtype.names else int(mask.sum())
         if n:
             raise DataError(
                 f"{name} has {n} masked values of {np.size(value)}; expected an array without a mask, because what lies behind it"

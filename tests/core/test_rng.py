@@ -52,7 +52,7 @@ def test_layers_made_in_threads_have_the_weights_of_their_seeds() -> None:
 
     def weights(seed: int) -> list[float]:
         with torch_seeded(seed):
-            return [float(torch.nn.Linear(30, 30).weight.sum()) for _ in range(40)]
+            return [torch.nn.Linear(30, 30).weight.sum().item() for _ in range(40)]
 
     alone, state = [weights(s) for s in range(8)], torch.random.get_rng_state()
     with ThreadPoolExecutor(8) as pool:
