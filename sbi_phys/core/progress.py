@@ -137,7 +137,9 @@ class _LineTask:
     def _describe(self, now: float, state: str) -> str:
         elapsed = max(now - self._start, 1e-9)
         rate = (self._done - self._offset) / elapsed
-        parts = [f"{self._done:.10g}" + (f"/{self._total:.10g}" if self._total is not None else "")]
+        parts = []
+        if self._total is not None or self._done:  # a task without steps has only its text
+            parts.append(f"{self._done:.10g}" + (f"/{self._total:.10g}" if self._total is not None else ""))
         if self._total:
             parts[0] += f" ({100 * self._done / self._total:.0f} %)"
         elif self._total is None and not self._done:

@@ -1,8 +1,11 @@
-"""The command line `sbi-phys`: every command works on one run folder and takes a TOML file, flags, or both.
+"""The command line `sbi-phys`: every command works on one project folder and takes a TOML file, flags, or both.
 
-sbi-phys demo --out runs/demo              inference of cosmic-ray sources from the Auger data
-sbi-phys train run.toml --out runs/mine    all stages up to the training, with your settings
-sbi-phys report --out runs/mine            all stages that have not run yet, and the report
+sbi-phys demo --out runs/demo                     inference of cosmic-ray sources from the Auger data
+sbi-phys new mysource                             a simulator to start from, with its settings, a test and an observation
+sbi-phys train run.toml --out runs/mine           all stages up to the training, with your settings
+sbi-phys infer crab.csv vela.csv --out runs/mine  the posteriors of two observations by the same network
+sbi-phys train --name wide --set flow.hidden=128 --out runs/mine    another network on the same simulations
+sbi-phys report --out runs/mine                   all stages that have not run yet, and the report
 
 torchrun --nproc-per-node 2 -m sbi_phys train run.toml --out runs/mine     training on several processes or GPUs
 """
@@ -17,6 +20,7 @@ import typer
 from sbi_phys.core.errors import SettingError
 from sbi_phys.workflow._console import Debug, plain_errors, prepare_process
 from sbi_phys.workflow.cli_limits import register as register_limits
+from sbi_phys.workflow.cli_project import register as register_project
 from sbi_phys.workflow.cli_simulator import register as register_simulator
 from sbi_phys.workflow.cli_store import array_job
 from sbi_phys.workflow.cli_store import register as register_store
@@ -26,15 +30,19 @@ if TYPE_CHECKING:
     from sbi_phys.workflow.settings import Config
     from sbi_phys.workflow.stages import Run
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "with_observations"]
 
-_HELP = "Simulation-based inference with calibration tests. Every command works on one run folder and takes a TOML file, flags, or both."
+_HELP = "Simulation-based inference with calibration tests. A command works on one project folder and takes a TOML file, flags, or both."
 app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Settings file; default: config.toml of the run folder.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder; created if missing, continued if it exists.")]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG.toml] [OBSERVATION...]", help="Settings file, default config.toml of the folder; and, with infer "
+                   "and report, observations: observed, simulated:SEED, a file, FILE#ROW, FILE#all, or a name used before."),
+]  # fmt: skip
+Out = Annotated[Path, typer.Option("--out", "-o", help="Project folder; created if missing, continued if it exists.")]
 Simulator = Annotated[str | None, typer.Option(help="Simulator as package.module:Class.")]
-Number = Annotated[int | None, typer.Option("--n", help="Number of simulations with parameters from the prior.")]
+Number = Annotated[int | None, typer.Option("--n", help="Number of simulations with parameters from the prior; a larger one adds some.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a setting; may be repeated.")]
 Quick = Annotated[bool, typer.Option("--quick", help="All stages at reduced size.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
@@ -50,6 +58,9 @@ Shards = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="With calibrate: exit status 3 if a test fails.")]
 Method = Annotated[str | None, typer.Option(help="With train and infer: npe (default), nle or nre.")]
+Network = Annotated[str, typer.Option("--name", help="Network of this name; with train, --set changes its settings only.")]
+Accept = Annotated[bool, typer.Option("--accept-code-change", help="Keep simulations although the simulator's code has changed.")]
+Again = Annotated[bool, typer.Option("--new-simulations", help="Where simulator or settings have changed, keep the old simulations aside.")]
 
 
 @app.command()
@@ -65,14 +76,14 @@ def demo(
     """Infer the properties of the sources of ultra-high-energy cosmic rays from the Auger data."""
     flags = {"run.seed": seed, "run.device": device, "run.workers": workers}
     with plain_errors(debug), resources.as_file(resources.files("sbi_phys.workflow") / "configs" / "demo.toml") as path:
-        _run(path, out, flags, changes, quick, "report")
+        _run([str(path)], out, flags, changes, quick, "report")
 
 
 # command -> the stage it runs up to, and its help; all take the same file and flags
 _COMMANDS = {
     "simulate": ("simulate", "Simulate with parameters drawn from the prior; write the store of the run folder."),
     "train": ("train", "Train the amortised network, after missing simulations."),
-    "infer": ("compare", "Infer the parameters from the observation: amortised, in rounds, refined, and by exact MCMC."),
+    "infer": ("compare", "Infer the parameters: of the observation of the settings also by exact MCMC, of those named refined only."),
     "calibrate": ("calibrate", "Run all calibration tests of the amortised network on held-out simulations."),
     "report": ("report", "Run the missing stages and write summary.json and report.html."),
 }
@@ -80,10 +91,11 @@ _COMMANDS = {
 
 def _stage_command(
     context: typer.Context,
-    config: ConfigFile = None,
+    words: Words = None,
     out: Out = Path("runs/run"),
     simulator: Simulator = None,
     n: Number = None,
+    network: Network = "",
     changes: Changes = None,
     quick: Quick = False,
     seed: Seed = None,
@@ -94,18 +106,18 @@ def _stage_command(
     shards: Shards = None,
     strict: Strict = False,
     method: Method = None,
+    accept_code_change: Accept = False,
+    new_simulations: Again = False,
     debug: Debug = False,
 ) -> None:
     flags = {"simulator.spec": simulator, "simulate.n": n, "run.seed": seed, "run.device": device, "run.workers": workers}
     flags |= {"run.scheduler": scheduler, "run.cluster": cluster}
-    until, _ = _COMMANDS[str(context.info_name)]
+    command = str(context.info_name)
+    until, _ = _COMMANDS[command]
     with plain_errors(debug):
-        until = _by_method(str(context.info_name), until, method)
-        _run(config, out, flags, changes, quick, until, shards)
-        if until == "calibrate":
-            _report_calibration(out, strict)
-        elif strict:
-            raise SettingError(f"--strict was given to {until}; expected it only with calibrate")
+        until = _by_method(command, until, method)
+        again = {"accept_code_change": accept_code_change, "new_simulations": new_simulations}
+        _run(words or [], out, flags, changes, quick, until, shards, network, again, strict)
 
 
 def _by_method(command: str, until: str, method: str | None) -> str:
@@ -119,11 +131,12 @@ def _by_method(command: str, until: str, method: str | None) -> str:
     return f"{command}_{method}"
 
 
-def _report_calibration(out: Path, strict: bool) -> None:
+def _report_calibration(run: "Run", strict: bool) -> None:
     """Print the result of the tests; with --strict, exit with status 3 if one of them fails."""
     import json
 
-    found = json.loads((out / "calibration.json").read_text(encoding="utf-8")) if (out / "calibration.json").is_file() else None
+    path = run.path("calibration.json")
+    found = json.loads(path.read_text(encoding="utf-8")) if run.config.calibrate.n and path.is_file() else None
     if found is None:
         typer.echo("the calibration of the network was not tested: calibrate.n = 0")
         raise typer.Exit(3 if strict else 0)
@@ -159,7 +172,16 @@ def main() -> None:
 
 
 def _run(
-    path: Path | None, out: Path, flags: dict[str, Any], changes: list[str] | None, quick: bool, until: str, shards: str | None = None
+    words: list[str],
+    out: Path,
+    flags: dict[str, Any],
+    changes: list[str] | None,
+    quick: bool,
+    until: str,
+    shards: str | None = None,
+    network: str = "",
+    again: dict[str, bool] | None = None,
+    strict: bool = False,
 ) -> None:
     prepare_process()
     # heavy imports are delayed, so that --help and errors of the command line are immediate
@@ -167,37 +189,119 @@ def _run(
     from sbi_phys.training.ranks import started_by_torchrun
     from sbi_phys.workflow.stages import run_stages, train_distributed
 
-    config = settings(path, out, flags, changes, quick)
+    if strict and until != "calibrate":
+        raise SettingError(f"--strict was given to {until}; expected it only with calibrate")
+    files = [word for word in words if word.endswith(".toml")]
+    sources = [word for word in words if not word.endswith(".toml")]
+    if len(files) > 1:
+        raise SettingError(f"{len(files)} settings files were given, {', '.join(files)}; expected one")
+    if sources and until not in ("compare", "report", "infer_nle", "infer_nre"):
+        raise SettingError(f"the observation {sources[0]!r} was given to {until}; expected it with infer or report")
+    config = settings(Path(files[0]) if files else None, out, flags, changes, quick, network)
+    config, observations = with_observations(config, sources)
     if shards is not None:
         array_job(config, out, shards, until)
         return
     if started_by_torchrun():
-        train_distributed(config, out, until, progress=RichProgress())
+        train_distributed(config, out, until, network=network, progress=RichProgress())
         return
-    # a learned likelihood or ratio is compared with the other posteriors of the folder
-    stages = [until, "methods"] if until in ("infer_nle", "infer_nre") else [until]
-    _print_result(run_stages(config, out, stages, progress=RichProgress()), until)
+    # a learned likelihood or ratio is compared with the other posteriors of the folder; many observations are inferred without exact MCMC
+    stages = [until, "methods"] if until in ("infer_nle", "infer_nre") else ["refine"] if until == "compare" and observations else [until]
+    runs = [
+        run_stages(config, out, stages, network=network, observation_name=observation, progress=RichProgress(), say=_say, **again or {})
+        for observation in observations or [""]
+    ]
+    if until == "calibrate":
+        _report_calibration(runs[0], strict)
+        return
+    if observations and until == "compare":
+        _print_posteriors(runs)
+        return
+    for run in runs:
+        _print_result(run, until)
 
 
-def settings(path: Path | None, out: Path, flags: dict[str, Any], changes: list[str] | None, quick: bool) -> "Config":
-    """The settings of a command: the file or that of the run folder, reduced by --quick, changed by --set, then by the other flags.
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
 
-    Raises: SettingError.
+
+def settings(path: Path | None, out: Path, flags: dict[str, Any], changes: list[str] | None, quick: bool, network: str = "") -> "Config":
+    """The settings of a command: the file or that of the folder, reduced by --quick, changed by --set, then by the other flags.
+
+    With the name of a network, --set changes the settings of this network only where they are a network's.   Raises: SettingError.
     """
-    from sbi_phys.workflow.settings import Config, parse_override
+    import dataclasses
+
+    from sbi_phys.workflow.settings import NETWORK_TABLES, Config, parse_override
 
     own = out / "config.toml"
     if path is not None:
         config = Config.read(path)
+        if own.is_file():  # named networks and observations that commands have added stay
+            kept = Config.read(own)
+            config = dataclasses.replace(
+                config, networks=kept.networks | config.networks, observations=kept.observations | config.observations
+            )
     elif own.is_file():
         config = Config.read(own)
     elif flags.get("simulator.spec"):
         config = Config()
     else:
-        raise SettingError(f"no settings: {out} is not a run folder; expected a CONFIG.toml or --simulator package.module:Class")
+        raise SettingError(f"no settings: {out} is not a project folder; expected a CONFIG.toml or --simulator package.module:Class")
     config = config.quick() if quick else config
-    config = config.override(dict(parse_override(text) for text in changes or ()))
+    pairs = dict(parse_override(text) for text in changes or ())
+    if network:
+        mine = {key: pairs.pop(key) for key in list(pairs) if key.split(".")[0] in NETWORK_TABLES and "." in key}
+        tables = {table: dict(values) for table, values in config.networks.get(network, {}).items()}
+        for key, value in mine.items():
+            table, _, rest = key.partition(".")
+            tables.setdefault(table, {})[rest] = value
+        config = dataclasses.replace(config, networks=config.networks | {network: tables})
+    config = config.override(pairs)
     return config.override({key: value for key, value in flags.items() if value is not None})
+
+
+def with_observations(config: "Config", words: list[str]) -> tuple["Config", list[str]]:
+    """The settings with these observations in them, and their names: a name of the settings stands for its source.
+
+    Raises: SettingError if a name belongs to another source.
+    """
+    import dataclasses
+
+    from sbi_phys.workflow.observations import expand, parse_source
+
+    known, names = dict(config.observations), []
+    for word in words:
+        if word in known:
+            names.append(word)
+            continue
+        for source in expand(word):
+            parsed = parse_source(source)
+            if parsed.kind == "file" and not Path(parsed.path).is_file():
+                have = f"; its observations are {', '.join(known)}" if known else ""
+                raise SettingError(f"observation {word!r} is neither a file nor a name of this project{have}")
+            if known.setdefault(parsed.name, source) != source:
+                raise SettingError(
+                    f"observation {source!r} would have the name {parsed.name!r}, which is that of {known[parsed.name]!r}; expected "
+                    f"another file name, or a name of its own: --set observations.NAME={source}"
+                )
+            names.append(parsed.name)
+    return (config if known == config.observations else dataclasses.replace(config, observations=known)), list(dict.fromkeys(names))
+
+
+def _print_posteriors(runs: "list[Run]") -> None:
+    """A table: one row for each observation, median and 68 % interval of each parameter."""
+    import numpy as np
+
+    names = runs[0].names
+    rows = [["observation", *names]]
+    for run in runs:
+        low, median, high = np.quantile(run.read_draws("posterior.nc").flat, [0.16, 0.5, 0.84], axis=0)
+        cells = [f"{m:.4g} +{h - m:.2g} -{m - lo:.2g}" for lo, m, h in zip(low, median, high, strict=True)]
+        rows.append([run.observation_name, *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _print_result(run: "Run", until: str) -> None:
@@ -206,7 +310,7 @@ def _print_result(run: "Run", until: str) -> None:
         typer.echo(f"draws: {run.path(f'posterior_{until[-3:]}.nc')}; sbi-phys report compares them with the other methods")
         return
     if until != "report":
-        typer.echo(f"done: {run.folder}")
+        typer.echo(f"done: {run.path('stages').parent if until in ('compare', 'calibrate') else run.folder}")
         return
     import json
 
@@ -218,6 +322,7 @@ def _print_result(run: "Run", until: str) -> None:
     typer.echo(f"\nreport: {run.path('report.html')}; numbers: {run.path('summary.json')}; total time {found['seconds']['total']:.0f} s")
 
 
+register_project(app)
 register_limits(app)
 register_unfold(app)
 register_store(app)

@@ -61,7 +61,7 @@ def array_job(config: "Config", out: Path, shards: str, until: str) -> None:
         folder,
         seed=run.seed("simulate"),
         workers=where.workers or None,
-        shard_size=min(settings.shard_size, settings.n),
+        shard_size=settings.shard_size,
         dtype=settings.dtype,
         layout=settings.layout(),
         shards=shards,

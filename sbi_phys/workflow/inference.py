@@ -34,9 +34,8 @@ from sbi_phys.workflow.checks import check
 from sbi_phys.workflow.run import Run
 
 __all__ = [
-    "LogTarget", "calibrate", "check", "compare",
-    "estimator_settings", "fit_network", "infer", "log_names", "log_target", "news", "reference", "refine", "rounds", "simulate",
-    "simulations", "train",
+    "LogTarget", "calibrate", "check", "compare", "estimator_settings", "fit_network", "has_reference", "infer", "log_names", "log_target",
+    "news", "observation_of", "reference", "refine", "rounds", "rows_used", "simulate", "simulations", "train", "training_rows",
 ]  # fmt: skip
 
 _MIN_ESS = 100  # effective draws below which importance weights do not describe a posterior
@@ -56,9 +55,10 @@ def simulations(run: Run, folder: str, n: int, *key: int | str) -> Store:
             seed=run.seed(*key),
             workers=n_workers or where.workers or None,
             executor=executor,
-            shard_size=min(run.config.simulate.shard_size, n),
+            shard_size=run.config.simulate.shard_size,
             dtype=run.config.simulate.dtype,
             layout=run.config.simulate.layout(),
+            accept_code_change=run.accept_code_change,
             progress=run.progress,
         )
 
@@ -94,8 +94,28 @@ def fit_network(run: Run) -> NPE:
     memory = run.config.run.memory or None
     checkpoint = run.path("training", "amortised")
     return NPE(run.simulator.prior, seed=run.seed("train"), flow=run.config.flow, **estimator_settings(run)).fit(
-        Store(run.path("simulations")), memory=memory, checkpoint=checkpoint, progress=run.progress
+        *training_rows(run), memory=memory, checkpoint=checkpoint, progress=run.progress
     )
+
+
+def rows_used(run: Run) -> int:
+    """Rows of the store that the network is trained on."""
+    return min(run.config.estimator.n_simulations or run.config.simulate.n, run.config.simulate.n)
+
+
+def training_rows(run: Run) -> tuple[Any, ...]:
+    """The arguments of `fit`: the store, or theta and x of its first rows where it has more than are used."""
+    store, n = Store(run.path("simulations")), rows_used(run)
+    if store.n_rows <= n:
+        return (store,)
+    parts, left = [], n
+    for theta, x, status in store.shards():
+        good = status[:left] == 0
+        parts.append((theta[:left][good], x[:left][good]))
+        left -= len(good)
+        if left <= 0:
+            break
+    return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
 
 def train(run: Run, numbers: dict[str, Any]) -> None:
@@ -245,6 +265,11 @@ def refine(run: Run, numbers: dict[str, Any]) -> None:
     run.write_array("weights.npy", result.log_weights)
 
 
+def has_reference(run: Run) -> bool:
+    """Whether stage `reference` runs Markov chains: there is an exact likelihood and they are asked for."""
+    return log_target(run) is not None and run.config.reference.method != "none"
+
+
 def reference(run: Run, numbers: dict[str, Any]) -> None:
     """Run emcee on the exact posterior; walkers start at likely and unlikely points of the prior and of the amortised posterior."""
     settings, target = run.config.reference, log_target(run)
@@ -310,7 +335,7 @@ def calibrate(run: Run, numbers: dict[str, Any]) -> None:
         simulations(run, "held_out", settings.n, "held out"),
         settings.n,
         n_draws=settings.n_draws,
-        x_obs=_observation(run),
+        x_obs=observation_of(run),
         simulator=run.simulator,
         names=run.simulator.parameters,
         seed=run.seed("calibrate"),
@@ -331,7 +356,7 @@ def calibrate(run: Run, numbers: dict[str, Any]) -> None:
     run.write_json("calibration.json", numbers)
 
 
-def _observation(run: Run) -> Array | None:
+def observation_of(run: Run) -> Array | None:
     """The observation, or None where the run has none; the tests at the observation are skipped then."""
     try:
         return run.observation

@@ -27,8 +27,7 @@ from sbi_phys.plotting.posterior import PairRatios, methods_figure, ratios_figur
 from sbi_phys.report.tables import shift_table
 from sbi_phys.samplers.diagnostics import split_r_hat
 from sbi_phys.samplers.grid import grid_posterior
-from sbi_phys.store.store import Store
-from sbi_phys.workflow.inference import LogTarget, estimator_settings, log_names, log_target, simulations
+from sbi_phys.workflow.inference import LogTarget, estimator_settings, log_names, log_target, simulations, training_rows
 from sbi_phys.workflow.run import Run
 
 __all__ = [
@@ -65,9 +64,7 @@ def train_nre(run: Run, numbers: dict[str, Any]) -> None:
 
 def _train(run: Run, model: NLE | NRE, name: str) -> None:
     run.path("training").mkdir(exist_ok=True)
-    model.fit(
-        Store(run.path("simulations")), memory=run.config.run.memory or None, checkpoint=run.path("training", name), progress=run.progress
-    )
+    model.fit(*training_rows(run), memory=run.config.run.memory or None, checkpoint=run.path("training", name), progress=run.progress)
     model.save(run.path(f"model_{name}.pt"))
 
 

@@ -1,26 +1,32 @@
-"""Run folders: settings, records of finished stages, and files that are complete or absent.
+"""The folders of projects and runs: settings, records of finished stages, and files that are complete or absent.
 
-Files of an inference run (`Run`); `unfold_run` has the analogue for unfolding:
+A project (`Run`) has one set of simulations, any number of networks and any number of observations. The network and the observation of the
+settings' own tables lie in the project's folder, named ones below it:
 
-config.toml     settings; other settings raise an error     posterior.nc            final posterior draws
-simulations/    the store                                   posterior_amortised.nc  before rounds and refinement
-rounds/         stores of the truncated rounds              reference.nc            exact MCMC
-training/       checkpoints of the training                 calibration.json  figures/  summary.json  report.html
-model.pt        the amortised network                       stages/  a record of each stage: seconds, versions, numbers
-model_nle.pt, model_nre.pt, posterior_nle.nc, posterior_nre.nc, posterior_exact.nc, limits/, limits.json, limits.csv  on request
+config.toml       settings                                  networks/NAME/                    the same for a named network
+simulations/      the store                                 observations/NAME/                the same for a named observation
+held_out/         the store for calibration                 networks/NAME/observations/NAME/
+stages/           one record for each stage: inputs, hashes of its files, seconds, versions, numbers
 
-A file is written under a temporary name and renamed: an interrupted run continues with the next stage, shard or epoch.
+of a network:     model.pt  training/ (checkpoints)  model_nle.pt  model_nre.pt
+of a result:      posterior.nc (final draws)  posterior_amortised.nc (before rounds and refinement)  rounds/  reference.nc (exact MCMC)
+                  calibration.json  figures/  summary.json  report.html
+                  posterior_nle.nc  posterior_nre.nc  posterior_exact.nc  limits/  limits.json  limits.csv, on request
+
+Each file is written under a temporary name and renamed, so that an interrupted run continues with the next stage, shard or epoch. A stage
+whose inputs have changed runs again (`staleness`). `unfold_run` does the same for unfolding.
 """
 
 import csv
-import hashlib
+import fcntl
 import io
 import json
 import math
 import os
 import platform
+import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +36,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from sbi_phys.core.checks import as_real
 from sbi_phys.core.errors import DataError, RunFolderError, SbiPhysError, SettingError
 from sbi_phys.core.files import open_aside, write_aside
 from sbi_phys.core.progress import Progress, or_none
@@ -41,10 +46,14 @@ from sbi_phys.plotting.style import save_figure
 from sbi_phys.report.arviz import attributes, chains_to_dict, group, read_netcdf, to_inference_data, write_netcdf
 from sbi_phys.report.html import FigureBlock
 from sbi_phys.simulation.protocol import Simulator, load_simulator
+from sbi_phys.workflow.observations import check_row, parse_source, read_file
 from sbi_phys.workflow.settings import Config
+from sbi_phys.workflow.staleness import digest_of
 
 __all__ = ["Draws", "Run", "RunFolder", "null_safe", "versions"]
 
+_LOCK = ".lock"
+_TRIES = 100  # draws of a simulated observation
 _PACKAGES = ("torch", "nflows", "numpy", "scipy", "h5py", "arviz", "emcee", "scikit-learn", "matplotlib")
 
 
@@ -77,7 +86,7 @@ class RunFolder:
             self._require_same_settings(self.path(self.SETTINGS_FILE))
         elif self.folder.exists() and not self.folder.is_dir():
             raise RunFolderError(f"{self.folder} is a file; expected a folder, new or of an earlier run")
-        elif self.folder.exists() and (foreign := sorted(p.name for p in self.folder.iterdir())):
+        elif self.folder.exists() and (foreign := sorted(p.name for p in self.folder.iterdir() if p.name != _LOCK)):
             shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
             raise RunFolderError(
                 f"{self.folder} holds {shown} and no {self.SETTINGS_FILE}; expected an empty folder or one of an earlier run"
@@ -166,41 +175,107 @@ class RunFolder:
         return self.figure_block(name, caption, alt, width)
 
 
-class Run(RunFolder):
-    """The folder of an inference run, with its settings and simulator; the argument of every stage.
+_PROJECT = {"config.toml", "simulations", "held_out"}  # files of the project
+_NETWORK = {"model.pt", "model_nle.pt", "model_nre.pt", "training"}  # files of a network; all others are of a result
+_STAGES_ABOVE = {"simulate": _PROJECT, "train": _NETWORK, "train_nle": _NETWORK, "train_nre": _NETWORK}
 
-    Args: folder: created by `begin` if missing. config. progress.
-    Raises: RunFolderError (other settings, or not the folder of a run), SettingError, SimulatorMismatchError.
+
+class Run(RunFolder):
+    """A project's folder seen from one network and one observation: their settings, simulator and files, as every stage gets them.
+
+    Args: folder: made by `begin` if missing. config: of the whole project. network, observation_name: names from config, '' for those of
+    its tables.
+    Raises: RunFolderError (not the folder of a run), SettingError, SimulatorMismatchError.
 
     >>> import sbi_phys as sp
-    >>> run = sp.workflow.Run("runs/new", sp.workflow.Config())
-    >>> run.record("train") is None, run.path("model.pt").exists()
-    (True, False)
+    >>> config = sp.workflow.Config(networks={"wide": {"flow": {"hidden": 128}}})
+    >>> run = sp.workflow.Run("runs/new", config, network="wide")
+    >>> run.config.flow.hidden, run.record("train") is None
+    (128, True)
+    >>> run.path("model.pt").as_posix(), run.path("simulations").as_posix()
+    ('runs/new/networks/wide/model.pt', 'runs/new/simulations')
     """
 
     SETTINGS_FILE = "config.toml"
     RECORDS = "stages"
 
-    def __init__(self, folder: str | Path, config: Config, progress: Progress | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, folder: str | Path, config: Config, progress: Progress | None = None, *, network: str = "", observation_name: str = ""
+    ) -> None:
+        self.project, self.config = config, config.view(network, observation_name)
+        self.network, self.observation_name = network, observation_name
+        self.accept_code_change = False
         super().__init__(folder, progress)
 
     @classmethod
-    def open(cls, folder: str | Path, progress: Progress | None = None) -> Self:
+    def open(cls, folder: str | Path, progress: Progress | None = None, *, network: str = "", observation_name: str = "") -> Self:
         """The run in a folder, with the settings of its config.toml.   Raises: RunFolderError if there is none."""
         folder = Path(folder)
         if not (folder / cls.SETTINGS_FILE).is_file():
             raise RunFolderError(f"{folder} has no config.toml; expected the folder of a run, which sbi-phys train --out {folder} creates")
-        return cls(folder, Config.read(folder / cls.SETTINGS_FILE), progress)
+        return cls(folder, Config.read(folder / cls.SETTINGS_FILE), progress, network=network, observation_name=observation_name)
+
+    def path(self, *parts: str) -> Path:
+        """A path in the folder of the project, of the network or of the result, whichever the file belongs to."""
+        names = Path(*parts).parts
+        owner = _PROJECT if names and names[0] in _PROJECT else _NETWORK if names and names[0] in _NETWORK else None
+        if len(names) == 2 and names[0] == self.RECORDS:
+            owner = _STAGES_ABOVE.get(names[1].split(".")[0])
+        base = self.folder if owner is _PROJECT else self.network_folder if owner is _NETWORK else self.result_folder
+        return base.joinpath(*parts)
+
+    @property
+    def network_folder(self) -> Path:
+        """Folder of the network: the project's own, or networks/NAME."""
+        return self.folder / "networks" / self.network if self.network else self.folder
+
+    @property
+    def result_folder(self) -> Path:
+        """Folder of the results for the observation: the network's own, or observations/NAME in it."""
+        return self.network_folder / "observations" / self.observation_name if self.observation_name else self.network_folder
+
+    @property
+    def title(self) -> str:
+        """What the run is called on its report: the title of the settings, with the names of observation and network."""
+        names = [name for name in (self.observation_name, self.network and f"network {self.network}") if name]
+        return ": ".join([self.config.run.title, ", ".join(names)]) if names else self.config.run.title
+
+    def begin(self) -> None:
+        """Make the folders and write the settings, if they have changed.   Raises: RunFolderError."""
+        path = self.path(self.SETTINGS_FILE)
+        changed = path.exists() and Config.read(path).first_difference(self.project) is not None
+        super().begin()
+        if changed:
+            self.write_text(self.SETTINGS_FILE, self._settings_text())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the project's lock: two processes do not write into one project.   Raises: RunFolderError naming the holder."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as err:
+            raise RunFolderError(f"{self.folder} cannot be written: {err.strerror}; expected a folder to write to") from err
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as err:
+                holder = os.pread(handle, 200, 0).decode("utf-8", "replace") or "another process"
+                raise RunFolderError(f"{self.folder} is in use by {holder}; expected one command at a time: wait until it ends") from err
+            except OSError:  # a file system without locks
+                pass
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            yield
+            os.ftruncate(handle, 0)
+        finally:
+            os.close(handle)
 
     def _require_same_settings(self, path: Path) -> None:
-        difference = self.config.first_difference(Config.read(path))
-        if difference is not None:
-            key, expected, got = difference
-            self._refuse(key, repr(got), repr(expected))
+        """Settings may change: the stages that depend on them run again."""
 
     def _settings_text(self) -> str:
-        return self.config.to_toml()
+        return self.project.to_toml()
 
     @cached_property
     def simulator(self) -> Simulator:
@@ -231,41 +306,44 @@ class Run(RunFolder):
 
     @cached_property
     def observation(self) -> Array:
-        """The observation x (k,), checked for length and finiteness.   Raises: DataError, SettingError."""
-        x = as_real("the observation", self._observation())
-        size = sum(o.size for o in self.simulator.observables)
-        if x.shape != (size,):
-            blocks = ", ".join(f"{o.name}: {o.size}" for o in self.simulator.observables)
-            raise DataError(f"the observation has shape {x.shape}; expected ({size},) = {blocks}")
-        if not np.isfinite(x).all():
-            raise DataError(
-                f"the observation is {x[~np.isfinite(x)][0]} in column {int(np.argmin(np.isfinite(x)))}; expected finite values"
-            )
-        return x
+        """The observation x (k,), checked for shape, finiteness and whole counts.   Raises: DataError, SettingError."""
+        source = parse_source(self.config.infer.observation)
+        if source.kind == "file":
+            x = read_file(source, self.simulator.observables)
+        elif source.kind == "simulated":
+            x = self._simulated[1]
+        else:
+            observed = getattr(self.simulator, "observed", None)
+            if observed is None:
+                raise SettingError(
+                    f"infer.observation is 'observed', but {self.config.simulator.spec} has no observed(); "
+                    "expected 'simulated' or a file: sbi-phys infer FILE"
+                )
+            x = observed()
+        return check_row(x, self.simulator.observables)
 
     @property
     def truth(self) -> Array | None:
         """The parameters (d,) behind a simulated observation, None for real data."""
-        return self._simulated_truth()[0] if self.config.infer.observation == "simulated" else None
+        return self._simulated[0] if parse_source(self.config.infer.observation).kind == "simulated" else None
 
-    def _simulated_truth(self) -> Array:
-        return self.simulator.prior.sample(1, self.rng("observation", "theta"))
-
-    def _observation(self) -> Any:
-        source = self.config.infer.observation
-        if source == "observed":
-            observed = getattr(self.simulator, "observed", None)
-            if observed is None:
-                raise SettingError(
-                    f"infer.observation is 'observed', but {self.config.simulator.spec} has no observed(); expected 'simulated' or a file"
-                )
-            return observed()
-        if source == "simulated":
-            return self.simulator.simulate(self._simulated_truth(), self.rng("observation", "x"))[0]
-        try:
-            return np.load(source, allow_pickle=False) if source.endswith(".npy") else np.loadtxt(source, delimiter=",", ndmin=1).ravel()
-        except (OSError, ValueError, EOFError) as err:
-            raise DataError(f"infer.observation {source!r} cannot be read: {err}; expected a .npy, .csv or .txt file with one row") from err
+    @cached_property
+    def _simulated(self) -> tuple[Array, Array]:
+        """Theta and x of a simulated observation: the first draw that does not fail."""
+        seed = parse_source(self.config.infer.observation).seed
+        keys = ("observation",) if seed is None else ("observation", seed)
+        of_theta, of_x = self.rng(*keys, "theta"), self.rng(*keys, "x")
+        for _ in range(_TRIES):
+            theta = self.simulator.prior.sample(1, of_theta)
+            try:
+                x = self.simulator.simulate(theta, of_x)[0]
+            except Exception as err:  # simulators may raise anything; a failed row is not an observation
+                failure: object = err
+                continue
+            if np.isfinite(x).all():
+                return theta[0], x
+            failure = "x is not finite"
+        raise DataError(f"{_TRIES} simulated observations failed, the last one with {failure}; expected one that does not")
 
     def numbers(self, stage: str) -> dict[str, Any]:
         """The numbers of a finished stage, {} if it has not run."""
@@ -276,18 +354,21 @@ class Run(RunFolder):
         self.path(self.RECORDS, f"{stage}.json").unlink(missing_ok=True)
 
     @contextmanager
-    def recording(self, stage: str) -> Iterator[dict[str, Any]]:
-        """Time a stage and write its record with the numbers of the yielded dict; an error leaves no record."""
+    def recording(self, stage: str, inputs: Mapping[str, Any] | None = None, files: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+        """Time a stage and write its record with the numbers of the yielded dict; an error leaves no record.
+
+        Args: inputs: what the stage is made from. files: what it writes, whose hashes are recorded.
+        """
         numbers: dict[str, Any] = {}
         begin = time.perf_counter()
         yield numbers
-        settings = json.dumps(null_safe(self.config.to_dict()), sort_keys=True)
         self.write_record(
             stage,
             {
                 "stage": stage,
                 "seconds": round(time.perf_counter() - begin, 3),
-                "settings_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+                "inputs": inputs or {},
+                "files": {name: digest_of(self.path(name)) for name in files},
                 "versions": versions(),
                 "numbers": numbers,
             },

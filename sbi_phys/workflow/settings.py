@@ -16,7 +16,10 @@ The tables [flow], [embedding] and [train] are the dataclasses that the networks
 """
 
 import dataclasses
+import json
 import math
+import re
+import textwrap
 import tomllib
 import types
 import typing
@@ -35,11 +38,12 @@ from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.store.layout import Layout
 from sbi_phys.training.loop import TrainConfig
+from sbi_phys.workflow.observations import parse_source
 
 __all__ = [
-    "STATISTICS", "CalibrateSettings", "CheckSettings", "Config", "EstimatorSettings", "InferSettings", "LimitsSettings", "MethodsSettings",
-    "ReferenceSettings", "RoundsSettings", "RunSettings", "Settings", "SimulateSettings", "SimulatorSettings", "UnfoldSettings",
-    "parse_override",
+    "NETWORK_TABLES", "STATISTICS", "CalibrateSettings", "CheckSettings", "Config", "EstimatorSettings", "InferSettings",
+    "LimitsSettings", "MethodsSettings", "ReferenceSettings", "RoundsSettings", "RunSettings", "Settings", "SimulateSettings",
+    "SimulatorSettings", "UnfoldSettings", "describe", "parse_override",
 ]  # fmt: skip
 
 
@@ -123,7 +127,7 @@ class Settings:
 class RunSettings:
     """Settings of the whole run.
 
-    Args: title of the report. seed: determines every random number of the run. device: 'auto', 'cpu', 'cuda', ...
+    Args: title: of the report. seed: determines every random number of the run. device: 'auto', 'cpu', 'cuda', ...
     workers: processes for the simulation, 0 for one per core (the data do not depend on it).
     memory: bytes that training rows may take, 0 for half of the machine's: more are streamed.
     scheduler: address of a Dask scheduler whose workers simulate. cluster: path of a cluster file (`clusters`) instead.
@@ -194,15 +198,18 @@ class EstimatorSettings:
 
     Args: n_ensemble: networks whose equal mixture is the density. x_transform: 'auto', 'counts' or 'real'.
     standardise: what the network receives, x scaled by 'column' or by 'block' (observable), or as it is, 'none'.
+    n_simulations: rows of the store to train on, the first ones, 0 for all.
     """
 
     n_ensemble: int = 1
     x_transform: str = "auto"
     standardise: str = "column"
+    n_simulations: int = 0
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
         require_int("estimator.n_ensemble", self.n_ensemble, low=1)
+        require_int("estimator.n_simulations", self.n_simulations, low=0)
         require_choice("estimator.x_transform", self.x_transform, ("auto", "counts", "real"))
         require_choice("estimator.standardise", self.standardise, ("column", "block", "none"))
 
@@ -232,9 +239,10 @@ class RoundsSettings:
 class InferSettings:
     """The observation and the draws from its posterior.
 
-    Args: observation: 'observed' (the simulator's real data), 'simulated' (one draw from the prior predictive), or the
-    path of a .npy, .csv or .txt file with one row. n_draws: posterior draws kept. n_refine: most proposals of the importance
-    refinement with the exact likelihood, 0 for none; it stops early at an effective sample of target_ess.   Raises: SettingError.
+    Args: observation: 'observed' (the simulator's real data), 'simulated' or 'simulated:SEED' (one draw from the prior predictive), or the
+    path of a .npy, .npz, .csv or .txt file with one observation; FILE#3 is row 3 of a file with several. n_draws: posterior draws
+    kept. n_refine: most proposals of the importance refinement with the exact likelihood, 0 for none. target_ess: effective draws at
+    which the refinement stops.   Raises: SettingError.
     """
 
     observation: str = "observed"
@@ -244,6 +252,7 @@ class InferSettings:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        parse_source(self.observation)
         require_int("infer.n_draws", self.n_draws, low=100)
         require_int("infer.n_refine", self.n_refine, low=0)
         require_int("infer.target_ess", self.target_ess, low=1)
@@ -323,9 +332,16 @@ class MethodsSettings:
         require_int("methods.n_pairs", self.n_pairs, low=0)
 
 
+NETWORK_TABLES = ("estimator", "flow", "embedding", "train", "methods")  # what a named network may set for itself
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(Settings):
-    """All settings of an inference run, one dataclass per table of the TOML file.
+    """All settings of a project: one dataclass per table of the TOML file, and the named networks and observations.
+
+    A project has the network and the observation of its tables, and any number of named ones: [networks.NAME.flow] holds the settings in
+    which network NAME differs, and [observations] maps names to sources, as infer.observation takes them.
 
     Raises: SettingError for an unknown table or key, a value of the wrong type or outside its range.
 
@@ -353,7 +369,7 @@ class Config(Settings):
         "check.n": 200,
         "methods.n_pairs": 50,
     }
-    FREE: ClassVar[tuple[str, ...]] = ("run.device", "run.workers", "run.scheduler", "run.cluster")
+    FREE: ClassVar[tuple[str, ...]] = ("run.device", "run.workers", "run.memory", "run.scheduler", "run.cluster")
 
     run: RunSettings = field(default_factory=RunSettings)
     simulator: SimulatorSettings = field(default_factory=SimulatorSettings)
@@ -368,6 +384,40 @@ class Config(Settings):
     calibrate: CalibrateSettings = field(default_factory=CalibrateSettings)
     check: CheckSettings = field(default_factory=CheckSettings)
     methods: MethodsSettings = field(default_factory=MethodsSettings)
+    networks: dict[str, Any] = field(default_factory=dict)
+    observations: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the names, and that the settings of each named network are valid."""
+        for kind, names in (("networks", self.networks), ("observations", self.observations)):
+            for name in names:
+                if not _NAME.match(name):
+                    raise SettingError(f"{kind} has the name {name!r}; expected letters, digits and . _ -, no space and no slash")
+        for name, tables in self.networks.items():
+            if not isinstance(tables, Mapping) or not all(isinstance(table, Mapping) for table in tables.values()):
+                raise SettingError(f"networks.{name} is {tables!r}; expected tables such as [networks.{name}.flow]")
+            require_known(f"[networks.{name}]", tables, NETWORK_TABLES)
+            self.view(name)
+        for name, source in self.observations.items():
+            if not isinstance(source, str):
+                raise SettingError(f"observations.{name} is {source!r}; expected text: observed, simulated:SEED or the name of a file")
+            parse_source(source)
+
+    def view(self, network: str = "", observation_name: str = "") -> Self:
+        """The settings of one network and one observation, '' for those of the tables themselves.   Raises: SettingError."""
+        changes: dict[str, Any] = {}
+        if network:
+            require_choice("network", network, sorted(self.networks))
+            changes = {f"{table}.{key}": v for table, values in self.networks[network].items() for key, v in values.items()}
+        if observation_name:
+            require_choice("observation", observation_name, sorted(self.observations))
+            changes["infer.observation"] = self.observations[observation_name]
+        if not changes:
+            return self
+        try:
+            return dataclasses.replace(self, networks={}, observations={}).override(changes)
+        except SettingError as err:
+            raise SettingError(f"networks.{network}: {err}") from err
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -472,6 +522,62 @@ class LimitsSettings(Settings):
     def name(self) -> str:
         """Name of the files of this call."""
         return "_".join((*self.parameters, self.statistic, *(() if self.kind == "interval" else (self.kind,))))
+
+
+def describe(settings: Config) -> str:
+    """TOML text with every key, its meaning as a comment, and its value in `settings`.
+
+    >>> import sbi_phys as sp
+    >>> from sbi_phys.workflow.settings import describe
+    >>> print(describe(sp.workflow.Config()).splitlines()[3])
+    title = "Simulation-based inference"
+    """
+    tables = []
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            summary = (type(value).__doc__ or "").split("\n")[0].split("   Raises")[0]
+            tables += ["", f"# {summary}", f"[{f.name}]", *_described(value)]
+    for name, what in (("networks", "[networks.NAME.flow] and so on: settings in which the network NAME differs"),
+                       ("observations", "[observations] NAME = SOURCE, where SOURCE is as in infer.observation")):  # fmt: skip
+        value = getattr(settings, name)
+        tables += ["", f"# {what}", *(tomli_w.dumps({name: value}).splitlines() if value else [])]
+    return "\n".join(tables).strip() + "\n"
+
+
+def _described(values: Any) -> list[str]:
+    """Lines 'key = value' of a dataclass, each below its meaning."""
+    meanings, out = meanings_of(type(values)), []
+    for f in dataclasses.fields(values):
+        out += textwrap.wrap(meanings[f.name], 110, initial_indent="# ", subsequent_indent="# ")
+        value = _plain(getattr(values, f.name))
+        out.append(f"# {f.name} is not set" if value is None else f"{f.name} = {_inline(value)}")
+    return out
+
+
+def _inline(value: Any) -> str:
+    """A TOML value on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_inline(v)}" for key, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    return tomli_w.dumps({"x": value}).split("=", 1)[1].strip()
+
+
+def meanings_of(kind: type) -> dict[str, str]:
+    """The meaning of each field of a dataclass, from the part of its docstring that begins with 'Args:'.   Raises: SettingError."""
+    names = _fields(kind)
+    text = " ".join((kind.__doc__ or "").split("Args:")[-1].split("Raises:")[0].split(">>>")[0].split())
+    found: dict[str, str] = {}
+    entry = re.compile(r"(?:^|(?<=[.;,] )|(?<=\) ))((?:[a-z_]+(?:, | and )?)+): ")
+    marks = [m for m in entry.finditer(text) if any(name in names for name in re.split(r", | and ", m[1]))]
+    for mark, following in zip(marks, [*marks[1:], None], strict=True):
+        meaning = text[mark.end() : following.start() if following else len(text)].strip(" ;,")
+        found |= dict.fromkeys((name for name in re.split(r", | and ", mark[1]) if name in names), meaning)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise SettingError(f"the docstring of {kind.__name__} does not describe {missing}")
+    return found
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -80,7 +80,7 @@ def test_stages_one_by_one_then_again(tmp_path):
     assert (out / "simulations" / "shard-00000.h5").stat().st_mtime_ns == made
     refused = run("train", "--out", out, "--seed", 5)
     assert refused.exit_code == 1
-    assert re.search("RunFolderError: .*other settings: run.seed is 0 there, expected 5", refused.stderr)
+    assert re.search("RunFolderError: .*other settings: run.seed was 0 and is 5. Expected the same", refused.stderr)
 
 
 def test_settings_come_from_file_then_quick_then_flags(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +57,47 @@ def test_foreign_files_are_refused(tmp_path):
     Run(tmp_path / "empty", settings())
 
 
-def test_other_settings_are_refused_by_name(tmp_path):
-    begun(tmp_path / "a")
-    with pytest.raises(RunFolderError, match="run.seed is 0 there, expected 3; use another folder, or the settings in its config.toml"):
-        Run(tmp_path / "a", settings(run__seed=3))
+def test_settings_may_change_and_are_written_at_the_next_begin(tmp_path):
+    first = Run(tmp_path / "a", settings(run__seed=2))
+    first.begin()
+    path = first.path("config.toml")
+    path.write_text("# my own words\n" + path.read_text())
+    Run(tmp_path / "a", settings(run__seed=2, run__workers=3)).begin()  # the results do not depend on the number of workers
+    assert path.read_text().startswith("# my own words")
+    Run(tmp_path / "a", settings(run__seed=3)).begin()
+    assert Config.read(path).run.seed == 3
+
+
+def test_names_of_networks_and_observations_are_folders(tmp_path):
+    config = settings(networks={"wide": {"flow": {"hidden": 128}, "train": {"max_epochs": 9}}}, observations={"crab": "crab.csv"})
+    run = Run(tmp_path / "a", config, network="wide", observation_name="crab")
+    assert (run.config.flow.hidden, run.config.train.max_epochs, run.config.infer.observation) == (128, 9, "crab.csv")
+    where = {
+        "simulations": "simulations",
+        "stages/simulate.json": "stages/simulate.json",
+        "model.pt": "networks/wide/model.pt",
+        "training": "networks/wide/training",
+        "stages/train.json": "networks/wide/stages/train.json",
+        "posterior.nc": "networks/wide/observations/crab/posterior.nc",
+        "stages/infer.json": "networks/wide/observations/crab/stages/infer.json",
+    }
+    assert {name: run.path(name).relative_to(run.folder).as_posix() for name in where} == where
+    assert Run(tmp_path / "a", config, observation_name="crab").path("model.pt") == tmp_path / "a" / "model.pt"
+    assert run.title.endswith(": crab, network wide")
+    with pytest.raises(SettingError, match="network is 'wied'; expected one of wide"):
+        Run(tmp_path / "a", config, network="wied")
+
+
+def test_a_project_is_used_by_one_command_at_a_time(tmp_path):
+    run, other = Run(tmp_path / "a", settings()), Run(tmp_path / "a", settings())
+    with (
+        run.locked(),
+        pytest.raises(RunFolderError, match=rf"a is in use by process {os.getpid()} on .*; expected one command at a time"),
+        other.locked(),
+    ):
+        raise AssertionError
+    with other.locked():
+        pass
 
 
 def test_a_folder_without_a_run_cannot_be_opened(tmp_path):
@@ -103,7 +141,6 @@ def test_a_record_is_written_when_the_stage_ends_and_not_on_an_error(tmp_path):
     for another in (same, other):
         with another.recording("train"):
             pass
-    assert same.record("train")["settings_sha256"] == record["settings_sha256"] != other.record("train")["settings_sha256"]
     run.note("train", {"waited": 2.0, "seconds": 9.0})
     assert run.record("train") == record | {"waited": 2.0, "seconds": 9.0}
     run.forget("train")
@@ -179,7 +216,13 @@ def test_versions_name_what_is_installed():
 
 
 @pytest.mark.parametrize(
-    ("row", "complaint"), [("1,2,3", r"shape \(3,\); expected \(2,\) = x: 2"), ("1,nan", "nan in column 1"), ("a,b", "cannot be read")]
+    ("row", "complaint"),
+    [
+        ("1,2,3", r"shape \(3,\); expected \(2,\) = x: 2"),
+        ("1,nan", "nan in column 1"),
+        ("a,b", "no numbers"),
+        ("1,2 m", "has '2 m'; expected a number without a unit"),
+    ],
 )
 def test_an_observation_that_does_not_fit(tmp_path, row, complaint):
     (tmp_path / "x.csv").write_text(row)
@@ -190,10 +233,10 @@ def test_an_observation_that_does_not_fit(tmp_path, row, complaint):
 @pytest.mark.parametrize(
     ("array", "complaint"),
     [
-        (np.array(["a", "b"]), "the observation has dtype <U1; expected real numbers"),
-        (np.array([1 + 1j, 2]), "the observation has dtype complex128; expected real numbers"),  # its imaginary part was dropped
+        (np.array(["a", "b"]), "x.npy has dtype <U1; expected real numbers"),
+        (np.array([1 + 1j, 2]), "x.npy has dtype complex128; expected real numbers"),  # its imaginary part was dropped
         (np.array([1, None]), "cannot be read: Object arrays cannot be loaded"),
-        (np.zeros((1, 2)), r"shape \(1, 2\); expected \(2,\)"),
+        (np.zeros((2, 2)), r"shape \(2, 2\); expected \(2,\) = x: 2; .*x.npy#1 is its first row, .*x.npy#all every row"),
         (np.array([np.inf, 0.0]), "inf in column 0"),
     ],
 )
@@ -205,7 +248,9 @@ def test_an_array_that_is_no_observation(tmp_path, array, complaint):
 
 def test_an_empty_file_is_no_observation(tmp_path):
     (tmp_path / "x.npy").write_bytes(b"")
-    with pytest.raises(DataError, match="x.npy' cannot be read: No data left in file; expected a .npy, .csv or .txt file with one row"):
+    with pytest.raises(
+        DataError, match="x.npy' cannot be read: No data left in file; expected a .npy, .npz, .csv or .txt file with one row"
+    ):
         _ = Run(tmp_path / "run", settings(infer__observation=str(tmp_path / "x.npy"))).observation
 
 

@@ -1,13 +1,14 @@
 """TOML in and out; a typo is an error that suggests the right word."""
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sbi_phys.core.errors import SettingError
-from sbi_phys.workflow.settings import Config, LimitsSettings, UnfoldSettings, parse_override
+from sbi_phys.workflow.settings import Config, LimitsSettings, UnfoldSettings, describe, parse_override
 
 
 def test_defaults_survive_the_way_through_toml(tmp_path):
@@ -155,3 +156,33 @@ def test_an_embedding_of_ones_own_in_toml(tmp_path):
         Config.from_dict({"embedding": {"spec": "MyCNN"}})
     with pytest.raises(SettingError, match=r"takes .*got \{'in_features': 3\}: missing a required argument: 'out_features'"):
         Config.from_dict({"embedding": {"spec": "torch.nn:Linear", "settings": {"in_features": 3}}}).embedding.require_class()
+
+
+def test_the_described_settings_are_the_settings_and_every_key_has_a_meaning(tmp_path):
+    config = Config().override({"simulator.settings": {"n": 3, "names": ["a", "b"], "deep": {"x": 0.5}}, "methods.nle_layers": 2})
+    config = config.override({"networks": {"wide": {"flow": {"hidden": 128}}}, "observations": {"crab": "crab.csv"}})
+    path = tmp_path / "all.toml"
+    for each in (Config(), config):
+        path.write_text(describe(each))
+        assert Config.read(path) == each
+    lines = describe(Config()).splitlines()
+    for before, line in itertools.pairwise(lines):
+        if " = " in line and not line.startswith("#"):
+            assert before.startswith("# ") and len(before) > 6, line
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"networks": {"a/b": {}}}, "networks has the name 'a/b'; expected letters, digits"),
+        ({"networks": {"a": {"folw": {}}}}, r"\[networks.a\].*'folw'.*did you mean 'flow'"),
+        ({"networks": {"a": {"flow": {"hiden": 3}}}}, "networks.a: .*'hiden'.*did you mean 'hidden'"),
+        ({"networks": {"a": {"flow": 3}}}, "networks.a is .*; expected tables such as"),
+        ({"observations": {"a": 3}}, "observations.a is 3; expected text"),
+        ({"observations": {"a": "simulated:x"}}, "has the seed 'x'; expected a whole number"),
+        ({"infer.observation": "x.csv#0"}, "asks for row 0; expected a row from 1"),
+    ],
+)
+def test_wrong_networks_and_observations_are_named(changes, complaint):
+    with pytest.raises(SettingError, match=complaint):
+        Config().override(changes)

@@ -28,6 +28,7 @@ TINY = {
     "run.workers": 1,
     "run.device": "cpu",
     "simulate.n": 600,
+    "simulate.shard_size": 300,
     "train.max_epochs": 6,
     "train.batch_size": 64,
     "flow.n_layers": 1,
@@ -117,31 +118,122 @@ def test_every_file_is_there(whole):
     assert Config.read(whole.folder / "config.toml") == whole.config
 
 
+def files_of(folder) -> dict[str, int]:
+    """Time of the last change of every file but the lock."""
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def copy_of(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole.folder, tmp_path / "copy"))
+
+
+def stages_run_again(folder, until=("report",), **changes) -> list[str]:
+    """Stages that run for these settings, by their records; `say` names the same ones."""
+    before, said = files_of(folder), []
+    network, observation = changes.pop("network", ""), changes.pop("observation_name", "")
+    run = run_stages(tiny(**changes), folder, until, network=network, observation_name=observation, say=said.append)
+    after = files_of(folder)
+    again = [
+        name
+        for name in DEFAULT
+        if (p := str(run.path("stages", f"{name}.json").relative_to(folder))) in after and after[p] != before.get(p)
+    ]
+    assert {line.split(" runs again: ")[0] for line in said} <= set(again)
+    stages_run_again.said = said
+    return again
+
+
 def test_a_second_run_does_nothing(whole):
-    before = {p: p.stat().st_mtime_ns for p in whole.folder.rglob("*") if p.is_file()}
+    before = files_of(whole.folder)
     run_stages(tiny(run__workers=2), whole.folder)  # the number of workers is no part of what a run means
-    assert {p: p.stat().st_mtime_ns for p in whole.folder.rglob("*") if p.is_file()} == before
+    assert files_of(whole.folder) == before
 
 
-def test_other_settings_are_refused_by_name(whole):
-    with pytest.raises(RunFolderError, match="train.max_epochs is 6 there, expected 7"):
-        run_stages(tiny(train__max_epochs=7), whole.folder)
+@pytest.mark.parametrize(
+    ("until", "changes", "again", "words"),
+    [
+        ("report", {"run__title": "Another"}, ["report"], "run.title was"),
+        ("report", {"check__n": 150}, ["check", "report"], "check.n was 200 and is 150"),
+        ("report", {"infer__n_refine": 15_000}, ["refine", "compare", "check", "report"], "infer.n_refine was 20000 and is 15000"),
+        ("calibrate", {"calibrate__n_draws": 60}, ["calibrate"], "calibrate.n_draws was 50 and is 60"),
+        ("compare", {"reference__n_draws": 900}, ["reference", "compare"], "reference.n_draws was 1000 and is 900"),
+        ("refine", {"infer__observation": "simulated:3"}, ["infer", "rounds", "refine"], "observation was simulated and is simulated:3"),
+        ("refine", {"train__max_epochs": 5}, ["train", "infer", "rounds", "refine"], "train.max_epochs was 6 and is 5"),
+        ("train", {"simulate__n": 700}, ["simulate", "train"], "simulate.n was 600 and is 700"),
+    ],
+)  # fmt: skip
+def test_what_hangs_on_a_changed_setting_is_made_again_and_nothing_else(tmp_path, whole, until, changes, again, words):
+    folder = copy_of(whole, tmp_path)
+    assert stages_run_again(folder, (until,), **changes) == again
+    assert any(words in line for line in stages_run_again.said), stages_run_again.said
+    assert stages_run_again(folder, (until,), **changes) == []
+    if "simulate__n" not in changes:
+        assert {p.name for p in (folder / "simulations").iterdir()} == {p.name for p in (whole.folder / "simulations").iterdir()}
 
 
-def test_a_lost_file_is_made_again_and_what_hangs_on_it_is_out_of_date(tmp_path, whole):
-    folder = tmp_path / "copy"
-    shutil.copytree(whole.folder, folder)
+def test_an_edited_observation_file_is_another_observation(tmp_path, whole):
+    folder, file = copy_of(whole, tmp_path), tmp_path / "crab.csv"
+    file.write_text("0.5,-0.2")
+    where = {"infer__observation": str(file), "reference__method": "none", "calibrate__n": 0}
+    first = run_stages(tiny(**where), folder, ["refine"]).read_draws("posterior.nc").flat
+    assert not (folder / "report.html").exists()  # it showed the former observation
+    file.write_text("0.5, -0.2\n\n")  # the same numbers
+    assert stages_run_again(folder, ("refine",), **where) == []
+    file.write_text("0.9,-0.2")
+    assert stages_run_again(folder, ("refine",), **where) == ["infer", "rounds", "refine"]
+    assert all(f"the observation {file} has other values than before" in line for line in stages_run_again.said)
+    second = Run(folder, tiny(**where)).read_draws("posterior.nc").flat
+    exact = [LinearGaussian().posterior(np.array([value, -0.2]))[0] for value in (0.5, 0.9)]
+    np.testing.assert_allclose(second.mean(axis=0) - first.mean(axis=0), exact[1] - exact[0], atol=0.1)
+
+
+def test_a_replaced_or_damaged_file_is_made_again(tmp_path, whole):
+    folder = copy_of(whole, tmp_path)
+    shutil.copy(folder / "posterior_amortised.nc", folder / "posterior.nc")
+    assert stages_run_again(folder, ("refine",)) == ["refine"]
+    assert "refine runs again: posterior.nc is not as it was written" in stages_run_again.said
+    assert np.array_equal(Run(folder, tiny()).read_draws("posterior.nc").chains, whole.read_draws("posterior.nc").chains)
+
+
+def test_simulations_of_other_settings_are_refused_then_kept_aside(tmp_path, whole):
+    folder = copy_of(whole, tmp_path)
+    before = files_of(folder)
+    with pytest.raises(RunFolderError, match="run.seed was 0 and is 5. Expected the same; --new-simulations keeps the old ones"):
+        run_stages(tiny(run__seed=5), folder, ["train"])
+    assert files_of(folder) == before and Config.read(folder / "config.toml").run.seed == 0
+    run = run_stages(tiny(run__seed=5), folder, ["simulate"], new_simulations=True)
+    assert Store(folder / "simulations").seed == run.seed("simulate")
+    assert Store(folder / "simulations-old-1").seed == whole.seed("simulate") and (folder / "held_out-old-1").is_dir()
+
+
+def test_a_named_network_and_a_named_observation_use_the_same_simulations(tmp_path, whole):
+    folder, file = copy_of(whole, tmp_path), tmp_path / "crab.csv"
+    file.write_text("0.5,-0.2")
+    before = files_of(folder)
+    named = {"networks": {"half": {"estimator": {"n_simulations": 300}}}, "observations": {"crab": str(file)}}
+    run = run_stages(tiny(**named), folder, ["refine"], observation_name="crab")
+    assert run.path("posterior.nc") == folder / "observations" / "crab" / "posterior.nc" and run.path("posterior.nc").is_file()
+    other = run_stages(tiny(**named), folder, ["refine"], network="half", observation_name="crab")
+    assert other.path("posterior.nc") == folder / "networks" / "half" / "observations" / "crab" / "posterior.nc"
+    after = files_of(folder)
+    assert {name for name in before if after.get(name) != before[name]} == {"config.toml"}
+    exact, covariance = LinearGaussian().posterior(np.array([0.5, -0.2]))
+    for found in (run, other):
+        assert np.all(np.abs(found.read_draws("posterior.nc").flat.mean(axis=0) - exact) < 0.15 * np.sqrt(np.diag(covariance)))
+    assert stages_run_again(folder, ("refine",), network="half", observation_name="crab", **named) == []
+    # more simulations: the network on the first 300 rows is what it was
+    assert stages_run_again(folder, ("train",), simulate__n=1200, network="half", **named) == ["simulate"]
+
+
+def test_a_lost_file_is_made_again_and_nothing_else_if_it_is_the_same(tmp_path, whole):
+    folder = copy_of(whole, tmp_path)
     (folder / "posterior.nc").unlink()
-    kept = (folder / "model.pt").stat().st_mtime_ns
-    run = run_stages(tiny(), folder, ["refine"])
-    assert (folder / "model.pt").stat().st_mtime_ns == kept
-    assert np.array_equal(run.read_draws("posterior.nc").chains, whole.read_draws("posterior.nc").chains)
-    assert [name for name in DEFAULT if run.record(name) is None] == ["compare", "check", "report"]
+    assert stages_run_again(folder) == ["refine"]
+    assert np.array_equal(Run(folder, tiny()).read_draws("posterior.nc").chains, whole.read_draws("posterior.nc").chains)
 
 
 def test_the_reference_runs_beside_the_rounds_and_is_the_same(tmp_path, whole):
-    folder = tmp_path / "copy"
-    shutil.copytree(whole.folder, folder)
+    folder = copy_of(whole, tmp_path)
     for name in ("rounds", "reference"):
         (folder / "stages" / f"{name}.json").unlink()
     (folder / "reference.nc").unlink()
@@ -153,13 +245,15 @@ def test_the_reference_runs_beside_the_rounds_and_is_the_same(tmp_path, whole):
 
 
 def test_a_stage_that_dies_beside_is_an_error_and_nothing_is_left_running(tmp_path, whole):
-    with pytest.raises(RunFolderError, match="expected an empty folder"), ConcurrentStages(tmp_path, tiny(run__workers=2)) as beside:
-        (tmp_path / "foreign.txt").write_text("x")
+    run = Run(tmp_path / "a", tiny(run__workers=2))
+    with pytest.raises(RunFolderError, match="expected an empty folder"), ConcurrentStages(run) as beside:
+        run.folder.mkdir()
+        (run.folder / "foreign.txt").write_text("x")
         beside.begin("reference")
         beside.begin("reference")  # it is at work already
         assert "reference" in beside
         beside.wait("reference")
-    with ConcurrentStages(tmp_path, tiny(run__workers=1)) as alone:
+    with ConcurrentStages(Run(tmp_path / "b", tiny(run__workers=1))) as alone:
         alone.begin("reference")  # no core for it
         assert "reference" not in alone
 
@@ -169,21 +263,34 @@ def test_killed_in_training_it_ends_like_an_undisturbed_run(tmp_path, whole):
     toml = tmp_path / "tiny.toml"
     toml.write_text(tiny().to_toml())
     words = [sys.executable, "-m", "sbi_phys", "train", str(toml), "--out", str(folder)]
-    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        end = time.monotonic() + 60
-        while not (folder / "training").is_dir() or not os.listdir(folder / "training"):
-            assert time.monotonic() < end and process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
+
+    def kill_in_training() -> None:
+        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            end = time.monotonic() + 60
+            while not (folder / "training").is_dir() or not os.listdir(folder / "training"):
+                assert time.monotonic() < end and process.poll() is None
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+        finally:
+            process.kill()
+            process.wait()
+
+    kill_in_training()
     assert not (folder / "stages" / "train.json").exists()
     run = run_stages(tiny(), folder, ["refine"])
     for stage in ("simulate", "train", "infer", "refine"):  # the later ones see nothing of the training but through these
         assert null_safe(run.numbers(stage)) == null_safe(whole.numbers(stage)), stage
     assert np.array_equal(run.read_draws("posterior.nc").flat, whole.read_draws("posterior.nc").flat)
+
+
+def test_checkpoints_of_other_settings_are_removed_before_the_training(tmp_path, whole):
+    folder = tmp_path / "other"
+    run_stages(tiny(train__learning_rate=1e-3), folder, ["train"])
+    (folder / "stages" / "train.json").rename(folder / "stages" / "train.begun.json")  # as if it had been killed at the end
+    assert os.listdir(folder / "training")
+    run = run_stages(tiny(), folder, ["train"])
+    assert null_safe(run.numbers("train")) == null_safe(whole.numbers("train"))
 
 
 @pytest.mark.browser
