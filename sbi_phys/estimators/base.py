@@ -40,6 +40,7 @@ from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for, torch_seeded
 from sbi_phys.core.types import AnyArray, Array, ArrayLike, Integers
 from sbi_phys.core.version import __version__
+from sbi_phys.estimators.other_priors import Density, MixedPriors, as_theta, prior_weights, warn_unlike_prior
 from sbi_phys.nets.classifier import ClassifierConfig
 from sbi_phys.nets.embedding_set import take_scaling
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
@@ -55,7 +56,7 @@ from sbi_phys.training.batches import Batches
 from sbi_phys.training.checkpoint import read_file, write_file
 from sbi_phys.training.loop import Loss, TrainConfig, fit
 from sbi_phys.training.scaling import STANDARDISE, XScaler
-from sbi_phys.training.sources import Rows, Scaling, Settings, from_arrays, from_simulator, from_stores, stores_of
+from sbi_phys.training.sources import Rows, Scaling, Settings, checked_weights, from_arrays, from_simulator, from_stores, stores_of
 
 __all__ = ["FILE", "BaseEstimator", "Estimator", "History", "Shared", "load"]
 
@@ -371,6 +372,7 @@ class Estimator(BaseEstimator):
     """
 
     config: TrainConfig
+    takes: ClassVar[str] = "weighted draws"  # of theta: 'weighted draws', 'draws of the prior' or 'any theta'
 
     def __init__(self, prior: Prior, **shared: Unpack[Shared]) -> None:
         super().__init__(**shared)
@@ -386,6 +388,7 @@ class Estimator(BaseEstimator):
         x: ArrayLike | Tensor | None = None,
         *,
         weights: ArrayLike | None = None,
+        proposal: Density | None = None,
         simulator: Simulator | None = None,
         online: bool = False,
         n: int | None = None,
@@ -399,6 +402,10 @@ class Estimator(BaseEstimator):
         Args: theta (n, d) in the prior's support and x (n, ...); or a store (or its path, or several) in place of both; or
         simulator=..., online=True, n=...: n fresh simulations, each used once.
         weights: (n,) > 0, one per row of the arrays or per successful row of the stores: the weighted mean of the losses is minimised.
+        proposal: the density that theta were drawn from, where it is not the prior: another prior, or any object with
+            log_prob(theta) -> (n,), up to a constant. Weights prior / proposal are made from it. Without it, theta that do not look like
+            draws of the prior are warned of, with the number that shows it (`other_priors`); rows of a store that was drawn from
+            another prior are weighted by themselves. NLE takes theta from anywhere, NRE draws of its prior alone.
         memory: bytes that the rows of stores may take: more are streamed from disk; default half of the machine's memory.
         workers: processes that simulate online, 0 for a thread; default all cores but one.
         checkpoint: path prefix; an interrupted training continues from there, with the same weights in the end.
@@ -410,22 +417,46 @@ class Estimator(BaseEstimator):
             simulator = self._online_simulator(simulator, online, (theta, x), weights)
             rows = from_simulator(simulator, n, self._source_settings(), workers)
         else:
-            rows = self._stored_rows(theta, x, weights, memory, progress)
+            rows = self._stored_rows(theta, x, weights, proposal, memory, progress)
         with rows:
             self._train(rows, self._loss(rows.scaler), checkpoint, progress)
         return self
 
-    def _stored_rows(self, theta: Any, x: Any, weights: Any, memory: int | None, progress: Progress) -> Rows:
+    def _stored_rows(self, theta: Any, x: Any, weights: Any, proposal: Any, memory: int | None, progress: Progress) -> Rows:
         stores = stores_of(theta, self.prior)
         if stores is None:
             if theta is None or x is None:
                 raise DataError(f"{'theta' if theta is None else 'x'} is missing; expected {_WAYS}")
+            weights = self._prior_weights(lambda: as_theta(self.prior, theta), weights, proposal)
             return from_arrays(theta, x, self._source_settings(), weights)
         if x is not None:
             raise DataError(f"x was given together with a store; expected {_WAYS}")
+        drawn = [store.theta_kind == "prior" for store in stores]
+        if proposal is None and all(drawn) and any(store.prior != self.prior for store in stores):
+            proposal = MixedPriors([store.prior for store in stores], [store.n_ok for store in stores])
+        if proposal is not None or not all(drawn):
+            weights = self._prior_weights(lambda: _theta_of(stores), weights, proposal)
         self.identity = self.identity or stores[0].identity
         self.observables = self.observables or stores[0].observables
         return from_stores(stores, self._source_settings(), memory, progress, weights)
+
+    def _prior_weights(self, read: Callable[[], Array | None], weights: Any, proposal: Any) -> Any:
+        """Weights of theta from a proposal, times those given; theta without either are compared with the prior, by a warning."""
+        if self.takes == "any theta":
+            return weights
+        if proposal is not None and self.takes == "draws of the prior":
+            raise SettingError(
+                f"{type(self).__name__}.fit takes draws of its prior, {self.prior!r}, and theta are from a proposal; expected simulations"
+                " from the prior: sp.simulate(..., prior=...)"
+            )
+        theta = read() if proposal is not None or weights is None else None
+        if theta is None:
+            return weights
+        if proposal is None:
+            warn_unlike_prior(self.prior, theta)
+            return weights
+        found = prior_weights(self.prior, proposal, theta)
+        return weights if found is None else found if weights is None else found * checked_weights(weights, len(found))
 
     def _source_settings(self) -> Settings:
         return Settings(
@@ -443,6 +474,11 @@ class Estimator(BaseEstimator):
         """Network inputs (m, d') of theta (m, d), on the device.   Raises: ShapeError, NonFiniteError, SupportError."""
         u = self.prior.to_network(as_matrix("theta", theta, self.prior.dim, self.prior.names))
         return torch.from_numpy(u.astype(np.float32)).to(self.device)
+
+
+def _theta_of(stores: Sequence[Store]) -> Array:
+    """theta (n, d) of the rows that training uses, in the order of the stores."""
+    return np.concatenate([theta for store in stores for theta, _, _ in store.shards(valid_only=True)])
 
 
 class _Weighted:

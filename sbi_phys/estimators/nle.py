@@ -43,6 +43,7 @@ from sbi_phys.core.rng import torch_rng_for
 from sbi_phys.core.types import AnyArray, Array, ArrayLike, Integers
 from sbi_phys.estimators.base import Estimator, Shared
 from sbi_phys.estimators.density_sampling import Gradient, PosteriorDraws, sample_posterior
+from sbi_phys.estimators.other_priors import require_within
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.likelihood import DequantisedLoss, XColumns, log_density_rows, noise_points, value_and_gradient
 from sbi_phys.nets.posterior import PosteriorNet, sample_net
@@ -82,6 +83,7 @@ class NLE(Estimator):
     """
 
     scaler_class = XColumns
+    takes = "any theta"
     _nets: list[PosteriorNet]
 
     def __init__(
@@ -227,14 +229,17 @@ class NLE(Estimator):
         *,
         seed: int = 0,
         event_set: bool = False,
+        prior: Prior | None = None,
         method: str = "auto",
         proposal: Proposal | None = None,
         progress: Progress | None = None,
     ) -> PosteriorDraws:
         """Draw theta (n, d) from q(x | theta) p(theta), with the sampler's diagnostics; see `sample_posterior` for methods.
 
-        Args: x (k,), one event; or, with event_set, (n_events, k), one data set. proposal: over u, e.g. `NPE.proposal(x)`.
-        Raises: as `log_likelihood`, and ConvergenceError.
+        Args: x (k,), one event; or, with event_set, (n_events, k), one data set. prior: in place of that of the training, without mass
+        outside it ('hmc' needs that of the training). proposal: over u, e.g. `NPE.proposal(x)`.
+        Raises: as `log_likelihood`, ConvergenceError, SupportError (the other prior has mass where nothing was learned),
+        SimulatorMismatchError.
         """
         columns = self._columns()
         array, _ = self._checked(x, rows=event_set)
@@ -242,12 +247,12 @@ class NLE(Estimator):
             raise ShapeError(f"x has {len(array)} rows; expected one event ({columns.n_columns},), or event_set=True")
         return sample_posterior(
             lambda theta: self.log_likelihood(array, theta, event_set=True),
-            self.prior,
+            self.prior if prior is None else require_within(self.prior, prior),
             n,
             seed=seed,
             method=method,
             proposal=proposal,
-            gradient=self._gradient(array),
+            gradient=self._gradient(array) if prior is None else None,
             progress=progress,
         )
 
@@ -258,12 +263,13 @@ class NLE(Estimator):
         *,
         seed: int = 0,
         event_set: bool = False,
+        prior: Prior | None = None,
         method: str = "auto",
         proposal: Proposal | None = None,
         progress: Progress | None = None,
     ) -> Array:
         """Posterior draws theta (n, d) alone; arguments and errors as `posterior`."""
-        return self.posterior(x, n, seed=seed, event_set=event_set, method=method, proposal=proposal, progress=progress).theta
+        return self.posterior(x, n, seed=seed, event_set=event_set, prior=prior, method=method, proposal=proposal, progress=progress).theta
 
     def sample_x(self, theta: ArrayLike | Tensor, n: int, *, seed: int = 0) -> Array:
         """Emulate the simulator: x (m, n, k), n events at each theta (m, d); whole numbers where x are counts.

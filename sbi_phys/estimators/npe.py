@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 from sbi_phys.core.checks import as_matrix, as_real, require_int
 from sbi_phys.core.errors import DataError, ShapeError
+from sbi_phys.core.rng import seed_for
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.estimators.base import Estimator, Shared
 from sbi_phys.estimators.density_sampling import PosteriorDraws
+from sbi_phys.estimators.other_priors import require_within, reweighted
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import FlowProposal, PosteriorNet, encode_net, log_prob_nets, npe_loss
 from sbi_phys.priors import Prior, standard_normal_log_prob
@@ -74,22 +76,57 @@ class NPE(Estimator):
         """Begin at the Gaussian of the training parameters."""
         net.start_at(rows[0])
 
-    def sample(self, x: ArrayLike | Tensor, n: int, *, seed: int = 0) -> Array:
+    def sample(self, x: ArrayLike | Tensor, n: int, *, seed: int = 0, prior: Prior | None = None) -> Array:
         """Draw n posterior samples: (n, d) for one observation, (b, n, d) for a batch of b, in the prior's units.
 
-        Raises: ShapeError, NonFiniteError, DataError, SettingError.
+        Args: prior: in place of that of the training, without mass outside it: draws are weighted with the ratio of the two
+        (`other_priors`; `posterior` says how many they are worth).
+        Raises: ShapeError, NonFiniteError, DataError, SettingError; with a prior also SupportError (it has mass where nothing was
+        learned), SimulatorMismatchError, ConvergenceError (too few effective draws).
         """
         n = require_int("n", n, low=1)
+        if prior is not None:
+            require_within(self.prior, prior)
+            inputs, single = self._inputs(x)
+            found = np.stack([self._under(prior, inputs[i : i + 1], n, seed_for(seed, "other prior", i))[0] for i in range(len(inputs))])
+            return found[0] if single else found
         inputs, single = self._inputs(x)
         u = self._draw_members(inputs, n, seed)
         theta = self.prior.from_unbounded(u.reshape(-1, self.prior.free_dim)).reshape(len(inputs), n, self.prior.dim)
         return theta[0] if single else theta
 
-    def posterior(self, x: ArrayLike | Tensor, n: int, *, seed: int = 0) -> PosteriorDraws:
+    def _under(self, prior: Prior, inputs: Tensor, n: int, seed: int) -> tuple[Array, Array, float, float, float]:
+        """`reweighted` draws of one observation, inputs (1, ...) scaled."""
+
+        def draw(number: int, turn: int) -> Array:
+            return self.prior.from_unbounded(self._draw_members(inputs, number, seed_for(seed, "round", turn))[0])
+
+        return reweighted(draw, self.prior, prior, n, seed=seed)
+
+    def posterior(self, x: ArrayLike | Tensor, n: int, *, seed: int = 0, prior: Prior | None = None) -> PosteriorDraws:
         """Draw n independent samples of q(theta | x) for one observation, with their normalised log density.
 
+        Args: prior: as in `sample`; n_effective and pareto_k are those of the weights, log_evidence is the log ratio of the evidences under
+        this prior and that of the training, and log_prob is normalised with it.
         Raises: as `sample`; DataError for more than one observation.
         """
+        if prior is not None:
+            require_within(self.prior, prior)
+            inputs, _ = self._inputs(x)
+            if len(inputs) != 1:
+                raise DataError(f"x holds {len(inputs)} observations; expected one")
+            theta, log_w, ess, k, log_z = self._under(prior, inputs, require_int("n", n, low=1), seed_for(seed, "other prior", 0))
+            return PosteriorDraws(
+                theta=theta,
+                log_prob=self.log_prob(theta, x) + log_w - log_z,
+                method="npe",
+                r_hat=np.full(self.prior.free_dim, np.nan),
+                n_effective=ess,
+                evaluations=0,
+                pareto_k=k,
+                log_evidence=log_z,
+                message=f"draws of the learned posterior weighted with the ratio of the priors: worth {ess:.0f}, Pareto k {k:.2f}",
+            )
         draws = self.sample(x, n, seed=seed)
         if draws.ndim == 3 and len(draws) == 1:
             draws = draws[0]

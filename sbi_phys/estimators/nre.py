@@ -66,6 +66,7 @@ from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.estimators.base import Estimator, Shared
 from sbi_phys.estimators.density_sampling import PosteriorDraws, sample_posterior
+from sbi_phys.estimators.other_priors import require_within
 from sbi_phys.nets.classifier import NEAR, REFERENCES, ClassifierConfig, PairClassifier, Parts
 from sbi_phys.nets.embedding_vector import is_own
 from sbi_phys.priors import Prior, standard_normal_log_prob
@@ -153,6 +154,7 @@ class NRE(Estimator):
     (4,)
     """
 
+    takes = "draws of the prior"
     _nets: list[PairClassifier]
 
     def __init__(
@@ -255,6 +257,7 @@ class NRE(Estimator):
         *,
         seed: int = 0,
         event_set: bool = False,
+        prior: Prior | None = None,
         method: str = "auto",
         proposal: Proposal | None = None,
         progress: Progress | None = None,
@@ -263,7 +266,7 @@ class NRE(Estimator):
 
         Args and Raises: as `posterior`, whose diagnostics are left out here (a sampler that fails raises all the same).
         """
-        return self.posterior(x, n, seed=seed, event_set=event_set, method=method, proposal=proposal, progress=progress).theta
+        return self.posterior(x, n, seed=seed, event_set=event_set, prior=prior, method=method, proposal=proposal, progress=progress).theta
 
     def posterior(
         self,
@@ -272,14 +275,17 @@ class NRE(Estimator):
         *,
         seed: int = 0,
         event_set: bool = False,
+        prior: Prior | None = None,
         method: str = "auto",
         proposal: Proposal | None = None,
         progress: Progress | None = None,
     ) -> PosteriorDraws:
         """Draws of p(theta | x) proportional to p(theta) r(x | theta), with the sampler's diagnostics.
 
-        Args: method: 'auto', 'importance', 'emcee', 'hmc' or 'grid'. proposal: over u, e.g. `NPE.proposal(x)`; both as in
-        `sample_posterior`.   Raises: ConvergenceError, ShapeError, NonFiniteError, DataError, SettingError.
+        Args: prior: in place of that of the training, without mass outside it. method: 'auto', 'importance', 'emcee', 'hmc' (with the
+        prior of the training) or 'grid'. proposal: over u, e.g. `NPE.proposal(x)`; both as in `sample_posterior`.
+        Raises: ConvergenceError, SupportError (the other prior has mass where nothing was learned), SimulatorMismatchError, ShapeError,
+        NonFiniteError, DataError, SettingError.
         """
         density = self._density(x, event_set)
 
@@ -290,7 +296,14 @@ class NRE(Estimator):
             return density.with_gradient(torch.from_numpy(u.astype(np.float32)).to(self.device))
 
         return sample_posterior(
-            log_likelihood, self.prior, n, seed=seed, method=method, proposal=proposal, gradient=gradient, progress=progress
+            log_likelihood,
+            self.prior if prior is None else require_within(self.prior, prior),
+            n,
+            seed=seed,
+            method=method,
+            proposal=proposal,
+            gradient=gradient if prior is None else None,
+            progress=progress,
         )
 
     def log_ratio_pairs(self, theta: ArrayLike | Tensor, x: ArrayLike | Tensor, *, normalise: bool = False) -> tuple[Array, Array]:

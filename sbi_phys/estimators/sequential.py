@@ -147,5 +147,6 @@ def truncated_rounds(
         own = {"seed": seed_for(seed, "network", k), "config": config, "device": npe.device}
         following = NPE(**npe.settings | own)
         following.identity = npe.identity
-        npe = following.fit(theta, x, checkpoint=folder / f"round-{k + 1}.ckpt", progress=progress)
+        # within the regions the density of theta is the prior's, up to a constant, so that no weights are needed
+        npe = following.fit(theta, x, proposal=npe.prior, checkpoint=folder / f"round-{k + 1}.ckpt", progress=progress)
     return npe
