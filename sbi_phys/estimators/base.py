@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from sbi_phys.core.checks import as_matrix, did_you_mean, require_choice, require_int
 from sbi_phys.core.classes import find_class
 from sbi_phys.core.device import resolve_device
-from sbi_phys.core.errors import DataError, ModelFileError, SettingError, SimulatorMismatchError
+from sbi_phys.core.errors import DataError, ModelFileError, SbiPhysError, SettingError, SimulatorMismatchError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for, torch_seeded
 from sbi_phys.core.types import AnyArray, Array, ArrayLike, Integers
@@ -560,10 +560,13 @@ def load(
     kind = _class_named(path, content)
     try:
         model = kind._from_content(path, content, _Given(embedding, prior, allow_import), device)
+    except (ModelFileError, SimulatorMismatchError):
+        raise
     except DataError as err:
         raise ModelFileError(f"{path}: {err}") from err
-    except (KeyError, TypeError, RuntimeError) as err:
-        raise ModelFileError(f"{path} does not describe a model that this version can build: {str(err).splitlines()[0]}") from err
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, SbiPhysError, TypeError, ValueError) as err:
+        what = (str(err).splitlines() or [type(err).__name__])[0]
+        raise ModelFileError(f"{path} does not describe a model that this version can build: {what}") from err
     if simulator is not None:
         _require_same_simulator(path, model.identity, simulator)
     return model

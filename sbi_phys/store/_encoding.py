@@ -1,8 +1,5 @@
 """Encoding of values and checksums in the files of a store: attributes as fixed-length UTF-8, CRC-32 of every dataset, the label.
 
-CRC-32 detects every burst of up to 32 wrong bits and other damage except one case in 4e9. It protects against faults of disks
-and networks, not against forgery. Where the package isal is installed, the same checksums are computed five times as fast.
-
 The label stands before the HDF5 content of a shard, in HDF5's user block, which other programs skip:
 
     sbi_phys shard label {"header": ..., "shard": 3, "rows": 4096, ...} crc32:1f2e3d4c
@@ -25,15 +22,11 @@ from typing import Any, BinaryIO, Self
 import h5py
 import numpy as np
 
+from sbi_phys.core.checksums import crc32, text_checksum, to_json
 from sbi_phys.core.errors import StoreError
 from sbi_phys.core.files import write_aside
 from sbi_phys.core.types import AnyArray
 from sbi_phys.store.layout import hdf5_type
-
-try:
-    from isal.isal_zlib import crc32  # type: ignore[import-not-found,unused-ignore]
-except ImportError:
-    from zlib import crc32
 
 __all__ = [
     "MARK",
@@ -66,11 +59,6 @@ SYNCED: dict[str, Any] = {
     "advice": "shards that are finished are intact, the same call continues after them",
 }
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?([eE][-+]?\d+)?")
-
-
-def to_json(value: Any) -> str:
-    """Return the JSON text of a value, the same for equal values."""
-    return json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 
 
 def attribute(value: Any) -> Any:
@@ -130,11 +118,6 @@ def array_checksum(array: AnyArray, name: str = "", crc: int = 0) -> int:
 def array_seed(array: AnyArray, name: str = "", crc: int = 0) -> int:
     """Return the CRC-32 of name, shape and dtype of an array, where that of its bytes starts."""
     return crc32(f"{name} {array.shape} {array.dtype.str}".encode(), crc)
-
-
-def text_checksum(text: str | bytes) -> str:
-    """Return the CRC-32 of a text as it is written in a file."""
-    return f"crc32:{crc32(text.encode() if isinstance(text, str) else text):08x}"
 
 
 def header_checksum(attributes: Mapping[str, Any]) -> str:

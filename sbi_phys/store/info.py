@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sbi_phys.core.errors import StoreError
+from sbi_phys.core.checksums import require_seal, seal
+from sbi_phys.core.errors import SbiPhysError, StoreError
 from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import seconds_text
 from sbi_phys.core.results import Result
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["INDEX", "Index", "Info", "reason_kind", "store_info", "watch_store"]
 
 INDEX = ".index.json"
-_VERSION = 1
+_VERSION = 2
 _MANY = 512  # shards opened before the index is written
 _WINDOW = 64  # newest shards that the rate is taken from
 
@@ -83,7 +84,7 @@ class Index:
     def save(self) -> None:
         """Write the index, if the folder may be written."""
         self._opened = 0
-        values = {"version": _VERSION, "shards": {str(shard): list(entry) for shard, entry in sorted(self._load().items())}}
+        values = seal({"version": _VERSION, "shards": {str(shard): list(entry) for shard, entry in sorted(self._load().items())}})
         text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
         # without the cache reading is slower, so a read-only folder or a full disk is not an error here
@@ -100,11 +101,12 @@ def _parse(path: Path) -> dict[int, Entry]:
     """Entries of an index file; none if it is missing or has another format."""
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
+        require_seal(values, str(path))
         if values["version"] != _VERSION:
             return {}
         rows = values["shards"].items()
         return {int(k): (int(v[0]), int(v[1]), int(v[2]), int(v[3]), {str(r): int(n) for r, n in v[4].items()}) for k, v in rows}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, SbiPhysError):
         return {}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sbi_phys.core.checksums import require_seal, seal
 from sbi_phys.core.errors import SettingError, StoreError
 from sbi_phys.core.provenance import git_state
 from sbi_phys.core.types import Array
@@ -29,10 +30,10 @@ from sbi_phys.store.shards import (
     SCHEMA,
     Header,
     ShardData,
+    open_intact,
     open_shard,
     read_arrays,
     read_facts,
-    require_place,
     shard_name,
     write_file,
 )
@@ -53,6 +54,8 @@ __all__ = [
 ]
 
 MANIFEST = "store.json"
+_FIELDS = ("format", "schema", "package_version", "git", "n", "theta_sha256", "code")
+_MOST_SHARDS = 10**7
 _RANGE = re.compile(r"^(\d+)(?:([:/])(\d+))?$")
 _SHARD = re.compile(r"^shard-(\d{5,})\.h5$")
 _LITTER = re.compile(r"^\.(shard-(\d{5,})\.h5|store\.json|\.index\.json)\.\d+\.tmp$")
@@ -103,7 +106,7 @@ def remove_litter(folder: Path, shards: range | None = None) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write store.json.   Raises: StoreError."""
-    values = {
+    values = seal({
         "format": FORMAT,
         "schema": SCHEMA,
         "package_version": __version__,
@@ -112,7 +115,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "theta_sha256": manifest.theta_sha256,
         **({"code": list(manifest.code)} if manifest.code else {}),
         **manifest.header.plain(),
-    }
+    })  # fmt: skip
     text = json.dumps(values, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
     write_file(folder / MANIFEST, text)
 
@@ -123,32 +126,37 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise StoreError(f"{folder} is not a folder; expected a store made by simulate")
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise StoreError(f"{path} is no file; expected the manifest of a store")
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as err:
         raise StoreError(f"{folder} has no {MANIFEST} ({len(list_shards(folder))} shards); expected a store made by simulate") from err
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise StoreError(f"{path} cannot be read: {err}; delete it and run the same simulate call again, which makes it anew") from err
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise StoreError(f"{path} is not the manifest of a store; expected format {FORMAT!r}")
     if values.get("schema") != SCHEMA:
         made = values.get("package_version")
         raise StoreError(f"{path} has schema {values.get('schema')}, written by sbi_phys {made}; expected {SCHEMA}: update sbi_phys")
-    if not isinstance(values.get("n"), int) or values["n"] < 1:
-        raise StoreError(f"{path} has n = {values.get('n')!r}; expected the number of rows asked for")
+    n = values.get("n")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise StoreError(f"{path} has n = {n!r:.100}; expected the number of rows asked for")
+    header = Header.from_plain(values, str(path))
+    advice = "; delete it and run the same simulate call again, which makes it anew"
+    require_seal(values, str(path), unsealed=(*_FIELDS, *Header.__slots__), error=StoreError, advice=advice)
+    if n > header.shard_size * _MOST_SHARDS:
+        raise StoreError(f"{path} has n = {n!r:.100}; expected at most {_MOST_SHARDS} shards of {header.shard_size} rows")
     code = values.get("code", [])
     if not isinstance(code, list) or not all(isinstance(c, dict) and isinstance(c.get("parts"), dict) for c in code):
         raise StoreError(f"{path} has code = {str(code)[:80]}; expected a list of fingerprints")
-    return Manifest(Header.from_plain(values, str(path)), values["n"], str(values.get("theta_sha256", "")), tuple(code))
+    return Manifest(header, n, str(values.get("theta_sha256", "")), tuple(code))
 
 
 def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardData:
-    """Check that a shard belongs to a store -> its rows.   Raises: StoreError."""
-    path = folder / shard_name(index)
-    with open_shard(path) as file:
-        header, facts = read_facts(file, path)
-        manifest.header.require_equal(header, str(path))
-        require_place(facts, index, manifest.rows(index), path)
-        return read_arrays(file, path)
+    """Check that a shard belongs to a store and is undamaged -> its rows.   Raises: StoreError."""
+    path, rows = folder / shard_name(index), manifest.rows(index)
+    with open_intact(path, manifest.header, index, rows) as file:
+        return read_arrays(file, path, manifest.header, rows)
 
 
 @dataclass(frozen=True, slots=True)

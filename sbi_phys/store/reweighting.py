@@ -23,7 +23,8 @@ from sbi_phys.core.errors import DataError, SettingError, ShapeError, SimulatorM
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array, ArrayLike, Integers
 from sbi_phys.priors import Prior
-from sbi_phys.store.shards import open_shard, shard_name
+from sbi_phys.store.manifest import read_manifest
+from sbi_phys.store.shards import open_intact, shard_name
 from sbi_phys.store.store import Store
 
 __all__ = ["ReweightWarning", "Reweighted", "reweight"]
@@ -151,8 +152,9 @@ def _good_theta(store: Store) -> Array:
     if store.missing:
         store.status()  # raises an error that names the missing shards
     parts: list[Any] = []
-    for index in range(store.n_shards):
-        with open_shard(store.path / shard_name(index)) as file:
+    manifest = read_manifest(store.path)
+    for index in range(manifest.n_shards):
+        with open_intact(store.path / shard_name(index), manifest.header, index, manifest.rows(index)) as file:
             parts.append(file["theta"][:][file["status"][:] == 0])
     theta = np.concatenate(parts)
     if not theta.size:

@@ -15,6 +15,7 @@ machine, the time or the worker: equal settings and equal code give equal files.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from sbi_phys.core.checksums import FileKey, file_key
 from sbi_phys.core.errors import StoreError
 from sbi_phys.core.files import AsideFile, open_aside
 from sbi_phys.core.provenance import git_commit
@@ -51,7 +53,7 @@ from sbi_phys.store._encoding import (
     to_json,
     write_file,
 )
-from sbi_phys.store.layout import Layout, Ragged, add_dataset, add_virtual_x, split_x
+from sbi_phys.store.layout import DTYPES, Layout, Ragged, add_dataset, add_virtual_x, split_x
 
 __all__ = [
     "FORMAT",
@@ -61,6 +63,7 @@ __all__ = [
     "SCHEMA",
     "Header",
     "ShardData",
+    "open_intact",
     "open_shard",
     "read_arrays",
     "read_facts",
@@ -74,6 +77,14 @@ __all__ = [
 FORMAT = "sbi_phys simulation store"
 SCHEMA = 2
 OK, NON_FINITE, RAISED = 0, 1, 2
+_KINDS: dict[str, type] = {
+    "simulator": dict, "prior": dict, "observables": list, "seed": int, "shard_size": int, "dtype": str, "theta": str,
+    "layout": dict, "origin": dict,
+}  # fmt: skip
+_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_LZF, h5py.h5z.FILTER_FLETCHER32}
+_MOST_EXPANSION = 1100  # bytes of values for one byte in the file; deflate reaches 1032
+_CHECKED: dict[FileKey, tuple[str, int, int]] = {}  # files of this process that agree with their checksums: header, shard, rows
+_MOST_CHECKED = 10**6
 _OPTIONAL = ("layout", "origin")  # fields of the header that are left out where they are empty
 _REASON_BYTES = 240
 _REMAKE = "Delete and re-make it"
@@ -108,7 +119,27 @@ class Header:
         for name in cls.__slots__:
             if name not in values and name not in _OPTIONAL:
                 raise StoreError(f"{where} has no field {name!r}; expected a {FORMAT}, schema {SCHEMA}")
-        return cls(**{name: values[name] for name in cls.__slots__ if name in values})
+        for name, kind in _KINDS.items():
+            if name in values and (not isinstance(values[name], kind) or isinstance(values[name], bool)):
+                raise StoreError(f"{where} has {name} = {values[name]!r:.100}; expected a {kind.__name__}")
+        header = cls(**{name: values[name] for name in cls.__slots__ if name in values})
+        header._require_sound(where)
+        return header
+
+    def _require_sound(self, where: str) -> None:
+        """Raise StoreError unless numbers and descriptions are such as `simulate` writes, so that later readers need no check."""
+        try:
+            sizes = [o["size"] for o in self.observables]
+            names = [o["name"] for o in self.observables] + [p["name"] for p in self.parameters]
+        except (KeyError, TypeError, RecursionError) as err:
+            raise StoreError(f"{where} describes parameters or observables without {err}; expected their names and sizes") from err
+        if not all(isinstance(name, str) for name in names):
+            raise StoreError(f"{where} has names {names!r:.200}; expected text")
+        for name, value in (("seed", self.seed), ("shard_size", self.shard_size - 1), *(("size", size) for size in sizes)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+                raise StoreError(f"{where} has {name} = {value!r:.100}; expected a whole number below 2^63")
+        if self.dtype not in DTYPES:
+            raise StoreError(f"{where} has dtype {self.dtype!r:.100}; expected one of {', '.join(DTYPES)}")
 
     def digest(self) -> str:
         """Return a short digest of all fields, which labels contain in place of the header."""
@@ -217,6 +248,56 @@ def open_shard(path: Path) -> Iterator[h5py.File]:
         ) from err
 
 
+@contextmanager
+def open_intact(path: Path, header: Header, index: int, rows: int) -> Iterator[h5py.File]:
+    """Open a shard for reading after every byte of it was compared with its checksums, once for each file and process.
+
+    Raises: StoreError as `verify_shard`, and for values that lie outside of the file (external storage, links to other files).
+    """
+    place = (header.digest(), index, rows)
+    try:
+        key = file_key(path.stat())
+    except OSError:
+        key = None  # `open_shard` says what is missing
+    new = key is None or _CHECKED.get(key) != place
+    if new and key is not None:
+        verify_shard(path, header, index, rows)
+    with open_shard(path) as file:
+        if key != file_key(os.fstat(file.id.get_vfd_handle())):
+            raise StoreError(f"{path} has changed while it was read; expected a finished shard, which never changes. Try again")
+        if new and key is not None:
+            _require_inside(file, path)
+            if len(_CHECKED) >= _MOST_CHECKED:
+                _CHECKED.clear()
+            _CHECKED[key] = place
+        yield file
+
+
+def _require_inside(file: h5py.File, path: Path) -> None:
+    """Raise StoreError unless all values of a shard are in the file itself, in the form in which `write_shard` writes them."""
+    for name in file.id:
+        kind = file.id.links.get_info(name).type
+        found = h5py.h5o.open(file.id, name) if kind == h5py.h5l.TYPE_HARD else None
+        if not isinstance(found, h5py.h5d.DatasetID) or found.dtype.kind not in "fiuS":
+            raise StoreError(f"{path} is damaged: {name!r:.100} is no array in this file; expected numbers and text alone. {_REMAKE}")
+        plan, n_bytes = found.get_create_plist(), found.dtype.itemsize
+        for length in found.shape:
+            n_bytes *= length
+        if plan.get_external_count():
+            raise StoreError(f"{path}: the values of {name.decode()} lie in another file; expected all of them in the shard. {_REMAKE}")
+        if plan.get_layout() == h5py.h5d.VIRTUAL:
+            sources = {plan.get_virtual_filename(i) for i in range(plan.get_virtual_count())}
+            if sources != {"."}:
+                raise StoreError(f"{path}: the values of {name.decode()} lie in {sorted(sources)}; expected the shard itself. {_REMAKE}")
+        elif n_bytes > _MOST_EXPANSION * found.get_storage_size():
+            raise StoreError(
+                f"{path} is damaged: {name.decode()} has shape {found.shape} and {found.get_storage_size()} bytes in the file; "
+                f"expected about {n_bytes}. {_REMAKE}"
+            )
+        if not {plan.get_filter(i)[0] for i in range(plan.get_nfilters())} <= _FILTERS:
+            raise StoreError(f"{path}: {name.decode()} is compressed by an unknown method; expected gzip or lzf")
+
+
 def read_facts(file: h5py.File, path: Path) -> tuple[Header, dict[str, Any]]:
     """Return the header of an open shard and its own facts: shard, rows, n_failed, package_version, checksum."""
     return _facts(read_attributes(file), path)
@@ -231,13 +312,12 @@ def _facts(attributes: dict[str, Any], path: Path) -> tuple[Header, dict[str, An
     return Header.from_plain(values, str(path)), facts
 
 
-def read_arrays(file: h5py.File, path: Path) -> ShardData:
-    """Return the rows of an open shard.   Raises: StoreError if shapes do not fit together."""
-    return _arrays(file, path, *read_facts(file, path))
-
-
-def _arrays(file: h5py.File, path: Path, header: Header, facts: dict[str, Any]) -> ShardData:
-    rows, failed = int(facts["rows"]), int(facts["n_failed"])
+def read_arrays(file: h5py.File, path: Path, header: Header | None = None, rows: int = 0) -> ShardData:
+    """Return the rows of an open shard; without the store's header, by its own.   Raises: StoreError if shapes do not fit together."""
+    if header is None:
+        header, facts = read_facts(file, path)
+        rows = int(facts["rows"])
+    failed = len(file["failed_row"])
     expected = {
         "theta": (rows, len(header.parameters)),
         "x": (rows, header.n_columns),
@@ -248,7 +328,8 @@ def _arrays(file: h5py.File, path: Path, header: Header, facts: dict[str, Any]) 
     for name, shape in expected.items():
         if file[name].shape != shape:
             raise StoreError(f"{path}: dataset {name} has shape {file[name].shape}; expected {shape}")
-    reasons = {int(row): bytes(text).decode("utf-8", "replace") for row, text in zip(file["failed_row"][:], file["reason"][:], strict=True)}
+    pairs = zip(file["failed_row"][:], file["reason"][:], strict=True) if failed else ()
+    reasons = {int(row): bytes(text).decode("utf-8", "replace") for row, text in pairs}
     sets = {}
     for i, name in enumerate(header.layout.get("sets", {})):
         sets[name] = Ragged(file[f"set_{i}"][:], file[f"set_{i}_offsets"][:])
@@ -284,7 +365,10 @@ def _verify_content(path: Path, header: Header, index: int, rows: int) -> tuple[
         got, facts = _facts(attributes, path)
         header.require_equal(got, str(path))
         require_place(facts, index, rows, path)
-        data = _arrays(file, path, got, facts)
+        _require_inside(file, path)
+        if file["failed_row"].shape != (facts["n_failed"],):
+            raise StoreError(f"{path}: dataset failed_row has shape {file['failed_row'].shape}; expected ({facts['n_failed']},)")
+        data = read_arrays(file, path, got, rows)
         # the other datasets are small, or part of x in a layout with several dtypes
         ready = {"theta": data.theta, "x": data.x, "status": data.status}
         sums: dict[str, str] = dict(zip(plain(attributes["datasets"]), plain(attributes["checksums"]), strict=True))

@@ -10,12 +10,13 @@ with one `shift`, close to the data, for all rows: a float64 observable of 1e9 +
 **Cache.** One pass over the shards transforms the rows and computes the scaling; every later epoch reads the results:
 
     rows-<key>.f32          float32 rows (u | g(x) - shift) of all good rows, shard after shard
-    rows-<key>.json         written last: shift, good rows and checksum of every shard, size and time of the .f32 file
+    rows-<key>.json         written last: shift; of every shard the good rows and checksums; size and time of the .f32 file
     scale-<key>-<split>.json   mean and scale of the training rows of one split
 
 The key is computed from the stores' headers, the names, sizes and times of their shards, the prior and the transform, so a cache
-is never used for other data. One process writes it (rank 0 of several; the others wait). The folder can be deleted whenever no
-training runs.
+is never used for other data. The rows of each shard are compared with their checksum before their first use in a process, and
+both descriptions have a checksum of their own. One process writes it (rank 0 of several; the others wait). The folder can be
+deleted whenever no training runs.
 """
 
 import hashlib
@@ -33,7 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbi_phys.core.checks import require_choice
-from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, SimulatorMismatchError, StoreError, SupportError
+from sbi_phys.core.checksums import FileKey, crc32, file_key, require_seal, seal
+from sbi_phys.core.errors import DataError, NonFiniteError, SbiPhysError, SettingError, SimulatorMismatchError, StoreError, SupportError
 from sbi_phys.core.files import open_aside, write_aside
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for
@@ -42,7 +44,7 @@ from sbi_phys.priors import Observable, Prior
 from sbi_phys.priors.blocks import column_name, failed_rows, fractional
 from sbi_phys.store.locks import StoreLock
 from sbi_phys.store.manifest import Manifest, list_shards, read_manifest
-from sbi_phys.store.shards import Header, open_shard, read_facts, require_place, shard_name
+from sbi_phys.store.shards import Header, open_intact, read_facts, shard_name
 from sbi_phys.store.store import Store
 from sbi_phys.training.scaling import STANDARDISE, Sums, XScaler, count_columns
 
@@ -70,7 +72,7 @@ CELL = 4096
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of rows: path, size and time of change; number of good rows and checksum once it was opened (before: -1, '')."""
+    """One file of rows: path, size, time of change, header of its store; good rows and checksum once it was opened (before: -1, '')."""
 
     path: Path
     store: int
@@ -78,6 +80,7 @@ class Shard:
     rows: int
     size: int
     mtime_ns: int
+    header: Header
     n_ok: int = -1
     checksum: str = ""
 
@@ -132,16 +135,15 @@ def find_shards(folder: Path, manifest: Manifest, store: int) -> list[Shard]:
     for index in range(manifest.n_shards):
         path = folder / shard_name(index)
         stat = path.stat()
-        shards.append(Shard(path, store, index, manifest.rows(index), stat.st_size, stat.st_mtime_ns))
+        shards.append(Shard(path, store, index, manifest.rows(index), stat.st_size, stat.st_mtime_ns, manifest.header))
     return shards
 
 
-def inspect_shard(shard: Shard, header: Header) -> Shard:
-    """Open a shard, compare it with the store's header, and record its good rows and checksum.   Raises: StoreError."""
-    with open_shard(shard.path) as file:
-        got, facts = read_facts(file, shard.path)
-        header.require_equal(got, str(shard.path))
-        require_place(facts, shard.index, shard.rows, shard.path)
+def inspect_shard(shard: Shard) -> Shard:
+    """Open a shard, compare it with the store's header and its checksums, and record its good rows and checksum.   Raises: StoreError."""
+    header = shard.header
+    with open_intact(shard.path, header, shard.index, shard.rows) as file:
+        _, facts = read_facts(file, shard.path)
         failed = int(facts["n_failed"])
         for name, shape in (
             ("theta", (shard.rows, len(header.parameters))),
@@ -162,7 +164,7 @@ def _file_row(failed: Integers, row: int) -> int:
 def _read_good(shard: Shard, start: int, stop: int) -> tuple[Array, NDArray[np.floating], Integers]:
     """Theta and x of good rows start to stop, and the numbers of the failed rows of the shard.   Raises: StoreError."""
     shard.require_unchanged()
-    with open_shard(shard.path) as file:
+    with open_intact(shard.path, shard.header, shard.index, shard.rows) as file:
         checksum = file.attrs["checksum"]
         checksum = checksum.decode() if isinstance(checksum, bytes) else str(checksum)
         if checksum != shard.checksum:
@@ -336,8 +338,10 @@ def scaler_of(sums: Sums, transform: RowTransform) -> XScaler:
     return XScaler.from_sums(transform.counts, sums, observables=transform.observables, standardise=transform.standardise)
 
 
-_FORMAT, _VERSION = "sbi_phys stream cache", 1
+_FORMAT, _VERSION = "sbi_phys stream cache", 2
 _POLL_S = 0.05
+_PIECE = 2**18  # bytes of the cache whose checksum is computed at once
+_CHECKED: dict[FileKey, set[int]] = {}  # shards whose rows in a cache agree with their checksum, of this process
 _ADVICE = "expected a writable folder as cache=, or cache=None to transform the rows in every epoch"
 _WRITE: dict[str, Any] = {
     "sync": True,
@@ -454,7 +458,7 @@ def _inspect(job: Job) -> list[Shard]:
     shards = []
     with or_none(job.progress).task("open shards", len(job.shards)) as task:
         for shard in job.shards:
-            shards.append(inspect_shard(shard, job.manifests[shard.store].header))
+            shards.append(inspect_shard(shard))
             task.advance(1)
     return shards
 
@@ -468,11 +472,13 @@ def _build(job: Job, rows: Path, scale: Path) -> None:
         transform = replace(job.transform, shift=typical_row(job.transform, shards))
         data = rows.with_suffix(".f32")
         with open_aside(data, **_WRITE) as file:
-            sums = _pass(job, shards, split, transform, file, "transform")
+            crcs = [0] * len(shards)
+            sums = _pass(job, shards, split, transform, file, "transform", crcs)
         stat = data.stat()
         _write_json(rows, {
             "rows": sum(s.n_ok for s in shards), "width": transform.width, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
             "shift": transform.shift.tolist(), "n_ok": [s.n_ok for s in shards], "checksums": [s.checksum for s in shards],
+            "crcs": crcs,
         })  # fmt: skip
     else:
         transform = replace(job.transform, shift=np.array(meta["shift"]))
@@ -481,8 +487,10 @@ def _build(job: Job, rows: Path, scale: Path) -> None:
     _write_json(scale, {"mean": scaler.mean.tolist(), "scale": scaler.scale.tolist()})
 
 
-def _pass(job: Job, shards: list[Shard], split: Split, transform: RowTransform, file: BinaryIO | None, what: str) -> Sums:
-    """Read all good rows once, sum over the training rows, and write all transformed rows to `file` if given."""
+def _pass(
+    job: Job, shards: list[Shard], split: Split, transform: RowTransform, file: BinaryIO | None, what: str, crcs: list[int] | None = None
+) -> Sums:
+    """Read all good rows once, sum over the training rows; write the transformed rows to `file` and their CRC-32 to `crcs`, if given."""
     sums = Sums(transform.shift)
     out = np.empty((job.block_rows, transform.width), dtype=np.float32)
     with or_none(job.progress).task(what, sum(s.n_ok for s in shards)) as task:
@@ -490,8 +498,10 @@ def _pass(job: Job, shards: list[Shard], split: Split, transform: RowTransform, 
             y = transform.read(shards[i], start, stop, out[: stop - start])
             mask = split.training(i, start, stop)
             sums.add(y if mask.all() else y[mask])
-            if file is not None:
-                file.write(out[: stop - start].data.cast("B"))
+            if file is not None and crcs is not None:
+                data = out[: stop - start].data.cast("B")
+                file.write(data)
+                crcs[i] = crc32(data, crcs[i])
             task.advance(stop - start)
     return sums
 
@@ -556,12 +566,34 @@ class _Cached:
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         self._path, self._row_bytes = path, 4 * meta["width"]
         self._first = np.cumsum([0, *meta["n_ok"]]).tolist()
-        self._expected = (meta["size"], meta["mtime_ns"])
+        self._expected, self._sums = (meta["size"], meta["mtime_ns"]), meta["crcs"]
         self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._checked = _CHECKED.setdefault(file_key(os.fstat(self._handle)), set())
 
     def read(self, i: int, start: int, stop: int, out: NDArray[np.float32]) -> None:
         self.check(())
-        view, at = out.data.cast("B"), (self._first[i] + start) * self._row_bytes
+        if i not in self._checked:
+            self._check_rows(i)
+        self._fill((self._first[i] + start) * self._row_bytes, out.data.cast("B"))
+
+    def _check_rows(self, i: int) -> None:
+        """Compare the rows of a shard with their checksum, once for each file and process."""
+        at, end, crc = self._first[i] * self._row_bytes, self._first[i + 1] * self._row_bytes, 0
+        piece = memoryview(bytearray(max(1, min(_PIECE, end - at))))
+        while at < end:
+            view = piece[: end - at]
+            self._fill(at, view)
+            crc = crc32(view, crc)
+            at += len(view)
+        if crc != self._sums[i]:
+            raise StoreError(
+                f"{self._path} is damaged: the rows of shard {i} have checksum {crc:08x}; expected {self._sums[i]:08x}. Delete it, "
+                "and the next training makes it again"
+            )
+        self._checked.add(i)
+
+    def _fill(self, at: int, view: memoryview) -> None:
+        """Read bytes from a position of the file."""
         done = 0
         while done < len(view):
             try:
@@ -627,12 +659,13 @@ def _until(wait_s: float, ask: Callable[[], T | None], what: str) -> T:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_aside(path, json.dumps({"format": _FORMAT, "version": _VERSION, **values}, sort_keys=True), **_WRITE)
+    write_aside(path, json.dumps(seal({"format": _FORMAT, "version": _VERSION, **values}), sort_keys=True), **_WRITE)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        require_seal(values, str(path))
+    except (OSError, ValueError, TypeError, RecursionError, SbiPhysError):
         return None
     return values if isinstance(values, dict) and values.get("format") == _FORMAT and values.get("version") == _VERSION else None

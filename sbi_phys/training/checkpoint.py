@@ -1,27 +1,34 @@
 """Files of weights and plain values: written atomically, and read without executing code.
 
 The format is torch's zip archive restricted to tensors, numbers, text, lists and dicts (`weights_only=True`), so reading a file from an
-unknown source cannot execute anything.
+unknown source cannot execute anything. Every entry of the archive has a CRC-32, which torch does not look at: here it is compared
+before anything is read, so a damaged file is refused. It protects against faults of disks and networks, not against forgery.
 """
 
 import pickle
 import re
+import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from sbi_phys.core.checksums import crc32
 from sbi_phys.core.errors import ModelFileError
 from sbi_phys.core.files import open_aside
 
 __all__ = ["read_file", "write_file"]
 
 _MAGIC = "sbi_phys"
-_SAFE_TORCH = (
-    2,
-    10,
-)  # before, torch.load(weights_only=True) could be made to run code (CVE-2025-32434 until 2.6, CVE-2026-24747 until 2.10)
+# before, torch.load(weights_only=True) could be made to run code (CVE-2025-32434 until 2.6, CVE-2026-24747 until 2.10)
+_SAFE_TORCH = (2, 10)
+_PIECE = 2**20
+# what zipfile, torch's reader and its restricted unpickler raise for bytes that were not written by `write_file`
+_UNREADABLE = (
+    RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ImportError, MemoryError,
+    RecursionError, OverflowError, ArithmeticError, NotImplementedError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error,
+)  # fmt: skip
 
 
 def write_file(path: str | Path, kind: str, version: int, content: dict[str, Any]) -> None:
@@ -44,19 +51,26 @@ def read_file(path: str | Path, kind: str, version: int) -> dict[str, Any]:
     if not path.is_file():
         raise ModelFileError(f"{path} is not a file; expected a file of kind {kind!r} written by sbi_phys")
     try:
-        if not zipfile.is_zipfile(path):
-            raise ModelFileError(f"{path} is truncated or not a file of sbi_phys (no zip archive); expected a file of kind {kind!r}")
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as err:
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ModelFileError(f"{path} is truncated or not a file of sbi_phys (no zip archive); expected a file of kind {kind!r}")
+            _require_intact(path, file)
+            file.seek(0)
+            payload = torch.load(file, map_location="cpu", weights_only=True)
+    except ModelFileError:
+        raise
+    except _UNREADABLE as err:
         # the first line only, because torch adds advice on how to unpickle the file
-        raise ModelFileError(f"{path} cannot be read as a {kind} file: {str(err).splitlines()[0]}") from err
+        raise ModelFileError(f"{path} cannot be read as a {kind} file: {_first_line(err)}") from err
     if not isinstance(payload, dict) or payload.get("format") != _MAGIC:
         raise ModelFileError(f"{path} was not written by sbi_phys; expected a file of kind {kind!r}")
     if payload.get("kind") != kind:
         raise ModelFileError(f"{path} is a {payload.get('kind')!r} file; expected {kind!r}")
-    if payload["version"] > version:
-        raise ModelFileError(f"{path} has format version {payload['version']}, expected at most {version}; update sbi_phys")
-    content: dict[str, Any] = payload["content"]
+    got, content = payload.get("version"), payload.get("content")
+    if not isinstance(got, int) or not isinstance(content, dict):
+        raise ModelFileError(f"{path} has format version {got!r} and a {type(content).__name__} as content; expected a number and a dict")
+    if got > version:
+        raise ModelFileError(f"{path} has format version {got}, expected at most {version}; update sbi_phys")
     return content
 
 
@@ -68,3 +82,27 @@ def _require_safe_torch(path: str | Path) -> None:
         raise ModelFileError(
             f"{path} is not read: torch {torch.__version__} can be made to run code by a file; expected torch {wanted} or later"
         )
+
+
+def _require_intact(path: Path, file: BinaryIO) -> None:
+    """Raise ModelFileError unless the archive is as torch writes it, and every entry agrees with its checksum."""
+    size = file.seek(0, 2)
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        names = [entry.filename for entry in entries]
+        if len(set(names)) < len(names):
+            raise ModelFileError(f"{path} holds the entry {max(names, key=names.count)!r:.100} twice; expected every entry once")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(entry.file_size for entry in entries) > size:
+            raise ModelFileError(f"{path} has entries that are compressed, or longer than its {size} bytes; expected plain ones")
+        for entry in entries:
+            # zipfile compares the checksum at the end of an entry, but only where its headers agree; so all bytes are counted here
+            crc, n_bytes = 0, 0
+            with archive.open(entry) as content:
+                while piece := content.read(_PIECE):
+                    crc, n_bytes = crc32(piece, crc), n_bytes + len(piece)
+            if crc != entry.CRC or n_bytes != entry.file_size:
+                raise ModelFileError(f"{path} is damaged: {entry.filename!r:.100} has checksum {crc:08x}; expected {entry.CRC:08x}")
+
+
+def _first_line(err: BaseException) -> str:
+    return (str(err).splitlines() or [type(err).__name__])[0]

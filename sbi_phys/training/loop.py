@@ -354,6 +354,14 @@ class _Trainer:
         if not path.exists():
             return
         content = read_file(path, *_CHECKPOINT)
+        try:
+            self._take(path, content)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as err:
+            what = (str(err).splitlines() or [type(err).__name__])[0]
+            raise ModelFileError(f"{path} is no checkpoint that this version can continue: {what}; remove it to train anew") from err
+        yield from self.history
+
+    def _take(self, path: Path, content: dict[str, Any]) -> None:
         if content["fingerprint"] != self._fingerprint:
             was, now = json.loads(content["fingerprint"]), json.loads(self._fingerprint)
             differs = next(k for k in now if now[k] != was.get(k))
@@ -366,7 +374,6 @@ class _Trainer:
         self.best, self.bf16 = content["best"], content["bf16"]
         self.state = _State(**content["state"])
         self.history = [EpochRecord(**r) for r in content["history"]]
-        yield from self.history
 
 
 class _Step(nn.Module):

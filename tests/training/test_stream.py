@@ -141,7 +141,7 @@ def test_a_cache_is_used_again(tmp_path, monkeypatch):
     def refuse(path):
         raise AssertionError(f"{path} was opened")
 
-    monkeypatch.setattr(_stream_rows, "open_shard", refuse)
+    monkeypatch.setattr(_stream_rows, "open_intact", refuse)
     with Stream(store, PRIOR, memory=150 * ROW) as stream:
         assert epoch_numbers(stream, 0, 60) == first
     assert not list(rows.parent.glob(".*.tmp"))

@@ -14,7 +14,7 @@ from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, Simula
 from sbi_phys.priors import BoxPrior, NormalPrior, Observable, Parameter
 from sbi_phys.store.locks import StoreLock
 from sbi_phys.store.manifest import Manifest, read_manifest, write_manifest
-from sbi_phys.store.shards import shard_name
+from sbi_phys.store.shards import open_shard, read_arrays, read_facts, shard_name, write_shard
 from sbi_phys.store.store import Store
 from sbi_phys.training.stream import Stream
 from tests.training.stream_helpers import PRIOR, epoch_numbers, flat, make_store
@@ -28,9 +28,12 @@ def store(tmp_path):
 
 
 def edit(path: Path, name: str, row: int, column: int, value: float) -> None:
-    """Change one number of a shard, leaving all else."""
-    with h5py.File(path, "r+") as file:
-        file[name][row, column] = value
+    """Write a shard anew with one other number, as a faulty program could."""
+    with open_shard(path) as file:
+        header, facts = read_facts(file, path)
+        data = read_arrays(file, path)
+    getattr(data, name)[row, column] = value
+    write_shard(path, header, facts["shard"], data)
 
 
 def cache_file(store: Store) -> Path:
@@ -120,11 +123,45 @@ def test_a_shard_that_is_replaced_by_another_of_the_same_size_and_time(store):
     with Stream(store, PRIOR, memory=200 * ROW, cache=None) as stream:
         path = store.path / shard_name(1)
         times = path.stat().st_atime_ns, path.stat().st_mtime_ns
-        with h5py.File(path, "r+") as file:
-            file.attrs.modify("checksum", np.bytes_(b"crc32:00000000"))
+        edit(path, "x", 3, 0, 5.0)
         os.utime(path, ns=times)
-        with pytest.raises(StoreError, match=r"shard-00001\.h5 has changed.*its checksum is crc32:00000000"):
+        with pytest.raises(StoreError, match=r"shard-00001\.h5 has changed.*its checksum is crc32:"):
             epoch_numbers(stream, 1, 60)
+
+
+@pytest.mark.parametrize("memory", [200 * ROW, 2**20])
+@pytest.mark.parametrize("at", [0, 2000, -1])
+def test_damage_in_the_rows_of_the_cache_is_found_before_they_are_used(store, memory, at):
+    with Stream(store, PRIOR, memory=memory) as stream:
+        first = flat(epoch_numbers(stream, 0, 30))
+    path = cache_file(store)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=times)
+    with (
+        pytest.raises(StoreError, match=r"rows-.*\.f32 is damaged: the rows of shard \d have checksum"),
+        Stream(store, PRIOR, memory=memory) as stream,
+    ):
+        epoch_numbers(stream, 0, 30)
+    path.unlink()
+    with Stream(store, PRIOR, memory=memory) as stream:
+        assert flat(epoch_numbers(stream, 0, 30)) == first
+
+
+@pytest.mark.parametrize("name", ["rows", "scale"])
+@pytest.mark.parametrize("key", ["shift", "mean", "n_ok"])
+def test_a_description_of_the_cache_with_another_number_is_made_again(store, name, key):
+    with Stream(store, PRIOR) as stream:
+        first, scaler = flat(epoch_numbers(stream, 0, 5)), stream.scaler
+    (path,) = (store.path / ".cache").glob(f"{name}-*.json")
+    values = json.loads(path.read_text())
+    if key in values:
+        values[key][0] += 1
+        path.write_text(json.dumps(values))
+        with Stream(store, PRIOR) as stream:
+            assert flat(epoch_numbers(stream, 0, 5)) == first and np.array_equal(stream.scaler.mean, scaler.mean)
 
 
 @pytest.mark.parametrize("damage", ["cut", "grown", "lost", "bad json", "other format", "no scaling", "touched"])
@@ -237,9 +274,12 @@ def test_a_value_that_float32_cannot_hold(store):
         Stream(store, PRIOR)
 
 
-def test_status_and_list_of_failed_rows_that_differ(store):
+def test_status_and_list_of_failed_rows_that_differ(store, monkeypatch):
     with h5py.File(store.path / shard_name(0), "r+") as file:
         file["status"][50] = 1
+    with pytest.raises(StoreError, match=r"shard-00000\.h5 is damaged: dataset status has checksum"):
+        Stream(store, PRIOR)
+    monkeypatch.setattr("sbi_phys.store.shards.verify_shard", lambda *_: "")  # a file that was made so
     with pytest.raises(StoreError, match=r"shard-00000\.h5 is damaged: its status and its list of failed rows differ"):
         Stream(store, PRIOR)
 
@@ -271,7 +311,7 @@ def test_more_ranks_than_shards_and_ranks_without_rows(store, tmp_path):
     ],
 )
 def test_settings_are_checked_before_any_shard_is_read(store, monkeypatch, setting, error, words):
-    monkeypatch.setattr("sbi_phys.training._stream_rows.open_shard", None)
+    monkeypatch.setattr("sbi_phys.training._stream_rows.open_intact", None)
     with pytest.raises(error, match=words):
         Stream(store, PRIOR, **setting)
 
