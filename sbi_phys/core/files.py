@@ -84,7 +84,7 @@ def open_aside(
     try:
         if make_folder:
             target.parent.mkdir(parents=True, exist_ok=True)
-        with AsideFile(temporary, "w+") as file:
+        with AsideFile(temporary, "x+") as file:
             try:
                 yield file
             except Exception:

@@ -339,16 +339,29 @@ class BaseEstimator:
     def _from_content(cls, path: Path, content: dict[str, Any], given: "_Given", device: str | torch.device) -> Self:
         settings = {name: given.decoded(path, name, value) for name, value in content["settings"].items()}
         settings["embedding"] = given.network(path, "embedding", settings["embedding"])
+        _require_size(path, settings, content["weights"])
         model = cls(**settings, device=device)
         model.identity = json.loads(content["identity"])
         model.history = content["history"]
         model._scaler = cls.scaler_class.from_dict(content["scaler"])
         model.set_state(content["state"])
         for k, weights in enumerate(content["weights"]):
+            model._require_same_shapes(path, weights)
             net = model._new_net(model._scaler, seed_for(model.seed, "member", k))
             net.load_state_dict(weights)
             model._nets.append(net.eval())
         return model
+
+    def _require_same_shapes(self, path: Path, weights: dict[str, Tensor]) -> None:
+        """Raise ModelFileError where the settings describe larger layers than the file has; no memory is taken for them."""
+        try:
+            with torch.random.fork_rng([]), torch.device("meta"):
+                described = {name: tuple(t.shape) for name, t in self.build(self._scaler, 0).state_dict().items()}
+        except Exception:  # a network that needs numbers while it is built: its shapes are compared afterwards
+            return
+        for name, shape in described.items():
+            if name in weights and tuple(weights[name].shape) != shape:
+                raise ModelFileError(f"{path} has {name} of shape {tuple(weights[name].shape)}; its settings describe {shape}")
 
 
 class Estimator(BaseEstimator):
@@ -572,11 +585,22 @@ def load(
     return model
 
 
+def _require_size(path: Path, settings: dict[str, Any], weights: Sequence[dict[str, Tensor]]) -> None:
+    """Raise ModelFileError for a network with more units, layers or members than the file has numbers."""
+    n = max(1000, sum(t.numel() for net in weights for t in net.values()))
+    configs = {k: asdict(v) for k, v in settings.items() if type(v).__name__ in _CONFIGS and not isinstance(v, TrainConfig)}
+    configs["settings"] = {k: v for k, v in settings.items() if k.startswith("n_")}
+    for where, values in configs.items():
+        for name, value in values.items():
+            if isinstance(value, int) and value > n:
+                raise ModelFileError(f"{path} has {where}.{name} = {value!r:.50}, and {n} numbers at most; expected a network of that size")
+
+
 def _class_named(path: Path, content: dict[str, Any]) -> type[BaseEstimator]:
     name = content.get("estimator")
-    if name in _MODULES:
+    if isinstance(name, str) and name in _MODULES:
         importlib.import_module(_MODULES[name])
-    if name not in _CLASSES:
+    if not isinstance(name, str) or name not in _CLASSES:
         known = ", ".join(sorted({*_MODULES, *_CLASSES}))
         raise ModelFileError(f"{path} is the file of an estimator {name!r}; expected one of {known}, or import its module before")
     return _CLASSES[name]

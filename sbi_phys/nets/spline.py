@@ -26,6 +26,7 @@ from sbi_phys.nets import _kernels
 
 __all__ = ["arithmetic", "n_spline_parameters", "rational_quadratic_spline", "spline_map"]
 
+_CPU = torch.device("cpu")
 MIN_WIDTH = 1e-3  # of a bin, as a fraction of the domain
 MIN_DERIVATIVE = 1e-3
 _RAW_LIMIT = 30.0
@@ -33,11 +34,11 @@ _RAW_LIMIT = 30.0
 _DERIVATIVE_OFFSET = math.log(math.expm1(1 - MIN_DERIVATIVE))
 
 
-def arithmetic(device: torch.device, precision: str = "float32") -> str:
+def arithmetic(device: torch.device = _CPU, precision: str = "float32") -> str:
     """What computes splines and hidden layers on a device: 'kernels' (those in C) or 'torch'; results record it.
 
     >>> from sbi_phys.nets.spline import arithmetic
-    >>> arithmetic(torch.device("cpu"), "bf16")
+    >>> arithmetic(precision="bf16")
     'torch'
     """
     return "kernels" if device.type == "cpu" and precision == "float32" and _kernels.available() is not None else "torch"

@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from sbi_phys.core.checks import as_real, require_finite
+from sbi_phys.core.checksums import append_trailer, has_trailer
 from sbi_phys.core.errors import DataError, ShapeError
 from sbi_phys.core.files import open_aside
+from sbi_phys.core.hdf5 import require_inside
 from sbi_phys.core.types import AnyArray, Array, ArrayLike
 from sbi_phys.priors import Parameter
 
@@ -26,6 +29,7 @@ __all__ = [
 
 Variables = Mapping[str, ArrayLike]
 _NOTE = "sbi_phys"
+_SEALED = "sbi_phys_checksum"  # where it stands; the file then ends with it
 
 
 def to_inference_data(
@@ -121,15 +125,22 @@ def write_netcdf(path: str | os.PathLike[str], data: Any) -> Path:
     """
     if not hasattr(data, "to_netcdf") or "posterior" not in groups(data):
         raise DataError(f"data is a {type(data).__name__}; expected an InferenceData or DataTree with a group 'posterior'")
-    with open_aside(path, make_folder=True) as file:
-        data.to_netcdf(str(file.name), engine="h5netcdf")
+    data.attrs[_SEALED] = "CRC-32 behind the content"
+    try:
+        with open_aside(path, make_folder=True) as file:
+            data.to_netcdf(str(file.name), engine="h5netcdf")
+            append_trailer(file)
+    finally:
+        del data.attrs[_SEALED]
     return Path(path)
 
 
 def read_netcdf(path: str | os.PathLike[str]) -> Any:
     """Read a file into memory and close it -> InferenceData (arviz 0.2x) or DataTree (arviz 1.x), whichever version wrote it.
 
-    Raises: DataError for a file that is missing, truncated, no NetCDF, or without a group 'posterior'.
+    A file that `write_netcdf` wrote is compared with its checksum before anything is read.
+    Raises: DataError for a file that is missing, truncated, damaged, no NetCDF, without a group 'posterior', or with values that lie
+    in other files.
 
     >>> import numpy as np
     >>> from sbi_phys.report import group, read_netcdf, to_inference_data, write_netcdf
@@ -142,14 +153,22 @@ def read_netcdf(path: str | os.PathLike[str]) -> Any:
         raise DataError(f"{path} does not exist; expected a NetCDF file with a group 'posterior'")
     arviz = _import_arviz()
     try:
+        sealed = has_trailer(path)
+        with h5py.File(path, "r") as file:
+            require_inside(file, path, kinds="fiuSOb", groups=True)
         if _old(arviz):
             with arviz.rc_context({"data.load": "eager"}):
                 data = arviz.from_netcdf(str(path), engine="h5netcdf")
         else:
             with arviz.from_netcdf(str(path), engine="h5netcdf") as lazy:
                 data = lazy.load().copy(deep=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as err:
+    except DataError:
+        raise
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, AssertionError, MemoryError, ArithmeticError) as err:
         raise DataError(f"{path} is not a readable NetCDF file (truncated, or written by something else): {err}") from err
+    if not sealed and _SEALED in data.attrs:
+        raise DataError(f"{path} is damaged: the checksum behind its content is missing; expected the file as it was written")
+    data.attrs.pop(_SEALED, None)
     if "posterior" not in groups(data):
         raise DataError(f"{path} has groups {groups(data)}; expected 'posterior' among them")
     return data

@@ -10,6 +10,7 @@ that was added last.
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -53,6 +54,10 @@ class Folder:
             self.aside.mkdir(parents=True, exist_ok=True)
         except OSError as err:
             raise StoreError(f"{self.aside} cannot be made: {err.strerror}; expected a writable place") from err
+        facts = self.aside.lstat()
+        # in a shared place somebody else could have made it, or a link, to have files elsewhere removed
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
+            raise StoreError(f"{self.aside} is a link or belongs to another user; expected a folder of yours: remove it")
         self._stack.enter_context(StoreLock(self.aside))
         for name in os.listdir(self.aside):
             if name != ".lock":

@@ -151,7 +151,11 @@ def _names(folder: Path) -> list[str]:
 
 def _alive(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace").strip()
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            text = _holder(handle).strip()
+        finally:
+            os.close(handle)
     except OSError:
         return ""
     words = text.split()
@@ -167,7 +171,8 @@ def _alive(path: Path) -> str:
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # no links: in a shared folder one could name another file, which would be emptied
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     except OSError as err:
         raise StoreError(f"{path} cannot be opened for writing: {err.strerror}; expected a writable folder") from err
 

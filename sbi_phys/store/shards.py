@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from sbi_phys.core.checksums import FileKey, file_key
 from sbi_phys.core.errors import StoreError
 from sbi_phys.core.files import AsideFile, open_aside
+from sbi_phys.core.hdf5 import require_inside
 from sbi_phys.core.provenance import git_commit
 from sbi_phys.core.types import AnyArray, Array
 from sbi_phys.core.version import __version__
@@ -81,8 +82,6 @@ _KINDS: dict[str, type] = {
     "simulator": dict, "prior": dict, "observables": list, "seed": int, "shard_size": int, "dtype": str, "theta": str,
     "layout": dict, "origin": dict,
 }  # fmt: skip
-_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_LZF, h5py.h5z.FILTER_FLETCHER32}
-_MOST_EXPANSION = 1100  # bytes of values for one byte in the file; deflate reaches 1032
 _CHECKED: dict[FileKey, tuple[str, int, int]] = {}  # files of this process that agree with their checksums: header, shard, rows
 _MOST_CHECKED = 10**6
 _OPTIONAL = ("layout", "origin")  # fields of the header that are left out where they are empty
@@ -266,36 +265,11 @@ def open_intact(path: Path, header: Header, index: int, rows: int) -> Iterator[h
         if key != file_key(os.fstat(file.id.get_vfd_handle())):
             raise StoreError(f"{path} has changed while it was read; expected a finished shard, which never changes. Try again")
         if new and key is not None:
-            _require_inside(file, path)
+            require_inside(file, path, error=StoreError, advice=f". {_REMAKE}")
             if len(_CHECKED) >= _MOST_CHECKED:
                 _CHECKED.clear()
             _CHECKED[key] = place
         yield file
-
-
-def _require_inside(file: h5py.File, path: Path) -> None:
-    """Raise StoreError unless all values of a shard are in the file itself, in the form in which `write_shard` writes them."""
-    for name in file.id:
-        kind = file.id.links.get_info(name).type
-        found = h5py.h5o.open(file.id, name) if kind == h5py.h5l.TYPE_HARD else None
-        if not isinstance(found, h5py.h5d.DatasetID) or found.dtype.kind not in "fiuS":
-            raise StoreError(f"{path} is damaged: {name!r:.100} is no array in this file; expected numbers and text alone. {_REMAKE}")
-        plan, n_bytes = found.get_create_plist(), found.dtype.itemsize
-        for length in found.shape:
-            n_bytes *= length
-        if plan.get_external_count():
-            raise StoreError(f"{path}: the values of {name.decode()} lie in another file; expected all of them in the shard. {_REMAKE}")
-        if plan.get_layout() == h5py.h5d.VIRTUAL:
-            sources = {plan.get_virtual_filename(i) for i in range(plan.get_virtual_count())}
-            if sources != {"."}:
-                raise StoreError(f"{path}: the values of {name.decode()} lie in {sorted(sources)}; expected the shard itself. {_REMAKE}")
-        elif n_bytes > _MOST_EXPANSION * found.get_storage_size():
-            raise StoreError(
-                f"{path} is damaged: {name.decode()} has shape {found.shape} and {found.get_storage_size()} bytes in the file; "
-                f"expected about {n_bytes}. {_REMAKE}"
-            )
-        if not {plan.get_filter(i)[0] for i in range(plan.get_nfilters())} <= _FILTERS:
-            raise StoreError(f"{path}: {name.decode()} is compressed by an unknown method; expected gzip or lzf")
 
 
 def read_facts(file: h5py.File, path: Path) -> tuple[Header, dict[str, Any]]:
@@ -365,7 +339,7 @@ def _verify_content(path: Path, header: Header, index: int, rows: int) -> tuple[
         got, facts = _facts(attributes, path)
         header.require_equal(got, str(path))
         require_place(facts, index, rows, path)
-        _require_inside(file, path)
+        require_inside(file, path, error=StoreError, advice=f". {_REMAKE}")
         if file["failed_row"].shape != (facts["n_failed"],):
             raise StoreError(f"{path}: dataset failed_row has shape {file['failed_row'].shape}; expected ({facts['n_failed']},)")
         data = read_arrays(file, path, got, rows)

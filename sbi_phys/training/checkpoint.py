@@ -24,6 +24,7 @@ _MAGIC = "sbi_phys"
 # before, torch.load(weights_only=True) could be made to run code (CVE-2025-32434 until 2.6, CVE-2026-24747 until 2.10)
 _SAFE_TORCH = (2, 10)
 _PIECE = 2**20
+_PLAIN = "expected tensors with their own values, numbers, text, lists and dicts"
 # what zipfile, torch's reader and its restricted unpickler raise for bytes that were not written by `write_file`
 _UNREADABLE = (
     RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ImportError, MemoryError,
@@ -71,6 +72,7 @@ def read_file(path: str | Path, kind: str, version: int) -> dict[str, Any]:
         raise ModelFileError(f"{path} has format version {got!r} and a {type(content).__name__} as content; expected a number and a dict")
     if got > version:
         raise ModelFileError(f"{path} has format version {got}, expected at most {version}; update sbi_phys")
+    _require_plain(path, content)
     return content
 
 
@@ -82,6 +84,24 @@ def _require_safe_torch(path: str | Path) -> None:
         raise ModelFileError(
             f"{path} is not read: torch {torch.__version__} can be made to run code by a file; expected torch {wanted} or later"
         )
+
+
+def _require_plain(path: Path, value: Any) -> None:
+    """Raise ModelFileError unless a value is of tensors that hold their own values, numbers, text, lists and dicts."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _require_plain(path, key)
+            _require_plain(path, item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            _require_plain(path, item)
+    elif isinstance(value, torch.Tensor):
+        plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+        # a tensor may have any shape over a few values, whose copy would take all memory
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ModelFileError(f"{path} holds a tensor {tuple(value.shape)} on {value.device}; {_PLAIN}")
+    elif not isinstance(value, int | float | str | None):
+        raise ModelFileError(f"{path} holds a {type(value).__name__}; {_PLAIN}")
 
 
 def _require_intact(path: Path, file: BinaryIO) -> None:

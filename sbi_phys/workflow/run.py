@@ -25,6 +25,7 @@ import math
 import os
 import platform
 import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from sbi_phys.core.checksums import append_trailer, has_trailer, require_seal, seal
 from sbi_phys.core.errors import DataError, RunFolderError, SbiPhysError, SettingError
 from sbi_phys.core.files import open_aside, write_aside
 from sbi_phys.core.progress import Progress, or_none
@@ -126,15 +128,18 @@ class RunFolder:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as err:
+        except (OSError, ValueError, RecursionError) as err:
             raise RunFolderError(f"{path} is not JSON: {err}; delete it to run the stage again") from err
         if not isinstance(content, dict):
             raise RunFolderError(f"{path} holds a {type(content).__name__}; expected a record of a stage: delete it to run the stage again")
+        if "checksum" in content:  # of older versions none
+            require_seal(content, str(path), error=RunFolderError, advice="; delete it to run the stage again")
+            del content["checksum"]
         return content
 
     def write_record(self, stage: str, content: dict[str, Any]) -> None:
         """Write the record of a stage. It is the last file of a stage and marks it as finished."""
-        self.write_json(f"{self.RECORDS}/{stage}.json", content)
+        self.write_json(f"{self.RECORDS}/{stage}.json", seal(null_safe(content)))
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file."""
@@ -151,14 +156,19 @@ class RunFolder:
         return self.write_text(name, out.getvalue())
 
     def write_array(self, name: str, array: Array) -> Path:
-        """Write a plain .npy file."""
+        """Write a .npy file, with a checksum behind the array."""
         with open_aside(self.path(name), make_folder=True) as file:
             np.save(file, array, allow_pickle=False)
+            append_trailer(file)
         return self.path(name)
 
     def read_array(self, name: str) -> Array:
-        """Read what `write_array` wrote."""
-        array: Array = np.load(self.path(name), allow_pickle=False)
+        """Read what `write_array` wrote.   Raises: RunFolderError for a missing or damaged file."""
+        try:
+            has_trailer(self.path(name))
+            array: Array = np.load(self.path(name), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as err:
+            raise RunFolderError(f"{self.path(name)} cannot be read: {err}; delete the record of its stage to run it again") from err
         return array
 
     def save_figure(self, figure: Any, name: str) -> None:
@@ -404,13 +414,16 @@ class Run(RunFolder):
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of the packages that its numbers depend on."""
+    """Versions of Python, of this package and of the packages that its numbers depend on, and what computes the layers of networks."""
     found = {"python": platform.python_version(), "sbi_phys": __version__}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    spline: Any = sys.modules.get("sbi_phys.nets.spline")  # a stage without networks does not load torch
+    if spline is not None:
+        found["layers"] = spline.arithmetic()
     return found
 
 

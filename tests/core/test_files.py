@@ -3,6 +3,7 @@ import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -97,3 +98,12 @@ except OSError as err:
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.h5")], capture_output=True, text=True)
     assert done.returncode == 0 and "a.h5 could not be written: File too large" in done.stdout and not done.stderr
+
+
+def test_a_temporary_file_is_new_and_no_link(tmp_path, monkeypatch):
+    monkeypatch.setattr("sbi_phys.core.files.uuid4", lambda: SimpleNamespace(int=7, hex="7"))  # as if the name could be guessed
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / ".a.7.tmp").symlink_to(tmp_path / "precious")
+    with pytest.raises(WriteError, match="File exists"):
+        write_aside(tmp_path / "a", "text")
+    assert (tmp_path / "precious").read_text() == "x"

@@ -346,3 +346,31 @@ def test_what_a_subclass_has_forgotten_is_named(tmp_path: Path) -> None:
 def test_a_misspelt_setting_is_named_with_the_nearest_one():
     with pytest.raises(TypeError, match="NPE has no setting 'flwo'; did you mean 'flow'.*expected prior, "):
         sp.NPE(sp.BoxPrior([sp.Parameter("a", 0, 1)]), flwo="maf")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["settings"]["flow"]["values"].update(hidden=2_000), "its settings describe|expected a network of that size"),
+        (lambda c: c["settings"]["flow"]["values"].update(n_layers=10**9), "expected a network of that size"),
+        (lambda c: c["settings"].update(n_ensemble=10**12), "expected a network of that size"),
+        (lambda c: c["settings"].update(seed=-1), "does not describe a model"),
+        (lambda c: c["settings"].update(seed="0"), "does not describe a model"),
+        (lambda c: c.update(settings=[]), "does not describe a model"),
+        (lambda c: c.update(weights=[{}]), "does not describe a model"),
+        (lambda c: c.update(identity="{"), "does not describe a model"),
+        (lambda c: c.update(scaler={"kind": "other"}), "does not describe a model"),
+        (lambda c: c["settings"].update(prior={"prior": "{}"}), "does not describe a model"),
+        (lambda c: c.update(estimator=["NPE"]), "estimator"),
+        (lambda c: c.update(estimator="Path"), "is the file of an estimator 'Path'"),
+    ],
+)
+def test_a_file_whose_content_was_changed_with_valid_checksums(tmp_path, change, message):
+    prior = sp.NormalPrior([sp.Parameter("mu")])
+    theta = prior.sample(60, np.random.default_rng(0))
+    sp.NPE(prior, config=sp.TrainConfig(max_epochs=1)).fit(theta, theta).save(tmp_path / "m.pt")
+    content = read_file(tmp_path / "m.pt", *FILE)
+    change(content)
+    write_file(tmp_path / "m.pt", *FILE, content)
+    with pytest.raises(ModelFileError, match=message):
+        sp.load(tmp_path / "m.pt")

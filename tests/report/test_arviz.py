@@ -184,3 +184,43 @@ def test_import_needs_neither_arviz_nor_torch_nor_matplotlib():
     script = "import sys, sbi_phys.report.arviz; print(sorted({'arviz', 'torch', 'matplotlib', 'xarray'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def small(path):
+    return file.write_netcdf(path, file.to_inference_data({"mass": np.arange(50.0)[None]}, attrs={"seed": 3}))
+
+
+def test_damage_is_refused_and_other_readers_do_not_mind_the_checksum(tmp_path):
+    path = small(tmp_path / "p.nc")
+    whole, rng = path.read_bytes(), np.random.default_rng(1)
+    with h5py.File(path) as h:
+        assert np.array_equal(h["posterior/mass"][0], np.arange(50.0))
+    for at in rng.integers(len(whole) - 60, size=20):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"p\.nc is damaged: its \d+ bytes have checksum"):
+            file.read_netcdf(path)
+    path.write_bytes(whole[:-60] + bytes(60))  # the end of the file is lost, as after a power cut
+    with pytest.raises(DataError, match="the checksum behind its content is missing"):
+        file.read_netcdf(path)
+    path.write_bytes(whole)
+    assert np.array_equal(file.group(file.read_netcdf(path), "posterior")["mass"][0], np.arange(50.0))
+
+
+def test_values_in_other_files_are_not_read(tmp_path):
+    path = small(tmp_path / "p.nc")
+    path.write_bytes(path.read_bytes().rpartition(b"\nsbi_phys")[0])
+    (tmp_path / "secret").write_bytes(bytes(400))
+    with h5py.File(path, "r+") as h:
+        del h["posterior/mass"]
+        h["posterior"].create_dataset("mass", (1, 50), "<f8", external=[(str(tmp_path / "secret"), 0, 400)])
+    with pytest.raises(DataError, match="the values of posterior/mass lie in another file"):
+        file.read_netcdf(path)
+
+
+def test_files_of_other_programs_have_no_checksum_and_are_read(tmp_path):
+    data = file.to_inference_data({"mass": np.arange(50.0)[None]})
+    data.to_netcdf(str(tmp_path / "theirs.nc"), engine="h5netcdf")
+    assert np.array_equal(file.group(file.read_netcdf(tmp_path / "theirs.nc"), "posterior")["mass"][0], np.arange(50.0))
+    assert not data.attrs.get("sbi_phys_checksum")

@@ -8,7 +8,7 @@ import pytest
 
 from sbi_phys.core.errors import StoreError
 from sbi_phys.simulation.campaign import simulate
-from sbi_phys.store.locks import StoreLock
+from sbi_phys.store.locks import StoreLock, writers
 from tests.toys import LinearGaussian
 
 
@@ -29,7 +29,7 @@ def test_the_lock_is_exclusive_and_names_its_holder(tmp_path):
 def test_a_dead_process_holds_no_lock(tmp_path):
     code = f"""
 from pathlib import Path; import sys, time
-from sbi_phys.store.locks import StoreLock
+from sbi_phys.store.locks import StoreLock, writers
 with StoreLock(Path({str(tmp_path)!r})):
     print("locked", flush=True); time.sleep(60)
 """
@@ -53,3 +53,15 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", refuse)  # root, who runs tests in containers, may write everywhere
     with pytest.raises(StoreError, match=r"\.lock cannot be opened for writing: Permission denied"), StoreLock(tmp_path):
         pytest.fail("locked")
+
+
+def test_a_link_in_place_of_a_lock_file_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(StoreError, match=r"\.lock cannot be opened for writing"), StoreLock(tmp_path / "store"):
+        pytest.fail("locked")
+    assert (tmp_path / "precious").read_text() == "x" and writers(tmp_path / "store") == ""
+    (tmp_path / "store" / ".lock").unlink()
+    os.mkfifo(tmp_path / "store" / ".lock")
+    assert writers(tmp_path / "store") == ""  # at once: a pipe is not waited for

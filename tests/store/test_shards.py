@@ -16,8 +16,16 @@ from sbi_phys.core.errors import StoreError
 from sbi_phys.core.files import AsideFile
 from sbi_phys.core.provenance import git_commit
 from sbi_phys.core.version import __version__
-from sbi_phys.store.shards import open_shard, read_arrays, read_facts, shard_name, verify_shard, write_shard
-from tests.store.helpers import HEADER, PRIOR, digests, rows
+from sbi_phys.estimators.npe import NPE
+from sbi_phys.store import shards
+from sbi_phys.store._encoding import Label
+from sbi_phys.store.layout import Layout
+from sbi_phys.store.merge import repack_store
+from sbi_phys.store.reweighting import reweight
+from sbi_phys.store.shards import Header, open_shard, read_arrays, read_facts, shard_name, verify_shard, write_shard
+from sbi_phys.training.loop import TrainConfig
+from sbi_phys.training.stream import Stream
+from tests.store.helpers import HEADER, PRIOR, digests, flaky, rows
 
 
 def test_a_shard_gives_back_what_was_written(tmp_path):
@@ -206,3 +214,159 @@ def test_files_say_which_code_made_them(tmp_path):
     with h5py.File(tmp_path / shard_name(0)) as file:
         assert file.attrs["package_version"].decode() == __version__
         assert file.attrs["git"].decode() == git_commit()
+
+
+# ---- reading
+
+
+@pytest.fixture
+def store(tmp_path):
+    return flaky(tmp_path / "store")
+
+
+def flip(path, at, bit=1, keep_times=False):
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    content = bytearray(path.read_bytes())
+    content[at] ^= bit
+    path.write_bytes(content)
+    if keep_times:
+        os.utime(path, ns=times)
+
+
+def place(path, name, row=3):
+    """Position of a value of a dataset within the file."""
+    with h5py.File(path) as file:
+        return file[name].id.get_offset() + row * file[name].dtype.itemsize * int(np.prod(file[name].shape[1:]))
+
+
+@pytest.mark.parametrize("name", ["theta", "x", "status", "failed_row", "reason"])
+def test_every_read_of_a_damaged_shard_is_refused(store, tmp_path, name):
+    if name in ("theta", "x"):  # what was checked once is checked again after a change, even one that keeps size and time
+        store.read()
+    path = store.path / shard_name(1)
+    flip(path, place(path, name, 0 if name in ("failed_row", "reason") else 3), keep_times=True)
+    reads = [
+        store.read, store.status, store.failures, lambda: list(store.shards()), lambda: store.observable(store.observables[0].name),
+        lambda: store.subset(tmp_path / "a", rows=range(350)), lambda: store.split([tmp_path / "a", tmp_path / "b"], [0.5, 0.5]),
+        lambda: repack_store(store.path, tmp_path / "a", Layout(compression="lzf")),
+        lambda: NPE(store.prior, config=TrainConfig(max_epochs=1)).fit(store),
+        lambda: reweight(store, store.prior),
+        lambda: Stream(store, store.prior, cache=None), lambda: Stream(store, store.prior),
+    ]  # fmt: skip
+    for read in reads:
+        with pytest.raises(StoreError, match=r"shard-00001\.h5 is damaged"):
+            read()
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_shard_is_checked_once_for_each_file_and_process(store, monkeypatch):
+    calls = []
+    monkeypatch.setattr(shards, "verify_shard", lambda path, *rest: calls.append(path.name))
+    for _ in range(3):
+        store.read()
+        store.status()
+    assert calls == [shard_name(i) for i in range(4)]
+    (store.path / shard_name(2)).touch()
+    store.read()
+    assert calls[4:] == [shard_name(2)]
+
+
+def crafted(path, change):
+    """A shard that `change` edits and whose label agrees with every byte again: made so, not damaged."""
+    with h5py.File(path, "r+") as file:
+        change(file)
+    label = Label.decode(path.read_bytes()[:4096])
+    with open(path, "rb+", buffering=0) as file:
+        label = replace(label, ranges=()).with_rest(file)
+        file.seek(0)
+        file.write(label.encode())
+
+
+def external(file):
+    secret = file.filename + ".secret"
+    np.full(300, 7.0, dtype="<f4").tofile(secret)
+    shape, dtype = file["x"].shape, file["x"].dtype
+    del file["x"]
+    file.create_dataset("x", shape, dtype, external=[(secret, 0, 4 * int(np.prod(shape)))])
+
+
+def linked(file):
+    other = file.filename + ".other"
+    with h5py.File(other, "w") as target:
+        target["x"] = file["x"][:]
+    del file["x"]
+    file["x"] = h5py.ExternalLink(other, "x")
+
+
+def soft(file):
+    file.move("x", "y")
+    file["x"] = h5py.SoftLink("/y")
+
+
+def virtual(file):
+    other = file.filename + ".other"
+    with h5py.File(other, "w") as target:
+        target["x"] = file["x"][:]
+    layout = h5py.VirtualLayout(file["x"].shape, file["x"].dtype)
+    layout[:] = h5py.VirtualSource(other, "x", file["x"].shape)
+    del file["x"]
+    file.create_virtual_dataset("x", layout)
+
+
+def huge(file):
+    shape = file["x"].shape
+    del file["x"]
+    file.create_dataset("x", (10**7, 10**6), "<f4", chunks=(1000, 100))
+    assert shape
+
+
+def objects(file):
+    shape = file["x"].shape
+    del file["x"]
+    file.create_dataset("x", shape, h5py.vlen_dtype(np.float32))
+
+
+def group(file):
+    del file["x"]
+    file.create_group("x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (external, "the values of x lie in another file"),
+        (linked, "x is no array in this file"),
+        (soft, "x is no array in this file"),
+        (virtual, r"the values of x lie in \['.*other'\]; expected all of them in this one"),
+        (huge, r"the values of x have shape \(10000000, 1000000\) and 0 bytes in the file"),
+        (objects, "x is no array in this file"),
+        (group, "x is no array in this file"),
+    ],
+)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_values_outside_of_the_shard_are_not_read(store, change, message, labelled):
+    path = store.path / shard_name(0)
+    if labelled:
+        crafted(path, change)
+    else:
+        with h5py.File(path, "r+") as file:
+            change(file)
+    with pytest.raises(StoreError, match=message):
+        store.read()
+
+
+def test_a_crafted_copy_without_a_fault_is_read(store):
+    before = store.read()
+    crafted(store.path / shard_name(0), lambda file: None)
+    assert np.array_equal(store.read()[1], before[1])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("seed", "3"), ("seed", 10**400), ("seed", True), ("shard_size", 0), ("shard_size", 1.5), ("dtype", "O"), ("dtype", "float99"),
+     ("observables", {}), ("observables", [{"name": 3, "size": 1}]), ("observables", [{"name": "n", "size": -1}]), ("observables", [3]),
+     ("prior", []), ("prior", {}), ("prior", {"blocks": [3]}), ("simulator", "x"), ("theta", 3), ("layout", [])],
+)  # fmt: skip
+def test_a_header_of_other_types_is_refused(field, value):
+    with pytest.raises(StoreError, match="store"):
+        Header.from_plain(HEADER.plain() | {field: value}, "store.json")

@@ -42,3 +42,12 @@ def test_two_writers_of_one_store_are_refused(tmp_path):
         with pytest.raises(StoreError, match="is being written by another"), StoreWriter(tmp_path / "s", HEADER):
             pytest.fail("two at once")
     assert Store(tmp_path / "s").n_rows == 10
+
+
+def test_a_link_in_place_of_the_unfinished_folder_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("x")
+    (tmp_path / ".s.part").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match=r"\.s\.part is a link or belongs to another user"), StoreWriter(tmp_path / "s", HEADER):
+        pytest.fail("built in another folder")
+    assert os.listdir(tmp_path / "elsewhere") == ["kept"]

@@ -2,8 +2,13 @@
 
 import os
 import pickle
+import warnings
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,3 +82,75 @@ def test_a_torch_that_a_file_can_make_run_code_reads_nothing(version: str, tmp_p
         read_file(tmp_path / "m.pt", "model", 1)
     monkeypatch.setattr(torch, "__version__", "2.10.0")
     assert read_file(tmp_path / "m.pt", "model", 1) == {"a": 1}
+
+
+def zip_with(path: Path, change: Callable[[dict[str, bytes]], dict[str, bytes]], compression: int = zipfile.ZIP_STORED) -> None:
+    """The archive anew, with other entries and valid checksums."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in change(entries).items():
+            archive.writestr(name, content)
+
+
+def test_every_changed_byte_of_an_entry_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    write_file(path, "model", 1, CONTENT | {"edge": 1.0, "weights": torch.arange(600.0)})
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        places = {entry.filename: (entry.header_offset, entry.file_size) for entry in archive.infolist()}
+    for name, (start, size) in places.items():
+        start = whole.index(name.encode(), start) + len(name)
+        start += int.from_bytes(whole[start - len(name) - 2 : start - len(name)], "little")
+        for at in range(start, start + size, max(1, size // 20)):
+            damaged = bytearray(whole)
+            damaged[at] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(ModelFileError, match=r"m\.pt"):
+                read_file(path, "model", 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damage_anywhere_gives_the_same_content_or_the_one_error(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "m.pt"
+    write_file(path, "model", 1, CONTENT)
+    whole, rng, same = path.read_bytes(), np.random.default_rng(seed), 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[int(rng.integers(len(whole)))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with suppress(ModelFileError):
+            again = read_file(path, "model", 1)
+            assert torch.equal(again.pop("weights"), CONTENT["weights"]) and again == {k: CONTENT[k] for k in again}
+            same += 1
+    assert same > 0  # padding between the entries
+
+
+def test_archives_that_are_made_to_deceive(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+
+    def refused(message: str) -> None:
+        with pytest.raises(ModelFileError, match=message):
+            read_file(path, "model", 1)
+
+    write_file(path, "model", 1, CONTENT)
+    zip_with(path, lambda entries: entries, zipfile.ZIP_DEFLATED)
+    refused("compressed")
+    write_file(path, "model", 1, CONTENT)
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr(archive.namelist()[0], b"other")
+    refused("twice")
+    torch.save([1, 2], path)
+    refused("not written by sbi_phys")
+    for content in (
+        torch.zeros(1).expand(10**12),
+        torch.zeros(3, device="meta"),
+        torch.eye(3).to_sparse(),
+        {"a": [torch.zeros(1).expand(9)]},
+    ):
+        torch.save({"format": "sbi_phys", "kind": "model", "version": 1, "content": {"x": content}}, path)
+        refused("expected tensors with their own values, numbers, text, lists and dicts")
+    for version, content in ((1.5, {}), ("1", {}), (None, {}), (1, [1]), (1, None)):
+        torch.save({"format": "sbi_phys", "kind": "model", "version": version, "content": content}, path)
+        refused("expected a number and a dict")

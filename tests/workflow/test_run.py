@@ -11,6 +11,7 @@ import pytest
 from sbi_phys.core.errors import DataError, RunFolderError, SettingError
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.version import __version__
+from sbi_phys.nets.spline import arithmetic
 from sbi_phys.workflow.run import Draws, Run, RunFolder, null_safe, versions
 from sbi_phys.workflow.settings import Config
 from tests.toys import LinearGaussian
@@ -315,3 +316,33 @@ def test_draws_of_other_parameters_are_named(tmp_path):
     (tmp_path / "a" / "posterior.nc").rename(other.path("posterior.nc"))
     with pytest.raises(DataError, match=r"has no parameter 't2', it has \['t0', 't1'\]; expected \['t0', 't1', 't2'\]"):
         other.read_draws("posterior.nc")
+
+
+def test_a_record_or_an_array_with_another_number_is_refused(tmp_path):
+    run = begun(tmp_path / "run")
+    content = {"stage": "train", "numbers": {"loss": 1.5, "nan": float("nan"), "array": np.arange(3)}}
+    run.write_record("train", content)
+    assert run.record("train") == {"stage": "train", "numbers": {"loss": 1.5, "nan": None, "array": [0, 1, 2]}}
+    path = run.path("stages", "train.json")
+    path.write_text(path.read_text().replace("1.5", "1.6"))
+    with pytest.raises(RunFolderError, match=r"train\.json is damaged.*delete it to run the stage again"):
+        run.record("train")
+    path.write_text(json.dumps({"stage": "train"}))  # of an older version
+    assert run.record("train") == {"stage": "train"}
+    run.write_array("weights.npy", np.arange(5.0))
+    assert np.array_equal(run.read_array("weights.npy"), np.arange(5.0))
+    assert np.array_equal(np.load(run.path("weights.npy")), np.arange(5.0))
+    whole = bytearray(run.path("weights.npy").read_bytes())
+    for at in (20, 130, 150):
+        damaged = whole.copy()
+        damaged[at] ^= 1
+        run.path("weights.npy").write_bytes(damaged)
+        with pytest.raises(RunFolderError, match=r"weights\.npy cannot be read: .* is damaged"):
+            run.read_array("weights.npy")
+    run.path("weights.npy").unlink()
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        run.read_array("weights.npy")
+
+
+def test_the_versions_of_a_record_say_what_computed_the_networks():
+    assert versions()["layers"] == arithmetic() in ("kernels", "torch")
