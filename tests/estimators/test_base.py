@@ -360,7 +360,7 @@ def test_a_misspelt_setting_is_named_with_the_nearest_one():
         (lambda c: c.update(weights=[{}]), "does not describe a model"),
         (lambda c: c.update(identity="{"), "does not describe a model"),
         (lambda c: c.update(scaler={"kind": "other"}), "does not describe a model"),
-        (lambda c: c["settings"].update(prior={"prior": "{}"}), "does not describe a model"),
+        (lambda c: c["settings"].update(prior={"prior": "{}"}), "prior description {} is not one of"),
         (lambda c: c.update(estimator=["NPE"]), "estimator"),
         (lambda c: c.update(estimator="Path"), "is the file of an estimator 'Path'"),
     ],
