@@ -185,7 +185,7 @@ def _block(where: str, x: Any, n: int, observables: Sequence[Observable]) -> Any
 
 
 def load_simulator(spec: str, settings: dict[str, Any] | None = None) -> Simulator:
-    """Build the simulator named 'package.module:Class' with the given settings, and check it.
+    """Build the simulator named 'package.module:Class' with the given settings, and check it; or take the object 'package.module:name'.
 
     The name may come from a file, so nothing is called before it is known to be a simulator: a class with simulate(theta, rng),
     not of Python's standard library. Importing its module runs the module's code.
@@ -201,6 +201,13 @@ def load_simulator(spec: str, settings: dict[str, Any] | None = None) -> Simulat
     require_foreign(f"simulator {spec!r}", module_name)
     module = _import(module_name)
     kind = getattr(module, class_name, None)
+    if kind is not None and not isinstance(kind, type) and isinstance(kind, Simulator):
+        if settings:
+            raise SettingError(
+                f"{spec} is an object that the module has made, and settings {settings} were given; expected none, or its class"
+            )
+        check_simulator(kind)
+        return kind
     if not isinstance(kind, type):
         classes = [name for name, value in vars(module).items() if isinstance(value, type) and hasattr(value, "simulate")]
         has = ", ".join(classes) or "no simulators"

@@ -16,7 +16,7 @@ import torch
 
 from sbi_phys.calibration import c2st
 from sbi_phys.calibration.calibrate import calibrate as run_tests
-from sbi_phys.core.errors import DataError, SettingError
+from sbi_phys.core.errors import DataError, SettingError, SimulatorMismatchError
 from sbi_phys.core.types import Array
 from sbi_phys.estimators.base import load
 from sbi_phys.estimators.npe import NPE
@@ -29,6 +29,8 @@ from sbi_phys.samplers.mcmc import run_emcee
 from sbi_phys.samplers.tempering import spread_start
 from sbi_phys.simulation.campaign import simulate as run_simulations
 from sbi_phys.simulation.clusters import cluster_executor
+from sbi_phys.simulation.inspection import quick_check
+from sbi_phys.store.manifest import MANIFEST
 from sbi_phys.store.store import Store
 from sbi_phys.workflow.checks import check
 from sbi_phys.workflow.run import Run
@@ -68,7 +70,13 @@ def _say(text: str) -> None:
 
 
 def simulate(run: Run, numbers: dict[str, Any]) -> None:
-    """Draw theta from the prior and x from the simulator; failed rows stay in the store with a flag."""
+    """Check the simulator, draw theta from the prior and x from the simulator; failed rows stay in the store with a flag."""
+    if not run.path("simulations", MANIFEST).exists():
+        found = quick_check(run.simulator, seed=run.seed("check simulator"))
+        for finding in found.warnings:
+            _say(str(finding))
+        if not found.ok:
+            raise SimulatorMismatchError(f"{found.simulator} cannot be used: {'; '.join(f.text for f in found.errors)}")
     store = simulations(run, "simulations", run.config.simulate.n, "simulate")
     numbers |= {"n_simulations": store.n_rows, "n_failed": store.n_failed}
 

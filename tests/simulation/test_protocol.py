@@ -1,4 +1,5 @@
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -149,3 +150,11 @@ def test_a_trial_finds_fractions_in_counts():
     check_simulator(Counts(), n_simulations=5)
     with pytest.raises(SimulatorMismatchError, match=r"in spectrum\[1\], of kind 'counts'; expected whole numbers, or kind='real'"):
         check_simulator(Weighted(), n_simulations=5)
+
+
+def test_an_object_that_a_module_has_made_is_a_simulator(monkeypatch):
+    made = LinearGaussian()
+    monkeypatch.setitem(sys.modules, "ready_made", types.SimpleNamespace(simulator=made, __name__="ready_made"))
+    assert load_simulator("ready_made:simulator") is made
+    with pytest.raises(SettingError, match="is an object that the module has made, and settings"):
+        load_simulator("ready_made:simulator", {"dim": 3})
