@@ -275,9 +275,9 @@ def find_name(name: str, names: Sequence[str]) -> int:
     return list(names).index(name)
 
 
-def shortened(value: Any, most: int = 200) -> str:
-    """Return text, or the representation of another value, in one line of at most `most` characters: its begin, '...', and its end."""
-    text = " ".join((value if isinstance(value, str) else repr(value)).split())
+def shortened(text: str, most: int = 200) -> str:
+    """Return text in one line of at most `most` characters: its begin, '...', and its end."""
+    text = " ".join(text.split())
     if len(text) <= most:
         return text
     end = most // 4

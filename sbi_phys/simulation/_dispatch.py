@@ -8,9 +8,9 @@ Workers without access to the store's folder send their shards back, and this pr
 most as many files as there are shards in flight.
 """
 
-import multiprocessing
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -25,7 +25,7 @@ from sbi_phys.core.errors import SettingError, StoreError
 from sbi_phys.core.files import sync_folder
 from sbi_phys.core.progress import Progress, Task
 from sbi_phys.core.types import Array
-from sbi_phys.simulation.processes import available_cores, limit_threads, pickle_simulator, start_pool_worker
+from sbi_phys.simulation.processes import available_cores, limit_threads, pickle_simulator, start_pool_worker, worker_context
 from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.simulation.workers import ShardResult, ShardTask, name_disk, run_shard
 from sbi_phys.store.manifest import MANIFEST, Manifest, list_shards
@@ -131,7 +131,15 @@ def _work(run: Campaign, workers: int | None, executor: Executor | None) -> None
         while run.todo:
             run.finished(run_shard(run.shard(run.todo.popleft())))
     else:
-        run.payload = pickle_simulator(run.simulator)
+        try:
+            run.payload = pickle_simulator(run.simulator)
+        except SettingError as err:
+            if workers is not None:
+                raise
+            warnings.warn(f"one process makes all shards: {err}", RuntimeWarning, stacklevel=2)
+            while run.todo:
+                run.finished(run_shard(run.shard(run.todo.popleft())))
+            return
         _own_pool(run, min(workers or cores, len(run.todo)))
 
 
@@ -271,9 +279,7 @@ class _Member:
             process.kill()
 
     def _new(self) -> ProcessPoolExecutor:
-        # spawn, because a fork copies locks held by threads of torch and BLAS without the threads that release them
-        spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(1, mp_context=spawn, initializer=start_pool_worker, initargs=(os.getpid(),))
+        return ProcessPoolExecutor(1, mp_context=worker_context(), initializer=start_pool_worker, initargs=(os.getpid(),))
 
 
 def _own_pool(run: Campaign, workers: int) -> None:
@@ -364,6 +370,5 @@ def _died(run: Campaign, err: BaseException) -> StoreError:
     missing = ", ".join(str(i) for i in sorted(run.todo)[:8])
     return StoreError(
         f"a worker process died while shards {missing} of {run.folder} were made ({err}). {_counts(run)}. "
-        "Causes: out of memory (fewer workers, a smaller shard_size), a crash in compiled code (isolate=True), "
-        'a script without `if __name__ == "__main__":`'
+        "Causes: out of memory (fewer workers, a smaller shard_size), a crash in compiled code (isolate=True)"
     )

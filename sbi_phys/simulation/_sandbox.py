@@ -38,7 +38,7 @@ import numpy as np
 
 from sbi_phys.core.errors import SimulatorMismatchError, StoreError
 from sbi_phys.core.types import Array
-from sbi_phys.simulation.processes import die_with_parent, limit_threads_for_good, start_worker, unpickle_simulator
+from sbi_phys.simulation.processes import die_with_parent, limit_threads_for_good, main_hidden, start_worker, unpickle_simulator
 from sbi_phys.simulation.protocol import RowsFailedError, Simulator, event_reason
 
 __all__ = ["Child", "RowTimeoutError", "Sandbox", "SandboxDiedError"]
@@ -273,7 +273,7 @@ class Child:
         environment = {name: os.environ.get(name) for name in _THREADS}
         self._server = context.Process(target=_server, args=(theirs, self._simulator, environment), daemon=True)
         try:
-            with _STARTING, _single_thread(environment), _allowed_children():
+            with _STARTING, _single_thread(environment), _allowed_children(), main_hidden():
                 self._server.start()
         except BaseException:
             self._server = None

@@ -66,11 +66,11 @@ def simulate(
 ) -> Store:
     r"""Draw n rows theta ~ p(theta), x ~ p(x | theta) into the store at `path`, or continue the store that exists there.
 
-    Rows that fail (the simulator raises, or x is not finite) are kept and flagged with the reason. A script that uses workers
-    needs the guard `if __name__ == "__main__":`, because each worker imports the script.
+    Rows that fail (the simulator raises, or x is not finite) are kept and flagged with the reason. Workers do not import the
+    calling script: it needs no guard `if __name__ == "__main__":`, and its classes and functions reach them by their code.
 
     Args:
-        simulator: a `Simulator`; with workers, of a class at the top of a module that they can import.
+        simulator: a `Simulator`, of a module, a script or a notebook; with workers, one that can be pickled.
         n: rows of the finished store, including existing ones; a store that has more keeps them. None: the rows of theta.
         path: folder of the store, created if missing.
         prior: p(theta), default `simulator.prior`; another prior must have the same parameters.

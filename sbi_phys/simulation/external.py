@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,8 @@ class FunctionSimulator(_Described):
 
     The function is called with theta as a dict {name: value}, in the parameters' units, and its own numpy generator.
 
-    Args: function: 'package.module:name', so that workers and stores can import it. prior, observables: of the simulator.
-    Raises: SettingError.
+    Args: function: 'package.module:name', from which files and the command line rebuild the simulator; or the function itself, also one
+    of a notebook or a lambda. prior, observables: of the simulator.   Raises: SettingError.
 
     >>> import sys, types
     >>> import numpy as np
@@ -99,8 +99,17 @@ class FunctionSimulator(_Described):
     (2, 1)
     """
 
-    def __init__(self, function: str, prior: Prior | Mapping[str, Any], observables: Sequence[Observable | Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        function: str | Callable[..., Any],
+        prior: Prior | Mapping[str, Any],
+        observables: Sequence[Observable | Mapping[str, Any]],
+    ) -> None:
         super().__init__(prior, observables)
+        if callable(function):
+            kind = function if hasattr(function, "__qualname__") else type(function)
+            self._function, self.function = function, f"{kind.__module__}:{kind.__qualname__}"
+            return
         module, colon, name = str(function).partition(":")
         if not colon:
             raise SettingError(f"function is {function!r}; expected 'package.module:name'")
@@ -124,8 +133,14 @@ class FunctionSimulator(_Described):
         return (self._function,)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by name, so that a worker imports the function."""
-        return _rebuild, (type(self), self.settings)
+        """Pickle by name, so that a worker imports the function; where it cannot, with the function."""
+        module, _, name = self.function.partition(":")
+        found = None if module == "__main__" else getattr(sys.modules.get(module), name, None)
+        return _rebuild, (
+            type(self),
+            self.settings if found is self._function else {**self.settings, "function": self._function},
+            self.function,
+        )
 
     def simulate(self, theta: Array, rng: np.random.Generator) -> Array:
         """Draw events x (n, k) at theta (n, d), one call per event.   Raises: RowsFailedError."""
@@ -253,8 +268,10 @@ class _RunError(RuntimeError):
     """A run failed and can be repeated."""
 
 
-def _rebuild(kind: type[FunctionSimulator], settings: dict[str, Any]) -> FunctionSimulator:
-    return kind(**settings)
+def _rebuild(kind: type[FunctionSimulator], settings: dict[str, Any], name: str) -> FunctionSimulator:
+    simulator = kind(**settings)
+    simulator.function = name
+    return simulator
 
 
 def _one_by_one(theta: Array, rng: np.random.Generator, n_columns: int, event: Any) -> Array:

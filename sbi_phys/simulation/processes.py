@@ -6,9 +6,12 @@ import pickle
 import signal
 import sys
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
+from sbi_phys.core.checks import shortened
 from sbi_phys.core.errors import SettingError
 from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.store.identity import class_path
@@ -18,10 +21,12 @@ __all__ = [
     "die_with_parent",
     "limit_threads",
     "limit_threads_for_good",
+    "main_hidden",
     "pickle_simulator",
     "start_pool_worker",
     "start_worker",
     "unpickle_simulator",
+    "worker_context",
 ]
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -81,19 +86,58 @@ def limit_threads_for_good() -> AbstractContextManager[Any]:
 
 
 def pickle_simulator(simulator: Simulator) -> bytes:
-    """Pickle the simulator for worker processes.   Raises: SettingError if it cannot be pickled or imported there."""
-    module = type(simulator).__module__
-    advice = "expected a class at the top of a module that workers can import, or workers=1"
-    if module == "__main__" and not getattr(sys.modules["__main__"], "__file__", None):
-        raise SettingError(
-            f"the simulator {class_path(simulator)} is defined in a notebook or at a prompt, which workers cannot import; {advice}"
-        )
+    """Pickle the simulator for worker processes: classes and functions of modules by their name, others by their code.
+
+    The latter are those of a script or notebook, which no worker imports, those defined within functions, and lambdas.
+    Raises: SettingError if it cannot be pickled, e.g. where it holds an open file.
+    """
+    import cloudpickle
+
     try:
-        return pickle.dumps(simulator, protocol=pickle.HIGHEST_PROTOCOL)
+        return bytes(cloudpickle.dumps(simulator, protocol=pickle.HIGHEST_PROTOCOL))
     except Exception as err:
         raise SettingError(
-            f"the simulator {class_path(simulator)} cannot be sent to worker processes: {type(err).__name__}: {err}; {advice}"
+            f"the simulator {class_path(simulator)} cannot be sent to worker processes: {type(err).__name__}: {shortened(str(err))}; "
+            "expected attributes that can be pickled (no open files, locks or connections), or workers=1"
         ) from err
+
+
+_HIDING = threading.Lock()
+
+
+@contextmanager
+def main_hidden() -> Iterator[None]:
+    """Start processes that do not import the calling script, which then needs no `if __name__ == "__main__":`."""
+    main = sys.modules["__main__"]
+    with _HIDING:
+        kept: dict[str, Any] = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+        main.__dict__.pop("__file__", None)
+        main.__spec__ = None
+        try:
+            yield
+        finally:
+            vars(main).update(kept)
+
+
+class _Worker(SpawnProcess):
+    """A new interpreter that does not import the calling script."""
+
+    def start(self) -> None:
+        """Start the process."""
+        with main_hidden():
+            super().start()
+
+
+class _WorkerContext(SpawnContext):
+    Process = _Worker
+
+
+def worker_context() -> SpawnContext:
+    """Return the context in which worker processes start: new interpreters, without the calling script.
+
+    Not forks, which copy locks held by threads of torch and BLAS without the threads that release them.
+    """
+    return _WorkerContext()
 
 
 @functools.lru_cache(maxsize=2)

@@ -52,7 +52,7 @@ def event_reason(err: BaseException) -> str:
     return f"{type(err).__name__.lstrip('_')}: {err}"
 
 
-_ATTRIBUTES = {"prior": Prior, "parameters": tuple, "observables": tuple, "settings": dict}
+_ATTRIBUTES = {"prior": Prior, "parameters": tuple | list, "observables": tuple | list, "settings": dict}
 
 
 @runtime_checkable
@@ -60,7 +60,8 @@ class Simulator(Protocol):
     r"""A simulator x ~ p(x | theta), theta in R^d with units, x in R^k laid out in named blocks of columns.
 
     prior: p(theta). parameters: the columns of theta, equal to those of the prior. observables: blocks of columns of x, in
-    order; their sizes sum to k. settings: keyword arguments that JSON can hold; `type(s)(**s.settings)` is the same simulator.
+    order; their sizes sum to k. Both are a tuple or a list. settings: keyword arguments that JSON can hold;
+    `type(s)(**s.settings)` is the same simulator.
     Optional methods, used where a simulator has them: log_likelihood, expected, deviance, observed.
 
     >>> import numpy as np
@@ -129,15 +130,18 @@ def check_simulator(simulator: Simulator, *, n_simulations: int = 0, seed: int =
             raise SimulatorMismatchError(f"{where} has no attribute {name!r}; expected {', '.join(_ATTRIBUTES)} and simulate(theta, rng)")
         value = getattr(simulator, name)
         if not isinstance(value, kind):
-            raise SimulatorMismatchError(f"{where}.{name} is {value!r} ({type(value).__name__}); expected a {kind.__name__}")
+            wanted = getattr(kind, "__name__", "tuple or a list")
+            raise SimulatorMismatchError(f"{where}.{name} is {shortened(repr(value))} ({type(value).__name__}); expected a {wanted}")
     if not callable(getattr(simulator, "simulate", None)):
         raise SimulatorMismatchError(f"{where} has no method simulate(theta, rng) -> x")
-    if simulator.parameters != simulator.prior.parameters:
+    if tuple(simulator.parameters) != simulator.prior.parameters:
         names = tuple(getattr(p, "name", p) for p in simulator.parameters)
         raise SimulatorMismatchError(f"{where}.parameters are {names}; expected those of its prior, {simulator.prior.names}")
-    observables: tuple[Any, ...] = simulator.observables  # what a user wrote, whatever the annotation says
+    observables: Sequence[Any] = simulator.observables  # what a user wrote, whatever the annotation says
     if not observables or not all(isinstance(o, Observable) for o in observables):
-        raise SimulatorMismatchError(f"{where}.observables are {observables!r}; expected at least one Observable(name, size)")
+        raise SimulatorMismatchError(
+            f"{where}.observables are {shortened(repr(observables))}; expected at least one Observable(name, size)"
+        )
     if len({o.name for o in observables}) < len(observables):
         raise SimulatorMismatchError(f"{where}.observables repeat a name: {tuple(o.name for o in observables)}")
     simulator_identity(simulator)

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from sbi_phys.core.checks import shortened
 from sbi_phys.core.errors import SimulatorMismatchError
 
 __all__ = ["class_path", "code_fingerprint", "fingerprint_difference", "simulator_identity"]
@@ -50,11 +51,15 @@ def simulator_identity(simulator: object) -> dict[str, Any]:
     """
     settings = getattr(simulator, "settings", None)
     if not isinstance(settings, dict):
-        raise SimulatorMismatchError(f"{class_path(simulator)}.settings is {settings!r}; expected a dict of keyword arguments")
+        raise SimulatorMismatchError(
+            f"{class_path(simulator)}.settings is {shortened(repr(settings))}; expected a dict of keyword arguments"
+        )
     try:
         plain = json.loads(json.dumps(settings, allow_nan=False))
     except (TypeError, ValueError) as err:
-        raise SimulatorMismatchError(f"{class_path(simulator)}.settings = {settings!r} cannot be written as JSON: {err}") from err
+        raise SimulatorMismatchError(
+            f"{class_path(simulator)}.settings = {shortened(repr(settings))} cannot be written as JSON: {err}"
+        ) from err
     return {"class": class_path(simulator), "settings": plain}
 
 

@@ -28,6 +28,7 @@ from sbi_phys.core.types import AnyArray, Array, ArrayLike
 from sbi_phys.priors import Observable, Parameter, Prior, prior_from_dict
 from sbi_phys.priors.blocks import to_blocks
 from sbi_phys.priors.parameters import observables_from_dicts, observables_to_dicts
+from sbi_phys.store._encoding import difference
 from sbi_phys.store.check import check_store
 from sbi_phys.store.identity import simulator_identity
 from sbi_phys.store.info import Index
@@ -297,7 +298,8 @@ class Store:
             ("observables", observables_to_dicts(getattr(simulator, "observables", ())), header.observables),
         ):
             if got != expected:
-                return f"got {name} {got!r}, expected {expected!r}"
+                mine, theirs = difference(got, expected)
+                return f"got {name} {mine}, expected {theirs}"
         return None
 
     def _pick(self, columns: Sequence[str] | None) -> NDArray[np.intp] | None:

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import count
-from multiprocessing import get_context
 from typing import Any, Self
 
 import numpy as np
@@ -25,7 +24,7 @@ from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import AnyArray, Array, Integers, Mask
 from sbi_phys.priors import Prior, prior_from_dict
 from sbi_phys.priors.parameters import observables_to_dicts
-from sbi_phys.simulation.processes import available_cores, pickle_simulator, start_worker, unpickle_simulator
+from sbi_phys.simulation.processes import available_cores, pickle_simulator, start_worker, unpickle_simulator, worker_context
 from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.simulation.workers import make_rows
 from sbi_phys.store.identity import class_path, simulator_identity
@@ -78,7 +77,7 @@ class OnlineBatches:
         workers = require_int("workers", workers, low=0)
         self._source: Simulator | bytes = pickle_simulator(simulator) if workers else simulator
         self._pool: Executor = (
-            ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) if workers else ThreadPoolExecutor(1)
+            ProcessPoolExecutor(workers, mp_context=worker_context(), initializer=start_worker) if workers else ThreadPoolExecutor(1)
         )
         # two chunks per worker, so that no worker waits for the next one
         self._ahead = 2 * max(1, workers)

@@ -113,3 +113,11 @@ def test_tables_are_read_by_the_names_of_their_columns() -> None:
     with pytest.raises(DataError, match="several columns with the name 'a'"):
         checks.as_real("x", pandas.DataFrame(np.eye(2), columns=["a", "a"]))
     assert np.isnan(checks.as_real("x", pandas.DataFrame({"a": pandas.array([1.0, None], dtype="Float64")}))[1, 0])
+
+
+def test_long_text_is_shortened_to_its_ends():
+    from sbi_phys.core.checks import shortened
+
+    assert shortened("a\n b") == "a b" and shortened("x" * 200) == "x" * 200
+    text = shortened("begin" + "x" * 500 + "end")
+    assert len(text) == 200 and text.startswith("begin") and text.endswith("end") and "..." in text

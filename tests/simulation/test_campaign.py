@@ -2,9 +2,11 @@ import importlib
 import io
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -158,26 +160,53 @@ def test_a_lost_manifest_is_made_again(tmp_path, reference):
 
 
 def test_what_cannot_be_pickled_is_refused_with_advice(tmp_path):
-    class Local(LinearGaussian):
-        pass
+    toy = LinearGaussian()
+    toy.lock = threading.Lock()
+    with pytest.raises(SettingError, match=r"LinearGaussian cannot be sent to worker processes: .*workers=1"):
+        simulate(toy, 20, tmp_path / "a", shard_size=10, workers=2)
+    assert list_shards(tmp_path / "a") == []
+    assert simulate(toy, 20, tmp_path / "a", shard_size=10, workers=1).n_rows == 20
 
-    with pytest.raises(SettingError, match=r"Local cannot be sent to worker processes: .*workers=1"):
-        simulate(Local(), 20, tmp_path, shard_size=10, workers=2)
-    assert simulate(Local(), 20, tmp_path, workers=1).n_rows == 20
 
-
-def test_a_class_from_a_prompt_is_refused_with_advice(tmp_path):
-    code = f"""
-from sbi_phys.simulation.campaign import simulate
-from tests.toys import LinearGaussian
-class Mine(LinearGaussian): pass
-try:
-    simulate(Mine(), 20, {str(tmp_path)!r}, shard_size=10, workers=2)
-except Exception as err:
-    print(type(err).__name__, err)
+SCRIPT = """
+import sys
+import numpy as np
+import sbi_phys as sp
+SCALE = 2.0
+prior = sp.BoxPrior([sp.Parameter("a", 1.0, 5.0)])
+class Mine:
+    settings = {}
+    parameters, observables = list(prior.parameters), [sp.Observable("n", 2, kind="counts")]
+    prior = prior
+    def __init__(self):
+        self.power = lambda theta: SCALE * theta**2
+    def simulate(self, theta, rng):
+        return rng.poisson(np.repeat(self.power(theta), 2, axis=1))
+def one(theta, rng):
+    return rng.poisson(SCALE * theta["a"], 2)
+print("started")
+simulators = {"class": Mine(), "function": sp.FunctionSimulator(one, prior, Mine.observables)}
+simulators["named"] = sp.FunctionSimulator("__main__:one", prior, Mine.observables)
+simulators["lambda"] = sp.FunctionSimulator(lambda theta, rng: rng.poisson(SCALE * theta["a"], 2), prior, Mine.observables)
+for name, simulator in simulators.items():
+    for workers, isolate in ((1, False), (2, False), (2, True)):
+        if not isolate or name in ("class", "named"):
+            sp.simulate(simulator, 60, f"{name}-{workers}{isolate}", shard_size=20, workers=workers, isolate=isolate)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    assert out.startswith("SettingError the simulator __main__:Mine is defined in a notebook or at a prompt")
+
+
+@pytest.mark.parametrize("form", ["script", "prompt"])
+def test_a_plain_script_and_a_prompt_work_with_workers(tmp_path, form):
+    """No guard, classes, functions and lambdas of __main__: nothing runs twice, and any number of workers writes the same bytes."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "script.py"] if form == "script" else [sys.executable, "-c", SCRIPT]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "started\n"), done.stderr[-2000:]
+    for name in ("class", "function", "named", "lambda"):
+        one = {k: v for k, v in digests(tmp_path / f"{name}-1False").items() if k != ".lock"}
+        for other in tmp_path.glob(f"{name}-2*"):
+            assert {k: v for k, v in digests(other).items() if k != ".lock"} == one
 
 
 def test_theta_may_be_given(tmp_path):

@@ -158,3 +158,15 @@ def test_an_object_that_a_module_has_made_is_a_simulator(monkeypatch):
     assert load_simulator("ready_made:simulator") is made
     with pytest.raises(SettingError, match="is an object that the module has made, and settings"):
         load_simulator("ready_made:simulator", {"dim": 3})
+
+
+def test_lists_are_taken_for_tuples_and_messages_are_short():
+    toy = LinearGaussian()
+    toy.parameters, toy.observables = list(toy.parameters), list(toy.observables)
+    check_simulator(toy, n_simulations=5)
+    for name, value in (("settings", {"table": list(range(5000))}), ("observables", [Observable(f"x{i}", 1) for i in range(500)])):
+        setattr(toy, name, value if name == "settings" else (*value, 3))
+        toy.settings = toy.settings | {"bad": object()} if name == "settings" else {}
+        with pytest.raises(SimulatorMismatchError) as caught:
+            check_simulator(toy)
+        assert len(str(caught.value)) < 420
