@@ -23,6 +23,7 @@ are imported only with `allow_import=True`, and their classes are checked before
 import importlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ from sbi_phys.core.types import AnyArray, Array, ArrayLike, Integers
 from sbi_phys.core.version import __version__
 from sbi_phys.estimators.other_priors import Density, MixedPriors, as_theta, prior_weights, warn_unlike_prior
 from sbi_phys.nets.classifier import ClassifierConfig
-from sbi_phys.nets.embedding_set import take_scaling
+from sbi_phys.nets.embedding_set import event_columns, padded, take_scaling
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
 from sbi_phys.nets.posterior import sample_net
@@ -165,6 +166,8 @@ class BaseEstimator:
         self.device = resolve_device(device)
         self.x_transform = x_transform
         self.standardise = require_choice("standardise", standardise, STANDARDISE)
+        if standardise != "column" and event_columns(self.embedding) is not None:
+            raise SettingError(f"standardise is {standardise!r} with an embedding of sets, which scales events itself; expected 'column'")
         self.observables = tuple(observables) if observables is not None else None
         self.identity = None if simulator is None else simulator_identity(simulator)
         self.config = config
@@ -287,8 +290,28 @@ class BaseEstimator:
     def _inputs(self, x: ArrayLike | Tensor) -> tuple[Tensor, bool]:
         """Scaled observations (n, ...) on the device, and whether it is a single one.   Raises: ShapeError, NonFiniteError, DataError."""
         scaler = self._require_fit()
-        array, single = scaler.check("x", x)
+        array, single = scaler.check("x", self._with_slots(x, getattr(scaler, "x_shape", None)))
         return scaler.apply(array).to(self.device), single
+
+    def _with_slots(self, x: Any, x_shape: tuple[int, ...] | None = None) -> Any:
+        """x, and sets of events that are given as a list of arrays (m_i, k), or as one array, in padded slots.
+
+        Args: x_shape: of one observation in training, whose slots are taken; None: as many slots as the largest set has.
+        Raises: DataError (arrays of different lengths without a network of sets; more events than slots), ShapeError, NonFiniteError.
+        """
+        k = event_columns(self.embedding)
+        if k is None:
+            if isinstance(x, list | tuple) and len({len(s) for s in x if isinstance(s, list | tuple | np.ndarray) and np.iterable(s)}) > 1:
+                raise DataError(
+                    "x is a list of arrays of different lengths; expected one array, or a network of sets: "
+                    "embedding=sp.DeepSet(n_columns=...), whose input sp.pad_sets makes of a list"
+                )
+            return x
+        size = math.prod(x_shape) if x_shape else sum(o.size for o in self.observables or ())
+        found, single = padded("x", x, k, size // (k + 1) or None)
+        if found is x or (x_shape is not None and len(x_shape) > 1) or not size:
+            return found
+        return found.reshape(-1) if single else found.reshape(len(found), -1)
 
     def _draw_members(self, inputs: Tensor, n: int, seed: int) -> Array:
         """n draws (b, n, d) of the equal mixture of the members, flows that are conditional on inputs (b, ...)."""
@@ -412,8 +435,8 @@ class Estimator(BaseEstimator):
     ) -> Self:
         """Train on simulations: arrays, stores, or a simulator that runs during the training.
 
-        Args: theta (n, d) in the prior's support and x (n, ...); or a store (or its path, or several) in place of both; or
-        simulator=..., online=True, n=...: n fresh simulations, each used once.
+        Args: theta (n, d) in the prior's support and x (n, ...), with an embedding of sets also a list of arrays (m_i, k); or a store
+        (or its path, or several) in place of both; or simulator=..., online=True, n=...: n fresh simulations, each used once.
         weights: (n,) > 0, one per row of the arrays or per successful row of the stores: the weighted mean of the losses is minimised.
         proposal: the density that theta were drawn from, where it is not the prior: another prior, or any object with
             log_prob(theta) -> (n,), up to a constant. Weights prior / proposal are made from it. Without it, theta that do not look like
@@ -441,7 +464,7 @@ class Estimator(BaseEstimator):
             if theta is None or x is None:
                 raise DataError(f"{'theta' if theta is None else 'x'} is missing; expected {_WAYS}")
             weights = self._prior_weights(lambda: as_theta(self.prior, theta), weights, proposal)
-            return from_arrays(theta, x, self._source_settings(), weights)
+            return from_arrays(theta, self._with_slots(x), self._source_settings(), weights)
         if x is not None:
             raise DataError(f"x was given together with a store; expected {_WAYS}")
         drawn = [store.theta_kind == "prior" for store in stores]

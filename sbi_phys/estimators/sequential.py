@@ -25,6 +25,7 @@ from sbi_phys.core.types import Array, ArrayLike, Mask
 from sbi_phys.estimators.npe import NPE
 from sbi_phys.simulation.campaign import simulate
 from sbi_phys.simulation.protocol import Simulator
+from sbi_phys.training.failures import warn_of_failures
 from sbi_phys.training.loop import TrainConfig
 
 __all__ = ["TruncatedPrior", "truncated_rounds"]
@@ -128,7 +129,7 @@ def truncated_rounds(
     folder.mkdir(parents=True, exist_ok=True)
     config = config or npe.config
     regions: list[TruncatedPrior] = []
-    theta, x = np.empty((0, npe.prior.dim)), np.empty((0, *np.shape(x_obs)))
+    theta, x = np.empty((0, npe.prior.dim)), np.empty((0, sum(o.size for o in simulator.observables)))
     for k in range(n_rounds):
         draws = npe.sample(x_obs, 10_000, seed=seed_for(seed, "draws", k))
         if draws.ndim != 2:
@@ -139,6 +140,7 @@ def truncated_rounds(
             simulator, None, folder / f"round-{k + 1}", theta=npe.prior.from_unbounded(u), seed=seed_for(seed, "x", k),
             workers=workers, progress=progress,
         )  # fmt: skip
+        warn_of_failures([store], npe.prior.names, stacklevel=3)
         fresh_theta, fresh_x = store.read()
         # simulations of earlier rounds that lie in the new region are draws of the same restricted prior: they stay
         keep = region.contains(npe.prior.to_unbounded(theta)) if len(theta) else np.zeros(0, dtype=bool)

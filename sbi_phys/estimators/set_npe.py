@@ -30,6 +30,7 @@ from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import seed_for, torch_rng_for, torch_seeded
 from sbi_phys.core.types import ArrayLike
 from sbi_phys.estimators.npe import NPE
+from sbi_phys.nets.embedding_set import padded
 from sbi_phys.nets.embedding_set_likelihood import AnchoredFlow, LikelihoodSet, contrastive_loss
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
 from sbi_phys.nets.flow import FlowConfig
@@ -149,7 +150,8 @@ def likelihood_embedding(
 ) -> LikelihoodSet:
     """Learn the scores of events and return the embedding that uses them, for `SetNPE(prior, embedding=...)`.
 
-    Args: prior: over theta. theta, x: (n, d) draws of it and padded sets (n, n_max, k + 1) or (n, n_max (k + 1)), mask in the last column;
+    Args: prior: over theta. theta, x: (n, d) draws of it and padded sets (n, n_max, k + 1) or (n, n_max (k + 1)), mask in the last column,
+    or a list of arrays (m_i, k);
     or simulator, n: so many sets are drawn while it learns, each used once. Sets of some tens of events are best.
     n_columns: k, of an event. hidden, rank: of the scores. embedding: shape of the perceptron that the second stage trains.
     config: of the training; large batches are good, as the other rows of a batch are the contrast.
@@ -167,7 +169,7 @@ def likelihood_embedding(
     """
     config = config or TrainConfig(batch_size=512, max_epochs=20, patience=20, learning_rate=4e-3, weight_decay=0.0)
     settings = Settings(prior, require_int("seed", seed, low=0), config, resolve_device(device), "real", None)
-    with _rows(theta, x, simulator, n, settings) as rows:
+    with _rows(theta, x, simulator, n, settings, n_columns) as rows:
         if rows.scaler.shape[-1] % (n_columns + 1):
             raise ShapeError(f"x has rows of shape {rows.scaler.shape}; expected slots of {n_columns + 1} columns, n_columns and a mask")
         net = LikelihoodSet(n_columns, prior.free_dim, hidden=hidden, rank=rank, config=embedding, seed=seed).to(settings.device)
@@ -182,10 +184,10 @@ def likelihood_embedding(
     return net.eval()
 
 
-def _rows(theta: Any, x: Any, simulator: Simulator | None, n: int | None, settings: Settings) -> Rows:
+def _rows(theta: Any, x: Any, simulator: Simulator | None, n: int | None, settings: Settings, n_columns: int) -> Rows:
     if (simulator is None) == (theta is None or x is None):
         raise DataError("expected either theta and x, or simulator=... with n=...")
     if simulator is None:
-        return from_arrays(theta, x, settings)
+        return from_arrays(theta, padded("x", x, n_columns)[0], settings)
     share = min(settings.config.validation_fraction, 2048 / max(n or 1, 2048))
     return from_simulator(simulator, n, replace(settings, config=replace(settings.config, validation_fraction=share)), 0)

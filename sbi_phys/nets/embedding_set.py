@@ -26,11 +26,13 @@ from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.rng import seed_for, torch_seeded
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP
+from sbi_phys.store.layout import Ragged
 from sbi_phys.training.scaling import XScaler
 
-__all__ = ["DeepSet", "SetAttention", "SetEmbedding", "pad_sets", "take_scaling"]
+__all__ = ["DeepSet", "SetAttention", "SetEmbedding", "event_columns", "pad_sets", "padded", "take_scaling"]
 
 _EVENTS = 131_072  # events at a time where no gradient is needed: bounds the memory
+_MASK = 1e-2  # by which a mask may differ from 0 and 1 after its scaling is undone
 _COUNT_CENTRE, _COUNT_SPREAD = 4.0, 2.0  # of log(1 + m) for sets of one to some thousand events
 
 
@@ -63,6 +65,42 @@ def pad_sets(sets: Sequence[ArrayLike], n_max: int | None = None) -> Array:
         row[: len(a), :width] = a.reshape(len(a), width)
         row[: len(a), width] = 1.0
     return out
+
+
+def event_columns(module: Any) -> int | None:
+    """Columns of an event of the first `SetEmbedding` within a module; None for anything else."""
+    if not isinstance(module, nn.Module):
+        return None
+    return next((part.n_columns for part in module.modules() if isinstance(part, SetEmbedding)), None)
+
+
+def padded(name: str, x: Any, n_columns: int, n_max: int | None = None) -> tuple[Any, bool]:
+    """Padded sets (n, n_max, k + 1) of a list of arrays (m_i, k), or of one array (m, k), and whether x is one set; other x unchanged.
+
+    Args: n_columns k. n_max: slots; None: those of the largest set, for a list alone.
+    Raises: DataError (a set larger than n_max), ShapeError, NonFiniteError.
+    """
+    if isinstance(x, Ragged):
+        x = [x.row(i) for i in range(len(x))]
+    shapes = [_shape(s) for s in x] if isinstance(x, list | tuple) else []
+    if shapes and all(len(shape) in (1, 2) for shape in shapes):
+        if len(set(shapes)) == 1 and len(shapes[0]) == 2 and shapes[0][1] == n_columns + 1:
+            return x, False  # padded already
+        for i, shape in enumerate(shapes):
+            if shape != (0,) and (shape[1] if len(shape) == 2 else 1) != n_columns:
+                raise ShapeError(f"set {i} of {name} has shape {shape}; expected (m, {n_columns}), events without a mask")
+        return pad_sets(x, n_max), False
+    if n_max is not None and np.ndim(x) == 2 and np.shape(x)[1] == n_columns:
+        return pad_sets([x], n_max)[0], True
+    return x, False
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    """Shape of an array or list; (0, 0, 0) for lists that are no array."""
+    try:
+        return np.shape(x)
+    except ValueError:
+        return 0, 0, 0
 
 
 def take_scaling(module: nn.Module, scaler: XScaler) -> None:
@@ -114,6 +152,11 @@ class SetEmbedding(nn.Module):
         """Padded sets (n, n_max, k + 1) or (n, n_max (k + 1)) -> features (n, n_features).   Raises: ShapeError."""
         flat = torch.flatten(x, start_dim=1)
         width = self.n_columns + 1
+        if x.ndim > 2 and x.shape[-1] != width:
+            raise ShapeError(
+                f"x has shape {tuple(x.shape)}; expected (n, n_max, {width}): {self.n_columns} columns of an event and a mask, as pad_sets "
+                "makes them of a list of sets without a mask"
+            )
         if flat.shape[1] % width or not flat.shape[1]:
             raise ShapeError(
                 f"x has rows of {flat.shape[1]} columns; expected a multiple of {width}: {self.n_columns} of an event and a mask"
@@ -145,6 +188,13 @@ class SetEmbedding(nn.Module):
         else:
             owner, slot = torch.nonzero(mask > 0.5, as_tuple=True)
             events = slots[owner, slot, :-1].double()
+        odd = ((mask - (mask > 0.5).to(mask.dtype)).abs() > _MASK).nonzero()
+        if len(odd):
+            row, slot_of = odd[0].tolist()
+            raise DataError(
+                f"the mask of slot {slot_of} of row {row} of x is {float(mask[row, slot_of]):.3g}; expected 1 for an event and "
+                f"0 for an empty slot, in the last of {self.n_columns + 1} columns of each slot; pad_sets adds a mask to sets"
+            )
         return ((events - self.centre) / self.spread).to(flat.dtype), owner
 
     def take_scaling(self, scaler: XScaler) -> None:
@@ -154,6 +204,8 @@ class SetEmbedding(nn.Module):
         """
         width = self.n_columns + 1
         mean, scale = scaler.mean.reshape(-1), scaler.scale.reshape(-1)
+        if scaler.missing.any():
+            raise SettingError("values of x may be missing, and sets have a mask of their own; expected observables without missing=True")
         if scaler.counts.any():
             raise SettingError("events are whole numbers and were taken for counts; expected x_transform='real' with sets of events")
         if mean.size % width:

@@ -35,7 +35,7 @@ from sbi_phys.store.info import Index
 from sbi_phys.store.layout import Layout, Ragged
 from sbi_phys.store.manifest import list_shards, read_manifest, read_shard
 from sbi_phys.store.merge import split_store, subset_store
-from sbi_phys.store.shards import ShardData, shard_name
+from sbi_phys.store.shards import ShardData, open_shard, shard_name
 
 __all__ = ["Failure", "Store"]
 
@@ -267,12 +267,30 @@ class Store:
         parts = [data.status for _, data in self._data(partial)]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8)
 
-    def failures(self, *, partial: bool = False) -> list[Failure]:
-        """Return the failed rows with their reasons, in order.   Raises: StoreError."""
-        out = []
+    def theta(self, *, n_rows: int | None = None) -> tuple[Array, NDArray[np.uint8]]:
+        """Return theta (n, d) and status (n,) of all rows on disk, failed ones included, without reading x.
+
+        Args: n_rows: stop after the shard that reaches so many.   Raises: StoreError, DataError if there is no row.
+        """
+        parts, held = [], 0
+        for index in list_shards(self.path):
+            with open_shard(self.path / shard_name(index)) as file:
+                parts.append((file["theta"][:], file["status"][:]))
+            held += len(parts[-1][1])
+            if n_rows is not None and held >= n_rows:
+                break
+        if not held:
+            raise DataError(f"{self.path} has no rows on disk; expected at least one")
+        return np.concatenate([t for t, _ in parts]), np.concatenate([s for _, s in parts])
+
+    def failures(self, *, n: int | None = None, partial: bool = False) -> list[Failure]:
+        """Return the failed rows, or the first n of them, with their reasons, in order.   Raises: StoreError."""
+        out: list[Failure] = []
         for index, data in self._data(partial, only_failed=True):
             first = index * self.shard_size
             out += [Failure(first + row, int(data.status[row]), reason) for row, reason in data.reasons.items()]
+            if n is not None and len(out) >= n:
+                return out[:n]
         return out
 
     def verify(self, *, progress: Progress | None = None) -> None:

@@ -29,6 +29,7 @@ from sbi_phys.simulation.protocol import Simulator
 from sbi_phys.simulation.workers import make_rows
 from sbi_phys.store.identity import class_path, simulator_identity
 from sbi_phys.store.shards import Header
+from sbi_phys.training.failures import describe_failures
 from sbi_phys.training.ranks import Ranks
 from sbi_phys.training.scaling import XScaler, count_columns, prepare_simulations, require_counts
 
@@ -36,6 +37,7 @@ __all__ = ["OnlineBatches", "default_workers"]
 
 _CHUNK = 2048  # rows a worker makes at once
 _PILOT = "pilot"
+_COMPARED = 100_000  # kept rows whose parameters are compared with those of failed ones
 _CPU = torch.device("cpu")
 Rows = tuple[Array, NDArray[np.floating]]
 
@@ -72,6 +74,7 @@ class OnlineBatches:
         self._prior, self._simulator, self._x_transform, self._scaling = prior, simulator, x_transform, scaling
         self._standardise = standardise
         self.n_failed, self.first_reason = 0, ""
+        self._compared: tuple[list[Array], list[Array]] = ([], [])  # theta of failed and of kept rows
         observables = observables_to_dicts(simulator.observables)
         self._header = Header(simulator_identity(simulator), prior.to_dict(), observables, seed, _CHUNK, "float32", "prior")
         workers = require_int("workers", workers, low=0)
@@ -99,9 +102,12 @@ class OnlineBatches:
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self.n_failed:
             failed, self.n_failed = self.n_failed, 0
+            bad, good = (np.concatenate(parts) for parts in self._compared)
+            mask = np.arange(len(bad) + len(good)) < len(bad)
+            words = describe_failures(np.concatenate([bad, good]), mask, self._prior.names)
             warnings.warn(
-                f"{failed} simulations of {class_path(self._simulator)} failed and were replaced by others; the posterior holds for "
-                f"simulations that succeed. First: {self.first_reason}",
+                f"{failed} simulations of {class_path(self._simulator)} failed and were replaced by others: {words}. "
+                f"First: {self.first_reason}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -149,6 +155,9 @@ class OnlineBatches:
 
     def _good(self, made: tuple[Array, NDArray[np.floating], Mask, str]) -> Rows:
         theta, x, good, reason = made
+        if sum(map(len, self._compared[1])) < _COMPARED:
+            self._compared[0].append(theta[~good])
+            self._compared[1].append(theta[good])
         if not good.all():
             self.n_failed += int((~good).sum())
             self.first_reason = self.first_reason or reason

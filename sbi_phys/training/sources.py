@@ -24,6 +24,7 @@ from sbi_phys.priors import Observable, Prior
 from sbi_phys.simulation.protocol import Simulator, check_simulator
 from sbi_phys.store.store import Store
 from sbi_phys.training.batches import Batches, MemoryBatches
+from sbi_phys.training.failures import warn_of_failures
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.training.online import OnlineBatches, default_workers
 from sbi_phys.training.ranks import current_ranks
@@ -246,7 +247,10 @@ def from_stores(stores: Sequence[Store], settings: Settings, memory: int | None,
     """Rows from simulation stores: in memory if they fit, streamed otherwise.   Raises: StoreError, DataError, SettingError.
 
     Args: weights: one per successful row, in the order of the stores.
+    Warns: where rows failed and are left out, with how their parameters differ (`training.failures`).
     """
+    if current_ranks().rank == 0:
+        warn_of_failures(stores, settings.prior.names, stacklevel=5)
     if len(stores) == 1 and not needs_streaming(stores, memory):
         return from_arrays(*stores[0].read(), settings, weights)
     ranks, own = current_ranks(), settings.scaling

@@ -103,3 +103,15 @@ def test_bad_input():
         likelihood_embedding(PRIOR, theta, x, simulator=LineSearch(), n=100)
     with pytest.raises(ShapeError, match="slots of 3 columns"):
         likelihood_embedding(PRIOR, theta, x, n_columns=2)
+
+
+def test_sets_may_be_a_list_of_arrays():
+    rng = rng_for(0)
+    theta = rng.standard_normal((200, 1))
+    data = [t + rng.standard_normal(m) for t, m in zip(theta[:, 0], rng.integers(1, 9, 200), strict=True)]
+    quick = {"config": TrainConfig(max_epochs=1), "device": "cpu"}
+    by_list, by_array = (likelihood_embedding(PRIOR, theta, x, hidden=8, rank=4, **quick) for x in (data, pad_sets(data)))
+    for a, b in zip(by_list.parameters(), by_array.parameters(), strict=True):
+        assert torch.equal(a, b)
+    npe = SetNPE(PRIOR, embedding=by_list, **quick).fit(theta, data)
+    np.testing.assert_array_equal(npe.sample(data[:2], 3), npe.sample(pad_sets(data)[:2], 3))

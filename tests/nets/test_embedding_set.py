@@ -7,9 +7,10 @@ import torch
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.estimators.npe import NPE
-from sbi_phys.nets.embedding_set import DeepSet, SetAttention, pad_sets, take_scaling
+from sbi_phys.nets.embedding_set import DeepSet, SetAttention, event_columns, pad_sets, padded, take_scaling
 from sbi_phys.nets.embedding_vector import EmbeddingConfig
-from sbi_phys.priors import NormalPrior, Parameter
+from sbi_phys.priors import NormalPrior, Observable, Parameter
+from sbi_phys.store.layout import Ragged
 from sbi_phys.training.loop import TrainConfig
 from sbi_phys.training.scaling import XScaler
 
@@ -137,3 +138,80 @@ def test_the_posterior_of_a_mean_from_sets_of_any_size():
         mean, sd = events.sum() / (1 + m), (1 + m) ** -0.5
         assert abs(draws.mean() - mean) < 0.25 * sd
         assert draws.std() / sd == pytest.approx(1, abs=0.15)
+
+
+def test_sets_without_a_mask_are_never_read_in_another_shape(net):
+    rows = rng_for(0).standard_normal((4, 60, 2))
+    with pytest.raises(ShapeError, match=r"x has shape \(4, 60, 2\); expected \(n, n_max, 3\): 2 columns of an event and a mask"):
+        run(net, rows)
+    with pytest.raises(DataError, match="the mask of slot 0 of row 0 of x is .*; expected 1 for an event and 0 for an empty slot"):
+        run(net, rows.reshape(4, 120))
+    scaled = XScaler.fit(rows.reshape(4, 120), np.zeros(120, dtype=bool))
+    take_scaling(net, scaled)
+    with pytest.raises(DataError, match="expected 1 for an event"):
+        run(net, scaled.apply(rows.reshape(4, 120)))
+
+
+def test_a_mask_survives_the_scaling_of_flat_rows(net):
+    flat = pad_sets(sets(rng_for(2).integers(0, 9, 500))).reshape(500, -1)
+    scaler = XScaler.fit(flat, np.zeros(flat.shape[1], dtype=bool))
+    take_scaling(net, scaler)
+    assert np.isfinite(run(net, scaler.apply(flat))).all()
+
+
+def test_a_list_of_arrays_is_padded_and_all_else_is_left(net):
+    data = sets([3, 0, 5])
+    for form in (data, tuple(data), Ragged.of(data)):
+        x, single = padded("x", form, 2)
+        np.testing.assert_array_equal(x, pad_sets(data))
+        assert not single
+    x, single = padded("x", data[2], 2, 7)
+    np.testing.assert_array_equal(x, pad_sets([data[2]], 7)[0])
+    assert single
+    ready = pad_sets(data)
+    for form in (ready, list(ready), np.zeros((4, 6)), data[2]):
+        assert padded("x", form, 2)[0] is form
+    np.testing.assert_array_equal(padded("x", [[0.5, 1.0], [2.0]], 1)[0], pad_sets([[0.5, 1.0], [2.0]]))
+    with pytest.raises(ShapeError, match=r"set 1 of x has shape \(3, 5\); expected \(m, 2\)"):
+        padded("x", [np.zeros((4, 2)), np.zeros((3, 5))], 2)
+    with pytest.raises(DataError, match="a set has 5 events; expected at most n_max = 4"):
+        padded("x", data, 2, 4)
+    assert (event_columns(net), event_columns(torch.nn.Sequential(net)), event_columns(torch.nn.Linear(2, 2)), event_columns(SMALL)) == (
+        2,
+        2,
+        None,
+        None,
+    )
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_estimators_take_lists_of_sets(flat):
+    """A Gaussian mean from one to twenty events: the posterior of a list is that of the padded sets."""
+    rng = rng_for(5)
+    theta = rng.standard_normal((600, 1))
+    data = [t + rng.standard_normal((m, 1)) for t, m in zip(theta[:, 0], rng.integers(1, 21, 600), strict=True)]
+    data[0] = theta[0, 0] + rng.standard_normal((20, 1))
+    blocks = [Observable("events", shape=(20, 2))] if flat else None
+    made = {"embedding": DeepSet(1, hidden=16, config=SMALL), "observables": blocks, "config": TrainConfig(max_epochs=2), "device": "cpu"}
+    npe = NPE(NormalPrior([Parameter("t")]), **made).fit(theta, data)
+    x = pad_sets(data, 20)
+    np.testing.assert_array_equal(npe.sample(data[:3], 4), npe.sample(x[:3], 4))
+    np.testing.assert_array_equal(npe.sample(data[1], 4), npe.sample(x[1], 4))
+    assert npe.sample(data[:1], 4).shape == (1, 4, 1)
+    assert npe.log_prob(theta[:3], data[:3]).shape == (3,)
+    with pytest.raises(DataError, match="a set has 25 events; expected at most n_max = 20"):
+        npe.sample(np.zeros((25, 1)), 4)
+    with pytest.raises(ShapeError, match="expected"):
+        npe.sample(np.zeros((20, 3)), 4)
+
+
+def test_lists_without_a_network_of_sets_and_other_scalings_are_refused():
+    prior, rng = NormalPrior([Parameter("t")]), rng_for(0)
+    theta, data = rng.standard_normal((40, 1)), [rng.standard_normal((m % 5 + 1, 1)) for m in range(40)]
+    with pytest.raises(DataError, match=r"list of arrays of different lengths; expected one array, or a network of sets.*pad_sets"):
+        NPE(prior).fit(theta, data)
+    with pytest.raises(SettingError, match="standardise is 'block' with an embedding of sets"):
+        NPE(prior, embedding=DeepSet(1), standardise="block")
+    gaps = NPE(prior, embedding=DeepSet(1), observables=[Observable("events", shape=(5, 2), missing=True)])
+    with pytest.raises((SettingError, ShapeError), match="expected"):
+        gaps.fit(theta, data)

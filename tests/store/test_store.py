@@ -159,3 +159,14 @@ def test_a_shard_of_another_store_is_refused(copy, tmp_path):
         shutil.copy(tmp_path / name / shard_name(1), copy / shard_name(1))
         with pytest.raises(StoreError, match=f"{shard_name(1)} was made with another {name}: got .*, expected "):
             Store(copy).read()
+
+
+def test_parameters_of_all_rows_are_read_without_x_and_the_first_failures_alone(made):
+    store = Store(made)
+    theta, status = store.theta()
+    np.testing.assert_array_equal(theta, store.read(valid_only=False)[0])
+    np.testing.assert_array_equal(status, store.status())
+    some, _ = store.theta(n_rows=1)
+    assert len(some) == min(store.shard_size, len(theta))
+    np.testing.assert_array_equal(some, theta[: len(some)])
+    assert store.failures(n=2) == store.failures()[:2]

@@ -52,7 +52,7 @@ def test_ranks_share_an_epoch_without_overlap() -> None:
 
 
 def test_failures_are_replaced_and_told() -> None:
-    with pytest.warns(RuntimeWarning, match=r"\d+ simulations of .*Flaky failed and were replaced.*non-finite"):
+    with pytest.warns(RuntimeWarning, match=r"\d+ simulations of .*Flaky failed and were replaced.*more often at low t0.*non-finite"):
         source = OnlineBatches(Flaky(nan_below=-0.5), SIM.prior, 5000, n_valid=300, workers=0)
         batches = rows(source, 0, 5)
         source.close()

@@ -31,6 +31,11 @@ def simulations(n: int = 100) -> tuple[np.ndarray, np.ndarray]:
     return theta, np.column_stack([np.arange(n), theta[:, 0]])
 
 
+def left_out() -> Any:
+    """The warning of a store in which two rows failed."""
+    return pytest.warns(RuntimeWarning, match="2 of .* simulations failed and are left out")
+
+
 class Halved:
     """A scaling of an estimator's own: x / 2."""
 
@@ -153,7 +158,10 @@ def test_rows_are_streamed_when_they_need_more_than_the_memory(tmp_path: Path, d
 
 def test_a_small_store_is_read_as_arrays_without_its_failed_rows(tmp_path: Path) -> None:
     store = make_store(tmp_path / "a", 60, failed=(3, 50))
-    with from_stores([store], settings(observables=OBSERVABLES), None, QUIET) as rows:
+    with (
+        left_out(),
+        from_stores([store], settings(observables=OBSERVABLES), None, QUIET) as rows,
+    ):
         assert isinstance(rows, InMemory)
         expected = from_arrays(*store.read(), settings(observables=OBSERVABLES))
         assert rows.member(0)[0].fingerprint() == expected.member(0)[0].fingerprint()
@@ -178,7 +186,10 @@ def test_a_stream_is_mapped_to_the_scaling_of_the_estimator(tmp_path: Path, monk
     monkeypatch.setattr(sources, "_PILOT_ROWS", 250)
     stores = [make_store(tmp_path / "a", 300, failed=(0, 1)), make_store(tmp_path / "b", 300, first=300)]
     weights = np.arange(1.0, 599.0)  # of the rows 2 to 599
-    with from_stores(stores, settings(scaling=Halved), None, QUIET, weights) as rows:
+    with (
+        left_out(),
+        from_stores(stores, settings(scaling=Halved), None, QUIET, weights) as rows,
+    ):
         # the same number of rows of every store
         assert rows.scaler.seen[:, 0].tolist() == [*range(2, 127), *range(300, 425)]
         assert rows.weighted
@@ -195,7 +206,10 @@ def test_a_stream_is_mapped_to_the_scaling_of_the_estimator(tmp_path: Path, monk
 
 def test_weights_of_a_stream_are_one_per_successful_row(tmp_path: Path) -> None:
     stores = [make_store(tmp_path / "a", 300, failed=(0, 1)), make_store(tmp_path / "b", 300, first=300)]
-    with pytest.raises(ShapeError, match=r"weights has shape \(600,\); expected \(598,\)"):
+    with (
+        left_out(),
+        pytest.raises(ShapeError, match=r"weights has shape \(600,\); expected \(598,\)"),
+    ):
         from_stores(stores, settings(), None, QUIET, np.ones(600))
 
 
