@@ -299,7 +299,7 @@ class BaseEstimator:
         Args: x_shape: of one observation in training, whose slots are taken; None: as many slots as the largest set has.
         Raises: DataError (arrays of different lengths without a network of sets; more events than slots), ShapeError, NonFiniteError.
         """
-        k = event_columns(self.embedding)
+        k = event_columns(self._nets[0] if self._nets else self.embedding)
         if k is None:
             if isinstance(x, list | tuple) and len({len(s) for s in x if isinstance(s, list | tuple | np.ndarray) and np.iterable(s)}) > 1:
                 raise DataError(

@@ -26,6 +26,7 @@ from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.rng import seed_for, torch_seeded
 from sbi_phys.core.types import Array, ArrayLike
 from sbi_phys.nets.embedding_vector import EmbeddingConfig, ResidualMLP
+from sbi_phys.nets.own import build_own
 from sbi_phys.store.layout import Ragged
 from sbi_phys.training.scaling import XScaler
 
@@ -68,7 +69,10 @@ def pad_sets(sets: Sequence[ArrayLike], n_max: int | None = None) -> Array:
 
 
 def event_columns(module: Any) -> int | None:
-    """Columns of an event of the first `SetEmbedding` within a module; None for anything else."""
+    """Columns of an event of the first `SetEmbedding` within a module, given or named; None for anything else."""
+    if isinstance(module, EmbeddingConfig) and module.spec:
+        with torch.random.fork_rng([]):
+            module = build_own("embedding", module.spec, module.settings)
     if not isinstance(module, nn.Module):
         return None
     return next((part.n_columns for part in module.modules() if isinstance(part, SetEmbedding)), None)

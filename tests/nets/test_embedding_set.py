@@ -176,12 +176,8 @@ def test_a_list_of_arrays_is_padded_and_all_else_is_left(net):
         padded("x", [np.zeros((4, 2)), np.zeros((3, 5))], 2)
     with pytest.raises(DataError, match="a set has 5 events; expected at most n_max = 4"):
         padded("x", data, 2, 4)
-    assert (event_columns(net), event_columns(torch.nn.Sequential(net)), event_columns(torch.nn.Linear(2, 2)), event_columns(SMALL)) == (
-        2,
-        2,
-        None,
-        None,
-    )
+    named = EmbeddingConfig(spec="sbi_phys.nets.embedding_set:DeepSet", settings={"n_columns": 3})
+    assert [event_columns(e) for e in (net, torch.nn.Sequential(net), named, torch.nn.Linear(2, 2), SMALL)] == [2, 2, 3, None, None]
 
 
 @pytest.mark.parametrize("flat", [False, True])
