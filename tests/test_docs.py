@@ -45,8 +45,25 @@ def run(page: str, namespace: dict[str, Any], *, replace: tuple[tuple[str, str],
 def test_every_page_with_code_is_run():
     assert {page for page in PAGES if blocks(page, "python")} == {
         "README.md",  # tests/test_readme.py
-        *("calibration.md", "confidence.md", "likelihoods.md", "unfolding.md", "CONTRIBUTING.md"),
+        *("calibration.md", "confidence.md", "data.md", "likelihoods.md", "unfolding.md", "CONTRIBUTING.md"),
     }
+
+
+def test_data_forms(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = "config=sp.TrainConfig(max_epochs=2), seed=0"
+    found = run(
+        "data.md",
+        {},
+        replace=(
+            ("2_000", "300"),
+            ("simulator=simulator, seed=0", f"simulator=simulator, {config}"),
+            ("n_columns=1), seed=0", f"n_columns=1), {config}"),
+        ),
+    )
+    assert found["blocks"]["image"].shape == (300, 4, 5)
+    assert 0.1 < np.isnan(found["blocks"]["image"]).mean() < 0.3
+    assert found["npe"].sample(found["x_obs"], 5).shape == (5, 1)
 
 
 def calibration_inputs() -> dict[str, Any]:
