@@ -22,8 +22,14 @@ Sampling. Every step of every chain leaves p(z, log sigma | N) invariant, whatev
 3. Both at once, proposed from a mixture of multivariate t distributions around the modes of the grid, weighted by the Laplace evidence
    (independence Metropolis). These moves cross between rough and smooth solutions, where steps 1 and 2 are slow.
 
-Chains start from widened draws of the mixture. They run until split R-hat of z, log sigma and log p is at most 1.01 and the effective
-number of draws reaches the number requested.
+4. A few bins B and sigma at once, from their prior given the other bins (independence Metropolis, accepted by the likelihood
+   and the prior of level and tilt alone). With A the columns B of D, u = D x without them, m_B = -(A^T A)^-1 A^T u and nu as in step 2,
+   sigma^2 | nu, z_-B ~ IG((m - |B| + 1)/2, 1/nu + |u + A m_B|^2 / 2),   x_B | sigma, z_-B ~ N(m_B, sigma^2 (A^T A)^-1).
+   A bin that is hardly measured follows this prior down to n -> 0, where log n and sigma are long tails of each other, and no Gaussian
+   fits. Bins are proposed in proportion to the share that was accepted during burn-in.
+
+Chains start from widened draws of the mixture. They run until split R-hat of log(1 + n), log sigma and log p is at most 1.01 and the
+effective number of draws reaches the number requested.
 
 Source: Choudalakis 2012, arXiv:1201.4612; Neal 2011, arXiv:1206.1901 (HMC); Rue+ 2009, J. R. Stat. Soc. B 71, 319 (grid of Laplace
 approximations); Makalic & Schmidt 2016, arXiv:1508.03884 (half-Cauchy by inverse gammas); Tierney 1994, Ann. Statist. 22, 1701 (mixtures
@@ -64,7 +70,9 @@ DOF = 30.0  # degrees of freedom of the t distributions, whose tails are heavier
 SCALES, SHARES = np.array([1.0, 3.0]), np.array([0.85, 0.15])
 WIDER = 1.3  # factor by which the starts of the chains are wider than the mixture
 ANGLE = 1.8  # length of a trajectory; with pi / 2 the draws of a Gaussian are independent
+SMALL_SHARE = 0.25  # of trajectories with a smaller step
 BURN_BLOCK, BURN_BLOCKS = 25, 8
+WIDEST = 3  # neighbouring bins that are drawn from their prior at once
 
 
 class LaplaceGrid:
@@ -140,11 +148,15 @@ class _State:
 
 
 class _Kernel:
-    """The three moves for all chains at once, with their acceptance rates."""
+    """The four moves for all chains at once, with their acceptance rates."""
 
     def __init__(self, posterior: LogPosterior, mixture: LaplaceGrid, rng: np.random.Generator) -> None:
         self.posterior, self.mixture, self.rng = posterior, mixture, rng
-        self.step_size = 0.45
+        self.step_size, self.adapting = 0.45, True
+        prior = posterior.prior
+        most = 0 if prior.flat else min(WIDEST, posterior.dim - 2)
+        self.blocks = [np.arange(i, i + size) for size in range(1, most + 1) for i in range(posterior.dim - size + 1)]
+        self.released = np.full((2, len(self.blocks)), 1.0)  # accepted and proposed of each block, in burn-in
         self.forget()
 
     def forget(self) -> None:
@@ -160,12 +172,15 @@ class _Kernel:
         if self.mixture.hierarchical:
             self._gibbs(state)
         self.independent += self._independent(state)
+        for pair in range(2 if self.blocks else 0):
+            self._release(state, pair)
         self.n_steps += 1
 
     def _hamiltonian(self, state: _State) -> float:
         rng, c = self.rng, len(state.z)
         factor = self.mixture.factors[self.mixture.cell(state.log_sigma)]
-        step = (self.step_size * rng.uniform(0.8, 1.2, c))[:, None]
+        # now and then a smaller step, since the whitening of a cell does not fit where a bin is nearly empty
+        step = (self.step_size * np.where(rng.random(c) < SMALL_SHARE, rng.uniform(0.05, 0.5, c), rng.uniform(0.8, 1.2, c)))[:, None]
         n_leaps = int(rng.integers(1, 2 * max(1, round(ANGLE / self.step_size))))
         p0 = rng.standard_normal(state.z.shape)
         z, value, gradient = state.z, state.value, state.gradient
@@ -199,6 +214,39 @@ class _Kernel:
         ratio = np.where(np.isfinite(gain), gain, -np.inf) - had
         return self._keep(state, ratio, z, log_sigma, value, gradient)
 
+    def _release(self, state: _State, n_released: int) -> None:
+        rng, prior, c = self.rng, self.posterior.prior, len(state.z)
+        rate = self.released[0] / self.released[1]
+        chosen = np.unique(rng.choice(len(self.blocks), 1 + n_released, p=0.8 * rate / rate.sum() + 0.2 / len(rate)))
+        block, x = np.unique(np.concatenate([self.blocks[k] for k in chosen])), state.z - self.posterior.centre
+        if block.size > state.z.shape[1] - 2:  # two bins have to remain, for level and tilt
+            return
+        bent = self.posterior.bent(state.z)
+        root = np.ones_like(bent)  # of the factors l_i of Student's t
+        if not math.isinf(prior.dof):
+            scaled = bent**2 * np.exp(-2 * state.log_sigma)[:, None]
+            root = np.sqrt((prior.dof + scaled) / 2 / rng.standard_gamma((prior.dof + 1) / 2, bent.shape))
+        a = prior.curvature[:, block] / root[:, :, None]
+        u = (bent - x[:, block] @ prior.curvature[:, block].T) / root
+        lower = np.linalg.cholesky(np.einsum("cmi,cmj->cij", a, a))
+        middle = -np.linalg.solve(lower @ lower.transpose(0, 2, 1), np.einsum("cmi,cm->ci", a, u)[:, :, None])[:, :, 0]
+        log_sigma = state.log_sigma
+        if self.mixture.hierarchical:
+            nu = (1 / prior.hyper_scale**2 + np.exp(-2 * log_sigma)) / rng.standard_gamma(1.0, c)
+            left = ((u + np.einsum("cmi,ci->cm", a, middle)) ** 2).sum(axis=1)
+            variance = (1 / nu + left / 2) / rng.standard_gamma((bent.shape[1] - block.size + 1) / 2, c)
+            log_sigma = 0.5 * np.log(variance)
+        noise = np.linalg.solve(lower.transpose(0, 2, 1), rng.standard_normal((c, block.size, 1)))[:, :, 0]
+        z = state.z.copy()
+        z[:, block] = self.posterior.centre[block] + middle + np.exp(log_sigma)[:, None] * noise
+        value, gradient = self.posterior.given_sigma(z, log_sigma)
+        now = value - prior.log_curvature(self.posterior.bent(z), log_sigma)
+        ratio = now - state.value + prior.log_curvature(bent, state.log_sigma)
+        inside = (log_sigma >= prior.range[0]) & (log_sigma <= prior.range[1])
+        share = self._keep(state, np.where(inside & np.isfinite(ratio), ratio, -np.inf), z, log_sigma, value, gradient)
+        if self.adapting and chosen.size == 1:
+            self.released[:, chosen[0]] += share, 1.0
+
     def _keep(self, state: _State, log_ratio: Array, z: Array, log_sigma: Array, value: Array, gradient: Array) -> float:
         yes = np.log(self.rng.random(len(z))) < log_ratio
         state.z, state.gradient = np.where(yes[:, None], z, state.z), np.where(yes[:, None], gradient, state.gradient)
@@ -230,6 +278,7 @@ def run_chains(
 
     def verdict() -> Verdict:
         z, log_sigma, value = history()
+        z = np.logaddexp(0.0, z)  # log(1 + n): how far below one event the draws of an empty bin lie changes no count
         watched = [z, log_sigma[:, :, None], value[:, :, None]] if mixture.hierarchical else [z, value[:, :, None]]
         numbers = np.concatenate(watched, axis=2)
         r_hat, tau = split_r_hat(numbers), autocorrelation_time(numbers)
@@ -270,6 +319,7 @@ def _burn_in(kernel: _Kernel, state: _State) -> int:
         if kernel.accepted / kernel.n_steps < 0.75:
             kernel.step_size *= 0.7
     kernel.forget()
+    kernel.adapting = False
     return (block + 1) * BURN_BLOCK
 
 

@@ -1,5 +1,7 @@
 """Bayesian unfolding against posteriors that are known: Gamma, a grid, Tikhonov's Gaussian limit; and the spectra it must cover."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from scipy.stats import t as student
 from sbi_phys.core.errors import ConvergenceError, DataError, NonFiniteError, SettingError, ShapeError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.samplers.diagnostics import split_r_hat
-from sbi_phys.unfold import Response, tikhonov
+from sbi_phys.unfold import Response, bayes, tikhonov
 from sbi_phys.unfold.bayes import LaplaceGrid, bayesian_unfold, run_chains
 from sbi_phys.unfold.spectrum import LogPosterior, SpectrumPrior, curvature_matrix, level_and_tilt
 from tests.unfold import steep_toy
@@ -242,6 +244,27 @@ def test_each_move_alone_leaves_the_posterior_alone():
     sd = draws.std(axis=0)
     assert np.abs((draws.mean(axis=0) - again.mean(axis=0)) / sd).max() < 0.15
     np.testing.assert_allclose(again.std(axis=0) / sd, 1, atol=0.12)
+
+
+@pytest.mark.parametrize("dof", [math.inf, 3.0])
+def test_bins_released_to_their_prior_have_the_same_posterior(monkeypatch, dof):
+    """The first bin is hardly measured: with the moves that release bins all quantiles are those without, and fewer draws are needed."""
+    truth, matrix = np.array([30.0, 200.0, 400.0, 300.0, 100.0]), np.diag([0.03, 0.5, 0.8, 0.9, 0.9]) + 0.05 * np.eye(5, k=1)
+    response = Response(matrix)
+    prior = SpectrumPrior.build(np.full(5, 200.0), None, hyper_scale=0.3, dof=dof)
+    posterior = LogPosterior(np.round(matrix @ truth), response, prior)
+    mixture = LaplaceGrid(posterior, np.log(truth))
+    found, slow = [], []
+    for widest in (3, 0):
+        monkeypatch.setattr(bayes, "WIDEST", widest)
+        steps = 1500 if widest else 4000
+        chains = run_chains(posterior, mixture, n_draws=10**6, max_steps=steps, rng=rng_for(3), raise_on_failure=False, task=_Task())
+        found.append(np.column_stack([chains.z[:, :, 0].ravel(), chains.z[:, :, 3].ravel(), chains.log_sigma.ravel()]))
+        slow.append(chains.verdict.autocorr_time[0])
+    assert slow[0] < slow[1]
+    for a, b in zip(found[0].T, found[1].T, strict=True):
+        shares = [(b < q).mean() for q in np.quantile(a, [0.05, 0.25, 0.5, 0.75, 0.95])]
+        np.testing.assert_allclose(shares, [0.05, 0.25, 0.5, 0.75, 0.95], atol=0.04)
 
 
 # --- a steep spectrum -----------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_learned_response_in_bayesian_unfolding(flat, data):
     """The spectrum within its errors, unfolded with the learned matrix."""
     edges, reco = np.linspace(-2.2, 2.6, 9), np.linspace(-4, 4.4, 22)
     counts = np.histogram(data, reco)[0]
-    # the first bins are hardly measured, and log n has a long tail towards 0 there: 12 seeds needed 500 to 19 500 steps
+    # the first bins are hardly measured, and log n has a long tail towards 0 there: 500 to 4000 steps, rarely more
     found = bayesian_unfold(counts, flat.response(edges, reco), n_draws=1000, max_steps=40_000, seed=2)
     truth = 12_000 * np.diff(norm.cdf(edges, MEAN, SD))
     pull = (found.counts - truth) / found.errors
