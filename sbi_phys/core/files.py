@@ -9,15 +9,26 @@ binary file that numpy, torch, matplotlib and h5py accept; a library that accept
 
 import io
 import os
+import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from sbi_phys.core.errors import SbiPhysError, WriteError
 
-__all__ = ["AsideFile", "open_aside", "sync_folder", "write_aside"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["AsideFile", "is_unfinished", "open_aside", "remove_unfinished", "sync_folder", "write_aside"]
+
+_UNFINISHED = re.compile(r"^\..+\.\d{20,}\.tmp$")
+_NEW_S = 1.0  # a file may have been opened and not yet locked
+_OPEN: set[Path] = set()  # of this process, which its own locks do not keep out
 
 
 class AsideFile(io.FileIO):
@@ -85,6 +96,8 @@ def open_aside(
         if make_folder:
             target.parent.mkdir(parents=True, exist_ok=True)
         with AsideFile(temporary, "x+") as file:
+            _OPEN.add(temporary)
+            _lock(file.fileno())  # of the process (not flock, which HDF5 uses when it opens the same file by its name)
             try:
                 yield file
             except Exception:
@@ -101,6 +114,7 @@ def open_aside(
             failed.errno = err.errno
         raise failed from err
     finally:
+        _OPEN.discard(temporary)
         temporary.unlink(missing_ok=True)
 
 
@@ -113,6 +127,44 @@ def write_aside(path: str | os.PathLike[str], content: str | bytes, **options: A
     with open_aside(path, **options) as file:
         file.write(content.encode() if isinstance(content, str) else content)
     return Path(path)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a file has the name of a temporary file of `open_aside`.
+
+    >>> is_unfinished(Path("model.pt"))
+    False
+    """
+    return _UNFINISHED.match(path.name) is not None
+
+
+def remove_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary files that killed processes left in a folder and below it. Those of running processes are locked and stay.
+
+    >>> remove_unfinished(".")
+    """
+    for place, _, names in os.walk(folder):
+        for path in filter(is_unfinished, (Path(place, name) for name in names)):
+            if path.absolute() in {open_one.absolute() for open_one in _OPEN}:
+                continue
+            with suppress(OSError):
+                handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+                try:
+                    if time.time() - os.fstat(handle).st_mtime > _NEW_S and _lock(handle):
+                        path.unlink(missing_ok=True)
+                finally:
+                    os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Mark an open file as in use until it is closed; False if another process has it, or where files cannot be locked."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -25,6 +25,11 @@ def plain_errors(debug: bool) -> Iterator[None]:
             raise
         typer.echo(f"sbi-phys: {type(err).__name__}: {err}", err=True)
         raise typer.Exit(1) from None
+    except OSError as err:  # e.g. a full or read-only disk, in a library that writes by itself
+        if debug or err.filename is None:
+            raise
+        typer.echo(f"sbi-phys: {err.filename}: {err.strerror}; finished stages are kept, and the same command continues", err=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         command = " ".join(["sbi-phys", *sys.argv[1:]])
         typer.echo(f"\nstopped; finished stages are kept, and the same command continues the run:\n  {command}", err=True)

@@ -39,7 +39,7 @@ import numpy as np
 
 from sbi_phys.core.checksums import append_trailer, has_trailer, require_seal, seal
 from sbi_phys.core.errors import DataError, RunFolderError, SbiPhysError, SettingError
-from sbi_phys.core.files import open_aside, write_aside
+from sbi_phys.core.files import is_unfinished, open_aside, remove_unfinished, write_aside
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array
@@ -88,11 +88,19 @@ class RunFolder:
             self._require_same_settings(self.path(self.SETTINGS_FILE))
         elif self.folder.exists() and not self.folder.is_dir():
             raise RunFolderError(f"{self.folder} is a file; expected a folder, new or of an earlier run")
-        elif self.folder.exists() and (foreign := sorted(p.name for p in self.folder.iterdir() if p.name != _LOCK)):
+        elif self.folder.exists() and (foreign := sorted(p.name for p in self.folder.iterdir() if not self._begun(p))):
             shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
             raise RunFolderError(
                 f"{self.folder} holds {shown} and no {self.SETTINGS_FILE}; expected an empty folder or one of an earlier run"
             )
+
+    def _begun(self, path: Path) -> bool:
+        """Whether a run that was killed while it made its folder may have left this file."""
+        return (
+            path.name == _LOCK
+            or is_unfinished(path)
+            or (path.name == self.RECORDS and path.is_dir() and all(map(is_unfinished, path.iterdir())))
+        )
 
     def _require_same_settings(self, path: Path) -> None:
         """Raise RunFolderError if the settings in the folder differ from those of this run."""
@@ -109,8 +117,9 @@ class RunFolder:
         )
 
     def begin(self) -> None:
-        """Create the folder and write the settings into it.   Raises: RunFolderError."""
+        """Create the folder, write the settings into it, and remove what a killed run left half written.   Raises: RunFolderError."""
         try:
+            remove_unfinished(self.folder)
             self.path(self.RECORDS).mkdir(parents=True, exist_ok=True)
             if not self.path(self.SETTINGS_FILE).exists():
                 self.write_text(self.SETTINGS_FILE, self._settings_text())

@@ -283,7 +283,7 @@ class ReferenceSettings:
 class CalibrateSettings:
     """Calibration of the amortised network on simulations that it has not seen.
 
-    Args: n: held-out simulations, 0 for none. n_draws: posterior draws for each.   Raises: SettingError.
+    Args: n: held-out simulations, 0 for none, else at least 50. n_draws: posterior draws for each.   Raises: SettingError.
     """
 
     n: int = 500
@@ -291,7 +291,8 @@ class CalibrateSettings:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        require_int("calibrate.n", self.n, low=0)
+        if require_int("calibrate.n", self.n, low=0) in range(1, 50):
+            raise SettingError(f"calibrate.n is {self.n}; expected 0 for none, or at least 50")
         require_int("calibrate.n_draws", self.n_draws, low=10)
 
 

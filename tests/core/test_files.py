@@ -1,16 +1,22 @@
 import errno
 import io
 import os
+import stat
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 
+from sbi_phys.core import files
 from sbi_phys.core.errors import ModelFileError, SbiPhysError, WriteError
 from sbi_phys.core.files import AsideFile, open_aside, write_aside
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_text_and_bytes_are_written_whole(tmp_path):
@@ -107,3 +113,41 @@ def test_a_temporary_file_is_new_and_no_link(tmp_path, monkeypatch):
     with pytest.raises(WriteError, match="File exists"):
         write_aside(tmp_path / "a", "text")
     assert (tmp_path / "precious").read_text() == "x"
+
+
+WRITER = """
+import sys, time
+from sbi_phys.core.files import open_aside
+with open_aside(sys.argv[1]) as file:
+    file.write(b"half")
+    print("open", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_files_of_killed_processes_go_and_those_of_running_ones_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_NEW_S", 0.0)
+    (tmp_path / "below").mkdir()
+    (tmp_path / ".note.tmp").touch()  # a name of somebody else's
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "below" / "model.pt")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as writer:
+        assert writer.stdout.readline() == b"open\n"
+        (left,) = (tmp_path / "below").iterdir()
+        files.remove_unfinished(tmp_path)
+        assert left.exists()
+        writer.kill()
+    with files.open_aside(tmp_path / "own.txt") as own:
+        time.sleep(0.01)
+        files.remove_unfinished(tmp_path)
+        own.write(b"whole")
+    assert not left.exists() and (tmp_path / "own.txt").read_bytes() == b"whole" and (tmp_path / ".note.tmp").exists()
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o027, 0o002])
+def test_modes_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        path = files.write_aside(tmp_path / "a.txt", "a")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask

@@ -257,14 +257,14 @@ def test_bins_released_to_their_prior_have_the_same_posterior(monkeypatch, dof):
     found, slow = [], []
     for widest in (3, 0):
         monkeypatch.setattr(bayes, "WIDEST", widest)
-        steps = 1500 if widest else 4000
+        steps = 700 if widest else 1400
         chains = run_chains(posterior, mixture, n_draws=10**6, max_steps=steps, rng=rng_for(3), raise_on_failure=False, task=_Task())
         found.append(np.column_stack([chains.z[:, :, 0].ravel(), chains.z[:, :, 3].ravel(), chains.log_sigma.ravel()]))
         slow.append(chains.verdict.autocorr_time[0])
     assert slow[0] < slow[1]
     for a, b in zip(found[0].T, found[1].T, strict=True):
         shares = [(b < q).mean() for q in np.quantile(a, [0.05, 0.25, 0.5, 0.75, 0.95])]
-        np.testing.assert_allclose(shares, [0.05, 0.25, 0.5, 0.75, 0.95], atol=0.04)
+        np.testing.assert_allclose(shares, [0.05, 0.25, 0.5, 0.75, 0.95], atol=0.05)
 
 
 # --- a steep spectrum -----------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ TINY = {
     "infer.n_draws": 120,
     "infer.n_refine": 3_000,
     "reference.method": "none",
-    "calibrate.n": 40,
+    "calibrate.n": 50,
     "calibrate.n_draws": 20,
     "check.n": 50,
     "methods.nle_layers": 0,

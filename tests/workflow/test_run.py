@@ -346,3 +346,16 @@ def test_a_record_or_an_array_with_another_number_is_refused(tmp_path):
 
 def test_the_versions_of_a_record_say_what_computed_the_networks():
     assert versions()["layers"] == arithmetic() in ("kernels", "torch")
+
+
+@pytest.mark.parametrize("left", [(), ("stages",), ("stages", ".config.toml.123456789012345678901234.tmp")])
+def test_a_kill_while_the_folder_is_made_leaves_one_that_can_be_used(tmp_path, left):
+    for name in left:
+        (tmp_path / name).touch() if name.endswith(".tmp") else (tmp_path / name).mkdir()
+    run = Run(tmp_path, Config())
+    run.begin()
+    assert run.path("config.toml").is_file() and run.path("stages").is_dir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(RunFolderError, match=r"holds notes.txt and no config.toml"):
+        Run(tmp_path / "other", Config())

@@ -104,9 +104,9 @@ def test_parse_override_without_value():
 
 
 def test_quick_only_ever_cuts_down():
-    full = Config().override({"simulate.n": 500_000, "rounds.n_rounds": 3, "calibrate.n": 20})
+    full = Config().override({"simulate.n": 500_000, "rounds.n_rounds": 3, "calibrate.n": 60})
     quick, before = full.quick().flat(), full.flat()
-    assert quick["calibrate.n"] == 20 and quick["rounds.n_rounds"] == 1
+    assert quick["calibrate.n"] == 60 and quick["rounds.n_rounds"] == 1
     assert quick["train.max_epochs"] == Config.QUICK["train.max_epochs"]  # 0, the automatic choice, counts as many
     assert all(quick[key] == before[key] for key in before if key not in Config.QUICK)
     assert full.quick().quick() == full.quick()
