@@ -7,6 +7,7 @@ A reader finds the former file or the new one, never a part of it, also after a 
 binary file that numpy, torch, matplotlib and h5py accept; a library that accepts only a path gets `file.name`.
 """
 
+import fcntl
 import io
 import os
 import re
@@ -18,11 +19,6 @@ from typing import Any
 from uuid import uuid4
 
 from sbi_phys.core.errors import SbiPhysError, WriteError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["AsideFile", "is_unfinished", "open_aside", "remove_unfinished", "sync_folder", "write_aside"]
 
@@ -157,9 +153,7 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> None:
 
 
 def _lock(handle: int) -> bool:
-    """Mark an open file as in use until it is closed; False if another process has it, or where files cannot be locked."""
-    if fcntl is None:
-        return False
+    """Mark an open file as in use until it is closed; False if another process has it, or if the file system has no locks."""
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
