@@ -45,7 +45,7 @@ def run(page: str, namespace: dict[str, Any], *, replace: tuple[tuple[str, str],
 def test_every_page_with_code_is_run():
     assert {page for page in PAGES if blocks(page, "python")} == {
         "README.md",  # tests/test_readme.py
-        *("calibration.md", "confidence.md", "data.md", "likelihoods.md", "unfolding.md", "CONTRIBUTING.md"),
+        *("calibration.md", "confidence.md", "data.md", "likelihoods.md", "reports.md", "unfolding.md", "CONTRIBUTING.md"),
     }
 
 
@@ -98,6 +98,19 @@ def test_calibration_of_the_observation_and_in_one_call(tmp_path, monkeypatch, c
     found = run("calibration.md", namespace, replace=replace, part=slice(2, 4))["found"]
     assert (tmp_path / "calibration.json").stat().st_size > 1000
     assert len(found.results) >= 8 and found.verdict in capsys.readouterr().out
+
+
+def test_reports_figures_of_a_simulator():
+    simulator = run("reports.md", {})["Decay"]()
+    sp.check_simulator(simulator, n_simulations=10)
+    theta = simulator.prior.sample(100, rng_for(0))
+    x_obs = simulator.simulate(np.array([[2.0]]), rng_for(1))[0]
+    for draws in ("posterior", "prior"):
+        ((name, _, caption, figure),) = simulator.figures(theta, x_obs, seed=0, draws=draws)
+        assert name == f"survival_{draws}" and draws in caption
+        low, high = np.quantile(np.exp(-x_obs.max() / theta[:, 0]), [0.16, 0.84])
+        ends = figure.axes[0].collections[0].get_paths()[0].vertices
+        assert {round(float(y), 6) for x, y in ends if x == x_obs.max()} >= {round(low, 6), round(high, 6)}
 
 
 class ExactPosterior:

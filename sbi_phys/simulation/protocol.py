@@ -62,7 +62,9 @@ class Simulator(Protocol):
     prior: p(theta). parameters: the columns of theta, equal to those of the prior. observables: blocks of columns of x, in
     order; their sizes sum to k. Both are a tuple or a list. settings: keyword arguments that JSON can hold;
     `type(s)(**s.settings)` is the same simulator.
-    Optional methods, used where a simulator has them: log_likelihood, expected, deviance, observed.
+    Optional methods, used where a simulator has them: log_likelihood, expected, deviance, observed, published, and
+    figures(theta, x_obs, *, seed, draws="posterior") -> [(name, title, caption, Figure), ...], its own figures for the report of
+    a run, from draws theta (n, d) of the posterior or, with draws="prior", of the prior (docs/reports.md).
 
     >>> import numpy as np
     >>> import sbi_phys as sp
