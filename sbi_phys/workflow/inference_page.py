@@ -41,6 +41,7 @@ _STAGES = (
     "simulate", "train", "infer", "rounds", "refine", "reference", "compare", "calibrate", "check",
     "train_nle", "infer_nle", "train_nre", "infer_nre", "methods",
 )  # fmt: skip
+_OPEN_FIGURES = 3  # prior predictive figures that are shown without a click
 _FIGURE_DRAWS = 2000  # draws that a simulator's own figures get
 
 
@@ -139,7 +140,9 @@ def _observation_section(run: Run, found: Numbers) -> list[Block]:
         )
         named = ", ".join(f"`{name}`" for name in prior["outside"]) + (", ..." if prior["n_outside"] > len(prior["outside"]) else "")
         blocks.append(Text(f"{words} {count}" + (f": {named}." if named else ".")))
-    blocks += _block_figures(run, found, "prior")
+    drawn = _block_figures(run, found, "prior")
+    # many blocks would hide the posterior
+    blocks += drawn if len(drawn) <= _OPEN_FIGURES else [Details("Every block of the observation and its prior predictive", drawn)]
     blocks += _own_figures(run, "prior")
     caption = (
         "What the network receives, and the features that its embedding makes of it, relative to the simulations. Red: outside all of "
