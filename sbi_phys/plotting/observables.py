@@ -569,8 +569,9 @@ def _features(ax: "Axes", title: str, observed: Array, rows: Array, marks: Seque
     if out.any():
         ax.plot(at[out & ~beyond], shown[out & ~beyond], "o", color=_OUT, markersize=size + 1.5, label="outside", zorder=4)
     for side, marker in ((1, "^"), (-1, "v")):
-        chosen = beyond & (np.sign(z) == side)
-        ax.plot(at[chosen], shown[chosen], marker, color=_OUT, markersize=5, zorder=4)
+        for which, colour in ((out, _OUT), (~out, "black")):
+            chosen = beyond & which & (np.sign(z) == side)
+            ax.plot(at[chosen], shown[chosen], marker, color=colour, markersize=5, zorder=4)
     for name, start in marks:
         if start:
             ax.axvline(start - 0.5, color=COLOURS["grey"], linewidth=0.8, linestyle="dotted")

@@ -201,6 +201,10 @@ def test_features_say_how_many_lie_outside():
     assert [t.get_text() for t in fig.axes[0].texts] == ["a", "b"]
     arrow = [line for line in fig.axes[0].lines if line.get_marker() == "^" and len(line.get_xdata())]
     assert arrow[0].get_xdata().tolist() == [4]
+    assert arrow[0].get_color() == _OUT
+    rare = np.append(np.zeros(199), 1.0)[:, None]  # 14 sd from the mean, and within the simulations
+    ax = features_figure({"mask": ([1.0], rare)}).axes[0]
+    assert [line.get_color() for line in ax.lines if line.get_marker() == "^" and len(line.get_xdata())] == ["black"]
 
 
 @pytest.mark.parametrize(
