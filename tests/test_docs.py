@@ -45,6 +45,7 @@ def run(page: str, namespace: dict[str, Any], *, replace: tuple[tuple[str, str],
 def test_every_page_with_code_is_run():
     assert {page for page in PAGES if blocks(page, "python")} == {
         "README.md",  # tests/test_readme.py
+        "own_simulator.md",  # tests/journeys/test_own_simulator.py
         *("calibration.md", "confidence.md", "data.md", "likelihoods.md", "reports.md", "unfolding.md", "CONTRIBUTING.md"),
     }
 
