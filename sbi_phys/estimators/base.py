@@ -348,12 +348,13 @@ class BaseEstimator:
         *,
         simulator: Simulator | None = None,
         embedding: nn.Module | str | None = None,
+        flow: nn.Module | str | None = None,
         prior: Prior | None = None,
         allow_import: bool = False,
         device: str | torch.device = "auto",
     ) -> Self:
         """Read a model of this class; arguments and errors as `sp.load`."""
-        model = load(path, simulator=simulator, embedding=embedding, prior=prior, allow_import=allow_import, device=device)
+        model = load(path, simulator=simulator, embedding=embedding, flow=flow, prior=prior, allow_import=allow_import, device=device)
         if not isinstance(model, cls):
             raise ModelFileError(f"{path} is the file of a {type(model).__name__}; expected one of {cls.__name__}")
         return model
@@ -361,7 +362,9 @@ class BaseEstimator:
     @classmethod
     def _from_content(cls, path: Path, content: dict[str, Any], given: "_Given", device: str | torch.device) -> Self:
         settings = {name: given.decoded(path, name, value) for name, value in content["settings"].items()}
-        settings["embedding"] = given.network(path, "embedding", settings["embedding"])
+        for name in ("embedding", "flow"):
+            if name in settings:
+                settings[name] = given.network(path, name, settings[name])
         _require_size(path, settings, content["weights"])
         model = cls(**settings, device=device)
         model.identity = json.loads(content["identity"])
@@ -532,6 +535,7 @@ class _Given:
     """What the caller of `load` gives for what a file holds by name alone."""
 
     embedding: nn.Module | str | None = None
+    flow: nn.Module | str | None = None
     prior: Prior | None = None
     allow_import: bool = False
 
@@ -569,13 +573,14 @@ def load(
     *,
     simulator: Simulator | None = None,
     embedding: nn.Module | str | None = None,
+    flow: nn.Module | str | None = None,
     prior: Prior | None = None,
     allow_import: bool = False,
     device: str | torch.device = "auto",
 ) -> Any:
     """Read a model that `save` wrote, of the class that the file names.
 
-    Args: simulator: if given, it must be the one the model was trained with. embedding: the module, where the model was
+    Args: simulator: if given, it must be the one the model was trained with. embedding, flow: the module, where the model was
     trained with an object of the user's own (its weights come from the file), or another name 'module:Class' for the same class.
     prior: the prior, where its class is the user's own and cannot be found; it must describe itself as the file does.
     allow_import: import the modules of the user's own embedding, flow and prior that the file names; without it they must have been
@@ -595,7 +600,7 @@ def load(
     content = read_file(path, *FILE)
     kind = _class_named(path, content)
     try:
-        model = kind._from_content(path, content, _Given(embedding, prior, allow_import), device)
+        model = kind._from_content(path, content, _Given(embedding, flow, prior, allow_import), device)
     except (ModelFileError, SimulatorMismatchError):
         raise
     except DataError as err:

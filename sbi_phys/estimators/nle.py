@@ -34,7 +34,7 @@ from typing import Any, NoReturn, Unpack, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sbi_phys.core.checks import as_matrix, require_int
 from sbi_phys.core.errors import NonFiniteError, SettingError, ShapeError
@@ -45,6 +45,7 @@ from sbi_phys.estimators.base import Estimator, Shared
 from sbi_phys.estimators.density_sampling import Gradient, PosteriorDraws, sample_posterior
 from sbi_phys.estimators.other_priors import require_within
 from sbi_phys.nets.flow import FlowConfig
+from sbi_phys.nets.flow_own import require_flow
 from sbi_phys.nets.likelihood import DequantisedLoss, XColumns, log_density_rows, noise_points, value_and_gradient
 from sbi_phys.nets.posterior import PosteriorNet, sample_net
 from sbi_phys.priors import Observable, Parameter, Prior, to_rows
@@ -65,7 +66,7 @@ class NLE(Estimator):
         prior: over theta; its whitening map makes the network's input.
         flow: 'spline', 'affine', 'maf' (3 layers of width 32) or a FlowConfig, over x. 'auto' takes FlowConfig(n_layers=0), a full
             conditional Gaussian alone, for four or more columns that all are counts (Anscombe's root makes them nearly normal, and
-            couplings of so many columns cost more than they gain), 'spline' for others.
+            couplings of so many columns cost more than they gain), 'spline' for others. Or your own, as of `NPE`.
         embedding: of theta: None (residual perceptron), an EmbeddingConfig, or any nn.Module (n, d') -> (n, k).
         n_ensemble: networks, trained with different seeds and splits; the density is their equal mixture.
         x_transform: 'auto', 'counts' (Anscombe's root), 'log' or 'real'; 'auto' asks `observables`, else looks at the values.
@@ -90,7 +91,7 @@ class NLE(Estimator):
         self,
         prior: Prior,
         *,
-        flow: str | FlowConfig = "auto",
+        flow: str | FlowConfig | nn.Module = "auto",
         dequantise: str | bool = "auto",
         n_noise: int = 8,
         **shared: Unpack[Shared],
@@ -98,7 +99,8 @@ class NLE(Estimator):
         super().__init__(prior, **shared)
         self._choose_flow = isinstance(flow, str) and flow == "auto"
         kind = "spline" if self._choose_flow else flow
-        self.flow = FlowConfig(kind=kind, n_layers=3, hidden=32) if isinstance(kind, str) else kind
+        self.flow = FlowConfig.of(kind, n_layers=3, hidden=32)
+        require_flow(self.flow)
         if self.standardise != "column":
             raise SettingError(f"standardise is {self.standardise!r}; expected 'column': no network of an NLE has x as input")
         self.dequantise = dequantise

@@ -32,6 +32,7 @@ from sbi_phys.estimators.base import Estimator, Shared
 from sbi_phys.estimators.density_sampling import PosteriorDraws
 from sbi_phys.estimators.other_priors import require_within, reweighted
 from sbi_phys.nets.flow import FlowConfig
+from sbi_phys.nets.flow_own import DistributionFlow, require_flow
 from sbi_phys.nets.posterior import FlowProposal, PosteriorNet, encode_net, log_prob_nets, npe_loss
 from sbi_phys.priors import Prior, standard_normal_log_prob
 
@@ -43,7 +44,9 @@ class NPE(Estimator):
 
     Args:
         prior: over theta; its whitening map is the space the network works in.
-        flow: 'spline', 'affine', 'maf' or a FlowConfig.
+        flow: 'spline', 'affine', 'maf' or a FlowConfig; or your own, a `Transform` of nflows or a flow of zuko over d' = prior.free_dim
+            columns whose context are the embedding's features: an nn.Module, or 'module:Class' (arguments:
+            FlowConfig(spec=..., settings={...})).
         n_ensemble: networks, trained with different seeds and splits; the density is their equal mixture.
         Others as `BaseEstimator`.
     Raises: SettingError.
@@ -60,9 +63,10 @@ class NPE(Estimator):
 
     _nets: list[PosteriorNet]
 
-    def __init__(self, prior: Prior, *, flow: str | FlowConfig = "spline", **shared: Unpack[Shared]) -> None:
+    def __init__(self, prior: Prior, *, flow: str | FlowConfig | nn.Module = "spline", **shared: Unpack[Shared]) -> None:
         super().__init__(prior, **shared)
-        self.flow = FlowConfig(kind=flow) if isinstance(flow, str) else flow
+        self.flow = FlowConfig.of(flow)
+        require_flow(self.flow)
 
     def build(self, scaler: Any, seed: int) -> PosteriorNet:
         """Embedding and flow."""
@@ -185,11 +189,12 @@ class NPE(Estimator):
     def latent(self, theta: ArrayLike | Tensor, x: ArrayLike | Tensor) -> Array | None:
         """Base coordinates z (n, d') of theta (n, d) given x (n, ...): N(0, I) whatever x, if the posterior is right.
 
-        None for an ensemble, whose members have bases of their own.   Raises: ShapeError, NonFiniteError, SupportError.
+        None for an ensemble, whose members have bases of their own, and for a flow of your own that gives no base coordinates.
+        Raises: ShapeError, NonFiniteError, SupportError.
         """
         array = as_matrix("theta", theta, self.prior.dim, self.prior.names)
         inputs, _ = self._inputs(x)
-        if len(self._nets) > 1:
+        if len(self._nets) > 1 or isinstance(self._nets[0].flow, DistributionFlow):
             return None
         if len(inputs) != len(array):
             raise ShapeError(f"theta has {len(array)} rows and x has {len(inputs)}; expected the same number")

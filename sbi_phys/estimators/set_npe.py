@@ -116,6 +116,8 @@ class SetNPE(NPE):
         """Embedding with an anchor, and the flow in its units."""
         if not isinstance(self.embedding, LikelihoodSet):
             raise SettingError(f"embedding is a {type(self.embedding).__name__}; expected what likelihood_embedding(...) returns")
+        if not isinstance(self.flow, FlowConfig) or self.flow.spec:
+            raise SettingError("flow is one of your own; expected a kind of FlowConfig, whose units SetNPE sets itself")
         return _AnchoredNet(self.prior.free_dim, scaler.shape, self.flow, self.embedding, seed=seed)
 
     def member_batches(

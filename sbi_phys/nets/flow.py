@@ -12,14 +12,16 @@ Source: Papamakarios et al. 2021, arXiv:1912.02762 (review); Durkan et al. 2019,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbi_phys.core.checks import require_choice, require_int, require_number
+from sbi_phys.core.classes import plain_settings, split_spec
+from sbi_phys.core.errors import SettingError
 from sbi_phys.nets._kernels import silu_layer
 from sbi_phys.nets.spline import n_spline_parameters, rational_quadratic_spline
 
@@ -38,7 +40,9 @@ class FlowConfig:
     Args: kind: 'spline' (rational-quadratic couplings), 'affine' (affine couplings, the cINN) or 'maf' (masked affine
     autoregressive). n_layers: couplings or autoregressive layers. hidden: width of each conditioner.
     n_bins, bound: bins and half-width of the splines' domain, in units of the whitened posterior.
-    gaussian_layer: put the full conditional Gaussian next to the data.   Raises: SettingError.
+    gaussian_layer: put the full conditional Gaussian next to the data.
+    spec: 'package.module:Class' of a flow of your own in place of this one (`flow_own`), a torch.nn.Module as nflows' transforms or zuko's
+    flows are. settings: its keyword arguments, plain values.   Raises: SettingError.
 
     >>> import sbi_phys as sp
     >>> sp.FlowConfig(kind="maf", n_layers=3).hidden
@@ -51,9 +55,29 @@ class FlowConfig:
     n_bins: int = 8
     bound: float = 5.0
     gaussian_layer: bool = True
+    spec: str = ""
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def of(cls, value: Any, **small: Any) -> "Self | FlowConfig | nn.Module":
+        """Settings from the name of a kind, with the sizes `small`, or of a class; settings and modules as they are.
+
+        Raises: SettingError.
+        """
+        if isinstance(value, str):
+            return cls(spec=value) if ":" in value else cls(kind=value, **small)
+        if not isinstance(value, FlowConfig | nn.Module):
+            kinds = ", ".join(FLOWS)
+            raise SettingError(f"flow is a {type(value).__name__}; expected {kinds}, 'module:Class', a FlowConfig or a torch.nn.Module")
+        return value
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
+        object.__setattr__(self, "settings", plain_settings("flow settings", self.settings))
+        if self.spec:
+            split_spec("flow spec", self.spec)
+        elif self.settings:
+            raise SettingError(f"flow has settings {self.settings} and no spec; expected spec = 'package.module:Class'")
         require_choice("flow kind", self.kind, FLOWS)
         require_int("n_layers", self.n_layers, low=0 if self.gaussian_layer else 1)
         require_int("hidden", self.hidden, low=1)

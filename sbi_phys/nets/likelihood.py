@@ -31,6 +31,7 @@ from sbi_phys.core.errors import DataError, SettingError, ShapeError
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import AnyArray, Array, Integers, Mask
 from sbi_phys.nets.flow import base_log_prob
+from sbi_phys.nets.flow_own import DistributionFlow
 from sbi_phys.nets.posterior import PosteriorNet, log_prob_nets
 from sbi_phys.priors import Observable
 from sbi_phys.training.scaling import count_columns
@@ -304,6 +305,9 @@ def _events_sum(nets: Sequence[PosteriorNet], u: Tensor, z: Tensor, jacobian: Te
     every = z.repeat(g, 1)
     logs = []
     for net in nets:
+        if isinstance(net.flow, DistributionFlow):
+            logs.append(net.flow.log_prob(every, net.embedding(u).repeat_interleave(n, dim=0)).double())
+            continue
         contexts = [c.repeat_interleave(n, dim=0) for c in net.flow.contexts(net.embedding(u))]
         base, log_det = net.flow.encode(every, contexts)
         logs.append(base_log_prob(base.double()) + log_det.double())

@@ -3,6 +3,7 @@ r"""The network of neural posterior estimation, q(u | x) = flow(u | h = embeddin
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from sbi_phys.core.checks import require_number
 from sbi_phys.core.errors import SettingError
-from sbi_phys.core.rng import seed_for, torch_rng_for, torch_seeded
+from sbi_phys.core.rng import seed_for, torch_seeded
 from sbi_phys.core.types import Array
 from sbi_phys.nets.embedding_vector import EmbeddingConfig, build_embedding
 from sbi_phys.nets.flow import ConditionalFlow, FlowConfig, base_log_prob
+from sbi_phys.nets.flow_own import DistributionFlow, build_flow, draw_seed
 from sbi_phys.priors import standard_normal_log_prob
 
 __all__ = ["FlowProposal", "PosteriorNet", "npe_loss"]
@@ -25,22 +27,25 @@ _ROWS, _CPU_ROWS = 65536, 4096
 class PosteriorNet(nn.Module):
     """Density q(u | x) of an embedding followed by a flow; n_features is the length of the summary between them.
 
-    Args: dim: of u. x_shape: of one observation. flow, embedding: shapes, or a module (n, *x_shape) -> (n, k).
+    Args: dim: of u. x_shape: of one observation. flow: shape, or a module (`flow_own`). embedding: shape, or a module
+    (n, *x_shape) -> (n, k).
     seed: of the initial weights; the global torch generator is left as it was.   Raises: ShapeError.
     """
 
-    def __init__(self, dim: int, x_shape: tuple[int, ...], flow: FlowConfig, embedding: EmbeddingConfig | nn.Module, *, seed: int) -> None:
+    def __init__(
+        self, dim: int, x_shape: tuple[int, ...], flow: FlowConfig | nn.Module, embedding: EmbeddingConfig | nn.Module, *, seed: int
+    ) -> None:
         super().__init__()
         with torch_seeded(seed_for(seed, "weights")):
             self.embedding, self.n_features = build_embedding(embedding, x_shape)
-            self.flow = ConditionalFlow(dim, self.n_features, flow, rng=torch_rng_for(seed, "splits"))
+            self.flow: Any = build_flow(flow, dim, self.n_features, seed=seed)
 
     def start_at(self, u: Tensor) -> None:
         """Set the Gaussian layer to the mean and covariance of the training parameters u (n, d).
 
         For draws of the prior this is the identity; for a truncated round it is the whitening of the truncated region.
         """
-        if not self.flow.config.gaussian_layer or len(u) <= u.shape[1] + 1:
+        if not isinstance(self.flow, ConditionalFlow) or not self.flow.config.gaussian_layer or len(u) <= u.shape[1] + 1:
             return
         u = u.double()
         covariance = torch.atleast_2d(torch.cov(u.T)) + 1e-12 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
@@ -55,7 +60,8 @@ class PosteriorNet(nn.Module):
 
     def log_prob(self, u: Tensor, x: Tensor) -> Tensor:
         """log q(u | x) of u (n, d), x (n, ...) -> (n,)."""
-        return self.flow.log_prob(u, self.embedding(x))
+        log_q: Tensor = self.flow.log_prob(u, self.embedding(x))
+        return log_q
 
 
 def npe_loss(net: nn.Module, u: Tensor, x: Tensor) -> Tensor:
@@ -92,6 +98,8 @@ def _in_chunks(n: int, device: torch.device, work: Callable[[slice], None]) -> N
 def sample_net(net: PosteriorNet, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Draw u (b, n, d) for inputs x (b, ...); the embedding is computed once per observation, draws come in chunks."""
     b, d = x.shape[0], net.flow.dim
+    if isinstance(net.flow, DistributionFlow):
+        return net.flow.draw(n, _embed(net, x), draw_seed(generator)).float().cpu()
     shares = net.flow.contexts(_embed(net, x))
     z = torch.randn(b * n, d, generator=generator, device=x.device)
     out = torch.empty(b * n, d)
@@ -125,6 +133,18 @@ def encode_net(net: PosteriorNet, u: Tensor, x: Tensor, owner: Tensor | None = N
     return z, log_det
 
 
+@torch.inference_mode()
+def _log_prob_rows(net: PosteriorNet, u: Tensor, x: Tensor, owner: Tensor | None) -> Tensor:
+    """log q (n,) float64 of a flow without base coordinates; arguments as of `encode_net`."""
+    features, out = _embed(net, x), u.new_empty(u.shape[0], dtype=torch.float64)
+    for start in range(0, len(u), _CPU_ROWS):
+        rows = slice(start, start + _CPU_ROWS)
+        part = u[rows]
+        h = features[owner[rows]] if owner is not None else features.expand(len(part), -1) if len(features) == 1 else features[rows]
+        out[rows] = net.flow.log_prob(part, h).double()
+    return out
+
+
 def _embed(net: PosteriorNet, x: Tensor) -> Tensor:
     """Features of inputs x (b, ...), in chunks."""
     return torch.cat([net.embedding(part) for part in x.split(8192)])
@@ -135,6 +155,9 @@ def log_prob_nets(nets: Sequence[PosteriorNet], u: Tensor, x: Tensor, owner: Ten
     """Log density of the equal mixture of networks at u (n, d) -> (n,) float64; x and owner as in `encode_net`."""
     logs = []
     for net in nets:
+        if isinstance(net.flow, DistributionFlow):
+            logs.append(_log_prob_rows(net, u, x, owner))
+            continue
         z, log_det = encode_net(net, u, x, owner)
         logs.append(base_log_prob(z.double()) + log_det.double())
     return (torch.logsumexp(torch.stack(logs), dim=0) - math.log(len(nets))).cpu().numpy()
@@ -176,6 +199,11 @@ class FlowProposal:
         source = np.where(rng.random(n) < self.prior_share, -1, rng.integers(len(self._nets), size=n))
         for k, net in enumerate(self._nets):
             rows = np.flatnonzero(source == k)
+            if isinstance(net.flow, DistributionFlow):
+                if len(rows):
+                    seed = int(rng.integers(2**62))
+                    u[rows] = net.flow.draw(len(rows), net.embedding(self._x), seed)[0].double().cpu().numpy()
+                continue
             shares = net.flow.contexts(net.embedding(self._x))
             for part in np.array_split(rows, max(1, math.ceil(len(rows) / _ROWS))):
                 z = torch.from_numpy((u[part] * scale[part, None]).astype(np.float32)).to(self._x.device)
@@ -187,6 +215,10 @@ class FlowProposal:
         tensor = torch.from_numpy(np.asarray(u, dtype=np.float32)).to(self._x.device)
         terms = []
         for net in self._nets:
+            if isinstance(net.flow, DistributionFlow):  # no base whose tails could be widened
+                share = (1 - self.prior_share) / len(self._nets)
+                terms.append(math.log(share) + _log_prob_rows(net, tensor, self._x, None).cpu().numpy())
+                continue
             z, log_det = encode_net(net, tensor, self._x)
             base, jacobian = z.double().cpu().numpy(), log_det.double().cpu().numpy()
             for scale, weight in zip(self._scales, self._weights, strict=True):

@@ -62,7 +62,7 @@ class LearnedUnfolder(BaseEstimator):
         seed: int = 0,
     ) -> None:
         super().__init__(seed=seed, embedding=embedding, n_ensemble=n_ensemble, device=device, config=config)
-        self.flow = FlowConfig(kind=flow, n_layers=3, hidden=48) if isinstance(flow, str) else flow
+        self.flow = FlowConfig.of(flow, n_layers=3, hidden=48)
 
     def row_loss(self, net: nn.Module, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
         """-w log q(u | x), one value per row."""

@@ -44,6 +44,7 @@ from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array
 from sbi_phys.core.version import __version__
+from sbi_phys.nets.flow_own import require_flow
 from sbi_phys.plotting.style import save_figure
 from sbi_phys.report.arviz import attributes, chains_to_dict, group, read_netcdf, to_inference_data, write_netcdf
 from sbi_phys.report.html import FigureBlock
@@ -301,6 +302,7 @@ class Run(RunFolder):
         """The simulator of the settings; the class of an embedding of the user's own is checked with it, before any work."""
         chosen = self.config.simulator
         self.config.embedding.require_class()
+        require_flow(self.config.flow)
         if not chosen.spec:
             raise SettingError("simulator.spec is empty; expected 'package.module:Class'")
         try:
