@@ -46,7 +46,7 @@ def test_every_page_with_code_is_run():
     assert {page for page in PAGES if blocks(page, "python")} == {
         "README.md",  # tests/test_readme.py
         "own_simulator.md",  # tests/journeys/test_own_simulator.py
-        *("calibration.md", "confidence.md", "data.md", "likelihoods.md", "reports.md", "unfolding.md", "CONTRIBUTING.md"),
+        *("calibration.md", "comparison.md", "confidence.md", "data.md", "likelihoods.md", "reports.md", "unfolding.md", "CONTRIBUTING.md"),
     }
 
 
@@ -182,6 +182,27 @@ def test_likelihoods(capsys):
     assert abs(found["draws"].theta.mean() - mean) < 3 * sd
 
 
+def test_comparison(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = (("simulate(4000,", "simulate(1600,"), ("sizes=[250, 500, 1000, 2000]", "sizes=[150, 300, 600]"))
+    quick = (("hidden=16))", "hidden=16), config=SHORT)"), ("sp.NPE(prior)", "sp.NPE(prior, flow=AFFINE, config=LONG)"))
+    settings = {
+        "SHORT": sp.TrainConfig(max_epochs=3),
+        "LONG": sp.TrainConfig(max_epochs=40),
+        "AFFINE": sp.FlowConfig(kind="affine", n_layers=1, hidden=16),
+    }
+    quick = (*short, *quick, ("sp.NPE(prior, seed=seed)", "sp.NPE(prior, seed=seed, flow=AFFINE, config=SHORT)"))
+    found = run("comparison.md", settings, replace=quick)
+    printed = capsys.readouterr().out
+    for words in ("Log score of 1000 held-out simulations", "Would more simulations help?", "largest shift", r"\label{tab:networks}"):
+        assert words in printed
+    entropy = 0.5 * np.log(np.pi * np.e)
+    assert (found["found"].score < -entropy + 4 * found["found"].score_err).all()
+    # medians 0.1 and 1.2, variance 1/2 each
+    assert abs(found["shifts"].shift[1, 0, 0] - 1.1) < 0.25
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"curve", "shifts.csv", "crab.nc", "crab.pdf"}
+
+
 def test_confidence(capsys):
     sets = run("confidence.md", {})["sets"]
     printed = capsys.readouterr().out
@@ -250,7 +271,7 @@ def test_links_and_paths_exist(path):
 
 
 def test_guides_are_linked():
-    for page in ("calibration.md", "confidence.md", "likelihoods.md", "unfolding.md", "scaling.md"):
+    for page in ("calibration.md", "comparison.md", "confidence.md", "likelihoods.md", "unfolding.md", "scaling.md"):
         assert page in PAGES["README.md"] and page in PAGES["map.md"], page
 
 

@@ -32,7 +32,7 @@ from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.results import Result, Rows, draws_rows
 from sbi_phys.core.rng import rng_for, seed_for
 from sbi_phys.core.types import Array
-from sbi_phys.priors import Prior, standard_normal_log_prob
+from sbi_phys.priors import Parameter, Prior, standard_normal_log_prob
 from sbi_phys.samplers.grid import grid_posterior
 from sbi_phys.samplers.hmc import run_hmc
 from sbi_phys.samplers.importance import Proposal, importance_sample, resample_indices
@@ -64,6 +64,7 @@ class PosteriorDraws(Result):
     method that made them. r_hat (d',), split R-hat of the chains in u; NaN for draws that are no chain. n_effective, independent draws
     that they are worth. evaluations of the likelihood (with the gradient, for hmc). pareto_k of the weights, NaN without weights.
     log_evidence, log of the integral of L p, nats; NaN where the sampler does not know it. message: the sampler's judgement in words.
+    parameters (d,), names and units of the columns of theta, where they are known.
     Of an NPE (`NPE.posterior`) log_prob is log q(theta | x), normalised.
 
     >>> import numpy as np, sbi_phys as sp
@@ -82,10 +83,12 @@ class PosteriorDraws(Result):
     pareto_k: float
     log_evidence: float
     message: str
+    parameters: tuple[Parameter, ...] = ()
 
     def rows(self) -> Rows:
-        """Return the table: one row for each column of theta, with mean, sd, median and central intervals, in prior units."""
-        return draws_rows(self.theta, [f"theta_{j}" for j in range(self.theta.shape[1])])
+        """Return the table: one row for each parameter, with mean, sd, median and central intervals, in prior units."""
+        names = [p.name for p in self.parameters] or [f"theta_{j}" for j in range(self.theta.shape[1])]
+        return draws_rows(self.theta, names, units=[p.unit for p in self.parameters])
 
     def summary(self) -> str:
         """Return the result in words."""
@@ -223,6 +226,7 @@ class _Job:
             pareto_k=pareto_k,
             log_evidence=log_evidence,
             message=message,
+            parameters=self.target.prior.parameters,
         )
 
 

@@ -146,6 +146,7 @@ class NPE(Estimator):
             pareto_k=math.nan,
             log_evidence=math.nan,
             message=f"independent draws of the learned posterior, {len(self._nets)} network(s)",
+            parameters=self.prior.parameters,
         )
 
     def log_prob(self, theta: ArrayLike | Tensor, x: ArrayLike | Tensor) -> Array:

@@ -73,12 +73,6 @@ class Table:
         lines.insert(1, "|" + "|".join(" --- " for _ in self.header) + "|")
         return "\n".join([*lines, *(["", self.caption] if self.caption else [])]) + "\n"
 
-    def to_csv(self) -> str:
-        """The text of the cells as CSV (RFC 4180); `rows_to_csv` gives numbers at full precision."""
-        out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([self.header, *self.rows])
-        return out.getvalue()
-
     def to_html(self) -> str:
         """The table as an HTML `<table>`, with escaped text; the first column has the row headings."""
         head = "".join(f'<th scope="col">{inline_html(h)}</th>' for h in self.header)
