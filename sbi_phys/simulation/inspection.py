@@ -21,15 +21,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
 
 from sbi_phys.core.checks import require_int, require_number, shortened
 from sbi_phys.core.errors import DataError, SbiPhysError
+from sbi_phys.core.figures import figures
 from sbi_phys.core.progress import seconds_text
-from sbi_phys.core.results import plain
+from sbi_phys.core.results import Result, Rows
 from sbi_phys.core.rng import rng_for
 from sbi_phys.core.types import Array
 from sbi_phys.priors.blocks import column_name, columns, fractional, missing_columns, to_rows
@@ -37,6 +38,9 @@ from sbi_phys.simulation.protocol import Simulator, check_output, check_simulato
 from sbi_phys.simulation.rows import simulate_rows
 from sbi_phys.store.identity import class_path
 from sbi_phys.store.info import reason_kind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Finding", "Inspection", "inspect_simulator", "quick_check"]
 
@@ -71,7 +75,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Inspection:
+class Inspection(Result):
     """Result of `inspect_simulator`.
 
     Fields: simulator, its class; n, rows looked at; findings; n_failed rows and reasons {kind: rows}; rate, rows a second in one
@@ -106,6 +110,15 @@ class Inspection:
         """Whether there are no errors."""
         return not self.errors
 
+    def rows(self) -> Rows:
+        """Return the table: one row for each finding."""
+        return Rows(("kind", "topic", "text"), tuple((f.kind, f.topic, f.text) for f in self.findings))
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the numbers of errors, warnings and notes."""
+        kinds = Counter(f.kind for f in self.findings)
+        return figures.results.bars({kind: kinds[kind] for kind in ("error", "warning", "note")}, ax, xlabel="findings")
+
     def summary(self) -> str:
         """A short table and the findings, errors first."""
         lines = [f"simulator  {self.simulator}", f"rows       {self.n}, {self.n_failed} failed"]
@@ -122,8 +135,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields and `ok` as JSON values."""
-        found: dict[str, Any] = plain(self)
-        return {**found, "ok": self.ok}
+        return Result.to_dict(self) | {"ok": self.ok}
 
 
 def inspect_simulator(simulator: Simulator, *, n: int = 1000, seed: int = 0, max_seconds: float = 60.0) -> Inspection:
