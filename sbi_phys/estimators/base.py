@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from sbi_phys.core.checks import as_matrix, did_you_mean, require_choice, require_int
 from sbi_phys.core.classes import find_class
-from sbi_phys.core.device import resolve_device
+from sbi_phys.core.device import require_float32, require_gradients, resolve_device
 from sbi_phys.core.errors import DataError, ModelFileError, SbiPhysError, SettingError, SimulatorMismatchError
 from sbi_phys.core.progress import Progress, or_none
 from sbi_phys.core.rng import rng_for, seed_for, torch_rng_for, torch_seeded
@@ -251,6 +251,7 @@ class BaseEstimator:
 
     def _train(self, rows: Rows, loss: Loss, checkpoint: str | Path | None, progress: Progress) -> None:
         """Train all members, then keep them: an estimator whose training fails stays as it was."""
+        require_gradients()
         nets, histories = [], []
         for k in range(self.n_ensemble):
             net, history = self._train_member(k, rows, _Weighted(loss) if rows.weighted else loss, checkpoint, progress)
@@ -278,6 +279,7 @@ class BaseEstimator:
         return net, history
 
     def _new_net(self, scaler: Any, seed: int) -> Any:
+        require_float32()
         with torch_seeded(seed):  # torch's global generator stays as it was
             return self.build(scaler, seed).to(self.device)
 
