@@ -46,8 +46,21 @@ def test_every_page_with_code_is_run():
     assert {page for page in PAGES if blocks(page, "python")} == {
         "README.md",  # tests/test_readme.py
         "own_simulator.md",  # tests/journeys/test_own_simulator.py
-        *("calibration.md", "comparison.md", "confidence.md", "data.md", "likelihoods.md", "reports.md", "unfolding.md", "CONTRIBUTING.md"),
+        *("calibration.md", "comparison.md", "confidence.md", "data.md", "likelihoods.md", "priors.md", "reports.md", "unfolding.md"),
+        "CONTRIBUTING.md",
     }
+
+
+def test_priors_and_networks_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_physics.py").write_text(blocks("priors.md", "python")[0])
+    quick = (("seed=0)", "seed=0, config=sp.TrainConfig(max_epochs=3))"), ("2_000", "600"))
+    found = run("priors.md", {}, replace=quick, part=slice(1, 2))
+    np.testing.assert_array_equal(found["again"].sample(found["x"][0], 5), found["npe"].sample(found["x"][0], 5))
+    assert found["again"].prior == found["prior"]
+    found = run("priors.md", found, replace=quick, part=slice(2, 3))
+    assert found["found"].theta.shape == (500, 1) and found["found"].n_effective >= 500
 
 
 def test_data_forms(tmp_path, monkeypatch):
