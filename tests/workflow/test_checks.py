@@ -92,7 +92,8 @@ def config(name: str) -> Config:
 
 @pytest.fixture(scope="module")
 def camera(tmp_path_factory) -> Run:
-    return run_stages(config("Camera"), tmp_path_factory.mktemp("runs") / "camera")
+    with pytest.warns(RuntimeWarning, match="of 300 simulations failed and are left out of the training"):
+        return run_stages(config("Camera"), tmp_path_factory.mktemp("runs") / "camera")
 
 
 @pytest.fixture(scope="module")
