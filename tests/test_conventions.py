@@ -24,6 +24,7 @@ TESTED_ELSEWHERE = {
     **dict.fromkeys(("priors/base", "priors/dirichlet", "priors/independent", "priors/parameters"), PRIORS),
     **dict.fromkeys(("workflow/cli_unfold", "workflow/unfold_methods", "workflow/unfold_page", "workflow/unfold_run"), UNFOLDING),
     **dict.fromkeys(("workflow/inference", "workflow/inference_page"), INFERENCE),
+    "workflow/project": ("workflow/test_cli_project", "its functions are tested through the commands that call them"),
     "workflow/limits": ("workflow/test_methods", "limits are tested on the run that has every method"),
 }
 

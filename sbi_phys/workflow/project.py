@@ -52,10 +52,15 @@ def compare_project(config: Config, folder: str | Path, n: int = 1000, *, progre
     found = compare_networks(networks, held_out, n, n_c2st=min(n_c2st, n // 2), seed=first.seed("compare networks"), progress=progress)
     found.to_csv(folder / "compare_networks.csv")
     first.write_json("compare_networks.json", found.to_dict())
-    save_figure(found.plot().figure, folder / "figures", "compare_networks")
+    _save(found, folder / "figures", "compare_networks")
     out.append(found.summary())
     out += [f"not compared, because they are not trained or out of date: {', '.join(idle)}"] if idle else []
     return out + _compare_observations(config, folder, progress)
+
+
+def _save(result: Any, folder: Path, name: str) -> None:
+    """Write the plot of a result as PNG and PDF."""
+    save_figure(result.plot().figure, folder, name)
 
 
 def _compare_observations(config: Config, folder: Path, progress: Progress | None) -> list[str]:
@@ -71,7 +76,7 @@ def _compare_observations(config: Config, folder: Path, progress: Progress | Non
         return out
     result = compare_posteriors(found, run.simulator.parameters)
     result.to_csv(folder / "compare_observations.csv")
-    save_figure(result.plot().figure, folder / "figures", "compare_observations")
+    _save(result, folder / "figures", "compare_observations")
     return [result.summary(), *out]
 
 
@@ -98,7 +103,7 @@ def project_learning_curve(
         make, (theta, x), sizes, n_held_out=n_held_out, n_repeats=n_repeats, cache=cache, seed=run.seed("learning curve"), progress=progress
     )
     found.to_csv(run.network_folder / "learning_curve.csv")
-    save_figure(found.plot().figure, run.network_folder / "figures", "learning_curve")
+    _save(found, run.network_folder / "figures", "learning_curve")
     return f"{found.summary()}\nfigure: {run.network_folder / 'figures' / 'learning_curve.png'}; {rows_used(run)} simulations in all"
 
 

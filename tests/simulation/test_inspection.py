@@ -243,3 +243,13 @@ def test_time_is_kept():
     assert time.perf_counter() - begin < 3 and result.ok
     assert "were left out: a row takes 0.05" in result.summary()
     assert quick_check(toy(simulate=lambda x, theta, rng: x[:, :2])).errors
+
+
+def test_a_single_row_that_fails_by_chance_is_no_fault_of_shape():
+    class Chance(LinearGaussian):
+        def simulate(self, theta, rng):
+            if len(theta) == 1 and rng.random() < 0.5:
+                raise RuntimeError("no fit")
+            return super().simulate(theta, rng)
+
+    assert all(inspect_simulator(Chance(), n=50, seed=seed).ok for seed in range(5))
