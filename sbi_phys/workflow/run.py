@@ -48,7 +48,7 @@ from sbi_phys.nets.flow_own import require_flow
 from sbi_phys.plotting.style import save_figure
 from sbi_phys.report.arviz import attributes, chains_to_dict, group, read_netcdf, to_inference_data, write_netcdf
 from sbi_phys.report.html import FigureBlock
-from sbi_phys.simulation.protocol import Simulator, load_simulator
+from sbi_phys.simulation.protocol import Simulator, check_output, load_simulator
 from sbi_phys.workflow.observations import check_row, parse_source, read_file
 from sbi_phys.workflow.settings import Config
 from sbi_phys.workflow.staleness import digest_of
@@ -357,7 +357,7 @@ class Run(RunFolder):
         for _ in range(_TRIES):
             theta = self.simulator.prior.sample(1, of_theta)
             try:
-                x = self.simulator.simulate(theta, of_x)[0]
+                x = check_output(self.simulator, self.simulator.simulate(theta, of_x), 1)[0]
             except Exception as err:  # simulators may raise anything; a failed row is not an observation
                 failure: object = err
                 continue
