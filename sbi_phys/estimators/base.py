@@ -598,7 +598,11 @@ def load(
     >>> bool((sp.load("npe.pt").sample([0.3], 5) == npe.sample([0.3], 5)).all())
     True
     """
-    path = Path(path)
+    try:
+        path = Path(path)
+        path.is_file()
+    except (TypeError, ValueError, OSError) as err:
+        raise ModelFileError(f"path is {str(path)[:80]!r}, a {type(path).__name__}; expected the path of a model file ({err})") from err
     content = read_file(path, *FILE)
     kind = _class_named(path, content)
     try:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sbi_phys.core.errors import SettingError
+from sbi_phys.core.errors import ModelFileError, SettingError
 from sbi_phys.core.rng import rng_for
+from sbi_phys.estimators.base import load
 from sbi_phys.estimators.nle import NLE
 from sbi_phys.estimators.npe import NPE
 from sbi_phys.estimators.nre import NRE
@@ -53,3 +54,9 @@ def test_types_and_modes_that_cannot_work_are_refused_by_name(kind):
         answer(kind)
     with torch.inference_mode(), pytest.raises(SettingError, match=r"within torch.inference_mode"):
         answer(kind)
+
+
+@pytest.mark.parametrize("path", [3, None, b"model.pt", "9" * 400, "a\0b", "none.pt"])
+def test_what_is_no_model_is_refused_by_name(path):
+    with pytest.raises(ModelFileError, match="expected"):
+        load(path)
