@@ -367,6 +367,8 @@ class BaseEstimator:
         for name in ("embedding", "flow"):
             if name in settings:
                 settings[name] = given.network(path, name, settings[name])
+        if not content["weights"]:
+            raise ModelFileError(f"{path} holds no trained network; expected at least one")
         _require_size(path, settings, content["weights"])
         model = cls(**settings, device=device)
         model.identity = json.loads(content["identity"])

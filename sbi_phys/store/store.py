@@ -188,8 +188,11 @@ class Store:
         # listed once, because shards may appear while another process writes
         present = list_shards(self.path)
         n = sum(self._manifest.rows(i) for i in present)
-        theta = np.empty((n, len(self._manifest.header.parameters)))
-        x = np.empty((n, self._manifest.header.n_columns if pick is None else pick.size), dtype=self.dtype)
+        try:
+            theta = np.empty((n, len(self._manifest.header.parameters)))
+            x = np.empty((n, self._manifest.header.n_columns if pick is None else pick.size), dtype=self.dtype)
+        except (MemoryError, ValueError, OverflowError) as err:
+            raise StoreError(f"{self.path} has {n} rows of {self._manifest.header.n_columns} columns, more than memory holds") from err
         start = 0
         for theta_part, x_part, status in self._parts(valid_only, partial, present):
             stop = start + status.size

@@ -142,9 +142,8 @@ class RunFolder:
             raise RunFolderError(f"{path} is not JSON: {err}; delete it to run the stage again") from err
         if not isinstance(content, dict):
             raise RunFolderError(f"{path} holds a {type(content).__name__}; expected a record of a stage: delete it to run the stage again")
-        if "checksum" in content:  # of older versions none
-            require_seal(content, str(path), error=RunFolderError, advice="; delete it to run the stage again")
-            del content["checksum"]
+        require_seal(content, str(path), error=RunFolderError, advice="; delete it to run the stage again")
+        del content["checksum"]
         return content
 
     def write_record(self, stage: str, content: dict[str, Any]) -> None:
@@ -175,7 +174,8 @@ class RunFolder:
     def read_array(self, name: str) -> Array:
         """Read what `write_array` wrote.   Raises: RunFolderError for a missing or damaged file."""
         try:
-            has_trailer(self.path(name))
+            if not has_trailer(self.path(name)):
+                raise ValueError("the checksum at its end is missing")
             array: Array = np.load(self.path(name), allow_pickle=False)
         except (OSError, ValueError, EOFError) as err:
             raise RunFolderError(f"{self.path(name)} cannot be read: {err}; delete the record of its stage to run it again") from err

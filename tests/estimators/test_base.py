@@ -357,6 +357,7 @@ def test_a_misspelt_setting_is_named_with_the_nearest_one():
         (lambda c: c["settings"].update(seed=-1), "does not describe a model"),
         (lambda c: c["settings"].update(seed="0"), "does not describe a model"),
         (lambda c: c.update(settings=[]), "does not describe a model"),
+        (lambda c: c.update(weights=[]), "holds no trained network"),
         (lambda c: c.update(weights=[{}]), "does not describe a model"),
         (lambda c: c.update(identity="{"), "does not describe a model"),
         (lambda c: c.update(scaler={"kind": "other"}), "does not describe a model"),
