@@ -56,6 +56,7 @@ from sbi_phys.store.store import Store
 from sbi_phys.training.batches import Batches
 from sbi_phys.training.checkpoint import read_file, write_file
 from sbi_phys.training.loop import Loss, TrainConfig, fit
+from sbi_phys.training.reach import Reach, warn_far
 from sbi_phys.training.scaling import STANDARDISE, XScaler
 from sbi_phys.training.sources import Rows, Scaling, Settings, checked_weights, from_arrays, from_simulator, from_stores, stores_of
 
@@ -173,6 +174,7 @@ class BaseEstimator:
         self.config = config
         self.history: list[History] = []
         self._scaler: Any = None
+        self._reach: Reach | None = None
         self._nets = []
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
@@ -257,7 +259,11 @@ class BaseEstimator:
             net, history = self._train_member(k, rows, _Weighted(loss) if rows.weighted else loss, checkpoint, progress)
             nets.append(net)
             histories.append(history)
-        self._scaler, self._nets, self.history = rows.scaler, nets, histories
+        self._scaler, self._nets, self.history, self._reach = rows.scaler, nets, histories, self._reach_of(rows)
+
+    def _reach_of(self, rows: Rows) -> Reach | None:
+        """Region of the training observations; None where the rows are not pairs of parameters and observations."""
+        return None
 
     def _train_member(self, k: int, rows: Rows, loss: Loss, checkpoint: str | Path | None, progress: Progress) -> tuple[nn.Module, History]:
         seed = seed_for(self.seed, "member", k)
@@ -290,10 +296,15 @@ class BaseEstimator:
         return self._scaler
 
     def _inputs(self, x: ArrayLike | Tensor) -> tuple[Tensor, bool]:
-        """Scaled observations (n, ...) on the device, and whether it is a single one.   Raises: ShapeError, NonFiniteError, DataError."""
+        """Scaled observations (n, ...) on the device, and whether it is a single one.   Raises: ShapeError, NonFiniteError, DataError.
+
+        Warns: if one lies far outside of the simulations.
+        """
         scaler = self._require_fit()
         array, single = scaler.check("x", self._with_slots(x, getattr(scaler, "x_shape", None)))
-        return scaler.apply(array).to(self.device), single
+        inputs = scaler.apply(array)
+        warn_far(self._reach, inputs)
+        return inputs.to(self.device), single
 
     def _with_slots(self, x: Any, x_shape: tuple[int, ...] | None = None) -> Any:
         """x, and sets of events that are given as a list of arrays (m_i, k), or as one array, in padded slots.
@@ -338,6 +349,7 @@ class BaseEstimator:
             "identity": json.dumps(self.identity),
             "scaler": self._require_fit().to_dict(),
             "state": self.state(),
+            "reach": {} if self._reach is None else self._reach.to_dict(),
             "history": self.history,
             "weights": [{k: v.cpu() for k, v in net.state_dict().items()} for net in self._nets],
         }
@@ -375,6 +387,7 @@ class BaseEstimator:
         model.history = content["history"]
         model._scaler = cls.scaler_class.from_dict(content["scaler"])
         model.set_state(content["state"])
+        model._reach = Reach.from_dict(content["reach"]) if content.get("reach") else None
         for k, weights in enumerate(content["weights"]):
             model._require_same_shapes(path, weights)
             net = model._new_net(model._scaler, seed_for(model.seed, "member", k))
@@ -500,6 +513,9 @@ class Estimator(BaseEstimator):
             return weights
         found = prior_weights(self.prior, proposal, theta)
         return weights if found is None else found if weights is None else found * checked_weights(weights, len(found))
+
+    def _reach_of(self, rows: Rows) -> Reach | None:
+        return Reach.fit(rows.member(0)[1][1])
 
     def _source_settings(self) -> Settings:
         return Settings(

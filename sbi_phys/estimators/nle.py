@@ -51,6 +51,7 @@ from sbi_phys.nets.posterior import PosteriorNet, sample_net
 from sbi_phys.priors import Observable, Parameter, Prior, to_rows
 from sbi_phys.samplers.importance import Proposal
 from sbi_phys.training.loop import Loss
+from sbi_phys.training.reach import warn_far
 
 __all__ = ["NLE", "Emulator"]
 
@@ -247,6 +248,7 @@ class NLE(Estimator):
         array, _ = self._checked(x, rows=event_set)
         if len(array) != 1 and not event_set:
             raise ShapeError(f"x has {len(array)} rows; expected one event ({columns.n_columns},), or event_set=True")
+        warn_far(self._reach, columns.apply(array))
         return sample_posterior(
             lambda theta: self.log_likelihood(array, theta, event_set=True),
             self.prior if prior is None else require_within(self.prior, prior),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import betainc, betaincc, betaincinv, gammaln, log_ndtr, ndtr, ndtri
+from scipy.special import betainc, betaincinv, gammaln, log_ndtr, ndtr, ndtri
 
 from sbi_phys.core.checks import as_array
 from sbi_phys.core.errors import SettingError
@@ -13,6 +13,8 @@ from sbi_phys.priors.base import Prior
 from sbi_phys.priors.parameters import Parameter
 
 __all__ = ["DirichletPrior"]
+
+_TINY = 2.3e-308  # fractions below the normal numbers of float64 are this number, so that densities stay finite
 
 
 class DirichletPrior(Prior):
@@ -62,7 +64,8 @@ class DirichletPrior(Prior):
     def _log_prob(self, theta: Array) -> Array:
         norm = gammaln(self.concentration.sum()) - gammaln(self.concentration).sum()
         with np.errstate(divide="ignore"):
-            terms = np.where(self.concentration == 1, 0.0, (self.concentration - 1) * np.log(np.where(self.concentration == 1, 1.0, theta)))
+            logs = np.log(np.where(self.concentration == 1, 1.0, np.maximum(theta, _TINY)))
+            terms = np.where(self.concentration == 1, 0.0, (self.concentration - 1) * logs)
         return norm + terms.sum(axis=1)
 
     def _to_unbounded(self, theta: Array) -> Array:
@@ -84,7 +87,7 @@ class DirichletPrior(Prior):
             theta[:, k] = left * v
             left = left * rest
         theta[:, -1] = left
-        return theta
+        return np.maximum(theta, _TINY)
 
 
 def _beta_to_normal(v: Array, rest: Array, a: float, b: float) -> Array:
@@ -93,7 +96,11 @@ def _beta_to_normal(v: Array, rest: Array, a: float, b: float) -> Array:
         with np.errstate(divide="ignore"):  # v = 1 gives log 0 = -inf and lower = 1, which is correct
             lower, upper = -np.expm1(b * np.log1p(-np.minimum(v, 1.0))), rest**b
     else:
-        lower, upper = betainc(a, b, v), betaincc(a, b, v)
+        # a value below the smallest number of float64 is kept as that number: it stands for all smaller ones, and for their median
+        low, high = betainc(a, b, np.maximum(v, _TINY)), betainc(b, a, np.maximum(rest, _TINY))
+        low, high = np.where(v <= _TINY, 0.5 * low, low), np.where(rest <= _TINY, 0.5 * high, high)
+        small = v < rest
+        lower, upper = np.where(small, low, 1 - high), np.where(small, 1 - low, high)
     return np.where(lower < 0.5, ndtri(lower), -ndtri(upper))
 
 
@@ -102,7 +109,6 @@ def _normal_to_beta(u: Array, a: float, b: float) -> tuple[Array, Array]:
     if a == 1.0:
         log_rest = log_ndtr(-u) / b
         return -np.expm1(log_rest), np.exp(log_rest)
-    # the upper tail through 1 - v ~ Beta(b, a)
-    v_low, rest_high = betaincinv(a, b, ndtr(np.minimum(u, 0))), betaincinv(b, a, ndtr(-np.maximum(u, 0)))
-    v = np.where(u < 0, v_low, 1 - rest_high)
-    return v, np.where(u < 0, 1 - v_low, rest_high)
+    # both from their own small number: for small a and b nearly all of v or of 1 - v lies below any rounding error
+    v, rest = betaincinv(a, b, ndtr(u)), betaincinv(b, a, ndtr(-u))
+    return np.where(v < rest, v, 1 - rest), np.where(v < rest, 1 - v, rest)

@@ -192,6 +192,9 @@ def close_sandboxes() -> None:
         _SANDBOXES.popitem()[1][2].close()
 
 
+_QUARTILE_ROWS = 20
+
+
 def _as_stored(simulator: Simulator, x: AnyArray, dtype: str) -> NDArray[np.floating]:
     """Cast x to the dtype of the store.   Raises: DataError for values that the dtype cannot hold."""
     if x.dtype == dtype:
@@ -215,4 +218,26 @@ def _as_stored(simulator: Simulator, x: AnyArray, dtype: str) -> NDArray[np.floa
             f"x of {class_path(simulator)} has {x[row, column]!r} in {column_name(simulator.observables, column)}, which {dtype} "
             'cannot hold; expected dtype="float64" for this store'
         )
+    _require_digits(simulator, x, out)
     return out
+
+
+def _require_digits(simulator: Simulator, x: AnyArray, out: NDArray[np.floating]) -> None:
+    """Raise DataError for a column that loses its differences on a large offset: rounded by over 5 % of its interquartile range."""
+    if len(x) < _QUARTILE_ROWS:
+        return
+    bounded = np.abs(x) < np.finfo(out.dtype).max
+    moved = np.abs(np.where(bounded, out, 0.0) - np.where(bounded, x, 0.0)).max(axis=0)
+    suspect = np.flatnonzero(moved > 1e-9 * np.ptp(np.where(bounded, x, 0.0), axis=0))  # most columns need no quartiles
+    for j in suspect:
+        if not bounded[:, j].any():
+            continue
+        low, high = map(float, np.quantile(x[bounded[:, j], j], [0.25, 0.75]))
+        middle = bounded[:, j] & (x[:, j] >= low) & (x[:, j] <= high)  # of values over decades the largest move most
+        lost = float(np.abs(out[middle, j] - x[middle, j]).max(initial=0.0))
+        if lost > 0.05 * (high - low) > 0:
+            raise DataError(
+                f"x of {class_path(simulator)} has {column_name(simulator.observables, int(j))} of about {low!r}, half of the values within"
+                f" {high - low:.2g}, which {out.dtype} rounds by up to {lost:.2g}; expected"
+                ' dtype="float64" for this store, or the values without their offset'
+            )

@@ -76,7 +76,7 @@ class OnlineBatches:
         self.n_failed, self.first_reason = 0, ""
         self._compared: tuple[list[Array], list[Array]] = ([], [])  # theta of failed and of kept rows
         observables = observables_to_dicts(simulator.observables)
-        self._header = Header(simulator_identity(simulator), prior.to_dict(), observables, seed, _CHUNK, "float32", "prior")
+        self._header = Header(simulator_identity(simulator), prior.to_dict(), observables, seed, _CHUNK, "float64", "prior")
         workers = require_int("workers", workers, low=0)
         self._source: Simulator | bytes = pickle_simulator(simulator) if workers else simulator
         self._pool: Executor = (

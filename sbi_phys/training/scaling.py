@@ -21,6 +21,7 @@ slots, computed from the real events, because events have no order. The mask is 
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -28,6 +29,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import ndtri
 from torch import Tensor
 
 from sbi_phys.core.checks import (
@@ -50,6 +52,7 @@ from sbi_phys.priors.parameters import observables_from_dicts, observables_to_di
 __all__ = ["XScaler", "prepare_simulations", "split_rows"]
 
 TRANSFORMS = ("auto", "counts", "real")
+_EDGE = 5.0  # in u: prior draws lie beyond in 6e-7 of the cases
 STANDARDISE = ("column", "block", "none")
 
 
@@ -323,7 +326,43 @@ def prepare_simulations(
     require_same_rows(theta=theta, x=data)
     require_finite("theta", theta)
     require_values("x", data, observables)
-    return prior.to_unbounded(theta), data
+    _require_varying(prior, theta)
+    return _off_the_edges(prior, prior.to_unbounded(theta)), data
+
+
+def _require_varying(prior: Prior, theta: Array) -> None:
+    """Raise DataError for a parameter with one value in all simulations: its density has no width, and hides the others."""
+    if len(theta) < 20:
+        return
+    fixed = np.flatnonzero(np.ptp(theta, axis=0) <= 1e-12 * np.abs(theta).max(axis=0))
+    if fixed.size:
+        name, value = prior.names[int(fixed[0])], theta[0, int(fixed[0])]
+        raise DataError(
+            f"theta has {name} = {value:g} in all {len(theta)} rows; expected draws of the prior, or a prior without {name}, which is then"
+            " a constant of the simulator"
+        )
+
+
+def _off_the_edges(prior: Prior, u: Array) -> Array:
+    """Parameters u (n, d) with those on an edge of the prior moved to the median of their share.   Warns: of more than 0.1 % on the edges.
+
+    An edge lies at infinity in u. A share f of the rows on it, as simulations on a grid have, stands for the outermost share f of the
+    prior, whose median is at Phi^-1(f / 2).
+    """
+    for sign in (-1, 1):
+        beyond = sign * u > _EDGE
+        share = beyond.mean(axis=0)
+        u = np.where(beyond, np.minimum(_EDGE, -ndtri(np.maximum(share / 2, 1e-12))) * sign, u)
+        if (share > max(1e-3, 2 / len(u))).any():
+            j = int(share.argmax())
+            name = prior.names[j] if prior.free_dim == prior.dim else f"degree of freedom {j}"
+            warnings.warn(
+                f"theta has {100 * share[j]:.3g} % of the rows on the {'upper' if sign > 0 else 'lower'} edge of {name}: simulations on"
+                " a grid are no draws of the prior. They count as its outermost share; the posterior has the prior of the grid",
+                UserWarning,
+                stacklevel=2,
+            )
+    return u
 
 
 def _x_rows(x: Any, observables: Sequence[Observable] | None) -> NDArray[np.floating]:

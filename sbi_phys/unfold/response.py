@@ -15,6 +15,7 @@ independent between truth bins. With weights N_mu is the effective number (sum w
 the truth.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -134,16 +135,17 @@ class Response(Result):
     ) -> "Response":
         r"""Fill the matrix from n simulated events, P[j, mu] = sum w(reco j, truth mu) / sum w(truth mu).
 
-        Args: truth and reco (n,), same unit as their edges. weights (n,) >= 0. reco_pass and truth_pass (n,), booleans: an event
+        Args: truth and reco (n,), same unit as their edges. weights (n,), signed ones of a simulation at
+            next-to-leading order too, if no sum in a bin is negative. reco_pass and truth_pass (n,), booleans: an event
             without reconstruction is missed, one outside of the truth selection is a fake; their NaN are not read. An event outside
             of the edges counts as not passed. background (n_reco,), counts. exposure, km2 sr yr.
         Returns: Response with n_simulated, truth (weighted counts) and fakes.
-        Raises: ShapeError, NonFiniteError (NaN in an event that passes), DataError (no events in a bin, no overlap, negative weights).
+        Raises: ShapeError, NonFiniteError (NaN in an event that passes), DataError (no events in a bin, no overlap, a sum of weights < 0).
         """
         edges_t, edges_r = check_edges("truth_edges", truth_edges), check_edges("reco_edges", reco_edges)
         t, r = as_array("truth", truth, (None,), finite=False), as_array("reco", reco, (None,), finite=False)
         n = require_same_rows(truth=t, reco=r)
-        w = np.ones(n) if weights is None else check_nonnegative("weights", weights, (n,))
+        w = np.ones(n) if weights is None else as_array("weights", weights, (n,))
         has_truth, has_reco = check_mask("truth_pass", truth_pass, n), check_mask("reco_pass", reco_pass, n)
         require_finite("truth of events that pass", t[has_truth])
         require_finite("reco of events that pass", r[has_reco])
@@ -293,6 +295,8 @@ def as_response(response: "Response | ArrayLike") -> Response:
 
 ORDER = 12  # points of Gauss-Legendre in a panel of at most one sigma: exact to rounding for a smooth integrand
 
+_NOISE = 5.0  # sigma: negative sums of signed weights below this are taken as noise
+
 MAX_NODES = 20_000_000  # values of the integrand, 160 MB
 
 
@@ -306,6 +310,7 @@ class PairHistograms:
         self.edges_t, self.edges_r = truth_edges, reco_edges
         n_t, n_r = truth_edges.size - 1, reco_edges.size - 1
         self.joint, self.total, self.squares = np.zeros((n_r, n_t)), np.zeros(n_t), np.zeros(n_t)
+        self.noise = np.zeros((n_r, n_t))  # of joint, sums of w^2; filled where weights are signed
         self.seen, self.fake = np.zeros(n_r), np.zeros(n_r)
         self.n = self.n_truth = self.n_reco = self.n_both = 0
 
@@ -317,6 +322,8 @@ class PairHistograms:
         in_reco = reco_pass & (r >= self.edges_r[0]) & (r <= self.edges_r[-1])
         both, fake = in_truth & in_reco, in_reco & ~in_truth
         self.joint += np.histogram2d(r[both], t[both], bins=[self.edges_r, self.edges_t], weights=w[both])[0]
+        if (w < 0).any():
+            self.noise += np.histogram2d(r[both], t[both], bins=[self.edges_r, self.edges_t], weights=w[both] ** 2)[0]
         self.total += np.histogram(t[in_truth], self.edges_t, weights=w[in_truth])[0]
         self.squares += np.histogram(t[in_truth], self.edges_t, weights=w[in_truth] ** 2)[0]
         self.seen += np.histogram(r[in_reco], self.edges_r, weights=w[in_reco])[0]
@@ -331,10 +338,13 @@ class PairHistograms:
             got = f"{self.n_truth} events lie within truth_edges, {self.n_reco} within reco_edges, none in both"
             raise DataError(f"no overlap: of {self.n} events {got}; expected some, check units (E or lg E?) and edges")
         if (self.total <= 0).any():
-            place = bin_name("truth", int(np.flatnonzero(self.total <= 0)[0]), self.edges_t)
+            i = int(np.flatnonzero(self.total <= 0)[0])
+            place = bin_name("truth", i, self.edges_t)
+            if self.total[i] < 0:
+                raise DataError(f"weights sum to {self.total[i]:g} in {place}; expected a positive sum")
             raise DataError(f"no simulated events in {place}, an empty column; expected some, simulate more, widen or drop the bin")
         return Response(
-            self.joint / self.total,
+            self._without_noise() / self.total,
             self.edges_t,
             self.edges_r,
             n_simulated=self.total**2 / self.squares,
@@ -343,6 +353,25 @@ class PairHistograms:
             background=_nothing() if background is None else np.asarray(background, dtype=np.float64),
             exposure=exposure,
         )
+
+    def _without_noise(self) -> Array:
+        """Sums `joint` with 0 in place of negative ones that are noise of signed weights.   Raises: DataError.   Warns."""
+        negative = self.joint < 0
+        if not negative.any():
+            return self.joint
+        sigma = np.where(negative, -self.joint, 0.0) / np.sqrt(np.maximum(self.noise, 1e-300))
+        j, i = (int(k) for k in np.unravel_index(int(sigma.argmax()), sigma.shape))
+        if sigma[j, i] > _NOISE:
+            place = f"{bin_name('reco', j, self.edges_r)}, {bin_name('truth', i, self.edges_t)}"
+            raise DataError(f"weights sum to {self.joint[j, i]:g} in {place}, {sigma[j, i]:.2g} sigma below 0; expected a positive sum")
+        warnings.warn(
+            f"signed weights sum to less than 0 in {int(negative.sum())} of {negative.size} bins of the response, by {sigma[j, i]:.2g}"
+            " sigma at most; these are set to 0: simulate more events, or merge bins",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        kept = np.maximum(self.joint, 0.0)
+        return kept * np.clip(self.joint.sum(axis=0), 0.0, self.total) / np.maximum(kept.sum(axis=0), 1e-300)  # the efficiency stays
 
 
 def integrate(

@@ -233,3 +233,25 @@ def test_a_column_that_float32_turns_into_zeros_is_refused(tmp_path):
     assert (x[:, 1] > 0).all()
     x = simulate(Flux(-10), 100, tmp_path / "c", workers=1).read()[1]
     assert (x[:, 1] > 0).all() and (x[:, 2] == 0).any()
+
+
+class OnOffset(LinearGaussian):
+    """A signal of width 3e-3 on an offset of 8e4: float32 has steps of 8e-3 there."""
+
+    offset: ClassVar[float] = 8e4
+
+    def simulate(self, theta, rng):
+        return self.offset + 3e-3 * rng.standard_normal((len(theta), len(self.matrix)))
+
+
+def test_a_signal_on_an_offset_that_float32_rounds_away_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r'x\[0\] of about .*which float32 rounds by up to .*expected dtype="float64"'):
+        simulate(OnOffset(), 60, tmp_path / "lost", seed=0, workers=1)
+    kept = simulate(OnOffset(), 60, tmp_path / "kept", seed=0, workers=1, dtype="float64").read()[1]
+    assert len(np.unique(kept)) == kept.size
+
+
+def test_values_over_decades_are_stored_in_float32(tmp_path, monkeypatch):
+    """Large values move by more than the spread of the small ones, and lose nothing."""
+    monkeypatch.setattr(OnOffset, "simulate", lambda self, theta, rng: np.exp(30 * rng.uniform(-1, 1, (len(theta), len(self.matrix)))))
+    assert simulate(OnOffset(), 60, tmp_path / "wide", seed=0, workers=1).dtype == np.float32

@@ -215,3 +215,22 @@ def test_nan_inf_and_fractions_are_named_where_they_are_no_missing_values() -> N
     with pytest.raises(DataError, match=r"x has 2.5 in n\[1\]"):
         require_counts("x", bad, counts, [IMAGE, SPECTRUM])
     require_counts("x", bad, np.zeros(8, dtype=bool), [IMAGE, SPECTRUM])  # x_transform='real': no counts
+
+
+def test_a_parameter_with_one_value_in_all_rows_is_refused() -> None:
+    prior = BoxPrior([Parameter("mass", 0.0, 5.0), Parameter("spin", -1.0, 1.0)])
+    theta = prior.sample(60, np.random.default_rng(0))
+    theta[:, 1] = 0.25
+    with pytest.raises(DataError, match=r"theta has spin = 0.25 in all 60 rows; expected draws of the prior, or a prior without spin"):
+        prepare_simulations(prior, theta, theta)
+
+
+def test_a_grid_with_points_on_the_edges_stays_within_the_prior() -> None:
+    """21 points from edge to edge: an edge has the outermost 1/21 of the prior, whose median is at Phi^-1(1/42) = -1.98."""
+    prior = BoxPrior([Parameter("mass", 0.0, 5.0)])
+    theta = np.repeat(np.linspace(0.0, 5.0, 21), 20)[:, None]
+    with pytest.warns(UserWarning, match="theta has 4.76 % of the rows on the .* edge of mass: simulations on a grid"):
+        u, _ = prepare_simulations(prior, theta, theta)
+    assert u.min() == pytest.approx(-1.9808, abs=1e-3) and u.max() == pytest.approx(1.9808, abs=1e-3)
+    inside, _ = prepare_simulations(prior, theta[20:-20], theta[20:-20])
+    np.testing.assert_array_equal(inside, prior.to_unbounded(theta[20:-20]))

@@ -159,7 +159,7 @@ def test_a_wrong_response_is_refused(matrix, extra, error, words):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"weights": [1, 1, -1]}, DataError, "weights is -1 at index 2"),
+        ({"weights": [1, 1, -1]}, DataError, "weights sum to -1 in truth bin 2"),
         ({"truth": [0.5, np.nan, 3]}, NonFiniteError, "truth of events that pass"),
         ({"reco": [0.5, 1.5]}, ShapeError, "rows differ"),
         ({"truth": [0.5, 0.6, 0.7]}, DataError, r"no simulated events in truth bin 1 \[1, 2\)"),
@@ -195,3 +195,20 @@ def test_the_plot_has_matrix_and_efficiency():
     ax = Response.from_resolution(EDGES, EDGES, 0.3, efficiency=[0.5, 0.7, 0.9]).plot()
     assert len(ax.collections) == 1
     assert ax.get_xlim() == (0, 4)
+
+
+def test_signed_weights_give_the_matrix_of_their_expectation():
+    """Weights +1 and -1 of which the sum of every bin is positive: the matrix agrees with that of unit weights within its errors."""
+    rng, edges = rng_for(6, "signed"), np.linspace(-2, 2, 9)
+    truth = rng.uniform(-2, 2, 20_000)
+    reco = truth + 0.3 * rng.standard_normal(truth.size)
+    weights = np.where(rng.random(truth.size) < 0.2, -1.0, 1.0)
+    truth, reco, weights = (np.append(a, v) for a, v in ((truth, -1.9), (reco, 1.9), (weights, -1.0)))  # one event alone in its bin
+    with pytest.warns(RuntimeWarning, match=r"signed weights sum to less than 0 in \d+ of 64 bins of the response"):
+        signed = Response.from_pairs(truth, reco, edges, edges, weights=weights)
+    plain = Response.from_pairs(truth, reco, edges, edges)
+    np.testing.assert_allclose(signed.matrix, plain.matrix, atol=5 * np.sqrt(0.5 / (2500 * 0.6**2)))
+    np.testing.assert_allclose(signed.truth, 0.6 * plain.truth, rtol=0.12)
+    assert (signed.n_simulated < 0.5 * plain.n_simulated).all()
+    with pytest.raises(DataError, match="sigma below 0; expected a positive sum"):
+        Response.from_pairs(truth, reco, edges, edges, weights=np.where(np.abs(truth - reco) > 0.3, -1.0, 1.0))
