@@ -22,8 +22,9 @@ from sbi_phys.core.checks import as_real
 from sbi_phys.core.errors import DataError, SettingError
 from sbi_phys.core.types import AnyArray, Array
 from sbi_phys.priors import Observable
+from sbi_phys.priors.blocks import column_names
 
-__all__ = ["Source", "check_row", "column_names", "expand", "parse_source", "read_file"]
+__all__ = ["Source", "check_row", "expand", "parse_source", "read_file"]
 
 _ROW = re.compile(r"^(?P<path>.+)#(?P<row>\d+|all)$")
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
@@ -80,11 +81,6 @@ def expand(text: str) -> list[str]:
     return [f"{found['path']}#{i + 1}" for i in range(rows)]
 
 
-def column_names(observables: Sequence[Observable]) -> list[str]:
-    """Name of each column of x: the observable's, with its index where it has several columns."""
-    return [o.name if o.size == 1 else f"{o.name}[{i}]" for o in observables for i in range(o.size)]
-
-
 def read_file(source: Source, observables: Sequence[Observable]) -> Array:
     """The row x (k,) of a file.   Raises: DataError naming the file, the shape that was found and the one expected."""
     table = _load(source.path, column_names(observables))
@@ -136,7 +132,7 @@ def _blocks(observables: Sequence[Observable]) -> str:
     return ", ".join(text[:_LISTED]) + (", ..." if len(text) > _LISTED else "")
 
 
-def _load(path: str, names: list[str] | None = None) -> Any:
+def _load(path: str, names: Sequence[str] | None = None) -> Any:
     """The array of a file, or the arrays of an .npz file by name.   Raises: DataError."""
     expected = "expected a .npy, .npz, .csv or .txt file with one row"
     try:
@@ -167,7 +163,7 @@ def _load(path: str, names: list[str] | None = None) -> Any:
     return table if header is None or names is None else _ordered(path, table, header, names)
 
 
-def _ordered(path: str, table: Array, header: list[str], names: list[str]) -> Array:
+def _ordered(path: str, table: Array, header: list[str], names: Sequence[str]) -> Array:
     """Columns in the order of `names`."""
     if sorted(header) != sorted(names):
         missing, foreign = [n for n in names if n not in header], [n for n in header if n not in names]

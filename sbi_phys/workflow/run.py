@@ -46,6 +46,7 @@ from sbi_phys.core.types import Array
 from sbi_phys.core.version import __version__
 from sbi_phys.nets.flow_own import require_flow
 from sbi_phys.plotting.style import save_figure
+from sbi_phys.priors.blocks import failed_rows
 from sbi_phys.report.arviz import attributes, chains_to_dict, group, read_netcdf, to_inference_data, write_netcdf
 from sbi_phys.report.html import FigureBlock
 from sbi_phys.simulation.protocol import Simulator, check_output, load_simulator
@@ -361,7 +362,7 @@ class Run(RunFolder):
             except Exception as err:  # simulators may raise anything; a failed row is not an observation
                 failure: object = err
                 continue
-            if np.isfinite(x).all():
+            if not failed_rows(x[None], self.simulator.observables).any():
                 return theta[0], x
             failure = "x is not finite"
         raise DataError(f"{_TRIES} simulated observations failed, the last one with {failure}; expected one that does not")
