@@ -19,6 +19,7 @@ r"""The training loop of all networks.
 
 import json
 import math
+import sys
 import threading
 import time
 import warnings
@@ -373,7 +374,8 @@ class _Trainer:
         self.optimizer.load_state_dict(content["optimizer"])
         self.best, self.bf16 = content["best"], content["bf16"]
         self.state = _State(**content["state"])
-        self.history = [EpochRecord(**r) for r in content["history"]]
+        # equal texts are one object, as in a training without interruption: the bytes of a model file depend on that
+        self.history = [EpochRecord(**r | {"arithmetic": sys.intern(r.get("arithmetic", ""))}) for r in content["history"]]
 
 
 class _Step(nn.Module):

@@ -1,5 +1,6 @@
 """The training loop: it finds a known optimum, resumes exactly, stops, and changes nothing global."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from sbi_phys.core.errors import DataError, ModelFileError, SettingError, TrainingError
 from sbi_phys.core.rng import torch_rng_for
+from sbi_phys.training.checkpoint import write_file
 from sbi_phys.training.loop import TrainConfig, fit
 
 
@@ -181,3 +183,22 @@ def test_compiled_training_gives_the_same_losses() -> None:
     plain = list(fit(squared, Line(), train, valid, TrainConfig(max_epochs=3, batch_size=64), seed=0))
     fused = list(fit(squared, Line(), train, valid, TrainConfig(max_epochs=3, batch_size=64, compile=True), seed=0))
     assert [r.valid for r in fused] == pytest.approx([r.valid for r in plain], rel=1e-4)
+
+
+def test_records_that_come_from_a_checkpoint_are_written_with_the_same_bytes(tmp_path: Path) -> None:
+    x, config = torch.linspace(-1, 1, 100)[:, None], TrainConfig(max_epochs=3)
+    written = []
+    for name, stops in (("whole", (3,)), ("parts", (1, 3))):
+        for stop in stops:
+            torch.manual_seed(0)
+            records = []
+            for record in fit(
+                lambda m, a: m(a).square().sum(dim=1), torch.nn.Linear(1, 1), (x[::2],), (x[1::2],), config, seed=0,
+                checkpoint=tmp_path / name, arithmetic="kernels",
+            ):  # fmt: skip
+                records.append(replace(record, seconds=0.0, step_ms=0.0))
+                if len(records) == stop:
+                    break
+        write_file(tmp_path / "history", "history", 1, {"history": [asdict(r) for r in records]})
+        written.append((tmp_path / "history").read_bytes())
+    assert written[0] == written[1]
