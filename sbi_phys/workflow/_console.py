@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -17,7 +18,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @contextmanager
 def plain_errors(debug: bool) -> Iterator[None]:
-    """Print an error of this package as one line with exit status 1, and a hint after Ctrl-C with exit status 130."""
+    """Print an error of this package as one line with exit status 1, a warning as one line, and a hint after Ctrl-C with status 130."""
+    former = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"sbi-phys: warning: {message}\n"
     try:
         yield
     except SbiPhysError as err:
@@ -34,6 +37,8 @@ def plain_errors(debug: bool) -> Iterator[None]:
         command = " ".join(["sbi-phys", *sys.argv[1:]])
         typer.echo(f"\nstopped; finished stages are kept, and the same command continues the run:\n  {command}", err=True)
         raise typer.Exit(130) from None
+    finally:
+        warnings.formatwarning = former
 
 
 def prepare_process() -> None:

@@ -39,7 +39,7 @@ def command(line: str, folder: Path) -> str:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*program_words, *words], cwd=folder, capture_output=True, text=True, env=env, timeout=900)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr and "Warning" not in done.stderr, f"{line}\n{done.stderr}"
+    assert "Traceback" not in done.stderr and "Warning:" not in done.stderr, f"{line}\n{done.stderr}"
     return done.stdout
 
 

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from sbi_phys.core.errors import SettingError
+from sbi_phys.workflow._console import plain_errors
 from sbi_phys.workflow.cli import app, settings
 from sbi_phys.workflow.settings import Config
 
@@ -134,3 +136,10 @@ def test_a_file_in_the_working_directory_does_not_take_the_place_of_an_installed
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.stdout == "numpy 42\n", result.stderr
     assert not (tmp_path / "imported").exists()
+
+
+def test_a_warning_is_one_line_without_code():
+    former = warnings.formatwarning
+    with plain_errors(False):
+        assert warnings.formatwarning("3 rows failed", RuntimeWarning, "a.py", 3) == "sbi-phys: warning: 3 rows failed\n"
+    assert warnings.formatwarning is former
