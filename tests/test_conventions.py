@@ -21,7 +21,7 @@ INFERENCE = ("workflow/test_stages", "one inference run serves its stages and pa
 TESTED_ELSEWHERE = {
     "core/figures": ("calibration/test_calibrate", "it forwards the figures of results to sbi_phys.plotting"),
     "plotting/calibration": ("calibration/test_calibrate", "its figures are drawn from the results of the calibration tests"),
-    **dict.fromkeys(("priors/base", "priors/dirichlet", "priors/independent", "priors/parameters"), PRIORS),
+    **dict.fromkeys(("priors/base", "priors/independent", "priors/parameters"), PRIORS),
     **dict.fromkeys(("workflow/cli_unfold", "workflow/unfold_methods", "workflow/unfold_page", "workflow/unfold_run"), UNFOLDING),
     **dict.fromkeys(("workflow/inference", "workflow/inference_page"), INFERENCE),
     "workflow/project": ("workflow/test_cli_project", "its functions are tested through the commands that call them"),

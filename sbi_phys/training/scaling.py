@@ -347,10 +347,12 @@ def _off_the_edges(prior: Prior, u: Array) -> Array:
     """Parameters u (n, d) with those on an edge of the prior moved to the median of their share.   Warns: of more than 0.1 % on the edges.
 
     An edge lies at infinity in u. A share f of the rows on it, as simulations on a grid have, stands for the outermost share f of the
-    prior, whose median is at Phi^-1(f / 2).
+    prior, whose median is at Phi^-1(f / 2). Rows in the tail of the prior, which have values of their own, stay as they are.
     """
     for sign in (-1, 1):
-        beyond = sign * u > _EDGE
+        furthest = (sign * u).max(axis=0)
+        beyond = (sign * u >= furthest) & (furthest > _EDGE)
+        beyond &= beyond.sum(axis=0) > 1
         share = beyond.mean(axis=0)
         u = np.where(beyond, np.minimum(_EDGE, -ndtri(np.maximum(share / 2, 1e-12))) * sign, u)
         if (share > max(1e-3, 2 / len(u))).any():

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sbi_phys.workflow.settings import Config
     from sbi_phys.workflow.stages import Run
 
-__all__ = ["app", "main", "with_observations"]
+__all__ = ["app", "main"]
 
 _HELP = "Simulation-based inference with calibration tests. A command works on one project folder and takes a TOML file, flags, or both."
 app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -187,6 +187,7 @@ def _run(
     # heavy imports are delayed, so that --help and errors of the command line are immediate
     from sbi_phys.core.progress import RichProgress
     from sbi_phys.training.ranks import started_by_torchrun
+    from sbi_phys.workflow.observations import with_observations
     from sbi_phys.workflow.stages import run_stages, train_distributed
 
     if strict and until != "calibrate":
@@ -259,34 +260,6 @@ def settings(path: Path | None, out: Path, flags: dict[str, Any], changes: list[
         config = dataclasses.replace(config, networks=config.networks | {network: tables})
     config = config.override(pairs)
     return config.override({key: value for key, value in flags.items() if value is not None})
-
-
-def with_observations(config: "Config", words: list[str]) -> tuple["Config", list[str]]:
-    """The settings with these observations in them, and their names: a name of the settings stands for its source.
-
-    Raises: SettingError if a name belongs to another source.
-    """
-    import dataclasses
-
-    from sbi_phys.workflow.observations import expand, parse_source
-
-    known, names = dict(config.observations), []
-    for word in words:
-        if word in known:
-            names.append(word)
-            continue
-        for source in expand(word):
-            parsed = parse_source(source)
-            if parsed.kind == "file" and not Path(parsed.path).is_file():
-                have = f"; its observations are {', '.join(known)}" if known else ""
-                raise SettingError(f"observation {word!r} is neither a file nor a name of this project{have}")
-            if known.setdefault(parsed.name, source) != source:
-                raise SettingError(
-                    f"observation {source!r} would have the name {parsed.name!r}, which is that of {known[parsed.name]!r}; expected "
-                    f"another file name, or a name of its own: --set observations.NAME={source}"
-                )
-            names.append(parsed.name)
-    return (config if known == config.observations else dataclasses.replace(config, observations=known)), list(dict.fromkeys(names))
 
 
 def _print_posteriors(runs: "list[Run]") -> None:

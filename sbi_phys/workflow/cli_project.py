@@ -106,7 +106,7 @@ def _register_results(app: typer.Typer) -> None:
             prepare_process()
             from sbi_phys.core.checks import require_choice
             from sbi_phys.core.progress import RichProgress
-            from sbi_phys.workflow.cli import with_observations
+            from sbi_phys.workflow.observations import with_observations
             from sbi_phys.workflow.project import export_results
 
             kinds = [require_choice("--format", kind.strip(), tuple(_SUFFIX)) for kind in formats.split(",")]
@@ -124,7 +124,7 @@ def _register_results(app: typer.Typer) -> None:
         with plain_errors(debug):
             prepare_process()
             from sbi_phys.core.progress import RichProgress
-            from sbi_phys.workflow.cli import with_observations
+            from sbi_phys.workflow.observations import with_observations
             from sbi_phys.workflow.project import systematic_shifts
 
             config, names = with_observations(_config(out), observations or [])

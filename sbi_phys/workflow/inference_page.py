@@ -67,7 +67,7 @@ def report(run: Run, numbers: Numbers) -> None:
     total = found["seconds"]["total"]
     render_report(
         run.path("report.html"),
-        run.config.run.title,
+        run.title,
         f"{found['n_simulations']} simulations, {total:.0f} s, seed {run.config.run.seed}",
         sections,
         verdicts=verdicts(found),
@@ -537,7 +537,7 @@ def summary(run: Run) -> dict[str, Any]:
     compare = get["compare"]
     shifts = compare.get("final", {}).get("median_shift_sd")
     return {
-        "title": run.config.run.title,
+        "title": run.title,
         "simulator": {"class": run.config.simulator.spec, "settings": run.simulator.settings},
         "seed": run.config.run.seed,
         "parameters": {p.name: {"unit": p.unit, "latex": p.latex} for p in run.simulator.parameters},

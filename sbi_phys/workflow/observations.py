@@ -10,6 +10,7 @@ A table whose shape is not that of the observables is refused: it is never read 
 columns, `observable` for a block of one column, else `observable[0]`, `observable[1]`, ...; they are then matched by name.
 """
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from sbi_phys.core.types import AnyArray, Array
 from sbi_phys.priors import Observable
 from sbi_phys.priors.blocks import column_names
 
-__all__ = ["Source", "check_row", "expand", "parse_source", "read_file"]
+__all__ = ["Source", "check_row", "expand", "parse_source", "read_file", "with_observations"]
 
 _ROW = re.compile(r"^(?P<path>.+)#(?P<row>\d+|all)$")
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
@@ -79,6 +80,30 @@ def expand(text: str) -> list[str]:
     table = _load(found["path"])
     rows = 1 if isinstance(table, dict) or table.ndim < 2 else len(table)
     return [f"{found['path']}#{i + 1}" for i in range(rows)]
+
+
+def with_observations(config: Any, words: Sequence[str]) -> tuple[Any, list[str]]:
+    """The settings with these observations in them, and their names: a name of the settings stands for its source.
+
+    Raises: SettingError if a name belongs to another source.
+    """
+    known, names = dict(config.observations), []
+    for word in words:
+        if word in known:
+            names.append(word)
+            continue
+        for source in expand(word):
+            parsed = parse_source(source)
+            if parsed.kind == "file" and not Path(parsed.path).is_file():
+                have = f"; its observations are {', '.join(known)}" if known else ""
+                raise SettingError(f"observation {word!r} is neither a file nor a name of this project{have}")
+            if known.setdefault(parsed.name, source) != source:
+                raise SettingError(
+                    f"observation {source!r} would have the name {parsed.name!r}, which is that of {known[parsed.name]!r}; expected "
+                    f"another file name, or a name of its own: --set observations.NAME={source}"
+                )
+            names.append(parsed.name)
+    return (config if known == config.observations else dataclasses.replace(config, observations=known)), list(dict.fromkeys(names))
 
 
 def read_file(source: Source, observables: Sequence[Observable]) -> Array:

@@ -105,7 +105,7 @@ def test_programs_end_with_the_campaign(tmp_path, sleep, number, workers, how):
         assert until(lambda: len(at_work(sleep)) >= min(workers, 2))
     finally:
         campaign.send_signal(number)
-        campaign.wait(20)
+        campaign.wait(60)
     assert until(lambda: not at_work(sleep), 10)
     assert until(lambda: not list((tmp_path / "events").glob("sbi_phys_event_*")), 10)
 

@@ -5,7 +5,7 @@ import pytest
 
 from sbi_phys.core.errors import DataError, NonFiniteError, SettingError, ShapeError, SupportError
 from sbi_phys.core.rng import rng_for
-from sbi_phys.priors import BoxPrior, Observable, Parameter
+from sbi_phys.priors import BoxPrior, NormalPrior, Observable, Parameter
 from sbi_phys.training.scaling import XScaler, count_columns, prepare_simulations, require_counts, split_rows
 
 PRIOR = BoxPrior([Parameter("a", 0, 1), Parameter("b", 0, 1)])
@@ -234,3 +234,11 @@ def test_a_grid_with_points_on_the_edges_stays_within_the_prior() -> None:
     assert u.min() == pytest.approx(-1.9808, abs=1e-3) and u.max() == pytest.approx(1.9808, abs=1e-3)
     inside, _ = prepare_simulations(prior, theta[20:-20], theta[20:-20])
     np.testing.assert_array_equal(inside, prior.to_unbounded(theta[20:-20]))
+
+
+def test_rows_in_the_tail_of_the_prior_are_not_on_an_edge() -> None:
+    prior = NormalPrior([Parameter("a")], mean=[0.0], sd=[1.0])
+    theta = np.random.default_rng(0).normal(0, 3, size=(2000, 1))  # from a broader proposal
+    u, _ = prepare_simulations(prior, theta, theta)
+    assert (np.abs(theta) > 6).sum() > 10
+    np.testing.assert_allclose(u, prior.to_unbounded(theta))

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sbi_phys.core.errors import DataError, RunFolderError, SettingError
+from sbi_phys.core.errors import DataError, RunFolderError, SettingError, SimulatorMismatchError
 from sbi_phys.estimators.base import load
+from sbi_phys.simulation.inspection import Inspection
 from sbi_phys.store.store import Store
 from sbi_phys.workflow.inference_page import seconds, verdicts
 from sbi_phys.workflow.run import Run, null_safe
@@ -330,8 +331,11 @@ class Liar(LinearGaussian):
         return 1e6 * super().log_likelihood(x, theta)
 
 
-def test_a_refinement_that_leaves_nothing_keeps_the_network_and_says_so(tmp_path):
+def test_a_refinement_that_leaves_nothing_keeps_the_network_and_says_so(tmp_path, monkeypatch):
     config = tiny(simulator__spec="tests.workflow.test_stages:Liar", infer__n_refine=500, reference__method="none", calibrate__n=0)
+    with pytest.raises(SimulatorMismatchError, match="Liar cannot be used: draws do not belong to log_likelihood"):
+        run_stages(config, tmp_path / "run", ["simulate"])
+    monkeypatch.setattr("sbi_phys.workflow.inference.quick_check", lambda *_, **__: Inspection("Liar", 0, ()))
     run = run_stages(config, tmp_path / "run", ["refine"])
     numbers = run.numbers("refine")
     assert numbers["ess"] < 100 and numbers["refined"] is False and numbers["log_evidence"] is None
