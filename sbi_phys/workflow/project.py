@@ -45,15 +45,10 @@ def compare_project(config: Config, folder: str | Path, n: int = 1000, *, progre
     idle = [name or "default" for name, run in runs.items() if (name or "default") not in trained]
     if not trained:
         raise DataError(f"{folder} has no trained network; expected one or more: sbi-phys train --out {folder}")
-    first = next(iter(trained.values()))
-    held_out = simulations(first, "held_out", n, "held out")
-    networks = {name: load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device) for name, run in trained.items()}
-    n_c2st = _C2ST_DRAWS if len(networks) > 1 else 0
-    found = compare_networks(networks, held_out, n, n_c2st=min(n_c2st, n // 2), seed=first.seed("compare networks"), progress=progress)
-    found.to_csv(folder / "compare_networks.csv")
-    first.write_json("compare_networks.json", found.to_dict())
-    _save(found, folder / "figures", "compare_networks")
-    out.append(found.summary())
+    if len(trained) > 1:
+        out.append(_compare_networks(trained, folder, n, progress))
+    else:
+        out.append(f"one trained network; expected two or more to compare: sbi-phys train --name wide --set flow.hidden=128 --out {folder}")
     out += [f"not compared, because they are not trained or out of date: {', '.join(idle)}"] if idle else []
     return out + _compare_observations(config, folder, progress)
 
@@ -61,6 +56,18 @@ def compare_project(config: Config, folder: str | Path, n: int = 1000, *, progre
 def _save(result: Any, folder: Path, name: str) -> None:
     """Write the plot of a result as PNG and PDF."""
     save_figure(result.plot().figure, folder, name)
+
+
+def _compare_networks(trained: Mapping[str, Run], folder: Path, n: int, progress: Progress | None) -> str:
+    first = next(iter(trained.values()))
+    held_out = simulations(first, "held_out", n, "held out")
+    networks = {name: load(run.path("model.pt"), simulator=run.simulator, device=run.config.run.device) for name, run in trained.items()}
+    n_c2st = min(_C2ST_DRAWS, n // 2)
+    found = compare_networks(networks, held_out, n, n_c2st=n_c2st, seed=first.seed("compare networks"), progress=progress)
+    found.to_csv(folder / "compare_networks.csv")
+    first.write_json("compare_networks.json", found.to_dict())
+    _save(found, folder / "figures", "compare_networks")
+    return found.summary()
 
 
 def _compare_observations(config: Config, folder: Path, progress: Progress | None) -> list[str]:

@@ -75,6 +75,8 @@ def test_the_posteriors_of_many_observations_are_one_table(project):
 
 def test_networks_and_observations_are_compared(project):
     folder, _ = project
+    alone = run("compare", "--n", 200, "--out", "run")
+    assert alone.exit_code == 0 and "one trained network; expected two or more" in alone.stdout and "near" in alone.stdout
     assert run("train", "--name", "short", "--set", "train.max_epochs=1", "--out", "run").exit_code == 0
     done = run("compare", "--n", 200, "--out", "run")
     assert done.exit_code == 0, done.output
