@@ -253,3 +253,21 @@ def test_a_single_row_that_fails_by_chance_is_no_fault_of_shape():
             return super().simulate(theta, rng)
 
     assert all(inspect_simulator(Chance(), n=50, seed=seed).ok for seed in range(5))
+
+
+def test_a_column_that_is_outside_by_chance_is_not_warned_of():
+    """Of 200 columns about 4 lie outside 100 simulations."""
+
+    class Many:
+        settings: ClassVar[dict] = {}
+        prior = BoxPrior([Parameter("a", 0.0, 1.0)])
+        parameters = prior.parameters
+        observables = (Observable("y", 200),)
+
+        def simulate(self, theta, rng):
+            return theta + rng.standard_normal((len(theta), 200))
+
+        def observed(self):
+            return self.simulate(np.array([[0.5]]), np.random.default_rng(5))[0]
+
+    assert inspect_simulator(Many(), n=100).warnings == ()
