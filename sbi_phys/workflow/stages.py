@@ -244,8 +244,11 @@ def _run_wanted(run: Run, wanted: list[str], say: Callable[[str], None]) -> None
             for other in wanted[i + 1 :]:
                 needs = [need for need in STAGES[other].needs if need in wanted]
                 beside = STAGES[other].concurrent
-                if beside is not None and beside(run) and all(outdated(run, n) == [] for n in needs) and outdated(run, other) != []:
-                    concurrent.begin(other)
+                if beside is None or not beside(run) or any(outdated(run, need) != [] for need in needs):
+                    continue
+                why = outdated(run, other)
+                if why != [] and concurrent.begin(other) and why:
+                    say(f"{other} runs again: {'; '.join(why)}")
             reasons = outdated(run, name) if name not in concurrent else []
             if reasons == [] and name not in concurrent:
                 continue
@@ -399,14 +402,15 @@ class ConcurrentStages:
     def __contains__(self, name: str) -> bool:
         return name in self._pools
 
-    def begin(self, name: str) -> None:
-        """Start a stage if a core is free and the stage is not running."""
+    def begin(self, name: str) -> bool:
+        """Start a stage if a core is free and the stage is not running; return whether it was started."""
         run = self._run
         cores = run.config.run.workers or available_cores()
         if name in self._pools or len(self._pools) + 1 >= cores:
-            return
+            return False
         pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start_worker)
         self._pools[name] = pool, pool.submit(run_in_process, run.folder, run.project, run.network, run.observation_name, name)
+        return True
 
     def wait(self, name: str) -> None:
         """Return when a stage is finished.   Raises: the error of the stage; RunFolderError if its process died."""
