@@ -107,6 +107,8 @@ class NetworkComparison(Result):
                 line += f"  NO density at {self.n_zero[k]} true values"
             tests = {"SBC": self.pvalues_sbc, "coverage": self.pvalues_coverage}
             line += "".join(f"  {title} p = {values[name]:.2g}" for title, values in tests.items() if values)
+            if self.c2st is not None and name != self.best:
+                line += f"  C2ST to the best {self.c2st[k, self.names.index(self.best)]:.3f}"
             lines.append(line)
         return "\n".join(lines)
 

@@ -8,7 +8,7 @@ before does not.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,23 @@ def digest_of(path: Path) -> str:
     """SHA-256 of a file's bytes, or of a store's checksums; 'absent' where there is neither."""
     if path.is_dir():
         return store_digest(path) if (path / MANIFEST).is_file() else _NONE
+    return _digest(path, _file_digest)
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(path: Path, read: Callable[[Path], str]) -> str:
+    """The digest of a file, read once while its size and its time of the last change stay the same."""
     try:
         state = path.stat()
     except OSError:
         return _NONE
     key = (str(path.resolve()), state.st_size, state.st_mtime_ns)
     if key not in _known:
-        with open(path, "rb") as file:
-            _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        _known[key] = read(path)
     return _known[key]
 
 
@@ -50,22 +59,15 @@ def store_digest(path: Path, n: int | None = None) -> str:
         manifest = read_manifest(path)
         present = list_shards(path)
         last = manifest.n_shards if n is None else min(-(-n // manifest.header.shard_size), manifest.n_shards)
-        parts = [_shard_digest(path / shard_name(i)) for i in range(last)] if present[:last] == list(range(last)) else [_NONE]
+        parts = [_digest(path / shard_name(i), _shard_digest) for i in range(last)] if present[:last] == list(range(last)) else [_NONE]
     except StoreError:
         return _NONE
     return _NONE if _NONE in parts else hashlib.sha256(" ".join([manifest.header.digest(), *parts]).encode()).hexdigest()
 
 
 def _shard_digest(path: Path) -> str:
-    try:
-        state = path.stat()
-    except OSError:
-        return _NONE
-    key = (str(path.resolve()), state.st_size, state.st_mtime_ns)
-    if key not in _known:
-        with open_shard(path) as file:
-            _known[key] = str(read_facts(file, path)[1]["checksum"])
-    return _known[key]
+    with open_shard(path) as file:
+        return str(read_facts(file, path)[1]["checksum"])
 
 
 def changes(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
